@@ -1,0 +1,17 @@
+"""ONNX Runtime runs the portable ONNX graph itself; what it optimises depends on the host and is done on loading."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from slipcast.manifest import EngineFiles
+
+
+def build(model: Path, precision: str, out: Path) -> EngineFiles:
+    """Copy the graph and its weights; fp32 alone, as the graph is."""
+    assert precision == "fp32", precision
+    weights = model.with_name(f"{model.name}.data")
+    for file in (model, weights):
+        shutil.copyfile(file, out / file.name)
+    return EngineFiles(model=model.name, weights=weights.name)

@@ -1,0 +1,16 @@
+"""OpenVINO's intermediate representation: .xml and .bin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slipcast.manifest import EngineFiles
+
+
+def build(model: Path, precision: str, out: Path) -> EngineFiles:
+    """Convert a graph. Weights are kept in fp16 for bf16 engines, which halves the file; the host rounds them further."""
+    import openvino
+
+    target = out / f"{model.stem}.xml"
+    openvino.save_model(openvino.Core().read_model(model), target, compress_to_fp16=precision != "fp32")
+    return EngineFiles(model=target.name, weights=target.with_suffix(".bin").name)

@@ -1,0 +1,83 @@
+"""The compiler's commands; the `slipcast` command finds them through the entry-point group slipcast.commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slipcast.cli import emit, json_option
+
+
+@click.command("compile")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: artifacts/NAME]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and needed, and stop.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def compile_command(
+    recipe: Path, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path, as_json: bool
+) -> None:
+    """Compile a checkpoint for a prompt family into a bundle."""
+    from slipcast_compiler.package import check_output
+    from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.recipe import read_recipe
+
+    parsed = read_recipe(recipe, overrides)
+    output = output or Path("artifacts") / parsed.name
+    check_output(output)
+    plan = make_plan(parsed, recipe.parent)
+    if dry_run:
+        summary = plan.summary() | {"output": str(output)}
+        emit(summary, _plan_text(summary), as_json)
+        return
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.compile import compile_plan
+    from slipcast.progress import Stages
+
+    made = compile_plan(plan, output, Cache(cache), Stages())
+    lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
+    for target in made.manifest.targets:
+        quality, speed = target.quality, target.performance
+        assert quality and speed
+        lines.append(
+            f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+            f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
+        )
+    lines.append(f"look at {output / 'report.html'}, then: slipcast run {output} --prompt '{plan.prompts[0]}'")
+    emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
+
+
+@click.command("init")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write.  [default: NAME.toml]")
+@json_option
+def init_command(model: Path, prompts: Path, output: Path | None, as_json: bool) -> None:
+    """Write a commented recipe for a model directory and a file with one prompt a line."""
+    from slipcast_compiler.init import write_recipe
+
+    written = write_recipe(model, prompts, output)
+    emit({"recipe": str(written)}, f"{written} written; next: slipcast compile {written} --dry-run", as_json)
+
+
+def _plan_text(summary: dict[str, Any]) -> str:
+    sampling, family = summary["sampling"], summary["family"]
+    lines = [
+        f"{summary['name']}: {summary['model']} -> {summary['output']}",
+        f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts; "
+        f"judged on {summary['judged_on']}",
+        f"  sampling   {sampling['sampler']}, {sampling['steps']} steps, {sampling.get('schedule', 'explicit list')}, "
+        f"guidance {sampling['guidance_scale']}, {summary['image']}",
+        *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in summary["components"].items()),
+        *(f"  left out   {name}" for name in summary["not_compiled"]),
+        *(f"  target     {target}" for target in summary["targets"]),
+        f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
+        f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",
+        f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, while the original runs",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,223 @@
+"""How far a bundle's pictures are from the original's, beside the noise floors; and the gate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.errors import HostError, RecipeError
+from slipcast.manifest import Metrics, Performance, Quality, Sampling, Target
+from slipcast_compiler import bundled, original
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.model import Checkpoint
+from slipcast.progress import Advance
+from slipcast_compiler.recipe import GateTable, Recipe
+
+Floats = npt.NDArray[np.float32]
+MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pictures of one run, with time and memory; images float32 [n, h, w, 3] in [0, 1]."""
+
+    images: Floats
+    seconds: tuple[float, ...]
+    load_s: float
+    peak_memory_mb: float
+    components_s: dict[str, float]
+
+    @property
+    def latency_s(self) -> float:
+        """Median seconds of one image."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The unchanged model: fp32, which everything is compared with, and two runs that give the noise floors."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    fp32: Run
+    bf16: Run
+    other_seeds: Run
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """One limit: `value` and `floor` are None where the metric was not run; `passed` is None where nothing was asked."""
+
+    metric: str
+    limit: float | None
+    value: float | None
+    floor: float | None
+    passed: bool | None
+
+
+class Scorer:
+    """CLIP score: cosine of a picture's and a text's embeddings (Hessel et al., 2021), by a CLIP directory or hub id."""
+
+    def __init__(self, path: str, folder: Path) -> None:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        local = folder / path
+        where = str(local) if local.is_dir() else path
+        if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
+            raise RecipeError("evaluate.scorer does not exist", expected="a CLIP directory, or a hub id", got=str(local))
+        try:
+            self._model = CLIPModel.from_pretrained(where).float().eval()
+            self._tokenizer = CLIPTokenizer.from_pretrained(where)
+            size = self._model.config.vision_config.image_size
+            processed = not local.is_dir() or (local / "preprocessor_config.json").is_file()
+            # A scorer without a processor of its own takes pictures in [-1, 1], as it was trained.
+            self._processor = CLIPImageProcessor.from_pretrained(where) if processed else CLIPImageProcessor(
+                size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+                image_mean=[0.5] * 3, image_std=[0.5] * 3,
+            )  # fmt: skip
+        except OSError as error:
+            raise HostError(f"evaluate.scorer: {where} cannot be loaded", got=str(error).splitlines()[0]) from error
+
+    def __call__(self, images: Floats, prompts: Sequence[str]) -> Floats:
+        """float32 [n], image i against prompt i."""
+        import torch
+        from PIL import Image
+
+        pictures = [Image.fromarray((image * 255).round().astype(np.uint8)) for image in images]
+        pixels = self._processor(pictures, return_tensors="pt").pixel_values
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )  # fmt: skip
+        with torch.no_grad():
+            output = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
+        scores: Floats = (output.image_embeds * output.text_embeds).sum(-1).numpy()
+        return scores
+
+
+def run_originals(
+    checkpoint: Checkpoint, sampling: Sampling, recipe: Recipe, size: tuple[int, int], prompts: tuple[str, ...],
+    cache: Cache, advance: Advance,
+) -> Originals:  # fmt: skip
+    """Reference pictures and the runs behind the noise floors, from the cache where nothing has changed."""
+    seeds = tuple(recipe.evaluate.seed + i for i in range(len(prompts)))
+    others = tuple(seed + len(prompts) for seed in seeds)
+    runs = []
+    for place, (dtype, chosen) in enumerate((("float32", seeds), ("bfloat16", seeds), ("float32", others))):
+
+        def report(done: int, total: int, place: int = place) -> None:
+            advance(place * total + done, 3 * total)
+
+        runs.append(_original(checkpoint, sampling, size, prompts, chosen, dtype, cache, report))
+    return Originals(prompts, seeds, *runs)
+
+
+def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
+    """The same prompts and seeds through the runtime, in a process of its own."""
+    isolated = run_isolated(bundled.make_images, root, target.id, originals.prompts, originals.seeds, advance=advance)
+    return _run(isolated.result, isolated.peak_memory_mb)
+
+
+def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
+    """All metrics of a run against the original, with the noise floors."""
+    prompts = originals.prompts
+    score = {id(r): scorer(r.images, prompts) for r in (originals.fp32, originals.bf16, originals.other_seeds, run)} if scorer else {}
+
+    def against(found: Run) -> Metrics:
+        return compare(originals.fp32.images, found.images, score.get(id(originals.fp32)), score.get(id(found)))
+
+    other = against(originals.other_seeds)
+    clip_only = {name: value for name, value in other.model_dump().items() if name.startswith("clip")}
+    return Quality(
+        **against(run).model_dump(), images=len(prompts),
+        noise_floor={"precision": against(originals.bf16), "seed": Metrics(**clip_only)},
+    )  # fmt: skip
+
+
+def compare(reference: Floats, found: Floats, reference_scores: Floats | None, scores: Floats | None) -> Metrics:
+    """Pixel metrics of paired pictures, [n, h, w, 3] in [0, 1]; and of their CLIP scores, where there are any."""
+    from skimage.metrics import structural_similarity
+
+    psnr = [_psnr(a, b) for a, b in zip(reference, found, strict=True)]
+    ssim = [
+        float(structural_similarity(a, b, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+        for a, b in zip(reference, found, strict=True)
+    ]  # fmt: skip
+    clip: dict[str, float] = {}
+    if scores is not None and reference_scores is not None:
+        change = (scores - reference_scores) / np.abs(reference_scores)
+        clip = {
+            "clip_score_mean": float(scores.mean()),
+            # of the means, not the mean of ratios, which a single score near zero would rule
+            "clip_delta_mean": float(scores.mean() / reference_scores.mean() - 1),
+            "clip_delta_worst": float(change.min()),
+        }
+    return Metrics(
+        psnr_mean=float(np.mean(psnr)), psnr_worst=min(psnr), ssim_mean=float(np.mean(ssim)), ssim_worst=min(ssim), **clip
+    )
+
+
+def performance(originals: Originals, run: Run) -> Performance:
+    """Time and memory of a run beside the original's."""
+    return Performance(
+        peak_memory_full_mb=round(originals.fp32.peak_memory_mb, 1), peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
+        latency_full_s=round(originals.fp32.latency_s, 4), latency_bundle_s=round(run.latency_s, 4),
+        load_s=round(run.load_s, 4), components_s={name: round(s, 5) for name, s in run.components_s.items()},
+    )  # fmt: skip
+
+
+def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
+    """Every metric with its limit. A limit on a metric that was not run does not pass."""
+    floor = quality.noise_floor["precision"]
+    rows = []
+    for metric, limit, value, noise, at_most in (
+        ("CLIP drop, mean", gate.clip_drop, _negative(quality.clip_delta_mean), _negative(floor.clip_delta_mean), True),
+        ("PSNR, worst image (dB)", gate.psnr, quality.psnr_worst, floor.psnr_worst, False),
+        ("SSIM, worst image", gate.ssim, quality.ssim_worst, floor.ssim_worst, False),
+    ):
+        passed = None
+        if limit is not None:
+            passed = value is not None and (value <= limit if at_most else value >= limit)
+        rows.append(GateRow(metric, limit, value, noise, passed))
+    return (*rows, GateRow("LPIPS, mean", None, quality.lpips_mean, floor.lpips_mean, None))
+
+
+def _original(
+    checkpoint: Checkpoint, sampling: Sampling, size: tuple[int, int], prompts: tuple[str, ...], seeds: tuple[int, ...],
+    dtype: str, cache: Cache, advance: Advance,
+) -> Run:  # fmt: skip
+    inputs: dict[str, Any] = {
+        "checkpoint": checkpoint.sha256, "sampling": sampling.model_dump(mode="json"), "size": size,
+        "prompts": prompts, "seeds": seeds, "dtype": dtype,
+    }  # fmt: skip
+
+    def build(folder: Path) -> None:
+        made = run_isolated(
+            original.make_images, checkpoint.root, sampling, size, prompts, seeds, dtype, advance=advance
+        )
+        np.savez(folder / "run.npz", **made.result, peak_memory_mb=made.peak_memory_mb)
+
+    with np.load(cache.get("original", inputs, build) / "run.npz") as saved:
+        return _run({name: saved[name] for name in ("images", "seconds", "load_s")}, float(saved["peak_memory_mb"]))
+
+
+def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
+    return Run(
+        made["images"], tuple(map(float, made["seconds"])), float(made["load_s"]), peak_memory_mb, made.get("components_s", {})
+    )
+
+
+def _psnr(a: Floats, b: Floats) -> float:
+    error = float(np.mean((a.astype(np.float64) - b) ** 2))
+    return min(MAX_PSNR, -10 * np.log10(error)) if error > 0 else MAX_PSNR
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value

@@ -1,0 +1,198 @@
+"""A checkpoint: a diffusers directory, read without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.errors import ArtifactError, HostError, RecipeError
+from slipcast.schedules import NoiseProcess
+from slipcast.tensorfile import TensorEntry, read_header, read_tensor
+from slipcast.validation import parse_json
+from slipcast_compiler.architectures import Architecture, architecture
+from slipcast_compiler.recipe import ModelTable
+
+# Names that published checkpoints use for parameters which the libraries of today call otherwise.
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^", "text_model."),  # CLIP text encoders up to transformers 4; version 5 has dropped the prefix
+    (r"\.to_q\.", ".query."),  # the attention of autoencoders before diffusers 0.18
+    (r"\.to_k\.", ".key."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj_attn."),
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint, not yet read."""
+
+    file: Path
+    entry: TensorEntry
+
+    def read(self) -> npt.NDArray[Any]:
+        """float32 for floating-point tensors; ArtifactError where it is not finite."""
+        array = read_tensor(self.file, self.entry)
+        return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`name` is what the recipe called it; `root` the directory it was found in."""
+
+    root: Path
+    name: str
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return self._json(self.root / "model_index.json")
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What is known of this class of pipelines."""
+        return architecture(self.index.get("_class_name", "?"))
+
+    @cached_property
+    def process(self) -> NoiseProcess:
+        """The noise process the denoiser was trained on, from the scheduler's config."""
+        config = self._json(self.root / "scheduler" / "scheduler_config.json")
+        return NoiseProcess.from_scheduler_config(config)
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        if "vae_decoder" not in self.architecture.components:
+            return 1
+        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions that the configs fix."""
+        return {name: int(self.config(folder)[key]) for name, (folder, key) in self.architecture.sizes.items()}
+
+    @property
+    def not_compiled(self) -> tuple[str, ...]:
+        """Parts that this checkpoint has and a bundle leaves out."""
+        return tuple(part for part in self.architecture.not_compiled if (self.index.get(part) or [None])[0])
+
+    def config(self, folder: str) -> dict[str, Any]:
+        """config.json of a component's folder."""
+        return self._json(self.root / folder / "config.json")
+
+    def class_of(self, folder: str) -> tuple[str, str]:
+        """(library, class name) of a component, from model_index.json."""
+        library, name = self.index.get(folder) or (None, None)
+        if library not in ("diffusers", "transformers"):
+            raise RecipeError(
+                f"{self.name}: component {folder} needs code of its own", expected="a class of diffusers or transformers",
+                got=f"{library}.{name}",
+            )  # fmt: skip
+        return library, name
+
+    def weights(self, folder: str) -> dict[str, Weight]:
+        """All tensors of a component by their name in the checkpoint."""
+        return {
+            name: Weight(file, entry)
+            for file in self.weight_files(folder)
+            for name, entry in read_header(file).items()
+        }  # fmt: skip
+
+    def weight_files(self, folder: str) -> list[Path]:
+        """The safetensors files of a component: sharded, plain, or the fp16 variant where there is no other."""
+        base = self.root / folder
+        for pattern in ("*.safetensors.index.json", "*.fp16.safetensors.index.json"):
+            for index in sorted(base.glob(pattern)):
+                return sorted({base / name for name in self._json(index)["weight_map"].values()})
+        files = sorted(base.glob("*.safetensors"))
+        plain = [file for file in files if file.suffixes[-2:-1] not in ([".fp16"], [".non_ema"])]
+        for candidates in (plain, [file for file in files if ".fp16." in file.name]):
+            if candidates:
+                return candidates[:1]
+        raise ArtifactError(
+            f"{base}: no weights", expected="*.safetensors", got=", ".join(sorted(p.name for p in base.glob("*"))) or "nothing",
+            hint="save the pipeline again with safe_serialization=True",
+        )  # fmt: skip
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and contents of all files that a bundle depends on."""
+        folders = {source.folder for source in self.architecture.components.values()}
+        folders |= {text.tokenizer for text in self.architecture.text} | {"scheduler"}
+        files = [self.root / "model_index.json"]
+        files += [file for folder in folders for file in (self.root / folder).rglob("*") if file.is_file()]
+        total = hashlib.sha256()
+        for file in sorted(files):
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{file.relative_to(self.root).as_posix()}\0{digest}\n".encode())
+        return total.hexdigest()
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            document = parse_json(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path}: not found", expected="a diffusers directory with model_index.json",
+                hint="check model.path; it is relative to the recipe",
+            ) from None  # fmt: skip
+        if not isinstance(document, dict):
+            raise ArtifactError(f"{path}: not an object", got=type(document).__name__)
+        return document
+
+
+def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
+    """A local directory (relative to `folder`), or else a hub id, which is downloaded (its revision has to be given)."""
+    local = folder / table.path
+    if local.is_dir():
+        return Checkpoint(local.resolve(), table.path)
+    if table.path.count("/") != 1 or table.path.startswith((".", "/")):
+        raise RecipeError("model.path does not exist", expected="a diffusers directory, or a hub id", got=str(local))
+    if not table.revision:
+        raise RecipeError(
+            f"model.path: no directory {local}; as a hub id it needs model.revision",
+            expected="a commit hash or tag, so that the compile can be repeated",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(
+            table.path, revision=table.revision, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"]
+        )
+    except Exception as error:  # the library raises many kinds, all of which mean that it could not be fetched
+        raise HostError(
+            f"{table.path}@{table.revision}: cannot be downloaded", got=str(error).splitlines()[0],
+            hint="check the network and the name, or download it elsewhere and give its directory as model.path",
+        ) from error  # fmt: skip
+    return Checkpoint(Path(root), f"{table.path}@{table.revision}")
+
+
+def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
+    """The tensor for a parameter, under its name or a name of older checkpoints; None where there is none."""
+    candidates = [parameter, parameter.removeprefix("text_model.")]
+    candidates += [re.sub(pattern, old, parameter) for pattern, old in RENAMES]
+    return next((weights[name] for name in candidates if name in weights), None)
+
+
+def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int]:
+    """(tokenizer.json, length in tokens, pad token id); converted by transformers where there is only a vocabulary."""
+    base = checkpoint.root / folder
+    file = base / "tokenizer.json"
+    if file.is_file():
+        data = file.read_bytes()
+    else:
+        from transformers import AutoTokenizer
+
+        data = AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str().encode()
+    settings = parse_json((base / "tokenizer_config.json").read_bytes(), str(base / "tokenizer_config.json"))
+    pad = settings.get("pad_token", "<|endoftext|>")
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    document = parse_json(data, str(file))
+    ids = {**document["model"]["vocab"], **{token["content"]: token["id"] for token in document["added_tokens"]}}
+    return data, int(settings["model_max_length"]), int(ids[pad])

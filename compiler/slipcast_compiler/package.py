@@ -1,0 +1,71 @@
+"""Put a bundle together beside its destination, and publish it in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from slipcast.bundle import describe_files
+from slipcast.errors import RecipeError
+from slipcast.manifest import MANIFEST_NAME, Manifest
+
+
+@contextlib.contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """An empty directory on the output's file system; gone afterwards, unless it was published."""
+    check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """RecipeError where the output is something that is not a bundle: that is not ours to replace."""
+    if output.is_symlink() or (output.exists() and not (output / MANIFEST_NAME).is_file() and any_inside(output)):
+        raise RecipeError(f"{output} exists and is not a bundle", expected="a new directory, or a bundle to replace")
+
+
+def any_inside(path: Path) -> bool:
+    """Whether it is a file, or a directory with something in it."""
+    return not path.is_dir() or next(path.iterdir(), None) is not None
+
+
+def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
+    """Write manifest.json: `fields`, and the digests of all files that are there now."""
+    paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME]
+    manifest = Manifest(**fields, files=describe_files(folder, paths))
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
+    return manifest
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Make the finished directory the output. Whoever looks sees the old bundle or the new one, for an instant none."""
+    os.chmod(folder, 0o755)  # mkdtemp makes it private
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+    check_output(output)
+    old = None
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+        os.replace(output, old)
+    os.replace(folder, output)
+    _sync(output.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""What a compile will do and need, before it does it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipcast.errors import RecipeError
+from slipcast.manifest import ImageGeometry, Sampling
+from slipcast.samplers import find_sampler
+from slipcast.schedules import from_sigmas, from_timesteps, make_schedule
+from slipcast_compiler.family import Family, expand
+from slipcast_compiler.model import Checkpoint, open_checkpoint
+from slipcast_compiler.original import SCHEDULERS, SCHEDULES
+from slipcast_compiler.recipe import Recipe
+
+DEFAULT_STEPS = 20
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with everything that it leaves open resolved against its checkpoint. `sizes`: see Architecture.sizes."""
+
+    recipe: Recipe
+    folder: Path
+    checkpoint: Checkpoint
+    family: Family
+    sampling: Sampling
+    image: ImageGeometry
+    sizes: dict[str, int]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The held-out prompts that the gate is measured on."""
+        return self.family.held_out[: self.recipe.evaluate.images]
+
+    def summary(self) -> dict[str, Any]:
+        """What --dry-run prints. Bytes are estimates from the numbers of parameters."""
+        parameters = {
+            name: sum(math.prod(weight.entry.shape) for weight in self.checkpoint.weights(source.folder).values())
+            for name, source in self.checkpoint.architecture.components.items()
+        }
+        total = sum(parameters.values())
+        targets = [f"{target.engine}-cpu-{target.precision}" for target in self.recipe.targets]
+        bundle = sum(total * BYTES[target.precision] for target in self.recipe.targets)
+        return {
+            "name": self.recipe.name,
+            "model": self.checkpoint.name,
+            "family": {"calibration": len(self.family.calibration), "held_out": len(self.family.held_out)},
+            "sampling": self.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
+            "image": f"{self.image.width}x{self.image.height}",
+            "components": {name: {"parameters": count} for name, count in parameters.items()},
+            "not_compiled": list(self.checkpoint.not_compiled),
+            "targets": targets,
+            "judged_on": f"{len(self.prompts)} held-out prompts",
+            "disk_bytes": {"bundle": bundle, "cache": bundle + total * 4},
+            # The original in fp32 is the largest thing that is ever in memory; 0.6 GB is torch itself.
+            "memory_bytes": 600_000_000 + total * 4 * 2,
+        }
+
+
+def make_plan(recipe: Recipe, folder: Path) -> Plan:
+    """Resolve a recipe (whose paths are relative to `folder`); RecipeError where it and its checkpoint contradict."""
+    checkpoint = open_checkpoint(recipe.model, folder)
+    checkpoint.architecture  # noqa: B018 - a pipeline that cannot be compiled is refused before anything else
+    family = expand(recipe.family, recipe.name, folder)
+    image = _geometry(recipe, checkpoint)
+    sampling = _sampling(recipe, checkpoint)
+    sizes = {
+        **checkpoint.sizes,
+        "latent_height": image.height // image.factor,
+        "latent_width": image.width // image.factor,
+    }
+    return Plan(recipe, folder, checkpoint, family, sampling, image, sizes)
+
+
+def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
+    denoiser = checkpoint.config(checkpoint.architecture.components["denoiser"].folder)
+    latent = denoiser["sample_size"]
+    rows, columns = (latent, latent) if isinstance(latent, int) else latent
+    width = recipe.sampling.width or columns * checkpoint.factor
+    height = recipe.sampling.height or rows * checkpoint.factor
+    # The denoiser halves the latent once per level, and joins what it doubles again with what it had.
+    multiple = checkpoint.factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
+    for name, value in (("width", width), ("height", height)):
+        if value % multiple:
+            raise RecipeError(f"sampling.{name} does not fit the model", expected=f"a multiple of {multiple}", got=value)
+    decoder = checkpoint.config("vae") if "vae_decoder" in checkpoint.architecture.components else {}
+    return ImageGeometry(
+        width=width, height=height, channels=denoiser["in_channels"], factor=checkpoint.factor,
+        scaling_factor=decoder.get("scaling_factor") or 1.0, shift_factor=decoder.get("shift_factor") or 0.0,
+        tile=recipe.decode.tile, overlap=recipe.decode.overlap,
+    )  # fmt: skip
+
+
+def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
+    """The schedule in full, tried out once, so that a run can only fail on what it asks for itself."""
+    asked, process = recipe.sampling, checkpoint.process
+    explicit = asked.timesteps or asked.sigmas
+    schedule = None if explicit else asked.schedule or process.timestep_spacing or find_sampler(asked.sampler).grid.spacing
+    if asked.sampler not in SCHEDULERS or (schedule and schedule not in SCHEDULES):
+        raise RecipeError(
+            f"sampling: diffusers cannot run {asked.sampler} with {schedule or 'an explicit list'} as it is run here, so "
+            "there is no original to judge the bundle by", expected=f"a sampler of {', '.join(SCHEDULERS)}",
+        )  # fmt: skip
+    if asked.timesteps:
+        laid = from_timesteps(process, asked.timesteps, asked.sampler)
+    elif asked.sigmas:
+        laid = from_sigmas(process, asked.sigmas)
+    else:
+        assert schedule
+        laid = make_schedule(process, schedule, asked.steps or DEFAULT_STEPS, asked.sampler)
+    return Sampling(
+        sampler=asked.sampler, schedule=schedule, timesteps=asked.timesteps, sigmas=asked.sigmas,
+        steps=len(laid.timesteps), guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale,
+        eta=asked.eta, noise=process.to_dict(),
+    )  # fmt: skip

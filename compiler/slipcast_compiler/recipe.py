@@ -1,0 +1,268 @@
+"""The recipe: one TOML file that says everything about a compile. Typed, frozen, validated once.
+
+Unknown keys, wrong types and contradictions are reported together, each with the line it stands on.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from slipcast.engines import ENGINES
+from slipcast.errors import RecipeError
+from slipcast.samplers import SAMPLERS
+from slipcast.schedules import SCHEDULES
+from slipcast.validation import Strict, dotted, problems
+
+Location = tuple[str | int, ...]
+
+# TOML has one kind of array, so tuples have to be taken from lists in strict mode too.
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
+
+
+class ModelTable(Strict):
+    """A diffusers directory (relative to the recipe), or a hub id with a revision."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+
+class FamilyTable(Strict):
+    """The prompt family: templates with slots, a list, or a file with one prompt a line."""
+
+    templates: Texts = ()
+    slots: Slots
+    prompts: Texts = ()
+    prompts_file: str | None = None
+    closed: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("templates", "prompts", "prompts_file") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of templates, prompts and prompts_file; given: {', '.join(given) or 'none'}")
+        wanted = {slot for template in self.templates for slot in slots_of(template)}
+        if missing := sorted(wanted - set(self.slots)):
+            raise ValueError(f"templates use slots that are not defined: {', '.join(missing)}")
+        if unused := sorted(set(self.slots) - wanted):
+            raise ValueError(f"slots that no template uses: {', '.join(unused)}")
+        if empty := sorted(name for name, values in self.slots.items() if not values):
+            raise ValueError(f"slots without values: {', '.join(empty)}")
+        return self
+
+
+class SamplingTable(Strict):
+    """The sampling schedule: a named one, or explicit timesteps or sigmas. Sizes in pixels."""
+
+    sampler: Literal[tuple(SAMPLERS)] = "dpmpp_2m"  # type: ignore[valid-type]
+    schedule: Literal[tuple(SCHEDULES)] | None = None  # type: ignore[valid-type]
+    timesteps: Numbers | None = None
+    sigmas: Numbers | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 5.0
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    width: Annotated[int, Field(ge=8)] | None = None
+    height: Annotated[int, Field(ge=8)] | None = None
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        explicit = [name for name in ("timesteps", "sigmas") if getattr(self, name) is not None]
+        if len(explicit) + (self.schedule is not None) > 1:
+            raise ValueError("give at most one of schedule, timesteps and sigmas")
+        if explicit and self.steps is not None:
+            raise ValueError(f"steps contradicts {explicit[0]}: the list has its own length")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}")
+        return self
+
+
+class DecodeTable(Strict):
+    """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
+
+    tile: Annotated[int, Field(ge=4)] = 64
+    overlap: Annotated[int, Field(ge=0)] = 16
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.overlap * 2 > self.tile:
+            raise ValueError("overlap may be at most half the tile")
+        return self
+
+
+class EvaluateTable(Strict):
+    """What the gate is measured on: held-out prompts, image i with `seed` + i; a CLIP directory (or hub id) as scorer."""
+
+    images: Annotated[int, Field(ge=1)] = 16
+    seed: Annotated[int, Field(ge=0)] = 1000
+    scorer: str | None = None
+
+
+class GateTable(Strict):
+    """Quality limits; each against the original model on the same prompts and noise. What is not given is not checked."""
+
+    clip_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    psnr: Annotated[float, Field(ge=0)] | None = None
+    ssim: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class TargetTable(Strict):
+    """Where the bundle shall run."""
+
+    engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+
+    @model_validator(mode="after")
+    def _engine_has_precision(self) -> Self:
+        offered = ENGINES[self.engine].precisions
+        if self.precision not in offered:
+            raise ValueError(f"{self.engine} offers {', '.join(offered)}, not {self.precision}")
+        return self
+
+
+class Recipe(Strict):
+    """See the module's docstring."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    model: ModelTable
+    family: FamilyTable
+    sampling: SamplingTable = SamplingTable()
+    decode: DecodeTable = DecodeTable()
+    evaluate: EvaluateTable = EvaluateTable()
+    gate: GateTable = GateTable()
+    targets: Annotated[
+        tuple[TargetTable, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)
+    ]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gate.clip_drop is not None and self.evaluate.scorer is None:
+            raise ValueError("gate.clip_drop needs evaluate.scorer")
+        ids = [(target.engine, target.precision) for target in self.targets]
+        if len(set(ids)) < len(ids):
+            raise ValueError("two targets with the same engine and precision")
+        return self
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe; `overrides` are "key.in.recipe=value" with TOML values.
+
+    Raises RecipeError with all problems at once, each as file:line: key: problem.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe", hint="write one with `slipcast init MODEL_DIR PROMPTS.txt`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read", expected="a UTF-8 TOML file", got=str(error)) from None
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As read_recipe, from text; `name` stands for the file in messages."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+    forced = {_override(document, override): override for override in overrides}
+    lines = key_lines(text)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        found = list(problems(error, Recipe)) + list(_hidden_contradictions(error, document))
+        messages = []
+        for where, what in found:
+            place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k), None)
+            place = place or f"{name}:{_line(lines, where)}"
+            messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
+        listing = "\n  ".join(message for _, message in sorted(messages))
+        raise RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}") from None
+
+
+def slots_of(template: str) -> list[str]:
+    """Names in braces; ValueError where the braces do not match or hold anything but a name."""
+    names = []
+    for _, slot, spec, conversion in Formatter().parse(template):
+        if slot is None:
+            continue
+        if not slot.isidentifier() or spec or conversion:
+            raise ValueError(f"{template!r}: {{{slot}}} is not a slot name")
+        names.append(slot)
+    return names
+
+
+def key_lines(text: str) -> dict[Location, int]:
+    """The line each key of a TOML text stands on, counted from 1.
+
+    A key stands on the first line of the shortest piece of text that, taken with what is before it, parses and has
+    the key: so the parser itself tells, whatever the notation (dotted keys, inline tables, arrays over many lines).
+    """
+    found: dict[Location, int] = {}
+    lines = text.splitlines()
+    start = 0
+    for end in range(1, len(lines) + 1):
+        while start < end - 1 and (not lines[start].strip() or lines[start].lstrip().startswith("#")):
+            start += 1
+        try:
+            document = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        for location in _locations(document):
+            found.setdefault(location, start + 1)
+        start = end
+    return found
+
+
+def _locations(value: Any, at: Location = ()) -> Iterator[Location]:
+    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*at, key)
+        yield from _locations(inner, (*at, key))
+
+
+def _line(lines: dict[Location, int], where: Location) -> int:
+    """The line of the key, or of the nearest table around it (a missing key has none)."""
+    while where and where not in lines:
+        where = where[:-1]
+    return lines.get(where, 1)
+
+
+def _override(document: dict[str, Any], override: str) -> Location:
+    """Put "a.b=value" into the document; returns the key's location."""
+    key, equals, value = override.partition("=")
+    location: Location = tuple(int(p) if p.isdigit() else p for p in key.strip().split("."))
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override}: not usable", expected="--set key.in.recipe=value", got=override)
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is text
+    current: Any = document
+    try:
+        for part in location[:-1]:
+            current = current[part] if isinstance(part, int) else current.setdefault(part, {})
+        current[location[-1]] = parsed
+    except (TypeError, IndexError, KeyError, AttributeError):
+        raise RecipeError(f"--set {override}: the recipe has no such place", got=key) from None
+    return location
+
+
+def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> Iterator[tuple[Location, str]]:
+    """Contradictions within tables that are sound by themselves: pydantic stops at the first level that fails."""
+    if any(not item["loc"] for item in error.errors()):
+        return
+    bad = {item["loc"][0] for item in error.errors()}
+    gate, evaluate = document.get("gate", {}), document.get("evaluate", {})
+    if not {"gate", "evaluate"} & bad and "clip_drop" in gate and "scorer" not in evaluate:
+        yield ("gate", "clip_drop"), "gate.clip_drop needs evaluate.scorer"
+
+

@@ -1,0 +1,274 @@
+"""The `slipcast` command. It parses, makes one call and prints; errors become one message and an exit code.
+
+0 ok, 1 gate or check failed, 2 usage or recipe error, 3 environment or hardware, 4 bad or untrusted artifact,
+5 resources, 130 interrupted. With --json, stdout is one JSON document, also for errors; the rest goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slipcast.errors import ArtifactError, HostError, SlipcastError
+
+if TYPE_CHECKING:
+    from slipcast.manifest import Manifest
+
+ENTRY_POINTS = "slipcast.commands"
+INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
+
+json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+bundle_argument: Callable[[Any], Any] = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+def emit(document: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print a command's result on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False) if as_json else text)
+
+
+class Commands(click.Group):
+    """The runtime's commands, and those that other distributions add through the entry-point group."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if found := super().get_command(ctx, cmd_name):
+            return found
+        for point in entry_points(group=ENTRY_POINTS, name=cmd_name):
+            command: click.Command = point.load()
+            return command
+        return None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="slipcast", prog_name="slipcast")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Compile diffusion pipelines for a prompt family, and run what was compiled without torch."""
+
+
+@cli.command()
+@bundle_argument
+@click.option("--prompt", help="What to draw; not for unconditional bundles.")
+@click.option("--negative-prompt", default="", help="What to stay away from.")
+@click.option("--seed", type=int, help="Image i gets seed + i.  [default: random, and said]")
+@click.option("--num-images", type=int, default=1, show_default=True, help="More than one make a grid.")
+@click.option("--steps", type=int, help="Sampling steps.  [default: the bundle's]")
+@click.option("--guidance-scale", type=float, help="[default: the bundle's]")
+@click.option("--target", default="auto", show_default=True, help="An engine or target id of the bundle.")
+@click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
+@click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture, or a directory for one each.")
+@json_option
+def run(
+    bundle: Path,
+    prompt: str | None,
+    negative_prompt: str,
+    seed: int | None,
+    num_images: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    target: str,
+    residency: Any,
+    on_long_prompt: Any,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Make images."""
+    from slipcast.pipeline import load
+    from slipcast.progress import Stages
+
+    stages = Stages()
+    with stages.stage("load"):
+        pipe = load(bundle, target=target, residency=residency)
+    with pipe, stages.stage(f"sample on {pipe.target}") as advance:
+        result = pipe(
+            prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images,
+            num_inference_steps=steps, guidance_scale=guidance_scale, on_long_prompt=on_long_prompt,
+            callback_on_step_end=lambda _, step, __, ___: advance(step + 1, steps or pipe.manifest.sampling.steps),
+        )  # fmt: skip
+    files = _save(result.images, result.seeds, output or Path(f"{pipe.manifest.name}-{result.seeds[0]}.png"))
+    document = {
+        "files": [str(file) for file in files], "seeds": list(result.seeds), "target": result.target,
+        "seconds": {name: round(s, 4) for name, s in result.seconds.items()},
+    }  # fmt: skip
+    emit(document, "\n".join(map(str, files)), as_json)
+
+
+@cli.command()
+@bundle_argument
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds, without hashing its files."""
+    from slipcast.bundle import open_bundle
+
+    manifest = open_bundle(bundle).manifest
+    emit(manifest.model_dump(mode="json"), _inspect_text(manifest), as_json)
+
+
+@cli.command()
+@bundle_argument
+@click.option("--allow-unlisted", is_flag=True, help="Tolerate files that the manifest does not list.")
+@json_option
+def verify(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
+    """Check every file of a bundle against its manifest."""
+    from slipcast.bundle import check_digests, open_bundle
+    from slipcast.progress import Stages
+
+    opened = open_bundle(bundle, allow_unlisted=allow_unlisted)
+    with Stages().stage("verify") as advance:
+        check_digests(opened, "all", advance)
+    count, size = len(opened.manifest.files), sum(entry.size for entry in opened.manifest.files)
+    emit({"ok": True, "files": count, "bytes": size}, f"ok: {count} files, {size / 1e6:.1f} MB", as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@json_option
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Tell what this machine can run, and which targets of a bundle."""
+    from slipcast.doctor import examine
+
+    findings = examine(bundle)
+    width = max(len(finding.name) for finding in findings)
+    lines = [f"{'ok ' if f.ok else 'BAD'}  {f.name:<{width}}  {f.detail}" for f in findings]
+    bad = [f"{finding.name}: {finding.detail}" for finding in findings if not finding.ok]
+    emit({"ok": not bad, "findings": [vars(f) for f in findings]}, "\n".join(lines), as_json)
+    if bad:
+        sys.exit(HostError.exit_code)
+
+
+@cli.command()
+@bundle_argument
+@json_option
+def report(bundle: Path, as_json: bool) -> None:
+    """Show the evidence that a bundle carries."""
+    from slipcast.bundle import open_bundle
+    from slipcast.validation import parse_json
+
+    opened = open_bundle(bundle, files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")])
+    try:
+        record = parse_json(opened.path("report.json").read_bytes(), "report.json")
+    except ArtifactError as error:
+        raise ArtifactError(f"{bundle}: holds no report", hint="compile the bundle again") from error
+    emit(record, _report_text(opened.manifest, opened.path("report.html")), as_json)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print shell completion; for bash: eval "$(slipcast completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind
+    click.echo(kind(cli, {}, "slipcast", "_SLIPCAST_COMPLETE").source())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("slipcast").setLevel(logging.INFO)
+    try:
+        code = cli.main(args=list(arguments), prog_name="slipcast", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _fail(error.exit_code, error.format_message(), {}, arguments)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(130, "interrupted", {}, arguments)
+    except SlipcastError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        details = {"expected": _text(error.expected), "got": _text(error.got), "hint": error.hint}
+        _fail(error.exit_code, error.message, {"type": type(error).__name__, **details}, arguments)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        click.echo(f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True)
+        _fail(HostError.exit_code, f"{error.name} is not installed", {"hint": INSTALL_COMPILER}, arguments)
+
+
+def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> None:
+    if "--json" in arguments:
+        click.echo(json.dumps({"error": {"message": message, **details}, "exit_code": code}, indent=2))
+    sys.exit(code)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Path]:
+    """One file, a grid of all images; or one each, named by seed, where `output` is a directory."""
+    from slipcast.grid import make_grid
+
+    as_directory = output.is_dir() or not output.suffix
+    files = [output / f"{seed}.png" for seed in seeds] if as_directory else [output]
+    pictures = images if as_directory else [make_grid(images)]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for file, picture in zip(files, pictures, strict=True):
+            picture.save(file)
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"cannot write {output}: {error}") from None
+    return files
+
+
+def _inspect_text(manifest: Manifest) -> str:
+    sampling, image = manifest.sampling, manifest.image
+    schedule = sampling.schedule or "explicit list"
+    lines = [
+        f"{manifest.name}  (schema {manifest.schema_version}, slipcast {manifest.slipcast_version})",
+        f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
+    ]
+    if family := manifest.family:
+        kind = "closed" if family.closed else "open"
+        lines.append(f"  family       {family.name}, {kind}, {family.calibration} + {family.held_out} prompts  {family.hash[:16]}")
+    lines += [
+        f"  image        {image.width}x{image.height}, latent {image.channels}x{image.height // image.factor}x{image.width // image.factor}",
+        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
+        f"  heads kept   {manifest.head_retention_ratio:.0%}",
+        f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
+    ]
+    for name, component in manifest.components.items():
+        lines.append(f"  {name}")
+        for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
+            lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    for target in manifest.targets:
+        used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
+        lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB")
+    lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def _report_text(manifest: Manifest, page: Path) -> str:
+    lines = [manifest.name]
+    for target in manifest.targets:
+        quality, speed = target.quality, target.performance
+        if quality and speed:
+            clip = "not run" if quality.clip_delta_mean is None else f"{quality.clip_delta_mean:+.2%}"
+            lines += [
+                f"  {target.id}: CLIP {clip}, PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}",
+                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
+            ]
+    return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What this machine has: interpreter, processor, memory, disk, engines; and which targets of a bundle run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipcast.bundle import open_bundle
+from slipcast.engines import ENGINES, cpu_threads
+from slipcast.errors import SlipcastError
+
+# Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination; `ok` is False for what needs mending, and then `detail` says how."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(bundle: Path | None = None) -> list[Finding]:
+    """Look, and import no engine library."""
+    import slipcast
+
+    findings = [
+        Finding("slipcast", True, f"{slipcast.__version__} on Python {platform.python_version()}, {platform.platform()}"),
+        Finding("processor", True, f"{cpu_threads()} cores for this process; {', '.join(_cpu_flags()) or 'no known vector units'}"),
+        Finding("memory", True, _memory()),
+        Finding("disk", True, f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here"),
+        *(_engine(name) for name in ENGINES),
+        _clash(),
+        Finding("compiler", True, _compiler()),
+    ]
+    return findings + (_targets(bundle) if bundle else [])
+
+
+def _engine(name: str) -> Finding:
+    kind = ENGINES[name]
+    if not kind.available():
+        return Finding(name, True, f"absent; {kind.why_not()}")
+    return Finding(name, True, f"{_version(name) or 'installed'}; precisions {', '.join(kind.precisions)}")
+
+
+def _clash() -> Finding:
+    """onnxruntime and onnxruntime-gpu install into the same directory and break each other."""
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    mend = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
+    return Finding("onnxruntime builds", len(both) < 2, "no clash" if len(both) < 2 else f"{' and '.join(both)} clash: {mend}")
+
+
+def _compiler() -> str:
+    missing = [name for name in ("torch", "diffusers", "transformers", "onnxscript") if not _version(name)]
+    return "installed" if not missing else f"absent ({', '.join(missing)}): pip install 'slipcast[compiler]'"
+
+
+def _targets(path: Path) -> list[Finding]:
+    try:
+        manifest = open_bundle(path).manifest
+    except SlipcastError as error:
+        return [Finding(str(path), False, str(error))]
+    findings = []
+    for target in manifest.targets:
+        kind = ENGINES.get(target.engine)
+        runs = kind is not None and kind.available()
+        detail = "runs here" if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
+        findings.append(Finding(f"target {target.id}", True, detail))
+    if not any(finding.detail == "runs here" for finding in findings):
+        findings.append(Finding(str(path), False, "none of its targets runs here; install one of the libraries named above"))
+    return findings
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return [platform.machine()]
+    present = set(next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), []))
+    return [flag for flag in FLAGS if flag in present]
+
+
+def _memory() -> str:
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total, free = (os.sysconf(name) * page / 1e9 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    return f"{total:.1f} GB, {free:.1f} GB free"

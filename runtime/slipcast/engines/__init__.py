@@ -1,0 +1,106 @@
+"""Engines: one compiled component graph on one target. Arrays in, arrays out.
+
+An `Engine` is made open and is closed by leaving its `with` block. Each target lives in a file of its own, which
+imports the vendor's library only when it is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.errors import ArtifactError, HostError, RequestError
+from slipcast.manifest import Component, TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+
+class Engine(Protocol):
+    """What the pipeline needs of a target."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """Where an engine's code is and which distribution it needs."""
+
+    module: str
+    library: str
+    extra: str | None
+    precisions: tuple[str, ...]
+    suffix: str
+
+    def available(self) -> bool:
+        """Whether the vendor's library is installed (it is not imported)."""
+        return importlib.util.find_spec(self.library) is not None
+
+    def why_not(self) -> str:
+        """One line that says what to do where `available()` is false."""
+        wanted = f"slipcast[{self.extra}]" if self.extra else "slipcast"
+        return f"{self.library} is not installed: pip install '{wanted}'"
+
+
+# In order of preference for target="auto".
+ENGINES: dict[str, EngineKind] = {
+    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16"), ".xml"),
+    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32",), ".onnx"),
+}
+
+
+def engine_kind(name: str) -> EngineKind:
+    """The entry of ENGINES, or RequestError with the candidates."""
+    if name not in ENGINES:
+        raise RequestError(f"unknown engine {name!r}", expected=", ".join(ENGINES), got=name)
+    return ENGINES[name]
+
+
+def open_engine(name: str, model: Path, weights: Path | None, precision: str, contract: Component) -> Engine:
+    """Open an engine file and check that its inputs and outputs are those the manifest promises.
+
+    Raises HostError where the library is missing, ArtifactError where the file does not fit the contract.
+    """
+    kind = engine_kind(name)
+    if not kind.available():
+        raise HostError(f"engine {name} cannot run here", hint=kind.why_not())
+    engine: Engine = importlib.import_module(kind.module).open_engine(model, weights, precision)
+    for side in ("inputs", "outputs"):
+        promised, found = getattr(contract, side), getattr(engine, side)
+        if _comparable(promised) != _comparable(found):
+            engine.__exit__(None, None, None)
+            raise ArtifactError(
+                f"{model.name}: {side} differ from the manifest's", expected=_shown(promised), got=_shown(found),
+                hint="the file belongs to another bundle; compile again",
+            )  # fmt: skip
+    return engine
+
+
+def cpu_threads() -> int:
+    """The cores this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _comparable(specs: tuple[TensorSpec, ...]) -> list[tuple[str, str, tuple[int | None, ...]]]:
+    """Names of free dimensions do not survive every vendor's format; that they are free does."""
+    return [(s.name, s.dtype, tuple(d if isinstance(d, int) else None for d in s.shape)) for s in specs]
+
+
+def _shown(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs)

@@ -1,0 +1,67 @@
+"""OpenVINO on the CPU: the fast target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import openvino
+
+from slipcast.engines import Array, cpu_threads
+from slipcast.errors import ArtifactError
+from slipcast.manifest import TensorSpec
+
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoEngine:
+    """One compiled model; see slipcast.engines.Engine.
+
+    The batch stays dynamic: it costs time against a graph reshaped to one batch size, but gives bit-equal images for
+    every batch size, which a reshaped graph does not.
+    """
+
+    def __init__(self, model: Path, weights: Path, precision: str) -> None:
+        core = openvino.Core()
+        options = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": cpu_threads(),
+        }
+        try:
+            compiled = core.compile_model(core.read_model(model, weights), "CPU", options)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{model.name}: OpenVINO {openvino.__version__} cannot load it", got=str(error).strip(),
+                hint="run `slipcast verify`; where the digests hold, this version cannot read the graph: upgrade openvino",
+            ) from error  # fmt: skip
+        self.inputs = tuple(_spec(port) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port) for port in compiled.outputs)
+        self._request: Any = compiled.create_infer_request()
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Evaluate the graph; every input by name. The results are copies, not views of the engine's memory."""
+        results = self._request.infer(dict(arrays), share_inputs=True, share_outputs=False)
+        return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._request = None
+
+
+def open_engine(model: Path, weights: Path | None, precision: str) -> OpenVinoEngine:
+    """`weights` is the .bin that belongs to the .xml."""
+    if weights is None:
+        raise ArtifactError(f"{model.name}: the manifest names no weights for it", expected="an .xml with its .bin")
+    return OpenVinoEngine(model, weights, precision)
+
+
+def _spec(port: Any) -> TensorSpec:
+    shape = tuple(d.get_length() if d.is_static else "?" for d in port.partial_shape)
+    dtype = port.element_type.get_type_name()
+    return TensorSpec(name=port.any_name, dtype=_DTYPES.get(dtype, dtype), shape=shape)

@@ -1,0 +1,312 @@
+"""The manifest: the typed, versioned index of a bundle. This module owns the format.
+
+Readers are strict: unknown keys, wrong types, duplicate keys and paths that leave the bundle are refused. A newer
+minor version loads with a warning and without the keys this version does not know; a newer major version is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, field_validator, model_validator
+
+from slipcast.errors import ArtifactError
+from slipcast.schedules import BETA_SCHEDULES, NoiseProcess
+from slipcast.validation import BundlePath, Strict, colliding, dotted, parse_json, problems
+
+SCHEMA_VERSION = (1, 0)
+MANIFEST_NAME = "manifest.json"
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
+
+_NOISE = TypeAdapter(NoiseProcess)
+
+ComponentName = Literal["text_encoder", "text_encoder_2", "denoiser", "vae_decoder", "vae_encoder"]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class FileEntry(Strict):
+    """One file of the bundle; size in bytes."""
+
+    path: BundlePath
+    size: Count
+    sha256: Sha256
+
+
+class TensorSpec(Strict):
+    """An engine's input or output; a string in `shape` names a dimension that is free at run time."""
+
+    name: Name
+    dtype: Literal["float32", "float16", "int64", "int32"]
+    shape: tuple[Positive | Name, ...]
+
+
+class Component(Strict):
+    """What every engine of a component takes and returns, whatever the target."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class TextInput(Strict):
+    """How a prompt becomes conditioning: tokenizer, text encoder, and which output feeds which denoiser input.
+
+    Where several encoders feed one denoiser input, their outputs are joined along the last axis, in this order.
+    """
+
+    component: ComponentName
+    tokenizer: BundlePath
+    max_length: Positive
+    pad_token_id: Count
+    outputs: dict[Name, Name]
+
+
+class ImageGeometry(Strict):
+    """Sizes in pixels; `factor` pixels per latent cell; tile and overlap in latent cells."""
+
+    width: Positive
+    height: Positive
+    channels: Positive
+    factor: Positive
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    tile: Positive
+    overlap: Count
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.width % self.factor or self.height % self.factor:
+            raise ValueError(f"width and height have to be multiples of {self.factor}")
+        if self.overlap >= self.tile:
+            raise ValueError("overlap has to be smaller than the tile")
+        return self
+
+
+class Sampling(Strict):
+    """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance."""
+
+    sampler: Name
+    schedule: Name | None = None
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    steps: Positive
+    guidance_scale: float
+    guidance_rescale: float = 0.0
+    eta: float = 0.0
+    noise: dict[str, Any]
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process the checkpoint was trained on."""
+        return NoiseProcess.from_dict(self.noise)
+
+    @field_validator("noise")
+    @classmethod
+    def _known_noise(cls, noise: dict[str, Any]) -> dict[str, Any]:
+        known = {field.name for field in dataclasses.fields(NoiseProcess)}
+        if unknown := sorted(set(noise) - known):
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        try:
+            process = _NOISE.validate_json(json.dumps(noise), strict=True)
+        except ValidationError as error:
+            raise ValueError("; ".join(f"{dotted(e['loc'])}: {e['msg'].lower()}" for e in error.errors())) from None
+        if process.prediction not in PREDICTIONS or process.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"unknown prediction {process.prediction!r} or beta_schedule {process.beta_schedule!r}")
+        if not 1 <= process.num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps has to be 1 to {MAX_TRAIN_TIMESTEPS}")
+        return noise
+
+
+class Metrics(Strict):
+    """Distances between two sets of pictures of the same prompts; null means that the metric was not run.
+
+    clip_delta is relative, (score - reference score) / reference score: negative is worse. PSNR in dB on [0, 1].
+    """
+
+    clip_score_mean: float | None = None
+    clip_delta_mean: float | None = None
+    clip_delta_worst: float | None = None
+    lpips_mean: float | None = None
+    ssim_mean: float | None = None
+    ssim_worst: float | None = None
+    psnr_mean: float | None = None
+    psnr_worst: float | None = None
+
+
+class Quality(Metrics):
+    """The bundle against the original on held-out prompts, with the noise floors no difference below which counts.
+
+    `precision`: the unchanged model in bf16 against fp32. `seed`: the unchanged model with another seed.
+    """
+
+    images: Positive
+    noise_floor: dict[Literal["precision", "seed"], Metrics]
+
+
+class Performance(Strict):
+    """One image, whole pipeline, on the machine that compiled. Memory: peak resident megabytes (1e6 bytes)."""
+
+    peak_memory_full_mb: float
+    peak_memory_bundle_mb: float
+    latency_full_s: float
+    latency_bundle_s: float
+    load_s: float
+    components_s: dict[str, float] = Field(default_factory=dict)
+
+
+class EngineFiles(Strict):
+    """The files of one engine; `weights` where the format keeps them apart."""
+
+    model: BundlePath
+    weights: BundlePath | None = None
+
+
+class Target(Strict):
+    """Where the bundle can run, with the evidence for it."""
+
+    engine: Name
+    device: Name
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    components: dict[ComponentName, EngineFiles]
+    quality: Quality | None = None
+    performance: Performance | None = None
+
+    @property
+    def id(self) -> str:
+        """For example openvino-cpu-bf16."""
+        return f"{self.engine}-{self.device}-{self.precision}"
+
+
+class FamilyRecord(Strict):
+    """The prompt family the bundle was made for; counts of prompts."""
+
+    name: Name
+    hash: Sha256
+    closed: bool
+    calibration: Count
+    held_out: Count
+
+
+class LowRankLayer(Strict):
+    """A factorised layer."""
+
+    layer: Name
+    rank: Positive
+    energy_retained: float
+
+
+class Manifest(Strict):
+    """See the module's docstring. `quality` and `performance` repeat those of the default target, `targets[0]`."""
+
+    schema_version: str
+    slipcast_version: str
+    name: Name
+    base_model: Name
+    source_sha256: Sha256
+    family: FamilyRecord | None
+    components: dict[ComponentName, Component]
+    text: tuple[TextInput, ...]
+    image: ImageGeometry
+    sampling: Sampling
+    head_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    pruning_strategy: str | None = None
+    low_rank_layers: tuple[LowRankLayer, ...] = ()
+    not_compiled: tuple[str, ...] = ()
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    quality: Quality | None = None
+    performance: Performance | None = None
+    files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        listed = {entry.path for entry in self.files}
+        if pair := colliding([MANIFEST_NAME, *(entry.path for entry in self.files)]):
+            raise ValueError(f"files that collide: {pair[0]!r} and {pair[1]!r}")
+        for path in self._referenced():
+            if path not in listed:
+                raise ValueError(f"{path!r} is used but not listed under files")
+        if "denoiser" not in self.components:
+            raise ValueError("components: no denoiser")
+        for target in self.targets:
+            if set(target.components) != set(self.components):
+                raise ValueError(f"target {target.id}: engines for {sorted(target.components)}")
+        if len({target.id for target in self.targets}) != len(self.targets):
+            raise ValueError("two targets with the same engine, device and precision")
+        default = self.targets[0]
+        if (self.quality, self.performance) != (default.quality, default.performance):
+            raise ValueError(f"quality and performance differ from those of the default target {default.id}")
+        return self
+
+    def _referenced(self) -> list[str]:
+        paths = [text.tokenizer for text in self.text]
+        for target in self.targets:
+            for engine in target.components.values():
+                paths += [engine.model, *([engine.weights] if engine.weights else [])]
+        return paths
+
+    def to_json(self) -> bytes:
+        """The bytes of manifest.json."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """Parse and validate manifest.json; ArtifactError for anything that is not exactly right."""
+    document = parse_json(data, MANIFEST_NAME)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{MANIFEST_NAME}: not an object", got=type(document).__name__)
+    newer = _check_version(document.get("schema_version"))
+    try:
+        return _validate(document)
+    except ValidationError as error:
+        unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
+        if newer and unknown:
+            for location in unknown:
+                _remove(document, location)
+            try:
+                return _validate(document)
+            except ValidationError as remaining:
+                error = remaining
+        lines = [f"{dotted(where)}: {what}" for where, what in problems(error, Manifest)]
+        raise ArtifactError(
+            f"{MANIFEST_NAME} is not valid:\n  " + "\n  ".join(lines[:20]),
+            hint="rebuild the bundle with `slipcast compile`; manifests are not edited by hand",
+        ) from None
+
+
+def _validate(document: dict[str, Any]) -> Manifest:
+    # Validated as JSON, not as Python objects, so that arrays become tuples also in strict mode.
+    return Manifest.model_validate_json(json.dumps(document))
+
+
+def _check_version(version: object) -> bool:
+    """Whether the manifest is of a newer minor version."""
+    parts = version.split(".") if isinstance(version, str) else []
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise ArtifactError(f"{MANIFEST_NAME}: schema_version", expected="MAJOR.MINOR", got=repr(version))
+    major, minor = map(int, parts)
+    supported = ".".join(map(str, SCHEMA_VERSION))
+    if major != SCHEMA_VERSION[0]:
+        need = "a newer" if major > SCHEMA_VERSION[0] else "an older"
+        raise ArtifactError(
+            f"{MANIFEST_NAME}: needs {need} runtime", expected=f"schema {supported}", got=f"schema {version}",
+            hint="pip install --upgrade slipcast" if major > SCHEMA_VERSION[0] else "compile the bundle again",
+        )  # fmt: skip
+    if minor > SCHEMA_VERSION[1]:
+        warnings.warn(
+            f"{MANIFEST_NAME} has schema {version}, this runtime knows {supported}: newer keys are ignored",
+            stacklevel=4,
+        )
+        return True
+    return False
+
+
+def _remove(document: Any, location: tuple[str | int, ...]) -> None:
+    for part in location[:-1]:
+        document = document[part]
+    del document[location[-1]]

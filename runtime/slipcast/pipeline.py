@@ -1,0 +1,384 @@
+"""Load a bundle and make images: prompt -> text encoder -> sampling loop -> decoder -> pictures. No torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slipcast.bundle import Bundle, open_bundle
+from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.engines import ENGINES, Engine, engine_kind, open_engine
+from slipcast.errors import HostError, NumericalError, RequestError
+from slipcast.manifest import Manifest, Target
+from slipcast.residency import Policy, Residency
+from slipcast.samplers import SAMPLERS, sample
+from slipcast.schedules import Schedule, from_sigmas, from_timesteps, make_schedule
+from slipcast.seeds import TorchGenerator, batch_noise
+from slipcast.tiling import decode_tiled
+from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
+
+logger = logging.getLogger("slipcast")
+
+Floats = npt.NDArray[np.float32]
+OutputType = Literal["pil", "np", "latent"]
+OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
+
+    `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside engines.
+    """
+
+    images: Any
+    seeds: tuple[int, ...]
+    target: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call's arguments, checked and resolved, before any engine runs."""
+
+    prompts: list[str]
+    negative: list[str]
+    seeds: tuple[int, ...]
+    schedule: Schedule
+    guidance_scale: float
+    latents: Floats | None
+    output_type: OutputType
+    on_long_prompt: OnLongPrompt
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0 and bool(self.prompts)
+
+
+class Pipeline:
+    """A bundle, ready to make images on one target. Close it, or use it in a `with` block, to free its engines."""
+
+    def __init__(self, bundle: Bundle, target: Target, residency: Policy = "all") -> None:
+        self.bundle, self.manifest, self.target = bundle, bundle.manifest, target.id
+        self._target = target
+        self._tokenizers = [
+            PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
+            for text in self.manifest.text
+        ]
+        self._residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
+        self._one_call_at_a_time = threading.Lock()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        latents: Floats | None = None,
+        output_type: OutputType = "pil",
+        on_long_prompt: OnLongPrompt = "warn",
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> PipelineOutput:
+        """Make images; arguments as in diffusers, defaults as the bundle was compiled.
+
+        `seed`: image i gets seed + i, or the i-th of a list; the noise is that of `torch.Generator("cpu")` with this
+        seed, whatever the batch. `latents`: unit noise, float32 [n, c, h, w], instead of the seeds' initial noise.
+        `callback_on_step_end(pipeline, step, timestep, {"latents": x})` may return {"latents": ...} to go on with, or
+        raise `slipcast.Cancelled` to stop; x is x0 + sigma * noise (not scaled), float32. Calls from several threads
+        take turns.
+
+        Raises RequestError (a ValueError) with the legal range before any engine runs; NumericalError where a step or
+        the decoder yields NaN or infinity.
+        """
+        request = self._check(
+            prompt, negative_prompt, seed, num_images_per_prompt, num_inference_steps, guidance_scale, width, height,
+            latents, output_type, on_long_prompt,
+        )  # fmt: skip
+        with self._one_call_at_a_time:
+            return self._run(request, callback_on_step_end)
+
+    def close(self) -> None:
+        """Free the engines. A later call opens each for as long as it is needed."""
+        self._residency.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self, component: str, precision: str | None = None) -> Engine:
+        name = cast(Any, component)
+        files = self._target.components[name]
+        weights = self.bundle.path(files.weights) if files.weights else None
+        model = self.bundle.path(files.model)
+        contract = self.manifest.components[name]
+        return open_engine(self._target.engine, model, weights, precision or self._target.precision, contract)
+
+    def _run(self, request: _Request, callback: OnStepEnd | None) -> PipelineOutput:
+        clock, seconds = time.perf_counter(), {}
+        conditioning = self._encode(request, seconds)
+        latents = self._denoise(request, conditioning, callback, seconds)
+        images: Any = latents
+        if request.output_type != "latent":
+            pictures = self._decode(latents, seconds)
+            images = pictures if request.output_type == "np" else [to_pil(picture) for picture in pictures]
+        seconds["total"] = time.perf_counter() - clock
+        return PipelineOutput(images, request.seeds, self.target, seconds)
+
+    def _encode(self, request: _Request, seconds: dict[str, float]) -> dict[str, Floats]:
+        """Denoiser inputs that depend on the prompt: unconditional rows first, where guided."""
+        parts: dict[str, list[Floats]] = {}
+        for text, tokenizer in zip(self.manifest.text, self._tokenizers, strict=True):
+            rows = tokenizer(request.prompts, request.on_long_prompt)
+            if request.guided:
+                rows = np.concatenate([tokenizer(request.negative, request.on_long_prompt), rows])
+            distinct, places = np.unique(rows, axis=0, return_inverse=True)
+            with self._residency.use(text.component) as encoder:
+                outputs = _timed(encoder, {"input_ids": distinct}, seconds, text.component)
+            for output, denoiser_input in text.outputs.items():
+                parts.setdefault(denoiser_input, []).append(outputs[output][places.reshape(-1)])
+        return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
+
+    def _denoise(
+        self, request: _Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
+    ) -> Floats:
+        """The sampling loop; float32 latents [n, c, h, w] of the clean picture."""
+        settings, schedule = self.manifest.sampling, request.schedule
+        generators = [TorchGenerator(seed) for seed in request.seeds]
+        noise = partial(batch_noise, generators, self._latent_shape)
+        with self._residency.use("denoiser") as engine:
+
+            def predict(x: Floats, timestep: float) -> Floats:
+                batch = np.concatenate([x, x]) if request.guided else x
+                inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **conditioning}
+                output = _timed(engine, inputs, seconds, "denoiser")["prediction"]
+                if not request.guided:
+                    return output
+                unconditional, conditional = np.split(output, 2)
+                return guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
+
+            denoise = Denoiser(settings.process, schedule, predict)
+            start = noise() if request.latents is None else request.latents
+            x = start * initial_scale(settings.process, schedule, settings.sampler)
+            steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
+            for step, x in enumerate(steps):
+                if not np.isfinite(x).all():
+                    raise NumericalError(
+                        f"latents are not finite after step {step + 1} of {len(schedule.timesteps)}",
+                        expected="finite numbers", got=f"NaN or infinity at timestep {schedule.timesteps[step]:g}",
+                        hint="try a target of higher precision, or a lower guidance_scale",
+                    )  # fmt: skip
+                if callback:
+                    changed = callback(self, step, schedule.timesteps[step], {"latents": x})
+                    if changed and "latents" in changed:
+                        x[...] = changed["latents"]
+        return x * final_scale(settings.process, schedule)
+
+    def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
+        """float32 [n, height, width, channels] in [0, 1]."""
+        if "vae_decoder" not in self.manifest.components:
+            pictures = latents
+        else:
+            image = self.manifest.image
+            with self._residency.use("vae_decoder") as decoder:
+                latents = latents / np.float32(image.scaling_factor) + np.float32(image.shift_factor)
+                pictures = np.concatenate([self._decode_one(decoder, latents[i : i + 1], seconds) for i in range(len(latents))])
+        return np.clip(pictures / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+
+    def _decode_one(self, decoder: Engine, latent: Floats, seconds: dict[str, float]) -> Floats:
+        image = self.manifest.image
+
+        def decode(engine: Engine, tile: Floats) -> Floats:
+            return _timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
+
+        picture = decode_tiled(partial(decode, decoder), latent, image.tile, image.overlap, image.factor)
+        if not np.isfinite(picture).all() and self._target.precision != "fp32":
+            # Decoders of some published checkpoints overflow in half precision; the picture is worth a second try.
+            logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
+            with self._open("vae_decoder", "fp32") as full:
+                picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
+        if not np.isfinite(picture).all():
+            raise NumericalError("the decoder's picture is not finite", expected="finite numbers", got="NaN or infinity")
+        return picture
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        image = self.manifest.image
+        return image.channels, image.height // image.factor, image.width // image.factor
+
+    def _check(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str],
+        seed: int | Sequence[int] | None,
+        images_per_prompt: int,
+        steps: int | None,
+        guidance_scale: float | None,
+        width: int | None,
+        height: int | None,
+        latents: Floats | None,
+        output_type: OutputType,
+        on_long_prompt: OnLongPrompt,
+    ) -> _Request:
+        _integer("num_images_per_prompt", images_per_prompt, 1, 4096)
+        self._check_size(width, height)
+        for name, value, legal in (
+            ("output_type", output_type, ("pil", "np", "latent")),
+            ("on_long_prompt", on_long_prompt, ("warn", "error")),
+        ):
+            if value not in legal:
+                raise RequestError(f"{name} is not usable", expected=" or ".join(legal), got=repr(value))
+        prompts: list[str] = []
+        if self.manifest.text:
+            prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(images_per_prompt)]
+        elif prompt is not None:
+            raise RequestError("this bundle is unconditional: it takes no prompt", expected="prompt=None", got=repr(prompt))
+        count = len(prompts) or images_per_prompt
+        negative = check_prompts("negative_prompt", negative_prompt)
+        if len(negative) == 1:
+            negative *= count
+        elif len(negative) * images_per_prompt == count:
+            negative = [text for text in negative for _ in range(images_per_prompt)]
+        else:
+            raise RequestError(
+                "negative_prompt does not go with prompt", expected="one text, or as many as prompts", got=str(len(negative))
+            )
+        scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 1000:
+            raise RequestError("guidance_scale is not usable", expected="a number from 0 to 1000", got=repr(scale))
+        if latents is not None:
+            latents = self._check_latents(latents, count)
+        return _Request(
+            prompts, negative, _seeds(seed, count), self._schedule(steps), float(scale), latents, output_type, on_long_prompt
+        )  # fmt: skip
+
+    def _check_size(self, width: int | None, height: int | None) -> None:
+        image = self.manifest.image
+        for name, asked, built in (("width", width, image.width), ("height", height, image.height)):
+            if asked is not None and asked != built:
+                raise RequestError(
+                    f"{name} is fixed in this bundle", expected=str(built), got=repr(asked),
+                    hint=f"compile a bundle with --set sampling.{name}={asked!r}",
+                )  # fmt: skip
+
+    def _check_latents(self, latents: Floats, count: int) -> Floats:
+        shape = (count, *self._latent_shape)
+        found = np.asarray(latents)
+        if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
+            raise RequestError(
+                "latents are not usable", expected=f"finite float32 {list(shape)}", got=f"{found.dtype} {list(found.shape)}"
+            )
+        return found
+
+    def _schedule(self, steps: int | None) -> Schedule:
+        settings = self.manifest.sampling
+        explicit = settings.timesteps or settings.sigmas
+        if steps is not None:
+            _integer("num_inference_steps", steps, 1, settings.process.num_train_timesteps)
+            if explicit and steps != settings.steps:
+                raise RequestError(
+                    "num_inference_steps is fixed in this bundle: its schedule is an explicit list",
+                    expected=str(settings.steps), got=str(steps),
+                )  # fmt: skip
+        if settings.timesteps:
+            return from_timesteps(settings.process, settings.timesteps)
+        if settings.sigmas:
+            return from_sigmas(settings.process, settings.sigmas)
+        return make_schedule(settings.process, settings.schedule or "", steps or settings.steps, settings.sampler)
+
+
+def load(
+    path: str | os.PathLike[str], *, target: str = "auto", residency: Policy = "all", allow_unlisted: bool = False
+) -> Pipeline:
+    """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
+
+    `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
+    whose library is installed. `residency`: "all" keeps every engine loaded, "sequential" has one component in memory
+    at a time. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
+    """
+
+    def needed(manifest: Manifest) -> list[str]:
+        files = [text.tokenizer for text in manifest.text]
+        for engine in choose_target(manifest, target).components.values():
+            files += [engine.model, *([engine.weights] if engine.weights else [])]
+        return files
+
+    bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=needed)
+    if bundle.manifest.sampling.sampler not in SAMPLERS:
+        raise HostError(
+            f"this runtime does not know the sampler {bundle.manifest.sampling.sampler!r}", hint="pip install -U slipcast"
+        )
+    chosen = choose_target(bundle.manifest, target)
+    logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
+    return Pipeline(bundle, chosen, residency)
+
+
+def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
+    """The target to run; those before it that cannot are named in a warning."""
+    ids = [target.id for target in manifest.targets]
+    if wanted == "auto":
+        candidates = list(manifest.targets)
+    else:
+        candidates = [target for target in manifest.targets if wanted in (target.engine, target.id)]
+        if not candidates:
+            raise RequestError(f"this bundle has no target {wanted!r}", expected="auto, " + ", ".join(ids), got=wanted)
+    refusals = []
+    for target in candidates:
+        if target.engine in ENGINES and engine_kind(target.engine).available():
+            for refusal in refusals:
+                logger.warning("target %s", refusal)
+            return target
+        known = target.engine in ENGINES
+        refusals.append(f"{target.id}: " + (ENGINES[target.engine].why_not() if known else "unknown to this runtime"))
+    raise HostError("no target of this bundle can run here", expected=", ".join(ids), hint="; ".join(refusals))
+
+
+def to_pil(picture: Floats) -> Image.Image:
+    """float32 [h, w, 1 or 3] in [0, 1] to a picture, rounded as diffusers does."""
+    levels = (picture * 255).round().astype(np.uint8)
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:
+    clock = time.perf_counter()
+    outputs = engine(inputs)
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - clock
+    return outputs
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise RequestError(f"{name} is not usable", expected=f"an integer from {low} to {high}", got=repr(value))
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise RequestError("seed does not go with the images asked for", expected=f"{count} seeds", got=str(len(seed)))
+        seeds = tuple(seed)
+    else:
+        _integer("seed", seed, 0, 2**64 - count)
+        seeds = tuple(int(cast(int, seed)) + i for i in range(count))
+    for each in seeds:
+        _integer("seed", each, 0, 2**64 - 1)
+    return seeds

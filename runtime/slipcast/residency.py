@@ -1,0 +1,42 @@
+"""Which engines stay loaded. Residency is a `with` block; the policy only decides which blocks stay entered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Literal, get_args
+
+from slipcast.engines import Engine
+from slipcast.errors import RequestError
+
+Policy = Literal["all", "sequential"]
+
+
+class Residency:
+    """Opens engines on demand: `all` keeps every one open, `sequential` has one component in memory at a time."""
+
+    def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy) -> None:
+        if policy not in get_args(Policy):
+            raise RequestError(f"unknown residency {policy!r}", expected=" or ".join(get_args(Policy)), got=policy)
+        self._openers, self._stack = openers, ExitStack()
+        self._open: dict[str, Engine] = {}
+        if policy == "all":
+            # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
+            with ThreadPoolExecutor() as pool:
+                futures = {name: pool.submit(opener) for name, opener in openers.items()}
+            self._open = {name: self._stack.enter_context(future.result()) for name, future in futures.items()}
+
+    @contextmanager
+    def use(self, component: str) -> Iterator[Engine]:
+        """The component's engine, open within the block."""
+        if component in self._open:
+            yield self._open[component]
+        else:
+            with self._openers[component]() as engine:
+                yield engine
+
+    def close(self) -> None:
+        """Free every engine that stays loaded."""
+        self._open.clear()
+        self._stack.close()

@@ -1,0 +1,107 @@
+"""Prediction types, guidance and starting noise."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slipcast.denoiser import PREDICTIONS, Denoiser, final_scale, guide, initial_scale, input_scale
+from slipcast.schedules import NoiseProcess, from_sigmas, make_schedule
+
+RANDOM = np.random.default_rng(0)
+COND, UNCOND = RANDOM.standard_normal((2, 3, 4, 8, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@given(sigma=st.floats(1e-3, 1e3))
+def test_a_perfect_model_gives_x0(prediction: str, sigma: float) -> None:
+    x0, eps = COND.astype(np.float64), UNCOND.astype(np.float64)
+    alpha = 1 / math.sqrt(1 + sigma**2)
+    output = {"epsilon": eps, "v_prediction": alpha * eps - sigma * alpha * x0, "sample": x0}[prediction]
+    np.testing.assert_allclose(PREDICTIONS[prediction](x0 + sigma * eps, output, sigma), x0, atol=1e-9)
+
+
+@given(t=st.floats(0.0, 1.0))
+def test_a_perfect_flow_model_gives_x0(t: float) -> None:
+    x0, eps = COND.astype(np.float64), UNCOND.astype(np.float64)
+    np.testing.assert_allclose(PREDICTIONS["flow"]((1 - t) * x0 + t * eps, eps - x0, t), x0, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_denoiser_scales_tells_the_time_and_keeps_float32(prediction: str, library: str) -> None:
+    process = NoiseProcess(prediction=prediction)
+    sigmas = [1.0, 0.5, 0.0] if prediction == "flow" else [10.0, 1.0, 0.0]
+    schedule, seen = from_sigmas(process, sigmas), []
+
+    def predict(x, timestep: float):
+        seen.append((x, timestep))
+        return 0.5 * x
+
+    x = COND if library == "numpy" else torch.from_numpy(COND)
+    d = Denoiser(process, schedule, predict)(x, sigmas[0])
+    scale = 1.0 if prediction == "flow" else 1 / math.sqrt(101)
+    assert d.dtype == x.dtype
+    assert d.shape == x.shape
+    np.testing.assert_allclose(np.asarray(seen[0][0]), COND * np.float32(scale), rtol=1e-6)
+    assert seen[0][1] == schedule.timesteps[0]
+    assert type(seen[0][1]) is float
+
+
+def test_guidance_of_scale_one_is_the_conditional_output() -> None:
+    assert guide(COND, UNCOND, 1.0) is COND
+    assert guide(COND, UNCOND, 1.0, rescale=0.7) is COND
+
+
+@given(scale=st.floats(0, 20))
+def test_rescale_of_zero_is_no_rescale(scale: float) -> None:
+    np.testing.assert_array_equal(guide(COND, UNCOND, scale, 0.0), guide(COND, UNCOND, scale))
+    if scale != 1.0:
+        np.testing.assert_array_equal(guide(COND, UNCOND, scale), UNCOND + scale * (COND - UNCOND))
+
+
+@pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
+def test_rescale_is_diffusers(rescale: float) -> None:
+    guided = torch.from_numpy(UNCOND + 7.5 * (COND - UNCOND))
+    theirs = rescale_noise_cfg(guided, torch.from_numpy(COND), rescale).numpy()
+    ours = guide(COND, UNCOND, 7.5, rescale)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    tensors = guide(torch.from_numpy(COND), torch.from_numpy(UNCOND), 7.5, rescale)
+    np.testing.assert_allclose(tensors.numpy(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_full_rescale_gives_each_sample_the_conditional_deviation() -> None:
+    guided = guide(COND, UNCOND, 7.5, 1.0)
+    np.testing.assert_allclose(guided.std(axis=(1, 2, 3)), COND.std(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_starting_noise() -> None:
+    process = NoiseProcess()
+    assert initial_scale(process, 3.0, "dpmpp_2m") == pytest.approx(math.sqrt(10))
+    assert initial_scale(process, 3.0, "euler") == 3.0  # linspace is the default of Euler's family
+    leading = make_schedule(process, "leading", 10, "euler")
+    assert initial_scale(process, leading, "euler") == pytest.approx(math.hypot(1, leading.sigmas[0]))
+    trailing = make_schedule(process, "trailing", 10, "euler")
+    assert initial_scale(process, trailing, "euler") == trailing.sigmas[0]
+    assert initial_scale(NoiseProcess(prediction="flow"), 1.0, "euler") == 1.0
+
+
+def test_final_scale_is_one_where_no_noise_is_left() -> None:
+    process = NoiseProcess()
+    assert final_scale(process, make_schedule(process, "leading", 10, "ddim")) == 1.0
+    deis = make_schedule(process, "linspace", 10, "deis")
+    assert final_scale(process, deis) == input_scale("epsilon", deis.sigmas[-1]) < 1.0
+
+
+def test_the_process_survives_json() -> None:
+    process = NoiseProcess(trained_betas=(0.1, 0.2), num_train_timesteps=2)
+    assert NoiseProcess.from_dict(json.loads(json.dumps(process.to_dict()))) == process
+    assert hash(process) == hash(NoiseProcess(trained_betas=(0.1, 0.2), num_train_timesteps=2))

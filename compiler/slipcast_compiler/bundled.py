@@ -12,7 +12,9 @@ import numpy as np
 from slipcast.progress import Advance
 
 
-def make_images(root: Path, target: str, prompts: Sequence[str], seeds: Sequence[int], advance: Advance) -> dict[str, Any]:
+def make_images(
+    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], advance: Advance
+) -> dict[str, Any]:
     """One image per prompt and seed, one at a time.
 
     Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, load_s, and seconds per image by component.

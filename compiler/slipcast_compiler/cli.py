@@ -13,7 +13,9 @@ from slipcast.cli import emit, json_option
 @click.command("compile")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: artifacts/NAME]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done and needed, and stop.")
 @click.option(
     "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
@@ -35,20 +37,21 @@ def compile_command(
         summary = plan.summary() | {"output": str(output)}
         emit(summary, _plan_text(summary), as_json)
         return
+    from slipcast.progress import Stages
     from slipcast_compiler.cache import Cache
     from slipcast_compiler.compile import compile_plan
-    from slipcast.progress import Stages
 
     made = compile_plan(plan, output, Cache(cache), Stages())
     lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
     for target in made.manifest.targets:
         quality, speed = target.quality, target.performance
-        assert quality and speed
+        assert quality
+        assert speed
         lines.append(
             f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
             f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
         )
-    lines.append(f"look at {output / 'report.html'}, then: slipcast run {output} --prompt '{plan.prompts[0]}'")
+    lines.append(f"look at {output / 'report.html'}; make pictures with `slipcast run {output}`")
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
 
 
@@ -66,14 +69,14 @@ def init_command(model: Path, prompts: Path, output: Path | None, as_json: bool)
 
 
 def _plan_text(summary: dict[str, Any]) -> str:
-    sampling, family = summary["sampling"], summary["family"]
+    sampling, family, components = summary["sampling"], summary["family"], summary["components"]
     lines = [
         f"{summary['name']}: {summary['model']} -> {summary['output']}",
-        f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts; "
-        f"judged on {summary['judged_on']}",
+        f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts",
+        f"  judged on  {summary['judged_on']} images",
         f"  sampling   {sampling['sampler']}, {sampling['steps']} steps, {sampling.get('schedule', 'explicit list')}, "
         f"guidance {sampling['guidance_scale']}, {summary['image']}",
-        *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in summary["components"].items()),
+        *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in components.items()),
         *(f"  left out   {name}" for name in summary["not_compiled"]),
         *(f"  target     {target}" for target in summary["targets"]),
         f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "

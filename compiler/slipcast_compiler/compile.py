@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import slipcast
 from slipcast.errors import CheckFailed
-from slipcast.manifest import Component, EngineFiles, FamilyRecord, Manifest, Target, TextInput
+from slipcast.manifest import Component, ComponentName, EngineFiles, FamilyRecord, Manifest, Target, TextInput
+from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import BUILDERS
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import export_component
 from slipcast_compiler.model import tokenizer_file
 from slipcast_compiler.plan import Plan
-from slipcast.progress import Stages
 from slipcast_compiler.recipe import TargetTable
 
 
@@ -61,10 +61,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             record = report.make_record(plan, fields, gates, stages.seconds)
             report.write(folder, record, originals, runs)
         manifest = package.write_manifest(folder, fields)
-        if missed := [f"{i}: {r.metric} is {r.value}, limit {r.limit}" for i, g in gates.items() for r in g if r.passed is False]:
+        missed = [(name, row) for name, rows in gates.items() for row in rows if row.passed is False]
+        if missed:
             rejected = report.keep(folder, output)
             raise CheckFailed(
-                "the gate was missed; nothing was published:\n  " + "\n  ".join(missed),
+                "the gate was missed; nothing was published:"
+                + "".join(f"\n  {name}: {row.metric} is {row.value}, limit {row.limit}" for name, row in missed),
                 hint=f"look at {rejected / 'report.html'}, then change the recipe's targets, sampling or limits",
             )
         with stages.stage("publish"):
@@ -85,7 +87,7 @@ def export(plan: Plan, name: str, cache: Cache) -> Path:
 
 def build(table: TargetTable, exported: dict[str, Path], folder: Path, cache: Cache, advance: Any) -> Target:
     """Build every component's engine for a target, and copy them into the bundle."""
-    engines = {}
+    engines: dict[ComponentName, EngineFiles] = {}
     place = f"{table.engine}-{table.precision}"
     (folder / place).mkdir()
     for done, (name, source) in enumerate(exported.items()):
@@ -100,7 +102,7 @@ def build(table: TargetTable, exported: dict[str, Path], folder: Path, cache: Ca
         named = {key: f"{place}/{file}" for key, file in files if file}
         for file in named.values():
             shutil.copyfile(built / Path(file).name, folder / file)
-        engines[name] = EngineFiles(**named)
+        engines[cast(ComponentName, name)] = EngineFiles(**named)
     return Target(engine=table.engine, device="cpu", precision=table.precision, components=engines)
 
 
@@ -113,18 +115,20 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
     for text in plan.checkpoint.architecture.text:
         data, length, pad = tokenizer_file(plan.checkpoint, text.tokenizer)
         (folder / f"{text.tokenizer}.json").write_bytes(data)
-        length = min(length, plan.sizes["text_length"])
         texts.append(
             TextInput(
-                component=text.component, tokenizer=f"{text.tokenizer}.json", max_length=length, pad_token_id=pad,
+                component=cast(ComponentName, text.component),
+                tokenizer=f"{text.tokenizer}.json",
+                max_length=min(length, plan.sizes["text_length"]),
+                pad_token_id=pad,
                 outputs=dict(text.outputs),
             )
-        )  # fmt: skip
+        )
     family = plan.family
     return {
         "schema_version": "1.0", "slipcast_version": slipcast.__version__, "name": plan.recipe.name,
         "base_model": plan.checkpoint.name, "source_sha256": plan.checkpoint.sha256,
-        "family": FamilyRecord(
+        "family": family and FamilyRecord(
             name=family.name, hash=family.hash, closed=family.closed, calibration=len(family.calibration),
             held_out=len(family.held_out),
         ),

@@ -13,14 +13,16 @@ import numpy.typing as npt
 
 from slipcast.errors import HostError, RecipeError
 from slipcast.manifest import Metrics, Performance, Quality, Sampling, Target
+from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.model import Checkpoint
-from slipcast.progress import Advance
+from slipcast_compiler.quiet import quiet
 from slipcast_compiler.recipe import GateTable, Recipe
 
 Floats = npt.NDArray[np.float32]
+Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
 
 
@@ -44,7 +46,7 @@ class Run:
 class Originals:
     """The unchanged model: fp32, which everything is compared with, and two runs that give the noise floors."""
 
-    prompts: tuple[str, ...]
+    prompts: Prompts
     seeds: tuple[int, ...]
     fp32: Run
     bf16: Run
@@ -53,7 +55,7 @@ class Originals:
 
 @dataclass(frozen=True)
 class GateRow:
-    """One limit: `value` and `floor` are None where the metric was not run; `passed` is None where nothing was asked."""
+    """One limit: `value` and `floor` are None where the metric was not run, `passed` where nothing was asked."""
 
     metric: str
     limit: float | None
@@ -63,15 +65,21 @@ class GateRow:
 
 
 class Scorer:
-    """CLIP score: cosine of a picture's and a text's embeddings (Hessel et al., 2021), by a CLIP directory or hub id."""
+    """CLIP score: cosine of a picture's and a text's embeddings (Hessel et al., arXiv 2104.08718)."""
 
     def __init__(self, path: str, folder: Path) -> None:
+        with quiet():
+            self._load(path, folder)
+
+    def _load(self, path: str, folder: Path) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         local = folder / path
         where = str(local) if local.is_dir() else path
         if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
-            raise RecipeError("evaluate.scorer does not exist", expected="a CLIP directory, or a hub id", got=str(local))
+            raise RecipeError(
+                "evaluate.scorer does not exist", expected="a CLIP directory, or a hub id", got=str(local)
+            )
         try:
             self._model = CLIPModel.from_pretrained(where).float().eval()
             self._tokenizer = CLIPTokenizer.from_pretrained(where)
@@ -85,7 +93,7 @@ class Scorer:
         except OSError as error:
             raise HostError(f"evaluate.scorer: {where} cannot be loaded", got=str(error).splitlines()[0]) from error
 
-    def __call__(self, images: Floats, prompts: Sequence[str]) -> Floats:
+    def __call__(self, images: Floats, prompts: Sequence[str | None]) -> Floats:
         """float32 [n], image i against prompt i."""
         import torch
         from PIL import Image
@@ -94,7 +102,7 @@ class Scorer:
         pixels = self._processor(pictures, return_tensors="pt").pixel_values
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            [prompt or "" for prompt in prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )  # fmt: skip
         with torch.no_grad():
             output = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
@@ -103,9 +111,14 @@ class Scorer:
 
 
 def run_originals(
-    checkpoint: Checkpoint, sampling: Sampling, recipe: Recipe, size: tuple[int, int], prompts: tuple[str, ...],
-    cache: Cache, advance: Advance,
-) -> Originals:  # fmt: skip
+    checkpoint: Checkpoint,
+    sampling: Sampling,
+    recipe: Recipe,
+    size: tuple[int, int],
+    prompts: Prompts,
+    cache: Cache,
+    advance: Advance,
+) -> Originals:
     """Reference pictures and the runs behind the noise floors, from the cache where nothing has changed."""
     seeds = tuple(recipe.evaluate.seed + i for i in range(len(prompts)))
     others = tuple(seed + len(prompts) for seed in seeds)
@@ -128,10 +141,11 @@ def run_bundle(root: Path, target: Target, originals: Originals, advance: Advanc
 def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
     """All metrics of a run against the original, with the noise floors."""
     prompts = originals.prompts
-    score = {id(r): scorer(r.images, prompts) for r in (originals.fp32, originals.bf16, originals.other_seeds, run)} if scorer else {}
+    reference = originals.fp32.images
+    reference_scores = scorer(reference, prompts) if scorer else None
 
     def against(found: Run) -> Metrics:
-        return compare(originals.fp32.images, found.images, score.get(id(originals.fp32)), score.get(id(found)))
+        return compare(reference, found.images, reference_scores, scorer(found.images, prompts) if scorer else None)
 
     other = against(originals.other_seeds)
     clip_only = {name: value for name, value in other.model_dump().items() if name.startswith("clip")}
@@ -143,13 +157,8 @@ def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
 
 def compare(reference: Floats, found: Floats, reference_scores: Floats | None, scores: Floats | None) -> Metrics:
     """Pixel metrics of paired pictures, [n, h, w, 3] in [0, 1]; and of their CLIP scores, where there are any."""
-    from skimage.metrics import structural_similarity
-
     psnr = [_psnr(a, b) for a, b in zip(reference, found, strict=True)]
-    ssim = [
-        float(structural_similarity(a, b, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
-        for a, b in zip(reference, found, strict=True)
-    ]  # fmt: skip
+    ssim = [_ssim(a, b) for a, b in zip(reference, found, strict=True)]
     clip: dict[str, float] = {}
     if scores is not None and reference_scores is not None:
         change = (scores - reference_scores) / np.abs(reference_scores)
@@ -160,7 +169,11 @@ def compare(reference: Floats, found: Floats, reference_scores: Floats | None, s
             "clip_delta_worst": float(change.min()),
         }
     return Metrics(
-        psnr_mean=float(np.mean(psnr)), psnr_worst=min(psnr), ssim_mean=float(np.mean(ssim)), ssim_worst=min(ssim), **clip
+        psnr_mean=float(np.mean(psnr)),
+        psnr_worst=min(psnr),
+        ssim_mean=float(np.mean(ssim)),
+        ssim_worst=min(ssim),
+        **clip,
     )
 
 
@@ -190,9 +203,15 @@ def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
 
 
 def _original(
-    checkpoint: Checkpoint, sampling: Sampling, size: tuple[int, int], prompts: tuple[str, ...], seeds: tuple[int, ...],
-    dtype: str, cache: Cache, advance: Advance,
-) -> Run:  # fmt: skip
+    checkpoint: Checkpoint,
+    sampling: Sampling,
+    size: tuple[int, int],
+    prompts: Prompts,
+    seeds: tuple[int, ...],
+    dtype: str,
+    cache: Cache,
+    advance: Advance,
+) -> Run:
     inputs: dict[str, Any] = {
         "checkpoint": checkpoint.sha256, "sampling": sampling.model_dump(mode="json"), "size": size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,
@@ -210,7 +229,11 @@ def _original(
 
 def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
     return Run(
-        made["images"], tuple(map(float, made["seconds"])), float(made["load_s"]), peak_memory_mb, made.get("components_s", {})
+        made["images"],
+        tuple(map(float, made["seconds"])),
+        float(made["load_s"]),
+        peak_memory_mb,
+        made.get("components_s", {}),
     )
 
 
@@ -219,5 +242,13 @@ def _psnr(a: Floats, b: Floats) -> float:
     return min(MAX_PSNR, -10 * np.log10(error)) if error > 0 else MAX_PSNR
 
 
+def _ssim(a: Floats, b: Floats) -> float:
+    """With the Gaussian window of Wang et al., 2004, as most papers give it."""
+    from skimage.metrics import structural_similarity
+
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    return float(structural_similarity(a, b, channel_axis=-1, data_range=1.0, **window))  # type: ignore[no-untyped-call]
+
+
 def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+    return None if value is None else 0.0 - value  # not -0.0

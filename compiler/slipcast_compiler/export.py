@@ -7,15 +7,11 @@ the graph plus the largest tensor, so a model that does not fit into memory can 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import math
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -26,8 +22,9 @@ from torch.export import Dim
 
 from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
-from slipcast_compiler.architectures import ComponentSource, Shape
+from slipcast_compiler.architectures import ComponentSource
 from slipcast_compiler.model import Checkpoint, Weight, find_weight
+from slipcast_compiler.quiet import quiet
 
 # The first opset with Attention as one operator; with GroupNormalization (21) it halves the number of nodes.
 OPSET = 23
@@ -47,7 +44,7 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     model = _trace(module, source, sizes)
     _attach_weights(model.graph, checkpoint, source, buffers)
     _transpose_weights(model.graph)
-    with _quiet():
+    with quiet():
         optimize(model)
     _name_dimensions(model, source, sizes)
     _strip(model)
@@ -55,7 +52,7 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
 
 
-class _Call(torch.nn.Module):
+class _Call(torch.nn.Module):  # type: ignore[misc]
     """A module whose forward is the architecture's way to call the component."""
 
     def __init__(self, model: torch.nn.Module, source: ComponentSource) -> None:
@@ -87,7 +84,7 @@ def _trace(module: torch.nn.Module, source: ComponentSource, sizes: dict[str, in
         shape = [d if isinstance(d, int) else sizes.get(d) or FREE[d][0] for d in spec.shape]
         examples.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device="meta"))
         dynamic.append({i: free[d] for i, d in enumerate(spec.shape) if isinstance(d, str) and d not in sizes})
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.export.export(_Call(module, source), tuple(examples), dynamic_shapes=(tuple(dynamic),))
         exported = torch.onnx.export(
             program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
@@ -128,7 +125,7 @@ def _attach_weights(
         value.const_value = _lazy(weight, wanted, value.const_value.dtype, name)
 
 
-def _lazy(weight: Weight, shape: Shape, dtype: ir.DataType, name: str) -> ir.LazyTensor:
+def _lazy(weight: Weight, shape: tuple[int, ...], dtype: ir.DataType, name: str) -> ir.LazyTensor:
     def read() -> ir.Tensor:
         return ir.Tensor(np.ascontiguousarray(weight.read().reshape(shape).astype(dtype.numpy())), name=name)
 
@@ -136,20 +133,19 @@ def _lazy(weight: Weight, shape: Shape, dtype: ir.DataType, name: str) -> ir.Laz
 
 
 def _transpose_weights(graph: ir.Graph) -> None:
-    """Fold Transpose(weight), which the exporter writes for every linear layer, into the order the file is written in."""
+    """Fold Transpose(weight), which the exporter writes for every linear layer, into the order of the data."""
     for node in list(graph):
         if node.op_type != "Transpose" or (weight := node.inputs[0]) is None or weight.name not in graph.initializers:
             continue
-        lazy, order = weight.const_value, tuple(node.attributes.get_ints("perm"))
+        lazy, order, output = weight.const_value, tuple(node.attributes.get_ints("perm")), node.outputs[0]
         assert lazy is not None
-        output = node.outputs[0]
-        turned = ir.Value(name=f"{weight.name}.T", type=ir.TensorType(lazy.dtype), shape=ir.Shape(lazy.shape[i] for i in order))
-        turned.const_value = ir.LazyTensor(
-            lambda lazy=lazy, order=order, name=turned.name: ir.Tensor(
-                np.ascontiguousarray(lazy.numpy().transpose(order)), name=name
-            ),
-            dtype=lazy.dtype, shape=turned.shape, name=turned.name,
-        )  # fmt: skip
+        shape = ir.Shape(lazy.shape[i] for i in order)
+        turned = ir.Value(name=f"{weight.name}.T", type=ir.TensorType(lazy.dtype), shape=shape)
+
+        def read(lazy: Any = lazy, order: tuple[int, ...] = order, name: str = turned.name) -> ir.Tensor:
+            return ir.Tensor(np.ascontiguousarray(lazy.numpy().transpose(order)), name=name)
+
+        turned.const_value = ir.LazyTensor(read, dtype=lazy.dtype, shape=shape, name=turned.name)
         if turned.name in graph.initializers:
             turned = graph.initializers[turned.name]
         else:
@@ -193,24 +189,8 @@ def _strip(model: ir.Model) -> None:
 def _specs(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(
-            name=value.name, dtype=str(value.dtype.numpy()),
+            name=value.name, dtype=cast(Any, str(value.dtype.numpy())),
             shape=tuple(d if isinstance(d, int) else d.value or "?" for d in value.shape),
         )
         for value in values
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of torchvision's absence and of its own deprecations; neither is the user's business."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)

@@ -69,7 +69,9 @@ def _listed(table: FamilyTable, folder: Path) -> list[str]:
     try:
         return read_prompts(file)
     except FileNotFoundError:
-        raise RecipeError("family.prompts_file does not exist", expected="a text file, one prompt a line", got=file) from None
+        raise RecipeError(
+            "family.prompts_file does not exist", expected="a text file, one prompt a line", got=file
+        ) from None
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -78,7 +80,9 @@ def read_prompts(file: Path) -> list[str]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{file}:{line}: not UTF-8", expected="UTF-8 text", got=f"byte {error.object[error.start]:#x}") from None
+        raise RecipeError(
+            f"{file}:{line}: not UTF-8", expected="UTF-8 text", got=f"byte {error.object[error.start]:#x}"
+        ) from None
     except IsADirectoryError:
         raise RecipeError(f"{file}: a directory", expected="a text file, one prompt a line") from None
     prompts = [line.strip() for line in text.splitlines()]

@@ -19,7 +19,7 @@ name = {name}
 path = {model}                     # a diffusers directory, relative to this file; or a hub id, with `revision`
 
 [family]
-prompts_file = {prompts}           # one prompt a line; instead: prompts = [...], or templates with [family.slots]
+prompts_file = {prompts}           # one prompt a line; or prompts = [...], or templates with [family.slots]
 held_out = 0.2                     # share of the prompts that only the gate may see
 closed = false                     # true: no prompt but these will ever be asked for
 

@@ -91,10 +91,10 @@ class Checkpoint:
         library, name = self.index.get(folder) or (None, None)
         if library not in ("diffusers", "transformers"):
             raise RecipeError(
-                f"{self.name}: component {folder} needs code of its own", expected="a class of diffusers or transformers",
-                got=f"{library}.{name}",
+                f"{self.name}: component {folder} needs code of its own",
+                expected="a class of diffusers or transformers", got=f"{library}.{name}",
             )  # fmt: skip
-        return library, name
+        return library, str(name)
 
     def weights(self, folder: str) -> dict[str, Weight]:
         """All tensors of a component by their name in the checkpoint."""
@@ -116,7 +116,8 @@ class Checkpoint:
             if candidates:
                 return candidates[:1]
         raise ArtifactError(
-            f"{base}: no weights", expected="*.safetensors", got=", ".join(sorted(p.name for p in base.glob("*"))) or "nothing",
+            f"{base}: no weights", expected="*.safetensors",
+            got=", ".join(sorted(p.name for p in base.glob("*"))) or "nothing",
             hint="save the pipeline again with safe_serialization=True",
         )  # fmt: skip
 
@@ -148,7 +149,7 @@ class Checkpoint:
 
 
 def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
-    """A local directory (relative to `folder`), or else a hub id, which is downloaded (its revision has to be given)."""
+    """A local directory (relative to `folder`), or else a hub id with a revision, which is downloaded."""
     local = folder / table.path
     if local.is_dir():
         return Checkpoint(local.resolve(), table.path)

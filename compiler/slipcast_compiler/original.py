@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from slipcast.manifest import Sampling
 from slipcast.progress import Advance
+from slipcast_compiler.quiet import quiet
 
 # sampler -> (diffusers scheduler, its settings). A sampler without one has no original to be compared with.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,7 +48,7 @@ def make_images(
     root: Path,
     sampling: Sampling,
     size: tuple[int, int],
-    prompts: Sequence[str],
+    prompts: Sequence[str | None],
     seeds: Sequence[int],
     dtype: str,
     advance: Advance,
@@ -56,12 +58,22 @@ def make_images(
     Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, and load_s. The initial noise is drawn in float32
     whatever the dtype, so that pictures of two dtypes can be compared.
     """
+    with quiet():
+        return _make_images(root, sampling, size, prompts, seeds, dtype, advance)
+
+
+def _make_images(
+    root: Path,
+    sampling: Sampling,
+    size: tuple[int, int],
+    prompts: Sequence[str | None],
+    seeds: Sequence[int],
+    dtype: str,
+    advance: Advance,
+) -> dict[str, Any]:
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     begin = time.perf_counter()
     pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=getattr(torch, dtype), local_files_only=True)
     if getattr(pipe, "safety_checker", None) is not None:
@@ -74,18 +86,35 @@ def make_images(
     load_s = time.perf_counter() - begin
     explicit = {key: list(getattr(sampling, key)) for key in ("timesteps", "sigmas") if getattr(sampling, key)}
     width, height = size
+    factor = getattr(pipe, "vae_scale_factor", 1)
     pictures, seconds = [], []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         advance(i, len(prompts))
         generator = torch.Generator("cpu").manual_seed(seed)
-        shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn((1, pipe.unet.config.in_channels, height // factor, width // factor), generator=generator)
         begin = time.perf_counter()
-        result = pipe(
-            prompt, width=width, height=height, num_inference_steps=sampling.steps, generator=generator,
-            latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
-            guidance_rescale=sampling.guidance_rescale, eta=sampling.eta, output_type="np", **explicit,
-        )  # fmt: skip
+        if prompt is None:
+            picture = _unconditional(pipe, noise.to(pipe.dtype), sampling.steps, generator, explicit)
+        else:
+            picture = pipe(
+                prompt, width=width, height=height, num_inference_steps=sampling.steps, generator=generator,
+                latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
+                guidance_rescale=sampling.guidance_rescale, eta=sampling.eta, output_type="np", **explicit,
+            ).images[0]  # fmt: skip
         seconds.append(time.perf_counter() - begin)
-        pictures.append(result.images[0].astype(np.float32))
+        pictures.append(picture.astype(np.float32))
     return {"images": np.stack(pictures), "seconds": seconds, "load_s": load_s}
+
+
+def _unconditional(pipe: Any, noise: Any, steps: int, generator: Any, explicit: dict[str, Any]) -> Any:
+    """What DDPMPipeline does, for any scheduler: its own loop does not scale what the model reads."""
+    import torch
+
+    pipe.scheduler.set_timesteps(**(explicit or {"num_inference_steps": steps}))
+    x = noise * pipe.scheduler.init_noise_sigma
+    takes_generator = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps:
+            output = pipe.unet(pipe.scheduler.scale_model_input(x, t), t).sample
+            x = pipe.scheduler.step(output, t, x, **({"generator": generator} if takes_generator else {})).prev_sample
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()[0]

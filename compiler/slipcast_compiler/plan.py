@@ -11,6 +11,7 @@ from slipcast.errors import RecipeError
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import find_sampler
 from slipcast.schedules import from_sigmas, from_timesteps, make_schedule
+from slipcast_compiler.evaluate import Prompts
 from slipcast_compiler.family import Family, expand
 from slipcast_compiler.model import Checkpoint, open_checkpoint
 from slipcast_compiler.original import SCHEDULERS, SCHEDULES
@@ -27,15 +28,16 @@ class Plan:
     recipe: Recipe
     folder: Path
     checkpoint: Checkpoint
-    family: Family
+    family: Family | None  # None for an unconditional model
     sampling: Sampling
     image: ImageGeometry
     sizes: dict[str, int]
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """The held-out prompts that the gate is measured on."""
-        return self.family.held_out[: self.recipe.evaluate.images]
+    def prompts(self) -> Prompts:
+        """The held-out prompts that the gate is measured on, one image each."""
+        count = self.recipe.evaluate.images
+        return self.family.held_out[:count] if self.family else (None,) * count
 
     def summary(self) -> dict[str, Any]:
         """What --dry-run prints. Bytes are estimates from the numbers of parameters."""
@@ -49,13 +51,16 @@ class Plan:
         return {
             "name": self.recipe.name,
             "model": self.checkpoint.name,
-            "family": {"calibration": len(self.family.calibration), "held_out": len(self.family.held_out)},
+            "family": {
+                "calibration": len(self.family.calibration) if self.family else 0,
+                "held_out": len(self.family.held_out) if self.family else 0,
+            },
             "sampling": self.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
             "image": f"{self.image.width}x{self.image.height}",
             "components": {name: {"parameters": count} for name, count in parameters.items()},
             "not_compiled": list(self.checkpoint.not_compiled),
             "targets": targets,
-            "judged_on": f"{len(self.prompts)} held-out prompts",
+            "judged_on": len(self.prompts),
             "disk_bytes": {"bundle": bundle, "cache": bundle + total * 4},
             # The original in fp32 is the largest thing that is ever in memory; 0.6 GB is torch itself.
             "memory_bytes": 600_000_000 + total * 4 * 2,
@@ -65,8 +70,16 @@ class Plan:
 def make_plan(recipe: Recipe, folder: Path) -> Plan:
     """Resolve a recipe (whose paths are relative to `folder`); RecipeError where it and its checkpoint contradict."""
     checkpoint = open_checkpoint(recipe.model, folder)
-    checkpoint.architecture  # noqa: B018 - a pipeline that cannot be compiled is refused before anything else
-    family = expand(recipe.family, recipe.name, folder)
+    if bool(checkpoint.architecture.text) != bool(recipe.family):
+        raise RecipeError(
+            f"{checkpoint.name} takes {'a prompt' if checkpoint.architecture.text else 'no prompts'}",
+            expected="a [family]" if checkpoint.architecture.text else "a recipe without [family]",
+        )
+    if recipe.evaluate.scorer and not recipe.family:
+        raise RecipeError(
+            "evaluate.scorer compares pictures with prompts, which this model has not", expected="no scorer"
+        )
+    family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     image = _geometry(recipe, checkpoint)
     sampling = _sampling(recipe, checkpoint)
     sizes = {
@@ -87,7 +100,9 @@ def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
     multiple = checkpoint.factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
     for name, value in (("width", width), ("height", height)):
         if value % multiple:
-            raise RecipeError(f"sampling.{name} does not fit the model", expected=f"a multiple of {multiple}", got=value)
+            raise RecipeError(
+                f"sampling.{name} does not fit the model", expected=f"a multiple of {multiple}", got=value
+            )
     decoder = checkpoint.config("vae") if "vae_decoder" in checkpoint.architecture.components else {}
     return ImageGeometry(
         width=width, height=height, channels=denoiser["in_channels"], factor=checkpoint.factor,
@@ -100,11 +115,13 @@ def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
     """The schedule in full, tried out once, so that a run can only fail on what it asks for itself."""
     asked, process = recipe.sampling, checkpoint.process
     explicit = asked.timesteps or asked.sigmas
-    schedule = None if explicit else asked.schedule or process.timestep_spacing or find_sampler(asked.sampler).grid.spacing
+    schedule = (
+        None if explicit else asked.schedule or process.timestep_spacing or find_sampler(asked.sampler).grid.spacing
+    )
     if asked.sampler not in SCHEDULERS or (schedule and schedule not in SCHEDULES):
         raise RecipeError(
-            f"sampling: diffusers cannot run {asked.sampler} with {schedule or 'an explicit list'} as it is run here, so "
-            "there is no original to judge the bundle by", expected=f"a sampler of {', '.join(SCHEDULERS)}",
+            f"sampling: diffusers cannot run {asked.sampler} with {schedule or 'an explicit list'} as it is run here, "
+            "so there is no original to judge the bundle by", expected=f"a sampler of {', '.join(SCHEDULERS)}",
         )  # fmt: skip
     if asked.timesteps:
         laid = from_timesteps(process, asked.timesteps, asked.sampler)
@@ -116,5 +133,5 @@ def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
     return Sampling(
         sampler=asked.sampler, schedule=schedule, timesteps=asked.timesteps, sigmas=asked.sigmas,
         steps=len(laid.timesteps), guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale,
-        eta=asked.eta, noise=process.to_dict(),
+        eta=asked.eta, noise=process,
     )  # fmt: skip

@@ -49,7 +49,9 @@ class FamilyTable(Strict):
     def _one_source(self) -> Self:
         given = [name for name in ("templates", "prompts", "prompts_file") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of templates, prompts and prompts_file; given: {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of templates, prompts and prompts_file; given: {', '.join(given) or 'none'}"
+            )
         wanted = {slot for template in self.templates for slot in slots_of(template)}
         if missing := sorted(wanted - set(self.slots)):
             raise ValueError(f"templates use slots that are not defined: {', '.join(missing)}")
@@ -100,7 +102,7 @@ class DecodeTable(Strict):
 
 
 class EvaluateTable(Strict):
-    """What the gate is measured on: held-out prompts, image i with `seed` + i; a CLIP directory (or hub id) as scorer."""
+    """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id."""
 
     images: Annotated[int, Field(ge=1)] = 16
     seed: Annotated[int, Field(ge=0)] = 1000
@@ -108,7 +110,7 @@ class EvaluateTable(Strict):
 
 
 class GateTable(Strict):
-    """Quality limits; each against the original model on the same prompts and noise. What is not given is not checked."""
+    """Quality limits, against the original model on the same prompts and noise. What is not given is not checked."""
 
     clip_drop: Annotated[float, Field(ge=0, le=1)] | None = None
     psnr: Annotated[float, Field(ge=0)] | None = None
@@ -134,7 +136,7 @@ class Recipe(Strict):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelTable
-    family: FamilyTable
+    family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     decode: DecodeTable = DecodeTable()
     evaluate: EvaluateTable = EvaluateTable()
@@ -161,7 +163,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe", hint="write one with `slipcast init MODEL_DIR PROMPTS.txt`") from None
+        raise RecipeError(
+            f"{path}: no such recipe", hint="write one with `slipcast init MODEL_DIR PROMPTS.txt`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read", expected="a UTF-8 TOML file", got=str(error)) from None
     return parse_recipe(text, str(path), overrides)
@@ -264,5 +268,3 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
     gate, evaluate = document.get("gate", {}), document.get("evaluate", {})
     if not {"gate", "evaluate"} & bad and "clip_drop" in gate and "scorer" not in evaluate:
         yield ("gate", "clip_drop"), "gate.clip_drop needs evaluate.scorer"
-
-

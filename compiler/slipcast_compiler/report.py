@@ -38,7 +38,8 @@ def make_record(
         "pipeline": plan.checkpoint.index["_class_name"],
         "not_compiled": list(fields["not_compiled"]),
         "components": {name: component.model_dump(mode="json") for name, component in fields["components"].items()},
-        "family": {
+        "family": plan.family
+        and {
             **fields["family"].model_dump(mode="json"),
             "calibration_examples": list(plan.family.calibration[:SHOWN_PROMPTS]),
             "held_out_prompts": list(plan.prompts),
@@ -55,10 +56,12 @@ def make_record(
 
 def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run]) -> None:
     """Write report.json and report.html into `folder`."""
-    (folder / "report.json").write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+    )
     rows = [
         {
-            "prompt": prompt,
+            "prompt": prompt or "no prompt",
             "seed": originals.seeds[i],
             "original": _data_url(originals.fp32.images[i]),
             "runs": [_pair(originals.fp32.images[i], run.images[i]) for run in runs.values()],

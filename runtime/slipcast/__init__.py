@@ -1,8 +1,8 @@
 """Slipcast's runtime: load a compiled diffusion bundle and make images, without torch.
 
-    import slipcast
-    pipe = slipcast.load("artifacts/shapes-circles")
-    pipe("a red circle on a white background", seed=7).images[0].save("circle.png")
+import slipcast
+pipe = slipcast.load("artifacts/shapes-circles")
+pipe("a red circle on a white background", seed=7).images[0].save("circle.png")
 """
 
 from importlib.metadata import PackageNotFoundError, version

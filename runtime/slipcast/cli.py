@@ -154,7 +154,9 @@ def report(bundle: Path, as_json: bool) -> None:
     from slipcast.bundle import open_bundle
     from slipcast.validation import parse_json
 
-    opened = open_bundle(bundle, files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")])
+    opened = open_bundle(
+        bundle, files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")]
+    )
     try:
         record = parse_json(opened.path("report.json").read_bytes(), "report.json")
     except ArtifactError as error:
@@ -198,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if debug:
             raise
-        click.echo(f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True)
+        click.echo(
+            f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True
+        )
         _fail(HostError.exit_code, f"{error.name} is not installed", {"hint": INSTALL_COMPILER}, arguments)
 
 
@@ -237,7 +241,9 @@ def _inspect_text(manifest: Manifest) -> str:
     ]
     if family := manifest.family:
         kind = "closed" if family.closed else "open"
-        lines.append(f"  family       {family.name}, {kind}, {family.calibration} + {family.held_out} prompts  {family.hash[:16]}")
+        lines.append(
+            f"  family       {family.name}, {kind}, {family.calibration} + {family.held_out} prompts  {family.hash[:16]}"
+        )
     lines += [
         f"  image        {image.width}x{image.height}, latent {image.channels}x{image.height // image.factor}x{image.width // image.factor}",
         f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",

@@ -31,8 +31,14 @@ def examine(bundle: Path | None = None) -> list[Finding]:
     import slipcast
 
     findings = [
-        Finding("slipcast", True, f"{slipcast.__version__} on Python {platform.python_version()}, {platform.platform()}"),
-        Finding("processor", True, f"{cpu_threads()} cores for this process; {', '.join(_cpu_flags()) or 'no known vector units'}"),
+        Finding(
+            "slipcast", True, f"{slipcast.__version__} on Python {platform.python_version()}, {platform.platform()}"
+        ),
+        Finding(
+            "processor",
+            True,
+            f"{cpu_threads()} cores for this process; {', '.join(_cpu_flags()) or 'no known vector units'}",
+        ),
         Finding("memory", True, _memory()),
         Finding("disk", True, f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here"),
         *(_engine(name) for name in ENGINES),
@@ -53,7 +59,9 @@ def _clash() -> Finding:
     """onnxruntime and onnxruntime-gpu install into the same directory and break each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     mend = "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one you want"
-    return Finding("onnxruntime builds", len(both) < 2, "no clash" if len(both) < 2 else f"{' and '.join(both)} clash: {mend}")
+    return Finding(
+        "onnxruntime builds", len(both) < 2, "no clash" if len(both) < 2 else f"{' and '.join(both)} clash: {mend}"
+    )
 
 
 def _compiler() -> str:
@@ -70,10 +78,14 @@ def _targets(path: Path) -> list[Finding]:
     for target in manifest.targets:
         kind = ENGINES.get(target.engine)
         runs = kind is not None and kind.available()
-        detail = "runs here" if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
+        detail = (
+            "runs here" if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
+        )
         findings.append(Finding(f"target {target.id}", True, detail))
     if not any(finding.detail == "runs here" for finding in findings):
-        findings.append(Finding(str(path), False, "none of its targets runs here; install one of the libraries named above"))
+        findings.append(
+            Finding(str(path), False, "none of its targets runs here; install one of the libraries named above")
+        )
     return findings
 
 

@@ -11,9 +11,7 @@ class SlipcastError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, message: str, *, expected: object = None, got: object = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, expected: object = None, got: object = None, hint: str | None = None) -> None:
         self.message, self.expected, self.got, self.hint = message, expected, got, hint
         lines = [message]
         if expected is not None:
@@ -25,7 +23,7 @@ class SlipcastError(Exception):
         super().__init__("\n".join(lines))
 
 
-class CheckFailed(SlipcastError):
+class CheckFailed(SlipcastError):  # noqa: N818 - named for what happened
     """A gate or a check said no."""
 
     exit_code = 1

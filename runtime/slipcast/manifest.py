@@ -6,23 +6,20 @@ minor version loads with a warning and without the keys this version does not kn
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from slipcast.denoiser import PREDICTIONS
 from slipcast.errors import ArtifactError
-from slipcast.schedules import BETA_SCHEDULES, NoiseProcess
-from slipcast.validation import BundlePath, Strict, colliding, dotted, parse_json, problems
+from slipcast.schedules import BETA_SCHEDULES, SPACINGS, NoiseProcess
+from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dotted, parse_json, problems
 
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
-
-_NOISE = TypeAdapter(NoiseProcess)
 
 ComponentName = Literal["text_encoder", "text_encoder_2", "denoiser", "vae_decoder", "vae_encoder"]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -99,27 +96,19 @@ class Sampling(Strict):
     guidance_scale: float
     guidance_rescale: float = 0.0
     eta: float = 0.0
-    noise: dict[str, Any]
-
-    @property
-    def process(self) -> NoiseProcess:
-        """The noise process the checkpoint was trained on."""
-        return NoiseProcess.from_dict(self.noise)
+    noise: NoiseProcess
 
     @field_validator("noise")
     @classmethod
-    def _known_noise(cls, noise: dict[str, Any]) -> dict[str, Any]:
-        known = {field.name for field in dataclasses.fields(NoiseProcess)}
-        if unknown := sorted(set(noise) - known):
-            raise ValueError(f"unknown key {unknown[0]!r}")
-        try:
-            process = _NOISE.validate_json(json.dumps(noise), strict=True)
-        except ValidationError as error:
-            raise ValueError("; ".join(f"{dotted(e['loc'])}: {e['msg'].lower()}" for e in error.errors())) from None
-        if process.prediction not in PREDICTIONS or process.beta_schedule not in BETA_SCHEDULES:
-            raise ValueError(f"unknown prediction {process.prediction!r} or beta_schedule {process.beta_schedule!r}")
-        if not 1 <= process.num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
-            raise ValueError(f"num_train_timesteps has to be 1 to {MAX_TRAIN_TIMESTEPS}")
+    def _known_noise(cls, noise: NoiseProcess) -> NoiseProcess:
+        if noise.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is one of {', '.join(PREDICTIONS)}, got {noise.prediction[:100]!r}")
+        if noise.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"beta_schedule is one of {', '.join(BETA_SCHEDULES)}, got {noise.beta_schedule[:100]!r}")
+        if noise.timestep_spacing not in (None, *SPACINGS):
+            raise ValueError(f"timestep_spacing is one of {', '.join(SPACINGS)}, got {noise.timestep_spacing[:100]!r}")
+        if not 1 <= noise.num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is 1 to {MAX_TRAIN_TIMESTEPS}, got {noise.num_train_timesteps}")
         return noise
 
 
@@ -264,7 +253,7 @@ def read_manifest(data: bytes) -> Manifest:
     try:
         return _validate(document)
     except ValidationError as error:
-        unknown = [item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"]
+        unknown = [item["loc"] for item in error.errors() if item["type"] in UNKNOWN_KEY]
         if newer and unknown:
             for location in unknown:
                 _remove(document, location)

@@ -175,9 +175,9 @@ class Pipeline:
                 unconditional, conditional = np.split(output, 2)
                 return guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
 
-            denoise = Denoiser(settings.process, schedule, predict)
+            denoise = Denoiser(settings.noise, schedule, predict)
             start = noise() if request.latents is None else request.latents
-            x = start * initial_scale(settings.process, schedule, settings.sampler)
+            x = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
             for step, x in enumerate(steps):
                 if not np.isfinite(x).all():
@@ -190,7 +190,7 @@ class Pipeline:
                     changed = callback(self, step, schedule.timesteps[step], {"latents": x})
                     if changed and "latents" in changed:
                         x[...] = changed["latents"]
-        return x * final_scale(settings.process, schedule)
+        return x * final_scale(settings.noise, schedule)
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""
@@ -200,7 +200,9 @@ class Pipeline:
             image = self.manifest.image
             with self._residency.use("vae_decoder") as decoder:
                 latents = latents / np.float32(image.scaling_factor) + np.float32(image.shift_factor)
-                pictures = np.concatenate([self._decode_one(decoder, latents[i : i + 1], seconds) for i in range(len(latents))])
+                pictures = np.concatenate(
+                    [self._decode_one(decoder, latents[i : i + 1], seconds) for i in range(len(latents))]
+                )
         return np.clip(pictures / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
 
     def _decode_one(self, decoder: Engine, latent: Floats, seconds: dict[str, float]) -> Floats:
@@ -216,7 +218,9 @@ class Pipeline:
             with self._open("vae_decoder", "fp32") as full:
                 picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
         if not np.isfinite(picture).all():
-            raise NumericalError("the decoder's picture is not finite", expected="finite numbers", got="NaN or infinity")
+            raise NumericalError(
+                "the decoder's picture is not finite", expected="finite numbers", got="NaN or infinity"
+            )
         return picture
 
     @property
@@ -250,7 +254,9 @@ class Pipeline:
         if self.manifest.text:
             prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(images_per_prompt)]
         elif prompt is not None:
-            raise RequestError("this bundle is unconditional: it takes no prompt", expected="prompt=None", got=repr(prompt))
+            raise RequestError(
+                "this bundle is unconditional: it takes no prompt", expected="prompt=None", got=repr(prompt)
+            )
         count = len(prompts) or images_per_prompt
         negative = check_prompts("negative_prompt", negative_prompt)
         if len(negative) == 1:
@@ -259,7 +265,9 @@ class Pipeline:
             negative = [text for text in negative for _ in range(images_per_prompt)]
         else:
             raise RequestError(
-                "negative_prompt does not go with prompt", expected="one text, or as many as prompts", got=str(len(negative))
+                "negative_prompt does not go with prompt",
+                expected="one text, or as many as prompts",
+                got=str(len(negative)),
             )
         scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 1000:
@@ -284,7 +292,9 @@ class Pipeline:
         found = np.asarray(latents)
         if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
             raise RequestError(
-                "latents are not usable", expected=f"finite float32 {list(shape)}", got=f"{found.dtype} {list(found.shape)}"
+                "latents are not usable",
+                expected=f"finite float32 {list(shape)}",
+                got=f"{found.dtype} {list(found.shape)}",
             )
         return found
 
@@ -292,17 +302,17 @@ class Pipeline:
         settings = self.manifest.sampling
         explicit = settings.timesteps or settings.sigmas
         if steps is not None:
-            _integer("num_inference_steps", steps, 1, settings.process.num_train_timesteps)
+            _integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
             if explicit and steps != settings.steps:
                 raise RequestError(
                     "num_inference_steps is fixed in this bundle: its schedule is an explicit list",
                     expected=str(settings.steps), got=str(steps),
                 )  # fmt: skip
         if settings.timesteps:
-            return from_timesteps(settings.process, settings.timesteps)
+            return from_timesteps(settings.noise, settings.timesteps, settings.sampler)
         if settings.sigmas:
-            return from_sigmas(settings.process, settings.sigmas)
-        return make_schedule(settings.process, settings.schedule or "", steps or settings.steps, settings.sampler)
+            return from_sigmas(settings.noise, settings.sigmas)
+        return make_schedule(settings.noise, settings.schedule or "", steps or settings.steps, settings.sampler)
 
 
 def load(
@@ -324,7 +334,8 @@ def load(
     bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=needed)
     if bundle.manifest.sampling.sampler not in SAMPLERS:
         raise HostError(
-            f"this runtime does not know the sampler {bundle.manifest.sampling.sampler!r}", hint="pip install -U slipcast"
+            f"this runtime does not know the sampler {bundle.manifest.sampling.sampler!r}",
+            hint="pip install -U slipcast",
         )
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
@@ -374,7 +385,9 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
         seed = secrets.randbits(32)
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
-            raise RequestError("seed does not go with the images asked for", expected=f"{count} seeds", got=str(len(seed)))
+            raise RequestError(
+                "seed does not go with the images asked for", expected=f"{count} seeds", got=str(len(seed))
+            )
         seeds = tuple(seed)
     else:
         _integer("seed", seed, 0, 2**64 - count)

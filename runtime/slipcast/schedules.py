@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,8 @@ class NoiseProcess:
     None) are scalars.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how the manifest reads it
+
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
@@ -111,17 +113,8 @@ class NoiseProcess:
                 _pick("beta_schedule", known.get("beta_schedule", "linear"), BETA_SCHEDULES)
         if "timestep_spacing" in known:
             _pick("timestep_spacing", known["timestep_spacing"], SPACINGS)
-        return cls.from_dict(values)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NoiseProcess:
-        """The inverse of `to_dict`, also after a trip through JSON, which has no tuples."""
-        betas = values.get("trained_betas")
-        return cls(**{**values, "trained_betas": None if betas is None else tuple(float(b) for b in betas)})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
-        return asdict(self)
+        betas = known.get("trained_betas")
+        return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
 
     @cached_property
     def sigmas(self) -> Floats:

@@ -25,7 +25,9 @@ class PromptTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception for every defect
-            raise ArtifactError(f"{file.name}: not a tokenizer", got=str(error), hint="compile the bundle again") from error
+            raise ArtifactError(
+                f"{file.name}: not a tokenizer", got=str(error), hint="compile the bundle again"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_length, self.pad_token_id = max_length, pad_token_id
@@ -57,7 +59,9 @@ def check_prompts(name: str, prompts: str | Sequence[str]) -> list[str]:
     """A prompt or a list of them as a list; RequestError for anything that is not text."""
     several = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(several, (list, tuple)) or not several:
-        raise RequestError(f"{name} is not usable", expected="a string or a non-empty list of strings", got=repr(prompts))
+        raise RequestError(
+            f"{name} is not usable", expected="a string or a non-empty list of strings", got=repr(prompts)
+        )
     for prompt in several:
         if not isinstance(prompt, str):
             raise RequestError(f"{name} is not usable", expected="a string", got=repr(prompt))

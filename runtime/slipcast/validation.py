@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -17,6 +18,7 @@ from slipcast.errors import ArtifactError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # what pydantic calls it in models and in dataclasses
 
 
 class Strict(BaseModel):
@@ -132,7 +134,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[t
     for item in error.errors(include_url=False):
         where = tuple(item["loc"])
         match item["type"]:
-            case "extra_forbidden":
+            case unknown if unknown in UNKNOWN_KEY:
                 near = difflib.get_close_matches(str(where[-1])[:100], _keys(model, where[:-1]), n=1)
                 yield where, f"unknown key {str(where[-1])[:100]!r}" + (f", did you mean {near[0]!r}?" if near else "")
             case "missing":
@@ -166,4 +168,6 @@ def _keys(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
         # X | None: the record is the member that is a model or a container of one
         while (args := typing.get_args(current)) and type(None) in args:
             current = next(a for a in args if a is not type(None))
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return [field.name for field in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []

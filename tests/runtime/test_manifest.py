@@ -41,7 +41,7 @@ def refusal(data: bytes) -> str:
 def test_valid_manifest_survives_a_round_trip():
     manifest = read_manifest(json.dumps(VALID).encode())
     assert manifest.components["denoiser"].inputs[0].shape == (1, 4, 8, 8)
-    assert manifest.sampling.process.num_train_timesteps == 1000
+    assert manifest.sampling.noise.num_train_timesteps == 1000
     assert read_manifest(manifest.to_json()) == manifest
 
 
@@ -59,7 +59,14 @@ def test_row_10_newer_major_needs_a_newer_runtime():
 
 
 @pytest.mark.parametrize(
-    "where", [("novelty",), ("image", "novelty"), ("targets", 0, "novelty"), ("files", 1, "novelty")]
+    "where",
+    [
+        ("novelty",),
+        ("image", "novelty"),
+        ("sampling", "noise", "novelty"),
+        ("targets", 0, "novelty"),
+        ("files", 1, "novelty"),
+    ],
 )
 def test_row_10_newer_minor_loads_with_a_warning(where: tuple[str | int, ...]):
     data = changed({"deep": [1]}, *where, base={**VALID, "schema_version": "1.7"})
@@ -146,6 +153,7 @@ def test_row_11_what_is_allowed_is_read():
         (("head_retention_ration",), "head_retention_ratio"),
         (("image", "widht"), "width"),
         (("targets", 0, "precison"), "precision"),
+        (("sampling", "noise", "beta_strat"), "beta_start"),
         (("components", "denoiser", "output"), "outputs"),
         (("components", "denoiser", "inputs", 0, "dytpe"), "dtype"),
     ],
@@ -209,6 +217,9 @@ def test_all_problems_are_reported_at_once():
         ({"beta_start": "0.1"}, ("sampling", "noise")),
         ({"trained_betas": [0.1, None]}, ("sampling", "noise")),
         ({"predictions": 1}, ("sampling", "noise")),
+        ({"timestep_spacing": "trailling"}, ("sampling", "noise")),
+        ({"trained_betas": 0.1}, ("sampling", "noise")),
+        ([], ("sampling", "noise")),
         (8, ("image", "overlap")),
         (3, ("image", "factor")),
     ],

@@ -1,4 +1,4 @@
-"""What differs between families of diffusion models, as data: components, their inputs, and how a prompt reaches them."""
+"""What differs between families of diffusion models, as data: components, inputs, and how a prompt reaches them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from slipcast.manifest import EngineFiles
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
-    """Convert a graph. Weights are kept in fp16 for bf16 engines, which halves the file; the host rounds them further."""
+    """Convert a graph. For bf16 the weights are kept in fp16, which halves the file; the host rounds them further."""
     import openvino
 
     target = out / f"{model.stem}.xml"

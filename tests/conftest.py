@@ -1,0 +1,36 @@
+"""What the tests share: one workspace, and in it one compile of the reference model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The `slipcast` command as a user starts it: a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "slipcast.cli", *arguments],
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the checkout, where README's commands can leave their artifacts."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(workspace: Path) -> Path:
+    """The shipped recipe, compiled once per test session."""
+    done = run_cli("compile", "recipes/shapes-circles.toml", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    return workspace / "artifacts" / "shapes-circles"

@@ -109,7 +109,10 @@ class Checkpoint:
         base = self.root / folder
         for pattern in ("*.safetensors.index.json", "*.fp16.safetensors.index.json"):
             for index in sorted(base.glob(pattern)):
-                return sorted({base / name for name in self._json(index)["weight_map"].values()})
+                names = sorted(set(self._json(index)["weight_map"].values()))
+                if strays := [name for name in names if Path(name).name != name]:
+                    raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
+                return [base / name for name in names]
         files = sorted(base.glob("*.safetensors"))
         plain = [file for file in files if file.suffixes[-2:-1] not in ([".fp16"], [".non_ema"])]
         for candidates in (plain, [file for file in files if ".fp16." in file.name]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slipcast.errors import ArtifactError, HostError, SlipcastError
+from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
 
 if TYPE_CHECKING:
     from slipcast.manifest import Manifest
@@ -86,6 +87,8 @@ def run(
     from slipcast.pipeline import load
     from slipcast.progress import Stages
 
+    if output:
+        _check_output(output)
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency)
@@ -190,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         _fail(error.exit_code, error.format_message(), {}, arguments)
     except (KeyboardInterrupt, click.Abort):
-        _fail(130, "interrupted", {}, arguments)
+        click.echo("interrupted", err=True)
+        _fail(Cancelled.exit_code, "interrupted", {}, arguments)
     except SlipcastError as error:
         if debug:
             raise
@@ -204,6 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True
         )
         _fail(HostError.exit_code, f"{error.name} is not installed", {"hint": INSTALL_COMPILER}, arguments)
+    except Exception as error:  # ours to mend; the user gets one message all the same
+        if debug:
+            raise
+        message = f"{type(error).__name__}: {error}"
+        hint = "free some memory" if isinstance(error, MemoryError) else "run `slipcast --debug ...` and report it"
+        click.echo(f"error: {message}\n  next:     {hint}", err=True)
+        code = ResourceError.exit_code if isinstance(error, MemoryError) else SlipcastError.exit_code
+        _fail(code, message, {"type": type(error).__name__, "hint": hint}, arguments)
 
 
 def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> None:
@@ -216,11 +228,27 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
+def _is_directory(output: Path) -> bool:
+    return output.is_dir() or not output.suffix
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before the work what could not be saved after it; what goes wrong nevertheless is met in _save."""
+    from PIL import Image
+
+    kinds = Image.registered_extensions()
+    if not _is_directory(output) and kinds.get(output.suffix.lower()) not in Image.SAVE:
+        raise click.UsageError(f"cannot write {output}: no picture format is called {output.suffix}; use .png")
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if (nearest.is_file() and nearest != output) or not os.access(nearest, os.W_OK):
+        raise click.UsageError(f"cannot write {output}: {nearest} cannot be written to")
+
+
 def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Path]:
     """One file, a grid of all images; or one each, named by seed, where `output` is a directory."""
     from slipcast.grid import make_grid
 
-    as_directory = output.is_dir() or not output.suffix
+    as_directory = _is_directory(output)
     files = [output / f"{seed}.png" for seed in seeds] if as_directory else [output]
     pictures = images if as_directory else [make_grid(images)]
     try:
@@ -240,12 +268,11 @@ def _inspect_text(manifest: Manifest) -> str:
         f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
     ]
     if family := manifest.family:
-        kind = "closed" if family.closed else "open"
-        lines.append(
-            f"  family       {family.name}, {kind}, {family.calibration} + {family.held_out} prompts  {family.hash[:16]}"
-        )
+        kind, prompts = "closed" if family.closed else "open", f"{family.calibration} + {family.held_out} prompts"
+        lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
+    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
     lines += [
-        f"  image        {image.width}x{image.height}, latent {image.channels}x{image.height // image.factor}x{image.width // image.factor}",
+        f"  image        {image.width}x{image.height}, latent {latent}",
         f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
         f"  heads kept   {manifest.head_retention_ratio:.0%}",
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
@@ -269,7 +296,8 @@ def _report_text(manifest: Manifest, page: Path) -> str:
         if quality and speed:
             clip = "not run" if quality.clip_delta_mean is None else f"{quality.clip_delta_mean:+.2%}"
             lines += [
-                f"  {target.id}: CLIP {clip}, PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}",
+                f"  {target.id}: CLIP {clip}, "
+                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}",
                 f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
                 f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
             ]

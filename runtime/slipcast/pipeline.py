@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import secrets
 import threading
@@ -17,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from slipcast.bundle import Bundle, open_bundle
+from slipcast.bundle import Bundle, check_digests, open_bundle
+from slipcast.contract import check_contract
 from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
-from slipcast.engines import ENGINES, Engine, engine_kind, open_engine
+from slipcast.engines import ENGINES, Engine, open_engine
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
 from slipcast.residency import Policy, Residency
 from slipcast.samplers import SAMPLERS, sample
-from slipcast.schedules import Schedule, from_sigmas, from_timesteps, make_schedule
+from slipcast.schedules import SCHEDULES, Schedule, from_sigmas, from_timesteps, make_schedule
 from slipcast.seeds import TorchGenerator, batch_noise
 from slipcast.tiling import decode_tiled
 from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
@@ -40,7 +42,7 @@ OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, F
 class PipelineOutput:
     """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
 
-    `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside engines.
+    `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
     """
 
     images: Any
@@ -73,18 +75,19 @@ class Pipeline:
     def __init__(self, bundle: Bundle, target: Target, residency: Policy = "all") -> None:
         self.bundle, self.manifest, self.target = bundle, bundle.manifest, target.id
         self._target = target
+        check_contract(self.manifest)
         self._tokenizers = [
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
         self._residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
-        self._one_call_at_a_time = threading.Lock()
+        self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
@@ -116,7 +119,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the engines. A later call opens each for as long as it is needed."""
-        self._residency.close()
+        with self._one_call_at_a_time:
+            self._residency.close()
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +137,7 @@ class Pipeline:
         return open_engine(self._target.engine, model, weights, precision or self._target.precision, contract)
 
     def _run(self, request: _Request, callback: OnStepEnd | None) -> PipelineOutput:
-        clock, seconds = time.perf_counter(), {}
+        clock, seconds = time.perf_counter(), dict[str, float]()
         conditioning = self._encode(request, seconds)
         latents = self._denoise(request, conditioning, callback, seconds)
         images: Any = latents
@@ -145,16 +149,17 @@ class Pipeline:
 
     def _encode(self, request: _Request, seconds: dict[str, float]) -> dict[str, Floats]:
         """Denoiser inputs that depend on the prompt: unconditional rows first, where guided."""
+        texts = [*request.negative, *request.prompts] if request.guided else request.prompts
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        places = [distinct[text] for text in texts]
+        # All prompts are cut into tokens, and refused where too long, before the first encoder runs.
+        tokens = [tokenizer(list(distinct), request.on_long_prompt) for tokenizer in self._tokenizers]
         parts: dict[str, list[Floats]] = {}
-        for text, tokenizer in zip(self.manifest.text, self._tokenizers, strict=True):
-            rows = tokenizer(request.prompts, request.on_long_prompt)
-            if request.guided:
-                rows = np.concatenate([tokenizer(request.negative, request.on_long_prompt), rows])
-            distinct, places = np.unique(rows, axis=0, return_inverse=True)
+        for text, ids in zip(self.manifest.text, tokens, strict=True):
             with self._residency.use(text.component) as encoder:
-                outputs = _timed(encoder, {"input_ids": distinct}, seconds, text.component)
+                outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
-                parts.setdefault(denoiser_input, []).append(outputs[output][places.reshape(-1)])
+                parts.setdefault(denoiser_input, []).append(outputs[output][places])
         return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
 
     def _denoise(
@@ -169,47 +174,46 @@ class Pipeline:
             def predict(x: Floats, timestep: float) -> Floats:
                 batch = np.concatenate([x, x]) if request.guided else x
                 inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **conditioning}
-                output = _timed(engine, inputs, seconds, "denoiser")["prediction"]
-                if not request.guided:
-                    return output
-                unconditional, conditional = np.split(output, 2)
-                return guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
+                output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
+                if request.guided:
+                    unconditional, conditional = np.split(output, 2)
+                    output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
+                return output
 
             denoise = Denoiser(settings.noise, schedule, predict)
             start = noise() if request.latents is None else request.latents
-            x = start * initial_scale(settings.noise, schedule, settings.sampler)
+            x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
             for step, x in enumerate(steps):
-                if not np.isfinite(x).all():
-                    raise NumericalError(
-                        f"latents are not finite after step {step + 1} of {len(schedule.timesteps)}",
-                        expected="finite numbers", got=f"NaN or infinity at timestep {schedule.timesteps[step]:g}",
-                        hint="try a target of higher precision, or a lower guidance_scale",
-                    )  # fmt: skip
+                timestep = schedule.timesteps[step]
+                where = f"step {step + 1} of {len(schedule.timesteps)} (timestep {timestep:g})"
+                _check_finite(x, f"latents are not finite after {where}")
                 if callback:
-                    changed = callback(self, step, schedule.timesteps[step], {"latents": x})
+                    changed = callback(self, step, timestep, {"latents": x})
                     if changed and "latents" in changed:
-                        x[...] = changed["latents"]
-        return x * final_scale(settings.noise, schedule)
+                        x[...] = _check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
+                    _check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
+            latents: Floats = x * final_scale(settings.noise, schedule)
+        return latents
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""
-        if "vae_decoder" not in self.manifest.components:
-            pictures = latents
-        else:
+        pictures = latents
+        if "vae_decoder" in self.manifest.components:
             image = self.manifest.image
+            scaled = cast(Floats, latents / image.scaling_factor + image.shift_factor)
             with self._residency.use("vae_decoder") as decoder:
-                latents = latents / np.float32(image.scaling_factor) + np.float32(image.shift_factor)
-                pictures = np.concatenate(
-                    [self._decode_one(decoder, latents[i : i + 1], seconds) for i in range(len(latents))]
-                )
-        return np.clip(pictures / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+                # One by one: memory does not grow with their number, and each is what it would be alone.
+                pictures = np.concatenate([self._decode_one(decoder, one[None], seconds) for one in scaled])
+        levels: Floats = np.clip(pictures * 0.5 + 0.5, 0, 1).transpose(0, 2, 3, 1)
+        return levels
 
     def _decode_one(self, decoder: Engine, latent: Floats, seconds: dict[str, float]) -> Floats:
         image = self.manifest.image
 
         def decode(engine: Engine, tile: Floats) -> Floats:
-            return _timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
+            picture: Floats = _timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
+            return picture
 
         picture = decode_tiled(partial(decode, decoder), latent, image.tile, image.overlap, image.factor)
         if not np.isfinite(picture).all() and self._target.precision != "fp32":
@@ -217,10 +221,7 @@ class Pipeline:
             logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
             with self._open("vae_decoder", "fp32") as full:
                 picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
-        if not np.isfinite(picture).all():
-            raise NumericalError(
-                "the decoder's picture is not finite", expected="finite numbers", got="NaN or infinity"
-            )
+        _check_finite(picture, "the decoder's picture is not finite")
         return picture
 
     @property
@@ -231,7 +232,7 @@ class Pipeline:
     def _check(
         self,
         prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None,
         seed: int | Sequence[int] | None,
         images_per_prompt: int,
         steps: int | None,
@@ -253,12 +254,12 @@ class Pipeline:
         prompts: list[str] = []
         if self.manifest.text:
             prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(images_per_prompt)]
-        elif prompt is not None:
+        elif prompt is not None or negative_prompt:
             raise RequestError(
-                "this bundle is unconditional: it takes no prompt", expected="prompt=None", got=repr(prompt)
+                "this bundle is unconditional: it takes no prompt", expected="None", got=repr(prompt or negative_prompt)
             )
         count = len(prompts) or images_per_prompt
-        negative = check_prompts("negative_prompt", negative_prompt)
+        negative = check_prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negative) == 1:
             negative *= count
         elif len(negative) * images_per_prompt == count:
@@ -270,13 +271,14 @@ class Pipeline:
                 got=str(len(negative)),
             )
         scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 1000:
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 <= scale <= 1000:
             raise RequestError("guidance_scale is not usable", expected="a number from 0 to 1000", got=repr(scale))
         if latents is not None:
-            latents = self._check_latents(latents, count)
-        return _Request(
-            prompts, negative, _seeds(seed, count), self._schedule(steps), float(scale), latents, output_type, on_long_prompt
-        )  # fmt: skip
+            latents = _check_latents("latents", latents, (count, *self._latent_shape))
+            if not np.isfinite(latents).all():
+                raise RequestError("latents are not usable", expected="finite numbers", got="NaN or infinity")
+        schedule, seeds = self._schedule(steps), _seeds(seed, count)
+        return _Request(prompts, negative, seeds, schedule, float(scale), latents, output_type, on_long_prompt)
 
     def _check_size(self, width: int | None, height: int | None) -> None:
         image = self.manifest.image
@@ -286,17 +288,6 @@ class Pipeline:
                     f"{name} is fixed in this bundle", expected=str(built), got=repr(asked),
                     hint=f"compile a bundle with --set sampling.{name}={asked!r}",
                 )  # fmt: skip
-
-    def _check_latents(self, latents: Floats, count: int) -> Floats:
-        shape = (count, *self._latent_shape)
-        found = np.asarray(latents)
-        if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
-            raise RequestError(
-                "latents are not usable",
-                expected=f"finite float32 {list(shape)}",
-                got=f"{found.dtype} {list(found.shape)}",
-            )
-        return found
 
     def _schedule(self, steps: int | None) -> Schedule:
         settings = self.manifest.sampling
@@ -325,20 +316,16 @@ def load(
     at a time. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
     """
 
-    def needed(manifest: Manifest) -> list[str]:
-        files = [text.tokenizer for text in manifest.text]
-        for engine in choose_target(manifest, target).components.values():
-            files += [engine.model, *([engine.weights] if engine.weights else [])]
-        return files
-
-    bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=needed)
-    if bundle.manifest.sampling.sampler not in SAMPLERS:
-        raise HostError(
-            f"this runtime does not know the sampler {bundle.manifest.sampling.sampler!r}",
-            hint="pip install -U slipcast",
-        )
+    bundle = open_bundle(path, allow_unlisted=allow_unlisted)
+    sampling = bundle.manifest.sampling
+    for kind, name, known in (("sampler", sampling.sampler, SAMPLERS), ("schedule", sampling.schedule, SCHEDULES)):
+        if name is not None and name not in known:
+            raise HostError(f"this runtime does not know the {kind} {name!r}", hint="pip install -U slipcast")
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
+    engines = chosen.components.values()
+    tokenizers = [text.tokenizer for text in bundle.manifest.text]
+    check_digests(bundle, [*tokenizers, *(file for e in engines for file in (e.model, e.weights) if file)])
     return Pipeline(bundle, chosen, residency)
 
 
@@ -351,14 +338,14 @@ def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
         candidates = [target for target in manifest.targets if wanted in (target.engine, target.id)]
         if not candidates:
             raise RequestError(f"this bundle has no target {wanted!r}", expected="auto, " + ", ".join(ids), got=wanted)
-    refusals = []
+    refusals: list[str] = []
     for target in candidates:
-        if target.engine in ENGINES and engine_kind(target.engine).available():
+        kind = ENGINES.get(target.engine)
+        if kind and kind.available():
             for refusal in refusals:
                 logger.warning("target %s", refusal)
             return target
-        known = target.engine in ENGINES
-        refusals.append(f"{target.id}: " + (ENGINES[target.engine].why_not() if known else "unknown to this runtime"))
+        refusals.append(f"{target.id}: {kind.why_not() if kind else 'unknown to this runtime'}")
     raise HostError("no target of this bundle can run here", expected=", ".join(ids), hint="; ".join(refusals))
 
 
@@ -373,6 +360,23 @@ def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], na
     outputs = engine(inputs)
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - clock
     return outputs
+
+
+def _check_latents(name: str, latents: object, shape: tuple[int, ...]) -> Floats:
+    found: Floats = np.asarray(latents)
+    if found.shape != shape or found.dtype != np.float32:
+        raise RequestError(
+            f"{name} are not usable", expected=f"float32 {list(shape)}", got=f"{found.dtype} {list(found.shape)}"
+        )
+    return found
+
+
+def _check_finite(values: Floats, problem: str) -> None:
+    if not np.isfinite(values).all():
+        raise NumericalError(
+            problem, expected="finite numbers", got="NaN or infinity",
+            hint="try a target of higher precision, or a lower guidance_scale",
+        )  # fmt: skip
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

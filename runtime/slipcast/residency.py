@@ -25,7 +25,14 @@ class Residency:
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
             with ThreadPoolExecutor() as pool:
                 futures = {name: pool.submit(opener) for name, opener in openers.items()}
-            self._open = {name: self._stack.enter_context(future.result()) for name, future in futures.items()}
+            for future in futures.values():
+                if not future.exception():
+                    self._stack.enter_context(future.result())
+            try:
+                self._open = {name: future.result() for name, future in futures.items()}
+            except BaseException:  # one did not open: free those that did
+                self._stack.close()
+                raise
 
     @contextmanager
     def use(self, component: str) -> Iterator[Engine]:

@@ -34,7 +34,8 @@ def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tile: int, 
             total[area] += piece * window
             weights[area] += window
     assert total is not None
-    return total / weights
+    picture: Floats = np.divide(total, weights)
+    return picture
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -82,7 +82,18 @@ def open_engine(name: str, model: Path, weights: Path | None, precision: str, co
     kind = engine_kind(name)
     if not kind.available():
         raise HostError(f"engine {name} cannot run here", hint=kind.why_not())
-    engine: Engine = importlib.import_module(kind.module).open_engine(model, weights, precision)
+    if precision not in kind.precisions:
+        raise HostError(
+            f"{model.name}: this runtime does not run {name} in {precision}",
+            expected=", ".join(kind.precisions), got=precision, hint="pip install -U slipcast",
+        )  # fmt: skip
+    try:
+        module = importlib.import_module(kind.module)
+    except ImportError as error:  # installed, but for another Python, or without a system library
+        raise HostError(
+            f"engine {name} cannot run here", got=str(error), hint=f"reinstall {kind.library}: it cannot be imported"
+        ) from error
+    engine: Engine = module.open_engine(model, weights, precision)
     for side in ("inputs", "outputs"):
         promised, found = getattr(contract, side), getattr(engine, side)
         if _comparable(promised) != _comparable(found):

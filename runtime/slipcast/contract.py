@@ -1,0 +1,65 @@
+"""What the pipeline feeds its components and reads from them, against what the manifest says they take and give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from slipcast.errors import ArtifactError
+from slipcast.manifest import Manifest, TensorSpec
+
+Wanted = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
+"""dtype and shape by name; None: any dimension, or any shape."""
+
+
+def check_contract(manifest: Manifest) -> None:
+    """ArtifactError where a call could only fail at its first step: a manifest whose parts do not go together."""
+    image = manifest.image
+    latent = ("float32", (None, image.channels, image.height // image.factor, image.width // image.factor))
+    conditioning = {name for text in manifest.text for name in text.outputs.values()}
+    _compare(
+        manifest, "denoiser",
+        {"sample": latent, "timestep": ("float32", (1,)), **dict.fromkeys(conditioning, ("float32", None))},
+        {"prediction": latent},
+    )  # fmt: skip
+    for text in manifest.text:
+        inputs: Wanted = {"input_ids": ("int64", (None, text.max_length))}
+        _compare(manifest, text.component, inputs, dict.fromkeys(text.outputs, ("float32", None)))
+    if "vae_decoder" in manifest.components:
+        tile = ("float32", (None, image.channels, None, None))
+        _compare(manifest, "vae_decoder", {"latent": tile}, {"image": ("float32", (None, None, None, None))})
+
+
+def _compare(manifest: Manifest, name: str, inputs: Wanted, outputs: Wanted) -> None:
+    """Every input has to be fed; an output may go unused."""
+    component = {str(key): value for key, value in manifest.components.items()}.get(name)
+    if component is None:
+        raise _refuse(f"components.{name}", "a component that a text input names", "none")
+    if (got := {spec.name for spec in component.inputs}) != set(inputs):
+        raise _refuse(f"components.{name}.inputs", _names(inputs), _names(got))
+    if not (got := {spec.name for spec in component.outputs}) >= set(outputs):
+        raise _refuse(f"components.{name}.outputs", _names(outputs), _names(got))
+    for specs, wanted in ((component.inputs, inputs), (component.outputs, outputs)):
+        for spec in specs:
+            if spec.name in wanted and not _fits(spec, *wanted[spec.name]):
+                dtype, shape = wanted[spec.name]
+                expected = dtype + ("" if shape is None else f"[{', '.join(str(d or '?') for d in shape)}]")
+                got_shape = ", ".join(map(str, spec.shape))
+                raise _refuse(f"components.{name}: {spec.name}", expected, f"{spec.dtype}[{got_shape}]")
+
+
+def _fits(spec: TensorSpec, dtype: str, shape: tuple[int | None, ...] | None) -> bool:
+    if spec.dtype != dtype or shape is None:
+        return spec.dtype == dtype
+    return len(spec.shape) == len(shape) and all(
+        want is None or isinstance(have, str) or have == want for have, want in zip(spec.shape, shape, strict=True)
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _refuse(where: str, expected: str, got: str) -> ArtifactError:
+    return ArtifactError(
+        f"manifest.json: {where} does not fit the rest", expected=expected, got=got, hint="compile the bundle again"
+    )

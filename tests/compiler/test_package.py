@@ -1,0 +1,65 @@
+"""Publishing: all or nothing, and never over what is not a bundle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slipcast.errors import RecipeError
+from slipcast.manifest import MANIFEST_NAME
+from slipcast_compiler.package import check_output, publish, staging
+
+
+def test_staging_disappears_unless_published(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "bundle"
+    with staging(output) as folder:
+        (folder / "a").write_text("a")
+    assert list(output.parent.iterdir()) == []
+    with staging(output) as folder:
+        (folder / MANIFEST_NAME).write_text("1")
+        publish(folder, output)
+    assert [p.name for p in output.parent.iterdir()] == ["bundle"]
+    assert output.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_old_bundle_is_replaced_whole(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    for generation in ("1", "2"):
+        with staging(output) as folder:
+            (folder / MANIFEST_NAME).write_text(generation)
+            (folder / f"only-in-{generation}").write_text("")
+            publish(folder, output)
+    assert sorted(p.name for p in output.iterdir()) == [MANIFEST_NAME, "only-in-2"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_failing_sync_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "bundle"
+    output.mkdir()
+    (output / MANIFEST_NAME).write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with staging(output) as folder:
+        (folder / MANIFEST_NAME).write_text("new")
+        with pytest.raises(OSError, match="Input/output"):
+            publish(folder, output)
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_what_is_not_a_bundle_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("photos", "file", "link"):
+        with pytest.raises(RecipeError, match="is not a bundle"):
+            check_output(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty")
+    check_output(tmp_path / "new")

@@ -31,8 +31,8 @@ class Compiled:
 
 def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Compiled:
     """Make the bundle at `output`. Raises CheckFailed, with the report written beside it, where the gate is missed."""
+    size = (plan.image.width, plan.image.height)
     with stages.stage("originals") as advance:
-        size = (plan.image.width, plan.image.height)
         originals = evaluate.run_originals(
             plan.checkpoint, plan.sampling, plan.recipe, size, plan.prompts, cache, advance
         )
@@ -49,10 +49,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
         scorer = evaluate.Scorer(plan.recipe.evaluate.scorer, plan.folder) if plan.recipe.evaluate.scorer else None
         runs, judged = {}, []
+        with stages.stage("evaluate original") as advance:
+            before = evaluate.measure_original(plan.checkpoint, plan.sampling, size, originals, advance)
         for target in targets:
             with stages.stage(f"evaluate {target.id}") as advance:
                 runs[target.id] = run = evaluate.run_bundle(folder, target, originals, advance)
-                quality, performance = evaluate.judge(originals, run, scorer), evaluate.performance(originals, run)
+                quality, performance = evaluate.judge(originals, run, scorer), evaluate.performance(before, run)
                 judged.append(target.model_copy(update={"quality": quality, "performance": performance}))
         gates = {t.id: evaluate.apply_gate(plan.recipe.gate, t.quality) for t in judged if t.quality}
         first = judged[0]

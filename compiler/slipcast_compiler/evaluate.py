@@ -23,6 +23,7 @@ from slipcast_compiler.recipe import GateTable, Recipe
 
 Floats = npt.NDArray[np.float32]
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
+MEASURED = 3  # images that time and memory of the original are taken from
 MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
 
 
@@ -44,13 +45,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Originals:
-    """The unchanged model: fp32, which everything is compared with, and two runs that give the noise floors."""
+    """The unchanged model's pictures, float32 [n, h, w, 3]: the reference, and two runs that give the noise floors."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
-    fp32: Run
-    bf16: Run
-    other_seeds: Run
+    fp32: Floats
+    bf16: Floats
+    other_seeds: Floats
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Scorer:
         pixels = self._processor(pictures, return_tensors="pt").pixel_values
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
-            [prompt or "" for prompt in prompts], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            [prompt or "" for prompt in prompts], padding="max_length", max_length=length, truncation=True,
+            return_tensors="pt",
         )  # fmt: skip
         with torch.no_grad():
             output = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
@@ -132,6 +134,17 @@ def run_originals(
     return Originals(prompts, seeds, *runs)
 
 
+def measure_original(
+    checkpoint: Checkpoint, sampling: Sampling, size: tuple[int, int], originals: Originals, advance: Advance
+) -> Run:
+    """Time and memory of the original in fp32, measured now: pictures may come from a cache, figures may not."""
+    prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
+    isolated = run_isolated(
+        original.make_images, checkpoint.root, sampling, size, prompts, seeds, "float32", advance=advance
+    )
+    return _run(isolated.result, isolated.peak_memory_mb)
+
+
 def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
     """The same prompts and seeds through the runtime, in a process of its own."""
     isolated = run_isolated(bundled.make_images, root, target.id, originals.prompts, originals.seeds, advance=advance)
@@ -141,16 +154,16 @@ def run_bundle(root: Path, target: Target, originals: Originals, advance: Advanc
 def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
     """All metrics of a run against the original, with the noise floors."""
     prompts = originals.prompts
-    reference = originals.fp32.images
+    reference = originals.fp32
     reference_scores = scorer(reference, prompts) if scorer else None
 
-    def against(found: Run) -> Metrics:
-        return compare(reference, found.images, reference_scores, scorer(found.images, prompts) if scorer else None)
+    def against(found: Floats) -> Metrics:
+        return compare(reference, found, reference_scores, scorer(found, prompts) if scorer else None)
 
     other = against(originals.other_seeds)
     clip_only = {name: value for name, value in other.model_dump().items() if name.startswith("clip")}
     return Quality(
-        **against(run).model_dump(), images=len(prompts),
+        **against(run.images).model_dump(), images=len(prompts),
         noise_floor={"precision": against(originals.bf16), "seed": Metrics(**clip_only)},
     )  # fmt: skip
 
@@ -177,11 +190,11 @@ def compare(reference: Floats, found: Floats, reference_scores: Floats | None, s
     )
 
 
-def performance(originals: Originals, run: Run) -> Performance:
+def performance(original_run: Run, run: Run) -> Performance:
     """Time and memory of a run beside the original's."""
     return Performance(
-        peak_memory_full_mb=round(originals.fp32.peak_memory_mb, 1), peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
-        latency_full_s=round(originals.fp32.latency_s, 4), latency_bundle_s=round(run.latency_s, 4),
+        peak_memory_full_mb=round(original_run.peak_memory_mb, 1), peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
+        latency_full_s=round(original_run.latency_s, 4), latency_bundle_s=round(run.latency_s, 4),
         load_s=round(run.load_s, 4), components_s={name: round(s, 5) for name, s in run.components_s.items()},
     )  # fmt: skip
 
@@ -211,7 +224,7 @@ def _original(
     dtype: str,
     cache: Cache,
     advance: Advance,
-) -> Run:
+) -> Floats:
     inputs: dict[str, Any] = {
         "checkpoint": checkpoint.sha256, "sampling": sampling.model_dump(mode="json"), "size": size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,
@@ -221,10 +234,10 @@ def _original(
         made = run_isolated(
             original.make_images, checkpoint.root, sampling, size, prompts, seeds, dtype, advance=advance
         )
-        np.savez(folder / "run.npz", **made.result, peak_memory_mb=made.peak_memory_mb)
+        np.save(folder / "images.npy", made.result["images"])
 
-    with np.load(cache.get("original", inputs, build) / "run.npz") as saved:
-        return _run({name: saved[name] for name in ("images", "seconds", "load_s")}, float(saved["peak_memory_mb"]))
+    images: Floats = np.load(cache.get("original", inputs, build) / "images.npy")
+    return images
 
 
 def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:

@@ -53,8 +53,7 @@ precision = "fp32"
 def write_recipe(model: Path, prompts: Path, output: Path | None) -> Path:
     """Write a recipe beside nothing else: RecipeError where the file exists, or model or prompts are unusable."""
     checkpoint = Checkpoint(model.resolve(), str(model))
-    sample = checkpoint.config(checkpoint.architecture.components["denoiser"].folder)["sample_size"]
-    rows, columns = (sample, sample) if isinstance(sample, int) else sample
+    width, height = checkpoint.native_size
     try:
         read_prompts(prompts)
     except FileNotFoundError:
@@ -67,8 +66,7 @@ def write_recipe(model: Path, prompts: Path, output: Path | None) -> Path:
     output.write_text(
         TEMPLATE.format(
             file=output, name=json.dumps(name), model=_quoted(model, beside), prompts=_quoted(prompts, beside),
-            guidance=5.0 if checkpoint.architecture.text else 1.0, width=columns * checkpoint.factor,
-            height=rows * checkpoint.factor,
+            guidance=5.0 if checkpoint.architecture.text else 1.0, width=width, height=height,
         ),
         "utf-8",
     )  # fmt: skip

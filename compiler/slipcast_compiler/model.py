@@ -62,8 +62,17 @@ class Checkpoint:
     @cached_property
     def process(self) -> NoiseProcess:
         """The noise process the denoiser was trained on, from the scheduler's config."""
-        config = self._json(self.root / "scheduler" / "scheduler_config.json")
-        return NoiseProcess.from_scheduler_config(config)
+        return NoiseProcess.from_scheduler_config(self._scheduler)
+
+    @property
+    def usual_schedule(self) -> str | None:
+        """The schedule that the scheduler's config asks for, if it does."""
+        flags = (name for name in ("karras", "exponential", "beta") if self._scheduler.get(f"use_{name}_sigmas"))
+        return next(flags, self.process.timestep_spacing)
+
+    @cached_property
+    def _scheduler(self) -> dict[str, Any]:
+        return self._json(self.root / "scheduler" / "scheduler_config.json")
 
     @cached_property
     def factor(self) -> int:
@@ -76,6 +85,13 @@ class Checkpoint:
     def sizes(self) -> dict[str, int]:
         """The dimensions that the configs fix."""
         return {name: int(self.config(folder)[key]) for name, (folder, key) in self.architecture.sizes.items()}
+
+    @cached_property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the denoiser was trained for."""
+        sample = self.config(self.architecture.components["denoiser"].folder).get("sample_size") or 64
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return columns * self.factor, rows * self.factor
 
     @property
     def not_compiled(self) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
 from slipcast.manifest import Sampling
 from slipcast.progress import Advance
+from slipcast.samplers import sample
 from slipcast_compiler.quiet import quiet
 
-# sampler -> (diffusers scheduler, its settings). A sampler without one has no original to be compared with.
+# sampler -> (diffusers scheduler, its settings). Two are left out: DPMSolverSDEScheduler draws its noise from a
+# Brownian tree, so no seed gives its pictures; and the third order of sde-dpmsolver++ has a wrong sign (diffusers 0.42).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -26,21 +28,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm2": ("KDPM2DiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
     "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
     "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
     "lcm": ("LCMScheduler", {}),
 }
+_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_NONE = dict.fromkeys(_FLAGS, False)
 # schedule -> the scheduler settings that choose it.
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "leading": {"timestep_spacing": "leading"},
-    "linspace": {"timestep_spacing": "linspace"},
-    "trailing": {"timestep_spacing": "trailing"},
-    "karras": {"use_karras_sigmas": True},
-    "exponential": {"use_exponential_sigmas": True},
-    "beta": {"use_beta_sigmas": True},
-    "lcm": {},
-    "flow": {},
+    "leading": {**_NONE, "timestep_spacing": "leading"},
+    "linspace": {**_NONE, "timestep_spacing": "linspace"},
+    "trailing": {**_NONE, "timestep_spacing": "trailing"},
+    "karras": {**_NONE, "use_karras_sigmas": True},
+    "exponential": {**_NONE, "use_exponential_sigmas": True},
+    "beta": {**_NONE, "use_beta_sigmas": True},
 }
 
 
@@ -59,62 +60,93 @@ def make_images(
     whatever the dtype, so that pictures of two dtypes can be compared.
     """
     with quiet():
-        return _make_images(root, sampling, size, prompts, seeds, dtype, advance)
+        import torch
+
+        begin = time.perf_counter()
+        pipe = _load(root, getattr(torch, dtype))
+        choose_scheduler(pipe, sampling)
+        load_s = time.perf_counter() - begin
+        factor = getattr(pipe, "vae_scale_factor", 1)
+        shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
+        pictures, seconds = [], []
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            advance(i, len(prompts))
+            generator = torch.Generator("cpu").manual_seed(seed)
+            noise = torch.randn(shape, generator=generator)
+            begin = time.perf_counter()
+            draw = _with_diffusers if prompt is not None and has_scheduler(sampling) else _with_our_sampler
+            with torch.no_grad():
+                pictures.append(draw(pipe, sampling, prompt, noise, generator).astype(np.float32))
+            seconds.append(time.perf_counter() - begin)
+        return {"images": np.stack(pictures), "seconds": seconds, "load_s": load_s}
 
 
-def _make_images(
-    root: Path,
-    sampling: Sampling,
-    size: tuple[int, int],
-    prompts: Sequence[str | None],
-    seeds: Sequence[int],
-    dtype: str,
-    advance: Advance,
-) -> dict[str, Any]:
-    import torch
+def has_scheduler(sampling: Sampling) -> bool:
+    """Whether diffusers has this sampler with this schedule; tests show that the two then agree."""
+    own = (sampling.sampler, sampling.schedule) == ("lcm", "lcm")
+    return sampling.sampler in SCHEDULERS and (sampling.schedule in SCHEDULES or own)
+
+
+def choose_scheduler(pipe: Any, sampling: Sampling) -> None:
+    """Give the pipeline the scheduler for the sampler and schedule, if diffusers has it."""
+    if has_scheduler(sampling):
+        name, settings = SCHEDULERS[sampling.sampler]
+        chosen = {**settings, **SCHEDULES.get(sampling.schedule or "", {})}
+        scheduler = getattr(importlib.import_module("diffusers"), name)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **chosen)
+
+
+def _load(root: Path, dtype: Any) -> Any:
     from diffusers import DiffusionPipeline
 
-    begin = time.perf_counter()
-    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    weights = list((root / "unet").glob("*.safetensors"))
+    variant = "fp16" if weights and all(".fp16." in file.name for file in weights) else None
+    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=dtype, variant=variant, local_files_only=True)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
-    name, settings = SCHEDULERS[sampling.sampler]
-    chosen = {**settings, **SCHEDULES.get(sampling.schedule or "", {})}
-    scheduler = getattr(importlib.import_module("diffusers"), name)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **chosen)
     pipe.set_progress_bar_config(disable=True)
-    load_s = time.perf_counter() - begin
-    explicit = {key: list(getattr(sampling, key)) for key in ("timesteps", "sigmas") if getattr(sampling, key)}
-    width, height = size
-    factor = getattr(pipe, "vae_scale_factor", 1)
-    pictures, seconds = [], []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        advance(i, len(prompts))
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((1, pipe.unet.config.in_channels, height // factor, width // factor), generator=generator)
-        begin = time.perf_counter()
-        if prompt is None:
-            picture = _unconditional(pipe, noise.to(pipe.dtype), sampling.steps, generator, explicit)
-        else:
-            picture = pipe(
-                prompt, width=width, height=height, num_inference_steps=sampling.steps, generator=generator,
-                latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
-                guidance_rescale=sampling.guidance_rescale, eta=sampling.eta, output_type="np", **explicit,
-            ).images[0]  # fmt: skip
-        seconds.append(time.perf_counter() - begin)
-        pictures.append(picture.astype(np.float32))
-    return {"images": np.stack(pictures), "seconds": seconds, "load_s": load_s}
+    return pipe
 
 
-def _unconditional(pipe: Any, noise: Any, steps: int, generator: Any, explicit: dict[str, Any]) -> Any:
-    """What DDPMPipeline does, for any scheduler: its own loop does not scale what the model reads."""
+def _with_diffusers(pipe: Any, sampling: Sampling, prompt: str | None, noise: Any, generator: Any) -> Any:
+    """The pipeline's own call: nothing of slipcast is in it."""
+    factor = pipe.vae_scale_factor
+    return pipe(
+        prompt, height=noise.shape[2] * factor, width=noise.shape[3] * factor, num_inference_steps=sampling.steps,
+        generator=generator, latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
+        guidance_rescale=sampling.guidance_rescale, eta=sampling.eta, output_type="np",
+    ).images[0]  # fmt: skip
+
+
+def _with_our_sampler(pipe: Any, sampling: Sampling, prompt: str | None, noise: Any, generator: Any) -> Any:
+    """The original modules under slipcast's sampler: for schedules that diffusers lacks, and for models without text,
+    whose pipelines in diffusers know their own scheduler alone."""
     import torch
 
-    pipe.scheduler.set_timesteps(**(explicit or {"num_inference_steps": steps}))
-    x = noise * pipe.scheduler.init_noise_sigma
-    takes_generator = "generator" in inspect.signature(pipe.scheduler.step).parameters
-    with torch.no_grad():
-        for t in pipe.scheduler.timesteps:
-            output = pipe.unet(pipe.scheduler.scale_model_input(x, t), t).sample
-            x = pipe.scheduler.step(output, t, x, **({"generator": generator} if takes_generator else {})).prev_sample
-    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()[0]
+    guided = prompt is not None and sampling.guidance_scale > 1
+    text = {}
+    if prompt is not None:
+        found = pipe.encode_prompt(prompt, "cpu", 1, guided)
+        text = {"encoder_hidden_states": torch.cat(found[1::-1]) if guided else found[0]}
+
+    def predict(x: Any, timestep: float) -> Any:
+        batch = torch.cat([x, x]) if guided else x
+        output = pipe.unet(batch.to(pipe.dtype), torch.tensor(timestep), return_dict=False, **text)[0].float()
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return guide(conditional, unconditional, sampling.guidance_scale, sampling.guidance_rescale)
+
+    process, schedule = sampling.noise, sampling.lay()
+    x = noise * initial_scale(process, schedule, sampling.sampler)
+    steps = sample(
+        sampling.sampler, Denoiser(process, schedule, predict), x, schedule.sigmas, eta=sampling.eta,
+        noise=lambda: torch.randn(noise.shape, generator=generator),
+    )  # fmt: skip
+    *_, x = steps
+    x = x * final_scale(process, schedule)
+    if hasattr(pipe, "vae"):
+        config = pipe.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        x = pipe.vae.decode((x / config.scaling_factor + shift).to(pipe.dtype), return_dict=False)[0].float()
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()[0]

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipcast.errors import RecipeError
+from slipcast.engines import ENGINES
+from slipcast.errors import HostError, RecipeError
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import find_sampler
-from slipcast.schedules import from_sigmas, from_timesteps, make_schedule
 from slipcast_compiler.evaluate import Prompts
 from slipcast_compiler.family import Family, expand
 from slipcast_compiler.model import Checkpoint, open_checkpoint
-from slipcast_compiler.original import SCHEDULERS, SCHEDULES
 from slipcast_compiler.recipe import Recipe
 
 DEFAULT_STEPS = 20
@@ -68,7 +67,13 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, folder: Path) -> Plan:
-    """Resolve a recipe (whose paths are relative to `folder`); RecipeError where it and its checkpoint contradict."""
+    """Resolve a recipe (whose paths are relative to `folder`).
+
+    RecipeError where it and its checkpoint contradict, HostError where an engine it names is not installed.
+    """
+    for target in recipe.targets:
+        if not ENGINES[target.engine].available():
+            raise HostError(f"target {target.engine} cannot be built here", hint=ENGINES[target.engine].why_not())
     checkpoint = open_checkpoint(recipe.model, folder)
     if bool(checkpoint.architecture.text) != bool(recipe.family):
         raise RecipeError(
@@ -92,10 +97,8 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
     denoiser = checkpoint.config(checkpoint.architecture.components["denoiser"].folder)
-    latent = denoiser["sample_size"]
-    rows, columns = (latent, latent) if isinstance(latent, int) else latent
-    width = recipe.sampling.width or columns * checkpoint.factor
-    height = recipe.sampling.height or rows * checkpoint.factor
+    native_width, native_height = checkpoint.native_size
+    width, height = recipe.sampling.width or native_width, recipe.sampling.height or native_height
     # The denoiser halves the latent once per level, and joins what it doubles again with what it had.
     multiple = checkpoint.factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
     for name, value in (("width", width), ("height", height)):
@@ -113,25 +116,14 @@ def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
 
 def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
     """The schedule in full, tried out once, so that a run can only fail on what it asks for itself."""
-    asked, process = recipe.sampling, checkpoint.process
-    explicit = asked.timesteps or asked.sigmas
-    schedule = (
-        None if explicit else asked.schedule or process.timestep_spacing or find_sampler(asked.sampler).grid.spacing
-    )
-    if asked.sampler not in SCHEDULERS or (schedule and schedule not in SCHEDULES):
-        raise RecipeError(
-            f"sampling: diffusers cannot run {asked.sampler} with {schedule or 'an explicit list'} as it is run here, "
-            "so there is no original to judge the bundle by", expected=f"a sampler of {', '.join(SCHEDULERS)}",
-        )  # fmt: skip
-    if asked.timesteps:
-        laid = from_timesteps(process, asked.timesteps, asked.sampler)
-    elif asked.sigmas:
-        laid = from_sigmas(process, asked.sigmas)
-    else:
-        assert schedule
-        laid = make_schedule(process, schedule, asked.steps or DEFAULT_STEPS, asked.sampler)
-    return Sampling(
-        sampler=asked.sampler, schedule=schedule, timesteps=asked.timesteps, sigmas=asked.sigmas,
-        steps=len(laid.timesteps), guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale,
-        eta=asked.eta, noise=process,
+    asked = recipe.sampling
+    explicit = asked.timesteps or (asked.sigmas and asked.sigmas[:-1])
+    usual = checkpoint.usual_schedule or find_sampler(asked.sampler).grid.spacing
+    sampling = Sampling(
+        sampler=asked.sampler, schedule=None if explicit else asked.schedule or usual, timesteps=asked.timesteps,
+        sigmas=asked.sigmas, steps=len(explicit) if explicit else asked.steps or DEFAULT_STEPS,
+        guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale, eta=asked.eta,
+        noise=checkpoint.process,
     )  # fmt: skip
+    sampling.lay()
+    return sampling

@@ -63,8 +63,8 @@ def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict
         {
             "prompt": prompt or "no prompt",
             "seed": originals.seeds[i],
-            "original": _data_url(originals.fp32.images[i]),
-            "runs": [_pair(originals.fp32.images[i], run.images[i]) for run in runs.values()],
+            "original": _data_url(originals.fp32[i]),
+            "runs": [_pair(originals.fp32[i], run.images[i]) for run in runs.values()],
         }
         for i, prompt in enumerate(originals.prompts[:SHOWN_PICTURES])
     ]

@@ -13,8 +13,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from slipcast.denoiser import PREDICTIONS
-from slipcast.errors import ArtifactError
-from slipcast.schedules import BETA_SCHEDULES, SPACINGS, NoiseProcess
+from slipcast.errors import ArtifactError, RequestError
+from slipcast.schedules import (
+    BETA_SCHEDULES,
+    SPACINGS,
+    NoiseProcess,
+    Schedule,
+    from_sigmas,
+    from_timesteps,
+    make_schedule,
+)
 from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dotted, parse_json, problems
 
 SCHEMA_VERSION = (1, 0)
@@ -110,6 +118,18 @@ class Sampling(Strict):
         if not 1 <= noise.num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is 1 to {MAX_TRAIN_TIMESTEPS}, got {noise.num_train_timesteps}")
         return noise
+
+    def lay(self, steps: int | None = None) -> Schedule:
+        """The schedule in full, with `steps` in place of its own number; RequestError where that cannot be."""
+        if explicit := self.timesteps or self.sigmas:
+            if steps not in (None, self.steps):
+                raise RequestError(
+                    "num_inference_steps is fixed in this bundle: its schedule is an explicit list",
+                    expected=str(self.steps), got=str(steps),
+                )  # fmt: skip
+            lay = from_timesteps if self.timesteps else from_sigmas
+            return lay(self.noise, explicit, self.sampler)
+        return make_schedule(self.noise, self.schedule or "", steps or self.steps, self.sampler)
 
 
 class Metrics(Strict):

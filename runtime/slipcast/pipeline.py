@@ -26,7 +26,7 @@ from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
 from slipcast.residency import Policy, Residency
 from slipcast.samplers import SAMPLERS, sample
-from slipcast.schedules import SCHEDULES, Schedule, from_sigmas, from_timesteps, make_schedule
+from slipcast.schedules import SCHEDULES, Schedule
 from slipcast.seeds import TorchGenerator, batch_noise
 from slipcast.tiling import decode_tiled
 from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
@@ -291,19 +291,9 @@ class Pipeline:
 
     def _schedule(self, steps: int | None) -> Schedule:
         settings = self.manifest.sampling
-        explicit = settings.timesteps or settings.sigmas
         if steps is not None:
             _integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
-            if explicit and steps != settings.steps:
-                raise RequestError(
-                    "num_inference_steps is fixed in this bundle: its schedule is an explicit list",
-                    expected=str(settings.steps), got=str(steps),
-                )  # fmt: skip
-        if settings.timesteps:
-            return from_timesteps(settings.noise, settings.timesteps, settings.sampler)
-        if settings.sigmas:
-            return from_sigmas(settings.noise, settings.sigmas)
-        return make_schedule(settings.noise, settings.schedule or "", steps or settings.steps, settings.sampler)
+        return settings.lay(steps)
 
 
 def load(

@@ -328,9 +328,6 @@ def make_schedule(process: NoiseProcess, name: str, steps: int, sampler: str = "
         candidates = ", ".join(n for n in SCHEDULES if n in legal)
         raise RequestError(f"not a schedule for {process.prediction} prediction", expected=candidates, got=repr(name))
     sigmas, timesteps = SCHEDULES[name](process, steps, find_sampler(sampler).grid)
-    if process.prediction == "flow" and not find_sampler(sampler).flow:
-        candidates = ", ".join(name for name, s in SAMPLERS.items() if s.flow)
-        raise RequestError("this sampler cannot run a flow-matching model", expected=candidates, got=repr(sampler))
     return _finish(process, sigmas, timesteps, sampler, name if name in SPACINGS else None)
 
 
@@ -338,6 +335,7 @@ def _finish(
     process: NoiseProcess, sigmas: Floats, timesteps: Floats, sampler: str, spacing: str | None = None
 ) -> Schedule:
     """Append the sampler's terminal sigma and check that noise falls."""
+    _check_sampler(process, sampler)
     terminal = find_sampler(sampler).grid.terminal
     if terminal.startswith("config"):
         one = process.set_alpha_to_one if process.set_alpha_to_one is not None else terminal == "config_one"
@@ -360,12 +358,19 @@ def from_timesteps(process: NoiseProcess, timesteps: Sequence[float], sampler: s
     return _finish(process, *_laid(process, given, find_sampler(sampler).grid), sampler)
 
 
-def from_sigmas(process: NoiseProcess, sigmas: Sequence[float]) -> Schedule:
+def from_sigmas(process: NoiseProcess, sigmas: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
     """A schedule from n + 1 falling sigmas, the last the terminal one (usually 0); timesteps are interpolated."""
     given = np.array(sigmas, np.float64)
     if given.ndim != 1 or given.size < 2 or not (np.diff(given) < 0).all() or given[-1] < 0:
         raise RequestError("not a list of sigmas", expected="2 or more falling numbers, the last 0 or more", got=sigmas)
+    _check_sampler(process, sampler)
     return Schedule(tuple(given.tolist()), tuple(process.timestep_at(given[:-1]).tolist()), process)
+
+
+def _check_sampler(process: NoiseProcess, sampler: str) -> None:
+    if process.prediction == "flow" and not find_sampler(sampler).flow:
+        candidates = ", ".join(name for name, s in SAMPLERS.items() if s.flow)
+        raise RequestError("this sampler cannot run a flow-matching model", expected=candidates, got=repr(sampler))
 
 
 def beta_quantile(probability: Floats, a: float, b: float) -> Floats:

@@ -51,7 +51,7 @@ def test_known_differences() -> None:
 
 def test_noise_floors_come_from_the_unchanged_model() -> None:
     images = _pictures()
-    originals = Originals(("a", "b", "c"), (0, 1, 2), _run(images), _run(images + 0.01), _run(_pictures()))
+    originals = Originals(("a", "b", "c"), (0, 1, 2), images, images + 0.01, _pictures())
     quality = judge(originals, _run(images), None)
     assert quality.psnr_worst == MAX_PSNR
     assert quality.noise_floor["precision"].psnr_worst == pytest.approx(40.0, abs=0.01)

@@ -90,7 +90,8 @@ def test_another_unet(tmp_path: Path) -> None:
     root = Path(shutil.copytree(SHAPES, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors")))
     module = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=2, cross_attention_dim=128,
-        attention_head_dim=(2, 4), norm_num_groups=8, use_linear_projection=True, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        attention_head_dim=(2, 4), norm_num_groups=8, use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()  # fmt: skip
     module.to(torch.bfloat16).save_pretrained(root / "unet")

@@ -59,7 +59,7 @@ def test_prompts_are_escaped(shapes_bundle: Path, tmp_path: Path) -> None:
     record["name"] = record["family"]["held_out_prompts"][0] = record["recipe"]["name"] = HOSTILE
     images = np.zeros((1, 8, 8, 3), np.float32)
     run = Run(images, (1.0,), 0.1, 1.0, {})
-    report.write(tmp_path, record, Originals((HOSTILE,), (1,), run, run, run), {"a": run})
+    report.write(tmp_path, record, Originals((HOSTILE,), (1,), images, images, images), {"a": run})
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;document.title" in text

@@ -1,0 +1,242 @@
+"""Engines: arrays in, arrays out, the same on every target; and files that are not what the manifest says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundles import SHAPE, add_model
+from onnx import TensorProto, helper
+
+from slipcast.engines import ENGINES, Engine, EngineKind, cpu_threads, engine_kind, open_engine
+from slipcast.errors import ArtifactError, HostError, RequestError
+from slipcast.manifest import Component, Manifest, TensorSpec, read_manifest
+
+Contract = dict[str, list[tuple[str, str, list[int | str]]]]
+FLOATS: tuple[str, str, list[int | str]] = ("x", "float32", [*SHAPE])
+ADD: Contract = {"inputs": [FLOATS], "outputs": [("y", "float32", [*SHAPE])]}
+
+
+def component(contract: Contract) -> Component:
+    return Component(
+        inputs=tuple(TensorSpec(name=n, dtype=d, shape=tuple(s)) for n, d, s in contract["inputs"]),  # type: ignore[arg-type]
+        outputs=tuple(TensorSpec(name=n, dtype=d, shape=tuple(s)) for n, d, s in contract["outputs"]),  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def add(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("add") / "add.onnx"
+    onnx.save(add_model(), path)
+    return path
+
+
+class TestRegistry:
+    @pytest.mark.parametrize("name", ENGINES)
+    def test_every_engine_has_its_module(self, name: str) -> None:
+        kind = ENGINES[name]
+        assert kind is engine_kind(name)
+        if kind.available():
+            assert callable(importlib.import_module(kind.module).open_engine)
+        assert kind.library in kind.why_not() and "pip install 'slipcast" in kind.why_not()
+        assert "fp32" in kind.precisions  # in which a decoder that overflows is tried again
+
+    def test_unknown(self) -> None:
+        with pytest.raises(RequestError, match="unknown engine 'abacus'\n.*openvino, onnxruntime"):
+            engine_kind("abacus")
+
+    def test_absent_library(self, add: Path) -> None:
+        absent = EngineKind("slipcast.engines.none", "no_such_library", "x", ("fp32",), ".x")
+        assert not absent.available()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(HostError, match=r"pip install 'slipcast\[x\]'"):
+            patch.setitem(ENGINES, "onnxruntime", absent)
+            open_engine("onnxruntime", add, None, "fp32", component(ADD))
+
+    def test_library_that_is_there_and_cannot_be_imported(self, add: Path) -> None:
+        broken = EngineKind("slipcast.engines.no_such_module", "onnxruntime", None, ("fp32",), ".onnx")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(HostError, match="cannot be imported"):
+            patch.setitem(ENGINES, "onnxruntime", broken)
+            open_engine("onnxruntime", add, None, "fp32", component(ADD))
+
+    def test_precision_of_a_newer_runtime(self, add: Path) -> None:
+        with pytest.raises(HostError, match=r"add.onnx: this runtime does not run onnxruntime in int8\n.*fp32"):
+            open_engine("onnxruntime", add, None, "int8", component(ADD))
+
+    def test_threads_are_those_of_this_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert cpu_threads() >= 1
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5, 8}, raising=False)
+        assert cpu_threads() == 3
+
+
+OTHERS: dict[str, Contract] = {
+    "input's name": {**ADD, "inputs": [("sample", "float32", [*SHAPE])]},
+    "input's dtype": {**ADD, "inputs": [("x", "float16", [*SHAPE])]},
+    "input's shape": {**ADD, "inputs": [("x", "float32", [1, 4, 8, 9])]},
+    "input's rank": {**ADD, "inputs": [("x", "float32", [1, 4, 8])]},
+    "input free in the manifest only": {**ADD, "inputs": [("x", "float32", ["batch", 4, 8, 8])]},
+    "an input more": {**ADD, "inputs": [FLOATS, ("t", "float32", [1])]},
+    "no input": {**ADD, "inputs": []},
+    "output's name": {**ADD, "outputs": [("z", "float32", [*SHAPE])]},
+    "output's dtype": {**ADD, "outputs": [("y", "int64", [*SHAPE])]},
+    "output's shape": {**ADD, "outputs": [("y", "float32", [2, 4, 8, 8])]},
+}
+
+
+class TestOnnxRuntime:
+    def test_runs(self, add: Path) -> None:
+        with open_engine("onnxruntime", add, None, "fp32", component(ADD)) as engine:
+            found = engine({"x": np.ones(SHAPE, np.float32)})
+        assert found.keys() == {"y"}
+        np.testing.assert_array_equal(found["y"].ravel(), np.arange(256) + 1)
+
+    @pytest.mark.parametrize("what", OTHERS)
+    def test_a_contract_that_differs_is_refused(self, add: Path, what: str) -> None:
+        side = what.split()[0].removesuffix("'s")
+        side = "outputs" if side == "output" else "inputs"
+        with pytest.raises(ArtifactError, match=f"add.onnx: {side} differ from the manifest's") as caught:
+            open_engine("onnxruntime", add, None, "fp32", component(OTHERS[what]))
+        assert "float32[1, 4, 8, 8]" in str(caught.value.got)
+        assert caught.value.expected != caught.value.got
+
+    def test_the_name_of_a_free_dimension_does_not_matter(self, tmp_path: Path) -> None:
+        model = add_model()
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = "s77"
+        onnx.save(model, tmp_path / "free.onnx")
+        free: list[int | str] = ["batch", 4, 8, 8]
+        contract: Contract = {"inputs": [("x", "float32", free)], "outputs": [("y", "float32", free)]}
+        with open_engine("onnxruntime", tmp_path / "free.onnx", None, "fp32", component(contract)) as engine:
+            assert engine({"x": np.ones((3, 4, 8, 8), np.float32)})["y"].shape == (3, 4, 8, 8)
+
+    @pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.BOOL, TensorProto.STRING])
+    def test_a_type_that_no_manifest_knows(self, tmp_path: Path, kind: int) -> None:
+        values = [helper.make_tensor_value_info(name, kind, [1]) for name in "xy"]
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, tmp_path / "odd.onnx")
+        with pytest.raises(ArtifactError, match="differ from the manifest's"):
+            open_engine("onnxruntime", tmp_path / "odd.onnx", None, "fp32", component(ADD))
+
+    @pytest.mark.parametrize("content", [b"", b"\x08\x0a", b"not a model", b"\xff" * 1000])
+    def test_a_file_that_is_no_model(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "bad.onnx").write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"bad\.onnx: ONNX Runtime [0-9.]+ cannot load it(.|\n)*slipcast verify"):
+            open_engine("onnxruntime", tmp_path / "bad.onnx", None, "fp32", component(ADD))
+
+
+class TestOpenVino:
+    @pytest.mark.parametrize("content", ["", "<net", "not a model", "<net name='x'><layers></net>"])
+    def test_a_file_that_is_no_model(self, tmp_path: Path, content: str) -> None:
+        pytest.importorskip("openvino")
+        (tmp_path / "bad.xml").write_text(content)
+        (tmp_path / "bad.bin").write_bytes(b"")
+        with pytest.raises(ArtifactError, match=r"bad\.xml: OpenVINO \S+ cannot load it(.|\n)*slipcast verify"):
+            open_engine("openvino", tmp_path / "bad.xml", tmp_path / "bad.bin", "bf16", component(ADD))
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        pytest.importorskip("openvino")
+        with pytest.raises(ArtifactError, match=r"a\.xml: the manifest names no weights"):
+            open_engine("openvino", tmp_path / "a.xml", None, "bf16", component(ADD))
+
+
+@pytest.fixture(scope="module")
+def manifest(shapes_bundle: Path) -> Manifest:
+    return read_manifest((shapes_bundle / "manifest.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def opened(shapes_bundle: Path, manifest: Manifest) -> Iterator[dict[str, dict[str, Engine]]]:
+    """Every component on every target."""
+    found: dict[str, dict[str, Engine]] = {}
+    for target in manifest.targets:
+        for name, files in target.components.items():
+            assert files.weights
+            paths = shapes_bundle / files.model, shapes_bundle / files.weights
+            engine = open_engine(target.engine, *paths, target.precision, manifest.components[name])
+            found.setdefault(target.id, {})[name] = engine
+    yield found
+    for engines in found.values():
+        for engine in engines.values():
+            engine.__exit__(None, None, None)
+
+
+def feed(component: str, batch: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    match component:
+        case "text_encoder":
+            return {"input_ids": rng.integers(0, 600, (8, 32))[:batch]}
+        case "denoiser":
+            return {
+                "sample": rng.standard_normal((8, 4, 16, 16)).astype(np.float32)[:batch],
+                "timestep": np.array([481], np.float32),
+                "encoder_hidden_states": rng.standard_normal((8, 32, 128)).astype(np.float32)[:batch],
+            }
+    return {"latent": rng.standard_normal((8, 4, 16, 16)).astype(np.float32)[:batch]}
+
+
+TARGETS = ("openvino-cpu-bf16", "onnxruntime-cpu-fp32")
+COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+class TestCompiled:
+    def test_targets_agree(self, opened: dict[str, dict[str, Engine]], component: str) -> None:
+        results = [opened[target][component](feed(component, 2)) for target in TARGETS]
+        assert results[0].keys() == results[1].keys()
+        for name in results[0]:
+            fast, exact = (np.asarray(result[name], np.float64) for result in results)
+            assert fast.shape == exact.shape
+            assert np.linalg.norm(fast - exact) < 0.03 * np.linalg.norm(exact)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_rows_do_not_depend_on_the_batch(
+        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+    ) -> None:
+        engine = opened[target][component]
+        whole = engine(feed(component, 8))
+        for batch in (1, 2, 3, 5):
+            part = engine(feed(component, batch))
+            for name, array in part.items():
+                assert array.shape[0] == batch
+                np.testing.assert_array_equal(array, whole[name][:batch])
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_results_outlive_the_next_call(
+        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+    ) -> None:
+        engine = opened[target][component]
+        first = engine(feed(component, 2))
+        kept = {name: array.copy() for name, array in first.items()}
+        engine({name: array[::-1].copy() for name, array in feed(component, 2).items()})
+        for name, array in first.items():
+            np.testing.assert_array_equal(array, kept[name])
+            assert array.flags.writeable
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_inputs_are_left_alone_and_need_not_be_contiguous(
+        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+    ) -> None:
+        engine, given = opened[target][component], feed(component, 2)
+        expected = engine(given)
+        for name, array in feed(component, 2).items():
+            np.testing.assert_array_equal(given[name], array)
+        strided = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in given.items()}
+        if component != "denoiser":
+            assert not any(array.flags.c_contiguous for array in strided.values())
+        for name, array in engine(strided).items():
+            np.testing.assert_array_equal(array, expected[name])
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_the_engine_says_what_the_manifest_says(
+        self, opened: dict[str, dict[str, Engine]], manifest: Manifest, component: str, target: str
+    ) -> None:
+        engine = opened[target][component]
+        promised = json.loads(manifest.model_dump_json())["components"][component]
+        assert [spec.name for spec in engine.inputs] == [spec["name"] for spec in promised["inputs"]]
+        assert [spec.dtype for spec in engine.outputs] == [spec["dtype"] for spec in promised["outputs"]]

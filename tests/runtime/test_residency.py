@@ -1,0 +1,115 @@
+"""Which engines stay open: by hand, and in a pipeline of fakes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+from fakes import COMPONENTS, Fakes, write_fake
+
+from slipcast.errors import ArtifactError, RequestError
+from slipcast.pipeline import load
+from slipcast.residency import Residency
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return fakes.install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake(tmp_path_factory.mktemp("fake") / "bundle")
+
+
+def openers(engines: Fakes, *broken: str) -> dict[str, Any]:
+    def open_one(name: str) -> Any:
+        if name in broken:
+            raise ArtifactError(f"{name} is broken")
+        return engines("fake", Path(name), None, "fp32", None)
+
+    return {name: partial(open_one, name) for name in COMPONENTS}
+
+
+def test_all_opens_each_once_and_keeps_it(engines: Fakes) -> None:
+    residency = Residency(openers(engines), "all")
+    assert sorted(engines.open_now) == sorted(COMPONENTS)
+    for name in (*COMPONENTS, *COMPONENTS):
+        with residency.use(name) as engine:
+            assert engine.name == name  # type: ignore[attr-defined]
+    assert len(engines.opened) == 3
+    residency.close()
+    assert sorted(engines.closed) == sorted(COMPONENTS)
+    assert engines.open_now == []
+
+
+def test_sequential_opens_one_at_a_time(engines: Fakes) -> None:
+    residency = Residency(openers(engines), "sequential")
+    assert engines.opened == []
+    for name in (*COMPONENTS, *COMPONENTS):
+        with residency.use(name):
+            assert engines.open_now == [name]
+        assert engines.open_now == []
+    assert [name for name, _ in engines.opened] == [*COMPONENTS, *COMPONENTS]
+
+
+@pytest.mark.parametrize("policy", ["all", "sequential"])
+def test_after_close_each_is_opened_for_its_use(engines: Fakes, policy: Any) -> None:
+    residency = Residency(openers(engines), policy)
+    residency.close()
+    residency.close()
+    with residency.use("denoiser") as engine:
+        assert engines.open_now == ["denoiser"]
+        assert engine.is_open  # type: ignore[attr-defined]
+    assert engines.open_now == []
+
+
+@pytest.mark.parametrize("broken", COMPONENTS)
+def test_one_that_does_not_open_frees_the_others(engines: Fakes, broken: str) -> None:
+    with pytest.raises(ArtifactError, match=f"{broken} is broken"):
+        Residency(openers(engines, broken), "all")
+    assert len(engines.opened) == 2
+    assert engines.open_now == []
+
+
+def test_unknown_policy(engines: Fakes) -> None:
+    with pytest.raises(RequestError, match="unknown residency 'none'\n.*all or sequential"):
+        Residency(openers(engines), "none")  # type: ignore[arg-type]
+
+
+class TestPipeline:
+    def test_sequential_gives_the_same_picture(self, root: Path, engines: Fakes) -> None:
+        expected = load(root)("a red circle", seed=1, output_type="np").images
+        engines.opened.clear()
+        engines.most_open = 0
+        engines.open_now.clear()
+        pipe = load(root, residency="sequential")
+        assert engines.opened == []
+        for _ in range(2):
+            np.testing.assert_array_equal(pipe("a red circle", seed=1, output_type="np").images, expected)
+        assert [name for name, _ in engines.opened] == [*COMPONENTS, *COMPONENTS]
+        assert (engines.most_open, engines.open_now) == (1, [])
+
+    def test_with_block_closes_and_a_later_call_opens_again(self, root: Path, engines: Fakes) -> None:
+        with load(root) as pipe:
+            expected = pipe("a red circle", seed=1, output_type="np").images
+            assert len(engines.open_now) == 3
+        assert engines.open_now == []
+        np.testing.assert_array_equal(pipe("a red circle", seed=1, output_type="np").images, expected)
+        assert engines.open_now == []
+
+    def test_an_engine_that_fails_is_closed_too(self, root: Path, engines: Fakes) -> None:
+        def fail(_: Any) -> Any:
+            raise MemoryError
+
+        engines.functions["denoiser"] = fail
+        pipe = load(root, residency="sequential")
+        with pytest.raises(MemoryError):
+            pipe("a red circle", seed=1)
+        assert engines.open_now == []
+        engines.functions["denoiser"] = fakes.predict
+        assert len(pipe("a red circle", seed=1).images) == 1

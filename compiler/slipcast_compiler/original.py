@@ -17,7 +17,7 @@ from slipcast.samplers import sample
 from slipcast_compiler.quiet import quiet
 
 # sampler -> (diffusers scheduler, its settings). Two are left out: DPMSolverSDEScheduler draws its noise from a
-# Brownian tree, so no seed gives its pictures; and the third order of sde-dpmsolver++ has a wrong sign (diffusers 0.42).
+# Brownian tree, so no seed gives its pictures; and the third order of sde-dpmsolver++ has a wrong sign (as of 0.42).
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),

@@ -133,14 +133,14 @@ class TestOnnxRuntime:
 class TestOpenVino:
     @pytest.mark.parametrize("content", ["", "<net", "not a model", "<net name='x'><layers></net>"])
     def test_a_file_that_is_no_model(self, tmp_path: Path, content: str) -> None:
-        pytest.importorskip("openvino")
+        pytest.importorskip("slipcast.engines.openvino")
         (tmp_path / "bad.xml").write_text(content)
         (tmp_path / "bad.bin").write_bytes(b"")
         with pytest.raises(ArtifactError, match=r"bad\.xml: OpenVINO \S+ cannot load it(.|\n)*slipcast verify"):
             open_engine("openvino", tmp_path / "bad.xml", tmp_path / "bad.bin", "bf16", component(ADD))
 
     def test_no_weights(self, tmp_path: Path) -> None:
-        pytest.importorskip("openvino")
+        pytest.importorskip("slipcast.engines.openvino")
         with pytest.raises(ArtifactError, match=r"a\.xml: the manifest names no weights"):
             open_engine("openvino", tmp_path / "a.xml", None, "bf16", component(ADD))
 

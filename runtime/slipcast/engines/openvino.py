@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import openvino
+from typing import Any, Self, cast
 
 from slipcast.engines import Array, cpu_threads
 from slipcast.errors import ArtifactError
 from slipcast.manifest import TensorSpec
+
+
+@contextmanager
+def _telemetry_absent() -> Iterator[None]:
+    """OpenVINO forks, writes below HOME and reports to Google Analytics when it is imported, unless the package that
+    does so is not installed; None in sys.modules is how Python says so."""
+    modules, name = cast(dict[str, Any], sys.modules), "openvino_telemetry"
+    known = name in modules
+    modules.setdefault(name, None)
+    try:
+        yield
+    finally:
+        if not known:
+            del modules[name]
+
+
+with _telemetry_absent():
+    import openvino
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 _HINTS = {"fp32": "f32", "bf16": "bf16"}

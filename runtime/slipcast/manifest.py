@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from slipcast.denoiser import PREDICTIONS
 from slipcast.errors import ArtifactError, RequestError
+from slipcast.samplers import SAMPLERS
 from slipcast.schedules import (
     BETA_SCHEDULES,
     SPACINGS,
@@ -118,6 +119,13 @@ class Sampling(Strict):
         if not 1 <= noise.num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is 1 to {MAX_TRAIN_TIMESTEPS}, got {noise.num_train_timesteps}")
         return noise
+
+    @model_validator(mode="after")
+    def _eta_has_a_taker(self) -> Self:
+        known = SAMPLERS.get(self.sampler)  # one of a newer runtime is refused on loading
+        if self.eta and known and known.eta is None:
+            raise ValueError(f"the sampler {self.sampler} takes no eta")
+        return self
 
     def lay(self, steps: int | None = None) -> Schedule:
         """The schedule in full, with `steps` in place of its own number; RequestError where that cannot be."""

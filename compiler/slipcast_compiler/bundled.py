@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from slipcast.engines import ENGINES
 from slipcast.progress import Advance
 
 
@@ -39,25 +41,23 @@ def make_images(
     }  # fmt: skip
 
 
-def measure_memory(root: Path, target: str, advance: Advance) -> dict[str, float]:
-    """Megabytes by which resident memory is larger after a component was opened and run once; {} where unknown."""
+def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float | None:
+    """Megabytes that a component adds to a process when it is opened and run once; None where that cannot be told."""
     import slipcast
 
-    found = {}
     with slipcast.load(root, target=target, residency="sequential") as pipe:
-        image = pipe.manifest.image
+        engine_name = next(t.engine for t in pipe.manifest.targets if t.id == target)
+        importlib.import_module(ENGINES[engine_name].module)  # the library is there whatever the component
+        image, contract = pipe.manifest.image, pipe.manifest.components[cast(Any, component)]
         free = {"batch": 2, "tile_height": image.height // image.factor, "tile_width": image.width // image.factor}
-        for name, component in pipe.manifest.components.items():
-            before = _resident_mb()
-            with pipe.residency.use(name) as engine:
-                shapes = {
-                    s.name: [free.get(d, 1) if isinstance(d, str) else d for d in s.shape] for s in component.inputs
-                }
-                engine({s.name: np.zeros(shapes[s.name], s.dtype) for s in component.inputs})
-                after = _resident_mb()
-            if before and after:
-                found[str(name)] = round(after - before, 1)
-    return found
+        shapes = [[free.get(d, 1) if isinstance(d, str) else d for d in spec.shape] for spec in contract.inputs]
+        before = _resident_mb()
+        with pipe.residency.use(component) as engine:
+            engine(
+                {spec.name: np.zeros(shape, spec.dtype) for spec, shape in zip(contract.inputs, shapes, strict=True)}
+            )
+            after = _resident_mb()
+    return None if before is None or after is None else round(after - before, 1)
 
 
 def _resident_mb() -> float | None:

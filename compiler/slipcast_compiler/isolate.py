@@ -95,6 +95,11 @@ def peak_memory_mb() -> float:
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The locks of this kind leave no name behind that would be reported as leaked where this process is killed.
+        multiprocessing.set_start_method("fork", force=True)
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():  # it died before it could be asked to take this process along
+        return
     with contextlib.suppress(BrokenPipeError):  # nobody is left to tell
         pipe.send(_outcome(pipe, function, arguments))
 

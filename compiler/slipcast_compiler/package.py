@@ -35,9 +35,9 @@ def staging(output: Path) -> Iterator[Path]:
     check_output(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
     except OSError as error:
-        raise RecipeError(f"{output} cannot be made", got=error.strerror) from None
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
+        raise _cannot_be_made(output, output.parent, error) from None
     try:
         yield folder
     finally:
@@ -50,8 +50,16 @@ def check_output(output: Path) -> None:
     if output.is_symlink() or occupied:
         raise RecipeError(f"{output} exists and is not a bundle", expected="a new directory, or a bundle to replace")
     parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RecipeError(f"{output} cannot be made", expected="a place that can be written to", got=str(parent))
+    try:  # and not os.access, which promises root everything, /proc too
+        tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent).cleanup()
+    except OSError as error:
+        raise _cannot_be_made(output, parent, error) from None
+
+
+def _cannot_be_made(output: Path, parent: Path, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"{output} cannot be made", expected="a directory that can be written to", got=f"{parent}: {error.strerror}"
+    )
 
 
 def _any_inside(path: Path) -> bool:
@@ -122,7 +130,7 @@ def _exchange(a: Path, b: Path) -> None:
     os.replace(b, aside)
     try:
         os.replace(a, b)
-    except OSError:
+    except BaseException:
         os.replace(aside, b)
         raise
     os.replace(aside, a)

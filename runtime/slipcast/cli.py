@@ -92,11 +92,14 @@ def run(
     as_json: bool,
 ) -> None:
     """Make images."""
+    from slipcast.bundle import open_bundle
     from slipcast.pipeline import load
     from slipcast.progress import Stages
 
     if output:
         _check_output(output)
+    if prompt is None and open_bundle(bundle, allow_unlisted=allow_unlisted).manifest.text:
+        raise click.UsageError("--prompt is missing: this bundle draws what a text says")
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
@@ -193,13 +196,13 @@ def completion(shell: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    debug = "--debug" in arguments
+    debug = "--debug" in arguments  # wherever it stands
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("slipcast").setLevel(logging.INFO)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = cli.main(args=list(arguments), prog_name="slipcast", standalone_mode=False)
+        code = cli.main(args=[a for a in arguments if a != "--debug"], prog_name="slipcast", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -241,8 +244,12 @@ def _explain(debug: bool) -> None:
 
 
 def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> None:
-    if "--json" in arguments:
-        click.echo(json.dumps({"error": {"message": message, **details}, "exit_code": code}, indent=2))
+    try:
+        if "--json" in arguments:
+            click.echo(json.dumps({"error": {"message": message, **details}, "exit_code": code}, indent=2))
+        sys.stdout.flush()
+    except OSError:  # full or closed: said on stderr already; let the flush at exit find a place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 

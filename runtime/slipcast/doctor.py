@@ -11,10 +11,11 @@ from pathlib import Path
 
 from slipcast.bundle import open_bundle
 from slipcast.engines import ENGINES, cpu_threads
-from slipcast.errors import SlipcastError
+from slipcast.manifest import Manifest
 
 # Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+RUNS = "runs here (structure checked, digests not)"
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Finding:
 
 
 def examine(bundle: Path | None = None) -> list[Finding]:
-    """Look, and import no engine library."""
+    """Look, and import no engine library. Raises ArtifactError for a damaged bundle."""
     import slipcast
 
+    manifest = open_bundle(bundle).manifest if bundle else None
     findings = [
         Finding(
             "slipcast", True, f"{slipcast.__version__} on Python {platform.python_version()}, {platform.platform()}"
@@ -45,7 +47,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         _clash(),
         Finding("compiler", True, _compiler()),
     ]
-    return findings + (_targets(bundle) if bundle else [])
+    return findings + (_targets(manifest) if manifest else [])
 
 
 def _engine(name: str) -> Finding:
@@ -69,23 +71,16 @@ def _compiler() -> str:
     return "installed" if not missing else f"absent ({', '.join(missing)}): pip install 'slipcast[compiler]'"
 
 
-def _targets(path: Path) -> list[Finding]:
-    try:
-        manifest = open_bundle(path).manifest
-    except SlipcastError as error:
-        return [Finding(str(path), False, str(error))]
+def _targets(manifest: Manifest) -> list[Finding]:
     findings = []
     for target in manifest.targets:
         kind = ENGINES.get(target.engine)
         runs = kind is not None and kind.available()
-        detail = (
-            "runs here" if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
-        )
+        detail = RUNS if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
         findings.append(Finding(f"target {target.id}", True, detail))
-    if not any(finding.detail == "runs here" for finding in findings):
-        findings.append(
-            Finding(str(path), False, "none of its targets runs here; install one of the libraries named above")
-        )
+    if not any(finding.detail == RUNS for finding in findings):
+        mend = "none of its targets runs here; install one of the libraries named above"
+        findings.append(Finding(manifest.name, False, mend))
     return findings
 
 

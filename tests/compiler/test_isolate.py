@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +73,57 @@ def test_an_interrupt_ends_the_child_at_once() -> None:
     assert time.monotonic() - begin < 10
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)
+
+
+def _lock_and_sleep(advance: Any) -> None:
+    import multiprocessing
+
+    lock = multiprocessing.RLock()  # as tqdm has one
+    with lock:
+        _sleep(advance)
+
+
+INTERRUPTED = """
+from test_isolate import _lock_and_sleep, run_isolated
+
+def interrupt(pid, _):
+    raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    try:
+        run_isolated(_lock_and_sleep, advance=interrupt)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+ORPHANED = """
+import os
+from test_isolate import _sleep, run_isolated
+
+def die(pid, _):
+    print(pid, flush=True)
+    os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    run_isolated(_sleep, advance=die)
+"""
+
+
+def _script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(code)
+    return subprocess.run(
+        [sys.executable, str(folder / "script.py")], env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+
+
+def test_an_interrupt_leaves_nothing_on_stderr(tmp_path: Path) -> None:
+    done = _script(INTERRUPTED, tmp_path)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the child goes on to its next progress report")
+def test_the_child_dies_with_its_parent(tmp_path: Path) -> None:
+    done = _script(ORPHANED, tmp_path)  # which returns when the child too has closed its stdout
+    status = Path(f"/proc/{int(done.stdout)}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+    assert done.stderr == ""

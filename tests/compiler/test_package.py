@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,37 @@ def test_a_failing_rename_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pyt
     assert (output / MANIFEST_NAME).read_text() == "new"
 
 
-@pytest.mark.parametrize("place", ["file/x", "file/x/y"])
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_an_old_bundle_is_swapped_in_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, new = tmp_path / "bundle", tmp_path / "new"
+    for folder in (output, new):
+        folder.mkdir()
+        (folder / MANIFEST_NAME).write_text(folder.name)
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a rename of its own"))
+    publish(new, output)
+    assert (output / MANIFEST_NAME).read_text() == "new"
+    assert (new / MANIFEST_NAME).read_text() == "bundle"
+
+
+@pytest.mark.parametrize("place", ["file/x", "file/x/y", "/proc/nothing/x", "/proc/x", "link/x"])
 def test_a_place_that_cannot_be_made_is_refused_early(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match="cannot be made"):
         check_output(tmp_path / place)
+
+
+def test_looking_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_output(tmp_path / "deep" / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["mkdir", "mkdtemp"])
+def test_a_place_that_can_no_longer_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(package, "check_output", lambda _: None)
+    monkeypatch.setattr(*((Path, call) if call == "mkdir" else (package.tempfile, call)), full)
+    with pytest.raises(RecipeError, match="No space left"), staging(tmp_path / "bundle"):
+        pass

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import fakes
 import numpy as np
 import pytest
@@ -119,8 +120,10 @@ class TestRun:
         assert len({plain, (tmp_path / "y.png").read_bytes(), (tmp_path / "z.png").read_bytes()}) == 3
 
     def test_a_prompt_is_needed(self, cli: Cli, engines: Fakes, bundle: Path, tmp_path: Path) -> None:
-        assert cli("run", bundle, "-o", tmp_path / "x.png") == 2
-        assert "expected: a string or a non-empty list of strings" in cli.err
+        assert cli("run", bundle, "-o", tmp_path / "x.png", "--json") == 2
+        assert "--prompt is missing" in cli.err
+        assert "--prompt is missing" in cli.json["error"]["message"]
+        assert engines.opened == []
 
     @pytest.mark.parametrize(
         "output", ["x.nope", "x.py", "file.txt/x.png", "file.txt/folder", "/proc/1/nothing/x.png", "x.mpg"]
@@ -144,6 +147,10 @@ class TestRun:
         assert cli("run", bundle, *PROMPT, "-o", tmp_path / "x.png", "--json") == 2
         assert "No space left on device" in cli.json["error"]["message"]
         assert not (tmp_path / "x.png").exists()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def fail_with(error: BaseException) -> Callable[[Any], Any]:
@@ -190,7 +197,7 @@ class TestErrors:
         self.check(cli, 2, "run", says="Missing argument 'BUNDLE'")
         self.check(cli, 2, "transmogrify", says="No such command 'transmogrify'")
 
-    @pytest.mark.parametrize("command", ["run", "inspect", "verify", "report"])
+    @pytest.mark.parametrize("command", ["run", "inspect", "verify", "report", "doctor"])
     def test_damaged_4(self, cli: Cli, engines: Fakes, tmp_path: Path, bundle: Path, command: str) -> None:
         options = PROMPT if command == "run" else ()
         self.check(cli, 4, command, tmp_path / "missing", *options, says="missing: cannot be opened")
@@ -224,19 +231,46 @@ class TestErrors:
         engines.functions["denoiser"] = fail_with(RuntimeError("the device is on fire"))
         self.check(cli, 1, "run", bundle, *PROMPT, says="RuntimeError: the device is on fire(.|\n)*--debug")
 
+    @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("error", [RuntimeError("fire"), slipcast.HostError("no device")])
     def test_debug_shows_the_traceback_and_keeps_the_exit_code(
-        self, engines: Fakes, bundle: Path, error: Exception, capsys: pytest.CaptureFixture[str]
+        self, engines: Fakes, bundle: Path, error: Exception, first: bool, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        error.add_note("from another process")
         engines.functions["denoiser"] = fail_with(error)
+        command = ["run", str(bundle), *PROMPT]
         with pytest.raises(SystemExit) as caught:
-            main(["--debug", "run", str(bundle), *PROMPT])
+            main(["--debug", *command] if first else [*command, "--debug"])
         assert caught.value.code == getattr(error, "exit_code", 1)
-        assert "Traceback" in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert "Traceback" in printed
+        assert "from another process" in printed
+
+    @pytest.mark.parametrize("arguments", [("inspect", "missing", "--json"), ("inspect", "bundle")])
+    def test_a_full_stdout(self, bundle: Path, arguments: tuple[str, ...]) -> None:
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "slipcast.cli", *arguments],
+                cwd=bundle.parent, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        assert done.returncode == (4 if "missing" in arguments else 1)
+        assert "Traceback" not in done.stderr
+        assert done.stderr.count("rror: ") <= 2
 
     def test_interrupted_130(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
         engines.functions["denoiser"] = fail_with(KeyboardInterrupt())
-        self.check(cli, 130, "run", bundle, *PROMPT, says="interrupted")
+        self.check(cli, 130, "run", bundle, *PROMPT, says="interrupted$")
+
+    def test_terminated_130(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
+        engines.functions["denoiser"] = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+        self.check(cli, 130, "run", bundle, *PROMPT, says="interrupted$")
+
+    def test_an_interrupted_compile_says_how_to_go_on(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "slipcast.cli.Commands.get_command", lambda *_: click.Command("compile", callback=interrupt)
+        )
+        assert cli("compile") == 130
+        assert "the same command goes on from the cache" in cli.err
 
     def test_compiler_that_is_not_installed_3(self) -> None:
         """In a process of its own, where torch cannot be imported."""
@@ -298,11 +332,17 @@ class TestOtherCommands:
         assert cli.json["error"]["message"].startswith("vae_decoder.bin: content differs")
         assert cli.json["error"]["expected"] != cli.json["error"]["got"]
 
-    def test_verify_and_unlisted_files(self, cli: Cli, bundle: Path) -> None:
+    def test_unlisted_files(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
         (bundle / "notes.txt").write_text("x")
         assert cli("verify", bundle) == 4
         assert "notes.txt" in cli.err
         assert cli("verify", bundle, "--allow-unlisted") == 0
+        assert cli("inspect", bundle) == 4
+        assert cli("inspect", bundle, "--allow-unlisted") == 0
+        assert cli("report", bundle, "--allow-unlisted") == 4
+        assert "holds no report" in cli.err
+        assert cli("run", bundle, *PROMPT) == 4
+        assert cli("run", bundle, *PROMPT, "--allow-unlisted", "-o", bundle.parent / "x.png") == 0
 
     def test_report_of_a_bundle_without_one(self, cli: Cli, bundle: Path) -> None:
         assert cli("report", bundle, "--json") == 4
@@ -314,7 +354,7 @@ class TestOtherCommands:
         assert cli("doctor", bundle, "--json") == 0
         findings = {finding["name"]: finding for finding in cli.json["findings"]}
         assert {"processor", "memory", "disk", "openvino", "onnxruntime", "compiler"} <= findings.keys()
-        assert findings["target onnxruntime-cpu-fp32"]["detail"] == "runs here"
+        assert findings["target onnxruntime-cpu-fp32"]["detail"] == "runs here (structure checked, digests not)"
         assert cli.json["ok"] is True
         monkeypatch.setattr("slipcast.engines.EngineKind.available", lambda kind: False)
         assert cli("doctor", bundle) == 3
@@ -326,11 +366,6 @@ class TestOtherCommands:
         assert cli("doctor", "--json") == 3
         (bad,) = (finding for finding in cli.json["findings"] if not finding["ok"])
         assert "pip uninstall -y onnxruntime onnxruntime-gpu" in bad["detail"]
-
-    def test_doctor_on_what_is_no_bundle(self, cli: Cli, tmp_path: Path) -> None:
-        assert cli("doctor", tmp_path / "missing", "--json") == 3
-        assert cli.json["ok"] is False
-        assert "cannot be opened" in cli.json["findings"][-1]["detail"]
 
 
 class TestGrid:

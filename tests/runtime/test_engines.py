@@ -52,7 +52,7 @@ class TestRegistry:
             engine_kind("abacus")
 
     def test_absent_library(self, add: Path) -> None:
-        absent = EngineKind("slipcast.engines.none", "no_such_library", "x", ("fp32",), ".x")
+        absent = EngineKind("slipcast.engines.none", "no_such_library", "x", ("fp32",))
         assert not absent.available()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(HostError, match=r"pip install 'slipcast\[x\]'"):
             patch.setitem(ENGINES, "onnxruntime", absent)

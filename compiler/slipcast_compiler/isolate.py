@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
+from slipcast_compiler.memory import peak_memory_mb
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,6 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, advance: Advance
         process.join(timeout=10)
         if process.is_alive():
             process.kill()
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process in megabytes (1e6 bytes)."""
-    try:
-        # Not ru_maxrss: on Linux a new process inherits its parent's.
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM:"))
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -91,7 +91,7 @@ def draw(
     shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    text = None if prompts[0] is None else list(prompts)
+    text = [prompt for prompt in prompts if prompt is not None] or None
     run = _with_diffusers if text is not None and has_scheduler(sampling) else _with_our_sampler
     with torch.no_grad():
         return run(pipe, sampling, text, noise, generators).astype(np.float32)
@@ -103,13 +103,20 @@ def has_scheduler(sampling: Sampling) -> bool:
     return sampling.sampler in SCHEDULERS and (sampling.schedule in SCHEDULES or own)
 
 
+def scheduler_for(sampling: Sampling) -> tuple[str, dict[str, Any]] | None:
+    """diffusers' class for the sampler and the settings for its schedule; None where it has not both."""
+    if not has_scheduler(sampling):
+        return None
+    name, settings = SCHEDULERS[sampling.sampler]
+    return name, {**settings, **SCHEDULES.get(sampling.schedule or "", {})}
+
+
 def choose_scheduler(pipe: Any, sampling: Sampling) -> None:
     """Give the pipeline the scheduler for the sampler and schedule, if diffusers has it."""
-    if has_scheduler(sampling):
-        name, settings = SCHEDULERS[sampling.sampler]
-        chosen = {**settings, **SCHEDULES.get(sampling.schedule or "", {})}
+    if chosen := scheduler_for(sampling):
+        name, settings = chosen
         scheduler = getattr(importlib.import_module("diffusers"), name)
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **chosen)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
 
 
 def _load(root: Path, dtype: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
+from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
 
 SHOWN_PICTURES = 8
@@ -68,12 +68,8 @@ def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict
         }
         for i, prompt in enumerate(originals.prompts[:SHOWN_PICTURES])
     ]
-    environment = Environment(
-        loader=PackageLoader("slipcast_compiler", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    page = environment.get_template("report.html").render(
-        record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
+    page = render(
+        "report.html", record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
         recipe=json.dumps(record["recipe"], indent=2, ensure_ascii=False),
     )  # fmt: skip
     (folder / "report.html").write_text(page, "utf-8")

@@ -1,0 +1,16 @@
+"""Self-contained pages: the templates beside this file, of which base.html has the style."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render(template: str, **values: Any) -> str:
+    """The page; every value is escaped, and a missing one is an error."""
+    environment = Environment(
+        loader=PackageLoader("slipcast_compiler", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)

@@ -12,17 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.errors import HostError, RecipeError
-from slipcast.manifest import Metrics, Performance, Quality, Sampling, Target
+from slipcast.manifest import Metrics, Performance, Quality, Target
 from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.model import Checkpoint
+from slipcast_compiler.plan import Plan, Prompts
 from slipcast_compiler.quiet import quiet
-from slipcast_compiler.recipe import GateTable, Recipe
+from slipcast_compiler.recipe import GateTable
 
 Floats = npt.NDArray[np.float32]
-Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 MEASURED = 3  # images that time and memory of the original are taken from
 MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
 
@@ -112,36 +111,26 @@ class Scorer:
         return scores
 
 
-def run_originals(
-    checkpoint: Checkpoint,
-    sampling: Sampling,
-    recipe: Recipe,
-    size: tuple[int, int],
-    prompts: Prompts,
-    cache: Cache,
-    advance: Advance,
-) -> Originals:
+def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
     """Reference pictures and the runs behind the noise floors, from the cache where nothing has changed."""
-    seeds = tuple(recipe.evaluate.seed + i for i in range(len(prompts)))
-    others = tuple(seed + len(prompts) for seed in seeds)
+    first, count = plan.recipe.evaluate.seed, len(plan.prompts)
+    seeds = tuple(range(first, first + count))
+    others = tuple(range(first + count, first + 2 * count))
     runs = []
     for place, (dtype, chosen) in enumerate((("float32", seeds), ("bfloat16", seeds), ("float32", others))):
 
         def report(done: int, total: int, place: int = place) -> None:
             advance(place * total + done, 3 * total)
 
-        runs.append(_original(checkpoint, sampling, size, prompts, chosen, dtype, cache, report))
-    return Originals(prompts, seeds, *runs)
+        runs.append(_original(plan, chosen, dtype, cache, report))
+    return Originals(plan.prompts, seeds, *runs)
 
 
-def measure_original(
-    checkpoint: Checkpoint, sampling: Sampling, size: tuple[int, int], originals: Originals, advance: Advance
-) -> Run:
+def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
     """Time and memory of the original in fp32, measured now: pictures may come from a cache, figures may not."""
     prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
-    isolated = run_isolated(
-        original.make_images, checkpoint.root, sampling, size, prompts, seeds, "float32", advance=advance
-    )
+    arguments = (plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, "float32")
+    isolated = run_isolated(original.make_images, *arguments, advance=advance)
     return _run(isolated.result, isolated.peak_memory_mb)
 
 
@@ -215,25 +204,23 @@ def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
     return (*rows, GateRow("LPIPS, mean", None, quality.lpips_mean, floor.lpips_mean, None))
 
 
-def _original(
-    checkpoint: Checkpoint,
-    sampling: Sampling,
-    size: tuple[int, int],
-    prompts: Prompts,
-    seeds: tuple[int, ...],
-    dtype: str,
-    cache: Cache,
-    advance: Advance,
-) -> Floats:
+def missed(gates: dict[str, tuple[GateRow, ...]]) -> list[str]:
+    """One line for every limit that does not hold."""
+    return [
+        f"{target}: {row.metric} is {'not run' if row.value is None else f'{row.value:.4f}'}, limit {row.limit}"
+        for target, rows in gates.items() for row in rows if row.passed is False
+    ]  # fmt: skip
+
+
+def _original(plan: Plan, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance) -> Floats:
     inputs: dict[str, Any] = {
-        "checkpoint": checkpoint.sha256, "sampling": sampling.model_dump(mode="json"), "size": size,
-        "prompts": prompts, "seeds": seeds, "dtype": dtype,
+        "checkpoint": plan.checkpoint.sha256, "sampling": plan.sampling.model_dump(mode="json"), "size": plan.size,
+        "prompts": plan.prompts, "seeds": seeds, "dtype": dtype,
     }  # fmt: skip
 
     def build(folder: Path) -> None:
-        made = run_isolated(
-            original.make_images, checkpoint.root, sampling, size, prompts, seeds, dtype, advance=advance
-        )
+        arguments = (plan.checkpoint.root, plan.sampling, plan.size, plan.prompts, seeds, dtype)
+        made = run_isolated(original.make_images, *arguments, advance=advance)
         np.save(folder / "images.npy", made.result["images"])
 
     images: Floats = np.load(cache.get("original", inputs, build) / "images.npy")

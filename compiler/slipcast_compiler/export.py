@@ -23,7 +23,9 @@ from torch.export import Dim
 from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
 from slipcast_compiler.architectures import ComponentSource
+from slipcast_compiler.cache import Cache
 from slipcast_compiler.model import Checkpoint, Weight, find_weight
+from slipcast_compiler.plan import Plan
 from slipcast_compiler.quiet import quiet
 
 # The first opset with Attention as one operator; with GroupNormalization (21) it halves the number of nodes.
@@ -50,6 +52,17 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     _strip(model)
     ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
+
+
+def cached_export(plan: Plan, name: str, cache: Cache) -> Path:
+    """The cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, the component's contract."""
+
+    def make(folder: Path) -> None:
+        contract = export_component(plan.checkpoint, name, plan.sizes, folder)
+        (folder / f"{name}.json").write_text(contract.model_dump_json())
+
+    inputs = {"checkpoint": plan.checkpoint.sha256, "component": name, "sizes": plan.sizes}
+    return cache.get("export", inputs, make)
 
 
 class _Call(torch.nn.Module):  # type: ignore[misc]

@@ -8,11 +8,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import slipcast
 from slipcast.bundle import describe_files
 from slipcast.errors import RecipeError
-from slipcast.manifest import MANIFEST_NAME, Manifest
+from slipcast.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Component,
+    ComponentName,
+    FamilyRecord,
+    Manifest,
+    TextInput,
+)
+from slipcast_compiler.model import tokenizer_file
+from slipcast_compiler.plan import Plan
 
 
 @contextlib.contextmanager
@@ -29,13 +40,45 @@ def staging(output: Path) -> Iterator[Path]:
 
 def check_output(output: Path) -> None:
     """RecipeError where the output is something that is not a bundle: that is not ours to replace."""
-    if output.is_symlink() or (output.exists() and not (output / MANIFEST_NAME).is_file() and any_inside(output)):
+    if output.is_symlink() or (output.exists() and not (output / MANIFEST_NAME).is_file() and _any_inside(output)):
         raise RecipeError(f"{output} exists and is not a bundle", expected="a new directory, or a bundle to replace")
 
 
-def any_inside(path: Path) -> bool:
+def _any_inside(path: Path) -> bool:
     """Whether it is a file, or a directory with something in it."""
     return not path.is_dir() or next(path.iterdir(), None) is not None
+
+
+def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """The manifest's fields that do not depend on targets; writes the tokenizers they name."""
+    components = {
+        name: Component.model_validate_json((source / f"{name}.json").read_text()) for name, source in exported.items()
+    }
+    texts = []
+    for text in plan.checkpoint.architecture.text:
+        data, _, pad = tokenizer_file(plan.checkpoint, text.tokenizer)
+        (folder / f"{text.tokenizer}.json").write_bytes(data)
+        texts.append(
+            TextInput(
+                component=cast(ComponentName, text.component),
+                tokenizer=f"{text.tokenizer}.json",
+                max_length=plan.sizes["text_length"],
+                pad_token_id=pad,
+                outputs=dict(text.outputs),
+            )
+        )
+    family = plan.family
+    return {
+        "schema_version": ".".join(map(str, SCHEMA_VERSION)), "slipcast_version": slipcast.__version__,
+        "name": plan.recipe.name,
+        "base_model": plan.checkpoint.name, "source_sha256": plan.checkpoint.sha256,
+        "family": family and FamilyRecord(
+            name=family.name, hash=family.hash, closed=family.closed, calibration=len(family.calibration),
+            held_out=len(family.held_out),
+        ),
+        "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
+        "not_compiled": plan.checkpoint.not_compiled,
+    }  # fmt: skip
 
 
 def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:

@@ -11,10 +11,11 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import find_sampler
-from slipcast_compiler.evaluate import Prompts
 from slipcast_compiler.family import Family, expand
-from slipcast_compiler.model import Checkpoint, open_checkpoint
+from slipcast_compiler.model import Checkpoint, open_checkpoint, tokenizer_file
 from slipcast_compiler.recipe import Recipe
+
+Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
 DEFAULT_STEPS = 20
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -37,6 +38,11 @@ class Plan:
         """The held-out prompts that the gate is measured on, one image each."""
         count = self.recipe.evaluate.images
         return self.family.held_out[:count] if self.family else (None,) * count
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.width, self.image.height
 
     def summary(self) -> dict[str, Any]:
         """What --dry-run prints. Bytes are estimates from the numbers of parameters."""
@@ -92,6 +98,8 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
         "latent_height": image.height // image.factor,
         "latent_width": image.width // image.factor,
     }
+    for text in checkpoint.architecture.text:  # a tokenizer may stop before its encoder would
+        sizes["text_length"] = min(sizes["text_length"], tokenizer_file(checkpoint, text.tokenizer)[1])
     return Plan(recipe, folder, checkpoint, family, sampling, image, sizes)
 
 

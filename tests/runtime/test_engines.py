@@ -126,7 +126,9 @@ class TestOnnxRuntime:
     @pytest.mark.parametrize("content", [b"", b"\x08\x0a", b"not a model", b"\xff" * 1000])
     def test_a_file_that_is_no_model(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "bad.onnx").write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"bad\.onnx: ONNX Runtime [0-9.]+ cannot load it(.|\n)*slipcast verify"):
+        with pytest.raises(
+            ArtifactError, match=r"bad\.onnx: ONNX Runtime [0-9.]+ cannot load it(.|\n)*slipcast verify"
+        ):
             open_engine("onnxruntime", tmp_path / "bad.onnx", None, "fp32", component(ADD))
 
 

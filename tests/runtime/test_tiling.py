@@ -37,7 +37,8 @@ def test_weights_sum_to_one(height: int, width: int, tile: int, data: st.DataObj
     overlap = data.draw(st.integers(0, tile - 1))
     latent, decode = noise(height, width), Upsample()
     picture = decode_tiled(decode, latent, tile, overlap, FACTOR)
-    assert (picture.dtype, picture.shape) == (np.float32, (1, 3, height * FACTOR, width * FACTOR))
+    assert picture.dtype == np.float32
+    assert picture.shape == (1, 3, height * FACTOR, width * FACTOR)
     np.testing.assert_allclose(picture, Upsample()(latent), rtol=1e-5, atol=2e-5)
     assert set(decode.shapes) == {(1, 4, min(tile, height), min(tile, width))}
     along = [1 if size <= tile else -(-(size - tile) // (tile - overlap)) + 1 for size in (height, width)]

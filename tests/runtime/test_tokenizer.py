@@ -22,10 +22,13 @@ THEIRS = CLIPTokenizer.from_pretrained(TOKENIZER.parent)
 
 WORDS = st.sampled_from(
     ["a", "large", "red", "Circle", "on", "background", "it's", "don't", "3.14", "1024x768", "<|endoftext|>",
-     "<|startoftext|>", "</w>", "ﬁn", "naïve", "e\u0301", "é", "İ", "ß", "ǅ", "汉字", "日本", "😀", "👩‍👩‍👧", "🏴‍☠️", "🇩🇪", "\u200b", "\u00a0",
+     "<|startoftext|>", "</w>", "ﬁn", "naïve", "e\u0301", "é", "İ", "ß", "ǅ", "汉字", "日本",
+     "😀", "👩‍👩‍👧", "🏴‍☠️", "🇩🇪", "\u200b", "\u00a0",
      "\t", "\n", "  ", "\u3000", "\ufeff", "\x00", "\x7f", "!!!", "(a:1.2)", "--", "…", "𝕬", "\u0300\u0301\u0302"]
 )  # fmt: skip
-SENTENCES = st.builds(lambda words, gap: gap.join(words), st.lists(WORDS, max_size=30), st.sampled_from([" ", "", "  "]))
+SENTENCES = st.builds(
+    lambda words, gap: gap.join(words), st.lists(WORDS, max_size=30), st.sampled_from([" ", "", "  "])
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -40,7 +43,8 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 def test_ids_are_those_of_transformers(prompts: list[str]) -> None:
     expected = THEIRS(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np")
     found = OURS(prompts)
-    assert (found.dtype, found.shape) == (np.int64, (len(prompts), LENGTH))
+    assert found.dtype == np.int64
+    assert found.shape == (len(prompts), LENGTH)
     np.testing.assert_array_equal(found, expected.input_ids)
 
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
-from slipcast.manifest import EngineFiles
+from slipcast.manifest import ComponentName, EngineFiles, Target
+from slipcast.progress import Advance
 from slipcast_compiler.build import onnxruntime, openvino
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.recipe import TargetTable
 
 # (component.onnx with its .data beside it, precision, directory to write to) -> names of the files written
 BUILDERS: dict[str, Callable[[Path, str, Path], EngineFiles]] = {
     "onnxruntime": onnxruntime.build,
     "openvino": openvino.build,
 }
+
+
+def build_target(table: TargetTable, exported: dict[str, Path], folder: Path, cache: Cache, advance: Advance) -> Target:
+    """Every component's engine for a target, from the cache or built, copied into the bundle at `folder`."""
+    engines: dict[ComponentName, EngineFiles] = {}
+    place = f"{table.engine}-{table.precision}"
+    (folder / place).mkdir()
+    for done, (name, source) in enumerate(exported.items()):
+        advance(done, len(exported))
+        built = _cached(table, name, source, cache)
+        files = EngineFiles.model_validate_json((built / "files.json").read_text())
+        named = {kind: f"{place}/{file}" for kind, file in files if file}
+        for file in named.values():
+            shutil.copyfile(built / Path(file).name, folder / file)
+        engines[cast(ComponentName, name)] = EngineFiles(**named)
+    return Target(engine=table.engine, device="cpu", precision=table.precision, components=engines)
+
+
+def _cached(table: TargetTable, name: str, source: Path, cache: Cache) -> Path:
+    def make(out: Path) -> None:
+        files = BUILDERS[table.engine](source / f"{name}.onnx", table.precision, out)
+        (out / "files.json").write_text(files.model_dump_json())
+
+    # The export's directory is named by the hash of all that it was made from.
+    return cache.get("engine", {"source": source.name, "target": table.model_dump()}, make)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import onnxruntime
-
 from slipcast.engines import Array, cpu_threads
 from slipcast.errors import ArtifactError
 from slipcast.manifest import TensorSpec
+
+# From 1.29 on, official builds write below HOME and report to Microsoft, unless told not to before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32",

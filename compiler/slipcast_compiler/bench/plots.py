@@ -68,13 +68,14 @@ def break_even(document: Mapping[str, Any]) -> dict[str, Any] | None:
     counts = [count for count in document["break_even"].values() if count]
     if not counts:
         return None
-    most, compile_s = 1.3 * max(counts), document["compile_s"]
+    # A peer that is hardly slower pays back so late that all other crossings would be in the corner.
+    most, compile_s = 1.3 * max(count for count in counts if count <= 5 * min(counts)), document["compile_s"]
     # A peer that is far slower would press all others into the ground.
     top = 1.15 * (compile_s + most * document["sides"][BUNDLE]["seconds"]["median"])
     lines = []
     for name, side in document["sides"].items():
         begin = compile_s if name == BUNDLE else side["prepare_s"] or 0.0
-        slope = side["seconds"]["median"]
+        slope = max(side["seconds"]["median"], 1e-6)
         end = min(most, (top - begin) / slope)
         if end > 0:
             lines.append({"name": name, "from": (0.0, begin), "to": (end, begin + slope * end)})

@@ -153,15 +153,15 @@ def _notes(plan: BenchPlan, results: Results, load_before: float | None, no_clip
     for name, measured in results.measured.items():
         few = len(measured.drawn)
         if measured.side.images is not None:
-            notes.append(f"{name} ran on {few} of {plan.options.images} images, without batches")
+            notes.append(f"{name} ran on {few} of {plan.options.images} images")
+        if not measured.side.batches and max(plan.options.batches) > 1:
+            notes.append(f"{name} ran one image at a time only")
         if not measured.side.pixels and results.reference is not None:
             notes.append(f"{name} takes another way to the picture: PSNR and SSIM would mean nothing and are not run")
         if measured.side.job.get("compile"):
             notes.append(f"{name}: the memory of torch's compile processes is not in its peak")
-    if plan.no_quality:
-        notes.append(f"quality was not measured: {plan.no_quality}")
-    elif results.reference is None:
-        notes.append("quality was not measured: the original failed")
+    if results.no_reference:
+        notes.append(f"quality was not measured: {results.no_reference}")
     if no_clip:
         notes.append(no_clip)
     if all(drawn.joules[0] is None for drawn in results.measured.values()):

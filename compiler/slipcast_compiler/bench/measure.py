@@ -58,6 +58,7 @@ class Results:
     measured: dict[str, Measured]
     failed: dict[str, str]
     reference: Floats | None
+    no_reference: str | None = None
 
 
 class _Running:
@@ -115,7 +116,12 @@ def measure(plan: BenchPlan, stages: Stages) -> Results:
             if size > 1:
                 with stages.stage(f"batches of {size}") as advance:
                     _in_batches(running, plan, size, advance)
-    return Results(running.measured, running.failed, _reference(running, plan, stages))
+    results = Results(running.measured, running.failed, None, plan.no_quality)
+    try:
+        results.reference = _reference(running, plan, stages)
+    except SlipcastError as error:  # what was measured is worth having without it
+        results.no_reference = str(error)
+    return results
 
 
 def _one_by_one(running: _Running, plan: BenchPlan, meter: Meter, advance: Advance) -> None:
@@ -136,12 +142,12 @@ def _one_by_one(running: _Running, plan: BenchPlan, meter: Meter, advance: Advan
 
 
 def _in_batches(running: _Running, plan: BenchPlan, size: int, advance: Advance) -> None:
-    """One round that does not count, then ROUNDS. Sides of few images are left out."""
+    """One round that does not count, then ROUNDS."""
     for turn in range(ROUNDS + 1):
         advance(turn, ROUNDS + 1)
         for name in running.in_turn(turn):
             measured = running.measured[name]
-            if measured.side.images is not None:
+            if not measured.side.batches:
                 continue
 
             def draw(name: str = name, measured: Measured = measured, turn: int = turn) -> None:
@@ -156,8 +162,10 @@ def _in_batches(running: _Running, plan: BenchPlan, size: int, advance: Advance)
 def _reference(running: _Running, plan: BenchPlan, stages: Stages) -> Floats | None:
     """The original's pictures: those of a side, or drawn now, when nothing is measured any more."""
     side = plan.reference
-    if side is None or side.name in running.failed:
+    if side is None:
         return None
+    if side.name in running.failed:
+        raise SlipcastError("the original failed")
     if side.name in running.measured:
         return running.measured[side.name].images
     with (

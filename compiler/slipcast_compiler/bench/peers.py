@@ -20,8 +20,8 @@ class Peer:
     """`needs`: distributions, of this environment or of the peer's own (`venv`, a name in VENVS). `programs`: any of
     them has to be on the path. `options` go to the side; `sampling` replaces fields of the bundle's.
 
-    `images`: at most so many, where the peer is too slow for all. A peer whose sampling takes another way to the
-    picture has no picture to compare pixel by pixel: `pixels` is False.
+    `images`: at most so many, where the peer is too slow for all. `batches`: whether it can draw several at once. A
+    peer whose sampling takes another way to the picture has none to compare pixel by pixel: `pixels` is False.
     """
 
     title: str
@@ -32,6 +32,7 @@ class Peer:
     programs: tuple[str, ...] = ()
     venv: str | None = None
     images: int | None = None
+    batches: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
     pixels: bool = True
 
@@ -56,13 +57,13 @@ PEERS: dict[str, Peer] = {
         "pip install 'optimum-intel[openvino]' diffusers", {"backend": "openvino"}, venv="optimum-openvino",
     ),
     "optimum-openvino-static": Peer(
-        "the same, reshaped to fixed sizes", "optimum.py", ("optimum-intel", "openvino", "diffusers"),
+        "Optimum, OpenVINO, fixed to one image of one size", "optimum.py", ("optimum-intel", "openvino", "diffusers"),
         "pip install 'optimum-intel[openvino]' diffusers", {"backend": "openvino", "static": True},
-        venv="optimum-openvino",
+        venv="optimum-openvino", batches=False,
     ),
     "ddpm1000": Peer(
         "diffusers, fp32, DDPM in 1000 steps", "diffusers.py", _TORCH, COMPILER, {"dtype": "float32"},
-        images=2, sampling=_DDPM, pixels=False,
+        images=2, batches=False, sampling=_DDPM, pixels=False,
     ),
 }  # fmt: skip
 

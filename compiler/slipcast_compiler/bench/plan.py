@@ -35,6 +35,7 @@ class Side:
     interpreter: str
     job: dict[str, Any]
     images: int | None = None
+    batches: bool = True
     pixels: bool = True
     prepared: Path | None = None
     disk_bytes: int = 0
@@ -224,7 +225,7 @@ def _peer_side(
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         prepared, disk = options.folder.absolute() / "bench-exports" / f"{peer.venv}-{digest}", 0
         job["prepared"] = str(prepared / "model")
-    return Side(name, peer.title, python, job, peer.images, peer.pixels, prepared, disk)
+    return Side(name, peer.title, python, job, peer.images, peer.batches, peer.pixels, prepared, disk)
 
 
 def _reference(

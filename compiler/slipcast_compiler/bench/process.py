@@ -111,13 +111,14 @@ class SideProcess(AbstractContextManager["SideProcess"]):
             kind = getattr(errors, answer["error"], None)
             if isinstance(kind, type) and issubclass(kind, SlipcastError):
                 raise kind(answer["message"])
-            raise SideError(f"{self.name}: {answer['error']}: {answer['message']}", got=self._tail())
+            first, *_ = answer["message"].strip().splitlines() or [""]
+            raise SideError(f"{self.name}: {answer['error']}: {first}", got=self._tail())
         return answer
 
     def _tail(self) -> str:
         self._log.flush()
         self._log.seek(0)
-        return "\n".join(self._log.read().splitlines()[-5:])
+        return "\n".join([line for line in self._log.read().splitlines() if line.strip()][-5:])
 
 
 def _environment(interpreter: str, scratch: str) -> dict[str, str]:

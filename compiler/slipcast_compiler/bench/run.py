@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slipcast.errors import RequestError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import load_average, make_document
 from slipcast_compiler.bench.measure import measure
@@ -17,6 +19,8 @@ from slipcast_compiler.bench.venvs import VENVS, make
 def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: bool, stages: Stages) -> dict[str, Any]:
     """Measure, and write the document and its page: the document, with the paths of both under `files`."""
     load_before = load_average()
+    if output:
+        _check(output)
     if make_venvs:
         for name in wanted_venvs(options):
             with stages.stage(f"environment {name}"):
@@ -39,6 +43,15 @@ def write(document: dict[str, Any], output: Path, stages: Stages) -> dict[str, s
     page = output.with_suffix(".html")
     page.write_text(render_page(document), "utf-8")
     return {"json": str(output), "html": str(page)}
+
+
+def _check(output: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if output.suffix == ".html":
+        raise RequestError(f"-o {output}: the page gets this name", expected="a name for the JSON", got=output.name)
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if output.is_dir() or not os.access(nearest, os.W_OK):
+        raise RequestError(f"-o {output}: cannot be written", expected="a file in a folder of yours", got=str(nearest))
 
 
 def _default_output(folder: Path, name: str) -> Path:

@@ -18,10 +18,11 @@ WIDTH = 150  # where there is no terminal to ask
 
 
 def render_table(document: Mapping[str, Any]) -> str:
-    """Tables of speed and of quality, then what is missing and what has to be known to read them."""
+    """Tables of time, memory and quality, then what is missing and what has to be known to read them."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
-    console = Console(file=io.StringIO(), width=max(width, 80), color_system=None, highlight=False)
+    console = Console(file=io.StringIO(), width=max(width, 100), color_system=None, highlight=False)
     console.print(_speed(document))
+    console.print(_footprint(document))
     if document["quality_reference"]:
         console.print(_quality(document))
     for name, why in document["missing"].items():
@@ -37,18 +38,28 @@ def render_table(document: Mapping[str, Any]) -> str:
 
 def _speed(document: Mapping[str, Any]) -> Table:
     sizes = list(document["sides"][BUNDLE]["images_per_second"])
-    columns = ["s/image", "min - max", "x bundle", *(f"images/s, {size}" for size in sizes)]
-    columns += ["first, cold s", "load s", "peak MB", "x bundle", "disk MB", "break-even"]
-    table = _table(f"{document['name']}: time and memory", columns)
+    columns = ["s/image", "min - max", "ratio", "min - max", *(f"images/s, {size}" for size in sizes), "break-even"]
+    table = _table(f"{document['name']}: time, and its ratio to the bundle's", columns)
     for name, side in document["sides"].items():
-        seconds, ratio = side["seconds"], document["ratios"].get(name)
-        memory, even = document["memory_ratios"].get(name), document["break_even"].get(name)
+        seconds, ratio, even = side["seconds"], document["ratios"].get(name), document["break_even"].get(name)
         table.add_row(
             Text(name), f"{seconds['median']:.3f}", f"{seconds['min']:.3f} - {seconds['max']:.3f}",
-            f"{ratio['median']:.2f}" if ratio else "", *(_number(side["images_per_second"].get(s)) for s in sizes),
-            f"{side['first_image_s']['cold']:.2f}", f"{side['load_s']:.2f}", f"{side['peak_memory_mb']:.0f}",
-            f"{memory['median']:.2f}" if memory else "", f"{side['disk_mb']:.0f}",
+            f"{ratio['median']:.2f}" if ratio else "", f"{ratio['min']:.2f} - {ratio['max']:.2f}" if ratio else "",
+            *(_number(side["images_per_second"].get(size)) for size in sizes),
             "" if not ratio else "never" if even is None else f"{even} images",
+        )  # fmt: skip
+    return table
+
+
+def _footprint(document: Mapping[str, Any]) -> Table:
+    columns = ["peak MB", "ratio", "disk MB", "load s", "first image, cold s", "J/image"]
+    table = _table("memory, disk and start", columns)
+    for name, side in document["sides"].items():
+        ratio, joules = document["memory_ratios"].get(name), side["energy_j"]
+        table.add_row(
+            Text(name), f"{side['peak_memory_mb']:.0f}", f"{ratio['median']:.2f}" if ratio else "",
+            f"{side['disk_mb']:.0f}", f"{side['load_s']:.2f}", f"{side['first_image_s']['cold']:.2f}",
+            _number(joules and joules["median"]),
         )  # fmt: skip
     return table
 
@@ -69,7 +80,7 @@ def _quality(document: Mapping[str, Any]) -> Table:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="", header_style="")
-    table.add_column("side", overflow="fold", min_width=16)
+    table.add_column("side", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table

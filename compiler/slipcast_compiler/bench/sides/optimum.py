@@ -27,14 +27,9 @@ def open_side(job: dict[str, Any]) -> Any:
     scheduler = getattr(importlib.import_module("diffusers"), name)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
     _about.update(steps=job["sampling"]["steps"])
-    sampling, (width, height), shaped = job["sampling"], job["size"], 0
+    sampling, (width, height) = job["sampling"], job["size"]
 
     def draw(prompts: list[str], seeds: list[int]) -> tuple[Any, None]:
-        nonlocal shaped
-        if job.get("static") and shaped != len(prompts):
-            pipe.reshape(len(prompts), height, width, num_images_per_prompt=1)
-            pipe.compile()
-            shaped = len(prompts)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         latents = torch.cat([torch.randn((1, *job["latent"]), generator=generator) for generator in generators])
         images = pipe(
@@ -64,10 +59,12 @@ def _open(job: dict[str, Any]) -> Any:
         return kind.from_pretrained(job["prepared"], export=False, session_options=options)
     # The precision stays OpenVINO's own choice, which is what its users get: bf16 where the processor has it.
     settings = {"INFERENCE_NUM_THREADS": job["threads"]}
-    static = bool(job.get("static"))
-    pipe = kind.from_pretrained(job["prepared"], export=False, ov_config=settings, compile=not static)
-    if not static:
-        _about["precision"] = pipe.unet.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    pipe = kind.from_pretrained(job["prepared"], export=False, ov_config=settings, compile=not job.get("static"))
+    if job.get("static"):
+        width, height = job["size"]
+        pipe.reshape(1, height, width, num_images_per_prompt=1)
+        pipe.compile()
+    _about["precision"] = pipe.unet.request.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     return pipe
 
 

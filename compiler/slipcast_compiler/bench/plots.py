@@ -64,7 +64,7 @@ def stacks(document: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def break_even(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Seconds spent after n images: the bundle begins with its compile, a peer with its export."""
+    """Seconds spent after n images: the bundle begins with its compile, peers with nothing, as the counts have it."""
     counts = [count for count in document["break_even"].values() if count]
     if not counts:
         return None
@@ -74,7 +74,7 @@ def break_even(document: Mapping[str, Any]) -> dict[str, Any] | None:
     top = 1.15 * (compile_s + most * document["sides"][BUNDLE]["seconds"]["median"])
     lines = []
     for name, side in document["sides"].items():
-        begin = compile_s if name == BUNDLE else side["prepare_s"] or 0.0
+        begin = compile_s if name == BUNDLE else 0.0
         slope = max(side["seconds"]["median"], 1e-6)
         end = min(most, (top - begin) / slope)
         if end > 0:

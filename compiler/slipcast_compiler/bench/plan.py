@@ -83,7 +83,7 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     manifest = bundle.manifest
     manifest.sampling.lay(options.steps)  # refuses steps that the bundle cannot take
     sampling = manifest.sampling.model_copy(update={"steps": options.steps} if options.steps else {})
-    _check_names(options.against)
+    check_names(options.against)
     target = choose_target(manifest, options.target).id
     missing = _missing(options, sampling, bool(manifest.text))
     if options.against and len(missing) == len(options.against):
@@ -118,7 +118,8 @@ def _open(path: Path) -> tuple[Bundle, dict[str, Any]]:
     return bundle, record
 
 
-def _check_names(against: Sequence[str]) -> None:
+def check_names(against: Sequence[str]) -> None:
+    """RequestError, with the candidates, for what is neither a peer nor a directory."""
     for name in against:
         if name not in PEERS and not Path(name).is_dir():
             known = ", ".join(PEERS)

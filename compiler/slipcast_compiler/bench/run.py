@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle import open_bundle
 from slipcast.errors import RequestError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import load_average, make_document
 from slipcast_compiler.bench.measure import measure
-from slipcast_compiler.bench.plan import Options, make_plan, venvs, wanted_venvs
+from slipcast_compiler.bench.plan import Options, check_names, make_plan, venvs, wanted_venvs
 from slipcast_compiler.bench.venvs import VENVS, make
 
 
@@ -22,6 +23,8 @@ def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: b
     if output:
         _check(output)
     if make_venvs:
+        open_bundle(bundle)  # environments take minutes: what is wrong is said before
+        check_names(options.against)
         for name in wanted_venvs(options):
             with stages.stage(f"environment {name}"):
                 make(VENVS[name], venvs(options) / name)

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+# Before any test imports them: ONNX Runtime shall not report home, and torch's threads shall not spin while they wait,
+# which makes a busy machine many times slower.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

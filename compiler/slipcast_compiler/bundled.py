@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
+import importlib
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from slipcast.engines import ENGINES
 from slipcast.progress import Advance
 
 
 def make_images(
     root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], advance: Advance
 ) -> dict[str, Any]:
-    """One image per prompt and seed, one at a time.
+    """One image per prompt and seed, one at a time; the first is drawn once before, as warm-up.
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, load_s, and seconds per image by component.
+    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, load_s, and median seconds by component.
     """
     begin = time.perf_counter()
     import slipcast
 
     with slipcast.load(root, target=target) as pipe:
         load_s = time.perf_counter() - begin
-        pictures, seconds, components = [], [], dict.fromkeys(pipe.manifest.components, 0.0)
+        pipe(prompts[0], seed=seeds[0], output_type="np")
+        pictures, seconds = [], []
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))
-            output = pipe(prompt, seed=seed, output_type="np", on_long_prompt="warn")
-            seconds.append(output.seconds["total"])
-            for name in components:
-                components[name] += output.seconds[name] / len(prompts)
+            output = pipe(prompt, seed=seed, output_type="np")
+            seconds.append(output.seconds)
             pictures.append(output.images[0])
-    return {"images": np.stack(pictures), "seconds": seconds, "load_s": load_s, "components_s": components}
+        components = {name: statistics.median(each[name] for each in seconds) for name in pipe.manifest.components}
+    return {
+        "images": np.stack(pictures), "seconds": [each["total"] for each in seconds], "load_s": load_s,
+        "components_s": components,
+    }  # fmt: skip
+
+
+def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float | None:
+    """Megabytes that a component adds to a process when it is opened and run once; None where that cannot be told."""
+    import slipcast
+
+    with slipcast.load(root, target=target, residency="sequential") as pipe:
+        engine_name = next(t.engine for t in pipe.manifest.targets if t.id == target)
+        importlib.import_module(ENGINES[engine_name].module)  # the library is there whatever the component
+        image, contract = pipe.manifest.image, pipe.manifest.components[cast(Any, component)]
+        free = {"batch": 2, "tile_height": image.height // image.factor, "tile_width": image.width // image.factor}
+        shapes = [[free.get(d, 1) if isinstance(d, str) else d for d in spec.shape] for spec in contract.inputs]
+        before = _resident_mb()
+        with pipe.residency.use(component) as engine:
+            engine(
+                {spec.name: np.zeros(shape, spec.dtype) for spec, shape in zip(contract.inputs, shapes, strict=True)}
+            )
+            after = _resident_mb()
+    return None if before is None or after is None else round(after - before, 1)
+
+
+def _resident_mb() -> float | None:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as status:
+            return int(status.read().split()[1]) * 4096 / 1e6
+    except OSError:
+        return None

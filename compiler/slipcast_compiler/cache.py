@@ -17,7 +17,10 @@ from typing import Any
 logger = logging.getLogger("slipcast")
 
 RECORD = "entry.json"
-TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "numpy")
+TOOLS = (
+    "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino",
+    "numpy", "accelerate",
+)  # fmt: skip
 
 
 @remember
@@ -60,6 +63,7 @@ class Cache:
             build(work)
             files = {file.name: _digest(file) for file in sorted(work.iterdir())}
             (work / RECORD).write_text(json.dumps({"inputs": inputs, "files": files}, indent=1))
+            work.chmod(0o755)  # mkdtemp makes it private
             try:
                 os.replace(work, entry)
             except OSError:  # another compile was faster; its entry is as good

@@ -58,11 +58,11 @@ def compile_command(
 
 @click.command("init")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("prompts", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Recipe to write.  [default: NAME.toml]")
 @json_option
-def init_command(model: Path, prompts: Path, output: Path | None, as_json: bool) -> None:
-    """Write a commented recipe for a model directory and a file with one prompt a line."""
+def init_command(model: Path, prompts: Path | None, output: Path | None, as_json: bool) -> None:
+    """Write a commented recipe for a model directory and, unless it is unconditional, a file with one prompt a line."""
     from slipcast_compiler.init import write_recipe
 
     written = write_recipe(model, prompts, output)

@@ -54,7 +54,8 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         for target in targets:
             with stages.stage(f"evaluate {target.id}") as advance:
                 runs[target.id] = run = evaluate.run_bundle(folder, target, originals, advance)
-                quality, performance = evaluate.judge(originals, run, scorer), evaluate.performance(before, run)
+                quality = evaluate.judge(originals, run, scorer)
+                performance = evaluate.performance(before, run, evaluate.measure_memory(folder, target))
             judged.append(target.model_copy(update={"quality": quality, "performance": performance}))
             gates[target.id] = evaluate.apply_gate(plan.recipe.gate, quality)
         fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.errors import HostError, RecipeError
+from slipcast.errors import HostError
 from slipcast.manifest import Metrics, Performance, Quality, Target
 from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.plan import Plan, Prompts
+from slipcast_compiler.plan import Plan, Prompts, find_scorer
 from slipcast_compiler.quiet import quiet
 from slipcast_compiler.recipe import GateTable
 
@@ -74,17 +74,12 @@ class Scorer:
     def _load(self, path: str, folder: Path) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-        local = folder / path
-        where = str(local) if local.is_dir() else path
-        if not local.is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
-            raise RecipeError(
-                "evaluate.scorer does not exist", expected="a CLIP directory, or a hub id", got=str(local)
-            )
+        where = find_scorer(path, folder)
         try:
             self._model = CLIPModel.from_pretrained(where).float().eval()
             self._tokenizer = CLIPTokenizer.from_pretrained(where)
             size = self._model.config.vision_config.image_size
-            processed = not local.is_dir() or (local / "preprocessor_config.json").is_file()
+            processed = isinstance(where, str) or (where / "preprocessor_config.json").is_file()
             # A scorer without a processor of its own takes pictures in [-1, 1], as it was trained.
             self._processor = CLIPImageProcessor.from_pretrained(where) if processed else CLIPImageProcessor(
                 size={"shortest_edge": size}, crop_size={"height": size, "width": size},
@@ -134,6 +129,12 @@ def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
     return _run(isolated.result, isolated.peak_memory_mb)
 
 
+def measure_memory(root: Path, target: Target) -> dict[str, float]:
+    """Megabytes that each component adds, each in a process of its own: freed memory is used again, and not seen."""
+    found = {name: run_isolated(bundled.measure_memory, root, target.id, name).result for name in target.components}
+    return {str(name): megabytes for name, megabytes in found.items() if megabytes is not None}
+
+
 def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
     """The same prompts and seeds through the runtime, in a process of its own."""
     isolated = run_isolated(bundled.make_images, root, target.id, originals.prompts, originals.seeds, advance=advance)
@@ -179,13 +180,17 @@ def compare(reference: Floats, found: Floats, reference_scores: Floats | None, s
     )
 
 
-def performance(original_run: Run, run: Run) -> Performance:
-    """Time and memory of a run beside the original's."""
+def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Performance:
+    """Time and memory of a run beside the original's; `memory` by component."""
     return Performance(
-        peak_memory_full_mb=round(original_run.peak_memory_mb, 1), peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
-        latency_full_s=round(original_run.latency_s, 4), latency_bundle_s=round(run.latency_s, 4),
-        load_s=round(run.load_s, 4), components_s={name: round(s, 5) for name, s in run.components_s.items()},
-    )  # fmt: skip
+        peak_memory_full_mb=round(original_run.peak_memory_mb, 1),
+        peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
+        components_memory_mb=memory,
+        latency_full_s=round(original_run.latency_s, 4),
+        latency_bundle_s=round(run.latency_s, 4),
+        components_s={name: round(s, 5) for name, s in run.components_s.items()},
+        load_s=round(run.load_s, 4),
+    )
 
 
 def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:

@@ -7,7 +7,6 @@ the graph plus the largest tensor, so a model that does not fit into memory can 
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from pathlib import Path
@@ -24,7 +23,7 @@ from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
 from slipcast_compiler.architectures import ComponentSource
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.model import Checkpoint, Weight, find_weight
+from slipcast_compiler.model import Checkpoint, Weight, find_weight, library_class
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.quiet import quiet
 
@@ -79,7 +78,7 @@ class _Call(torch.nn.Module):  # type: ignore[misc]
 def _empty_module(checkpoint: Checkpoint, source: ComponentSource) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The component on the meta device, and the buffers that its constructor computes (no checkpoint holds those)."""
     library, class_name = checkpoint.class_of(source.folder)
-    kind = getattr(importlib.import_module(library), class_name)
+    kind = library_class(library, class_name)
     with init_empty_weights(include_buffers=False):
         if library == "diffusers":
             module = kind.from_config(checkpoint.config(source.folder))

@@ -37,8 +37,8 @@ class Family:
 def expand(table: FamilyTable, name: str, folder: Path) -> Family:
     """Expand templates or read the list, drop duplicates (with a warning), and split.
 
-    The split depends on each prompt's text and the seed alone, so adding a prompt moves no other across. Raises
-    RecipeError for a family too small to split.
+    Prompts are ranked by a hash of text and seed, so the split does not depend on their order. Raises RecipeError for a
+    family too small to split.
     """
     prompts = _distinct(_listed(table, folder))
     if len(prompts) < 2:

@@ -16,23 +16,19 @@ TEMPLATE = """\
 name = {name}
 
 [model]
-path = {model}                     # a diffusers directory, relative to this file; or a hub id, with `revision`
-
-[family]
-prompts_file = {prompts}           # one prompt a line; or prompts = [...], or templates with [family.slots]
-held_out = 0.2                     # share of the prompts that only the gate may see
-closed = false                     # true: no prompt but these will ever be asked for
-
+# A diffusers directory, relative to this file; or a hub id, with `revision`.
+path = {model}
+{family}
 [sampling]
-sampler = "dpmpp_2m"
-steps = 20
+sampler = "{sampler}"
+steps = {steps}
 guidance_scale = {guidance}
-# schedule = "karras"              # default: the spacing of the checkpoint's scheduler
 width = {width}
 height = {height}
+# schedule = "karras"              # default: what the checkpoint's scheduler asks for
 
 [evaluate]
-images = 16                        # held-out prompts to judge by
+images = 16                        # to judge by
 # scorer = "path/to/clip"          # a CLIP directory or hub id; gate.clip_drop needs it
 
 [gate]                             # limits against the original, same prompts and noise
@@ -48,28 +44,47 @@ precision = "bf16"
 engine = "onnxruntime"
 precision = "fp32"
 """
+FAMILY = """
+[family]
+# One prompt a line; instead: prompts = [...], or templates = [...] with [family.slots].
+prompts_file = {prompts}
+held_out = 0.2                     # share of the prompts that only the gate may see
+"""
 
 
-def write_recipe(model: Path, prompts: Path, output: Path | None) -> Path:
-    """Write a recipe beside nothing else: RecipeError where the file exists, or model or prompts are unusable."""
+def write_recipe(model: Path, prompts: Path | None, output: Path | None) -> Path:
+    """Write a recipe, by default NAME.toml here. RecipeError where it exists, or model or prompts are unusable."""
     checkpoint = Checkpoint(model.resolve(), str(model))
     width, height = checkpoint.native_size
-    try:
-        read_prompts(prompts)
-    except FileNotFoundError:
-        raise RecipeError(f"{prompts}: no such file", expected="a text file, one prompt a line") from None
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.resolve().name}-{prompts.stem}").strip("-.")
+    conditional = bool(checkpoint.architecture.text)
+    if conditional != (prompts is not None):
+        raise RecipeError(
+            f"{model} takes {'prompts' if conditional else 'no prompts'}",
+            expected="MODEL PROMPTS" if conditional else "MODEL alone",
+        )
+    stem = model.resolve().name
+    if prompts:
+        stem += f"-{prompts.stem}"
+        try:
+            read_prompts(prompts)
+        except FileNotFoundError:
+            raise RecipeError(f"{prompts}: no such file", expected="a text file, one prompt a line") from None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
     output = output or Path(f"{name}.toml")
-    if output.exists():
-        raise RecipeError(f"{output} exists already", hint="give another name with -o")
     beside = output.resolve().parent
-    output.write_text(
-        TEMPLATE.format(
-            file=output, name=json.dumps(name), model=_quoted(model, beside), prompts=_quoted(prompts, beside),
-            guidance=5.0 if checkpoint.architecture.text else 1.0, width=width, height=height,
-        ),
-        "utf-8",
+    text = TEMPLATE.format(
+        file=output, name=json.dumps(name), model=_quoted(model, beside), width=width, height=height,
+        family=FAMILY.format(prompts=_quoted(prompts, beside)) if prompts else "",
+        sampler="dpmpp_2m" if conditional else "ddpm", steps=20 if conditional else 100,
+        guidance=5.0 if conditional else 1.0,
     )  # fmt: skip
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{output} exists already", hint="give another name with -o") from None
+    except OSError as error:
+        raise RecipeError(f"{output}: cannot be written", got=error.strerror) from None
     return output
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
+import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +20,7 @@ from slipcast.schedules import NoiseProcess
 from slipcast.tensorfile import TensorEntry, read_header, read_tensor
 from slipcast.validation import parse_json
 from slipcast_compiler.architectures import Architecture, architecture
+from slipcast_compiler.quiet import quiet
 from slipcast_compiler.recipe import ModelTable
 
 # Names that published checkpoints use for parameters which the libraries of today call otherwise.
@@ -57,7 +61,7 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> Architecture:
         """What is known of this class of pipelines."""
-        return architecture(self.index.get("_class_name", "?"))
+        return architecture(str(self.index.get("_class_name", "?")))
 
     @cached_property
     def process(self) -> NoiseProcess:
@@ -89,7 +93,7 @@ class Checkpoint:
     @cached_property
     def native_size(self) -> tuple[int, int]:
         """(width, height) in pixels that the denoiser was trained for."""
-        sample = self.config(self.architecture.components["denoiser"].folder).get("sample_size") or 64
+        sample = self.config(self.architecture.components["denoiser"].folder)["sample_size"] or 64
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
         return columns * self.factor, rows * self.factor
 
@@ -99,12 +103,19 @@ class Checkpoint:
         return tuple(part for part in self.architecture.not_compiled if (self.index.get(part) or [None])[0])
 
     def config(self, folder: str) -> dict[str, Any]:
-        """config.json of a component's folder."""
-        return self._json(self.root / folder / "config.json")
+        """config.json of a component's folder, completed by its class's defaults: older files lack newer keys."""
+        given = self._json(self.root / folder / "config.json")
+        library, name = self.class_of(folder)
+        kind = library_class(library, name)
+        if library == "transformers":
+            return dict(kind.config_class.from_dict(given).to_dict())
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | given
 
     def class_of(self, folder: str) -> tuple[str, str]:
         """(library, class name) of a component, from model_index.json."""
-        library, name = self.index.get(folder) or (None, None)
+        entry = self.index.get(folder)
+        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if library not in ("diffusers", "transformers"):
             raise RecipeError(
                 f"{self.name}: component {folder} needs code of its own",
@@ -123,12 +134,12 @@ class Checkpoint:
     def weight_files(self, folder: str) -> list[Path]:
         """The safetensors files of a component: sharded, plain, or the fp16 variant where there is no other."""
         base = self.root / folder
-        for pattern in ("*.safetensors.index.json", "*.fp16.safetensors.index.json"):
-            for index in sorted(base.glob(pattern)):
-                names = sorted(set(self._json(index)["weight_map"].values()))
-                if strays := [name for name in names if Path(name).name != name]:
-                    raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
-                return [base / name for name in names]
+        indexes = sorted(base.glob("*.safetensors.index*.json"), key=lambda file: ("fp16" in file.name, file.name))
+        for index in indexes[:1]:
+            names = sorted(set(self._json(index)["weight_map"].values()))
+            if strays := [name for name in names if Path(name).name != name]:
+                raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
+            return [base / name for name in names]
         files = sorted(base.glob("*.safetensors"))
         plain = [file for file in files if file.suffixes[-2:-1] not in ([".fp16"], [".non_ema"])]
         for candidates in (plain, [file for file in files if ".fp16." in file.name]):
@@ -206,18 +217,31 @@ def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
 
 
 def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int]:
-    """(tokenizer.json, length in tokens, pad token id); converted by transformers where there is only a vocabulary."""
-    base = checkpoint.root / folder
-    file = base / "tokenizer.json"
-    if file.is_file():
-        data = file.read_bytes()
-    else:
-        from transformers import AutoTokenizer
+    """(tokenizer.json, length in tokens, pad token id) as transformers reads them, from whichever file has them."""
+    library, name = checkpoint.class_of(folder)
+    try:
+        with quiet():
+            tokenizer = library_class(library, name).from_pretrained(checkpoint.root / folder, local_files_only=True)
+        # The version 4 of transformers wraps a Python tokenizer under this name; the fast one has the same vocabulary.
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            tokenizer = library_class(library, f"{name}Fast").from_pretrained(checkpoint.root / folder)
+        return (
+            tokenizer.backend_tokenizer.to_str().encode(),
+            int(tokenizer.model_max_length),
+            int(tokenizer.pad_token_id),
+        )
+    except Exception as error:  # a missing file, an unknown token, a broken vocabulary: each is another type
+        raise ArtifactError(
+            f"{checkpoint.root / folder}: not a usable tokenizer", expected=f"the files of a {name}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+        ) from error  # fmt: skip
 
-        data = AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str().encode()
-    settings = parse_json((base / "tokenizer_config.json").read_bytes(), str(base / "tokenizer_config.json"))
-    pad = settings.get("pad_token", "<|endoftext|>")
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    document = parse_json(data, str(file))
-    ids = {**document["model"]["vocab"], **{token["content"]: token["id"] for token in document["added_tokens"]}}
-    return data, int(settings["model_max_length"]), int(ids[pad])
+
+def library_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers by name; ArtifactError where the installed version has none."""
+    with quiet():
+        found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        version = importlib.metadata.version(library)
+        raise ArtifactError(f"{library} {version} has no class {name}", hint=f"pip install --upgrade {library}")
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,29 +11,34 @@ from typing import Any
 import numpy as np
 
 from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.errors import ArtifactError
 from slipcast.manifest import Sampling
 from slipcast.progress import Advance
 from slipcast.samplers import sample
+from slipcast_compiler.model import library_class
 from slipcast_compiler.quiet import quiet
 
-# sampler -> (diffusers scheduler, its settings). Two are left out: DPMSolverSDEScheduler draws its noise from a
-# Brownian tree, so no seed gives its pictures; and the third order of sde-dpmsolver++ has a wrong sign (as of 0.42).
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 2}),
-    "lcm": ("LCMScheduler", {}),
+_SPACED = ("leading", "linspace", "trailing")
+_ALL = (*_SPACED, "karras", "exponential", "beta")
+# sampler -> diffusers' scheduler, its settings, and the schedules with which it gives the pictures of ours. Where
+# diffusers ignores a schedule, or steps by T // n instead of to the next timestep, it is not in the list. Two samplers
+# are left out: DPMSolverSDEScheduler draws its noise from a Brownian tree, so no seed gives its pictures; and the third
+# order of sde-dpmsolver++ has a wrong sign (as of 0.42).
+SCHEDULERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}, _SPACED),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, ("leading",)),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, ("leading",)),
+    "euler": ("EulerDiscreteScheduler", {}, _ALL),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, _SPACED),
+    "heun": ("HeunDiscreteScheduler", {}, _ALL),
+    "dpm2": ("KDPM2DiscreteScheduler", {}, _ALL),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, _ALL),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, _ALL),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, _ALL),
+    "deis": ("DEISMultistepScheduler", {"solver_order": 2}, _ALL),
+    "lcm": ("LCMScheduler", {}, ("lcm",)),
 }
-_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-_NONE = dict.fromkeys(_FLAGS, False)
+_NONE = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
 # schedule -> the scheduler settings that choose it.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "leading": {**_NONE, "timestep_spacing": "leading"},
@@ -42,6 +47,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "karras": {**_NONE, "use_karras_sigmas": True},
     "exponential": {**_NONE, "use_exponential_sigmas": True},
     "beta": {**_NONE, "use_beta_sigmas": True},
+    "lcm": {},
 }
 
 
@@ -63,6 +69,7 @@ def make_images(
         begin = time.perf_counter()
         pipe = open_pipeline(root, sampling, dtype)
         load_s = time.perf_counter() - begin
+        draw(pipe, sampling, size, prompts[:1], seeds[:1])  # warm-up, which is not timed
         pictures, seconds = [], []
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))
@@ -99,23 +106,29 @@ def draw(
 
 def has_scheduler(sampling: Sampling) -> bool:
     """Whether diffusers has this sampler with this schedule; tests show that the two then agree."""
-    own = (sampling.sampler, sampling.schedule) == ("lcm", "lcm")
-    return sampling.sampler in SCHEDULERS and (sampling.schedule in SCHEDULES or own)
+    return sampling.sampler in SCHEDULERS and sampling.schedule in SCHEDULERS[sampling.sampler][2]
+
+
+def describe(sampling: Sampling, conditional: bool) -> str:
+    """What the reference pictures are drawn by."""
+    if conditional and has_scheduler(sampling):
+        return f"diffusers' pipeline with {SCHEDULERS[sampling.sampler][0]}"
+    return "diffusers' modules under slipcast's sampler, as diffusers has no pipeline for this sampling"
 
 
 def scheduler_for(sampling: Sampling) -> tuple[str, dict[str, Any]] | None:
     """diffusers' class for the sampler and the settings for its schedule; None where it has not both."""
     if not has_scheduler(sampling):
         return None
-    name, settings = SCHEDULERS[sampling.sampler]
-    return name, {**settings, **SCHEDULES.get(sampling.schedule or "", {})}
+    name, settings, _ = SCHEDULERS[sampling.sampler]
+    return name, {**settings, **SCHEDULES[sampling.schedule or ""]}
 
 
 def choose_scheduler(pipe: Any, sampling: Sampling) -> None:
     """Give the pipeline the scheduler for the sampler and schedule, if diffusers has it."""
     if chosen := scheduler_for(sampling):
         name, settings = chosen
-        scheduler = getattr(importlib.import_module("diffusers"), name)
+        scheduler = library_class("diffusers", name)
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
 
 
@@ -124,9 +137,16 @@ def _load(root: Path, dtype: Any) -> Any:
 
     weights = list((root / "unet").glob("*.safetensors"))
     variant = "fp16" if weights and all(".fp16." in file.name for file in weights) else None
-    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=dtype, variant=variant, local_files_only=True)
-    if getattr(pipe, "safety_checker", None) is not None:
-        pipe.safety_checker = None
+    # A safety checker is not compiled, so the original's memory is measured without it.
+    parts = json.loads((root / "model_index.json").read_text())
+    without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            root, torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, **without
+        )
+    except Exception as error:  # whatever is wrong with a checkpoint, it is of another type in every library
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ArtifactError(f"{root}: diffusers cannot load it", expected="a diffusers checkpoint", got=got) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

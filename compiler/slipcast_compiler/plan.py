@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an uncond
 
 DEFAULT_STEPS = 20
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+logger = logging.getLogger("slipcast")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,13 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
         raise RecipeError(
             "evaluate.scorer compares pictures with prompts, which this model has not", expected="no scorer"
         )
+    for source in checkpoint.architecture.components.values():
+        checkpoint.weights(source.folder)  # reads headers only: what is missing or damaged is found now
+    if recipe.evaluate.scorer:
+        find_scorer(recipe.evaluate.scorer, folder)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
+    if family and family.closed:
+        logger.warning("closed families are not made use of yet: the text encoder is shipped all the same")
     image = _geometry(recipe, checkpoint)
     sampling = _sampling(recipe, checkpoint)
     sizes = {
@@ -127,11 +138,26 @@ def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
     asked = recipe.sampling
     explicit = asked.timesteps or (asked.sigmas and asked.sigmas[:-1])
     usual = checkpoint.usual_schedule or find_sampler(asked.sampler).grid.spacing
+    process = checkpoint.process
+    if checkpoint.architecture.text:
+        process = dataclasses.replace(
+            process, clip_sample=None
+        )  # latents have no bounds; nor do diffusers' pipelines clip
     sampling = Sampling(
         sampler=asked.sampler, schedule=None if explicit else asked.schedule or usual, timesteps=asked.timesteps,
         sigmas=asked.sigmas, steps=len(explicit) if explicit else asked.steps or DEFAULT_STEPS,
         guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale, eta=asked.eta,
-        noise=checkpoint.process,
+        noise=process,
     )  # fmt: skip
     sampling.lay()
     return sampling
+
+
+def find_scorer(path: str, folder: Path) -> Path | str:
+    """A scorer's directory (relative to `folder`), or else the hub id; RecipeError where it can be neither."""
+    local = folder / path
+    if local.is_dir():
+        return local
+    if path.count("/") != 1 or path.startswith((".", "/")):
+        raise RecipeError("evaluate.scorer does not exist", expected="a CLIP directory or hub id", got=str(local))
+    return path

@@ -18,6 +18,7 @@ def quiet() -> Iterator[None]:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # diffusers imports ONNX Runtime with its pipelines
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [each.level for each in loggers]
     for each in loggers:

@@ -105,7 +105,7 @@ class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id."""
 
     images: Annotated[int, Field(ge=1)] = 16
-    seed: Annotated[int, Field(ge=0)] = 1000
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1000
     scorer: str | None = None
 
 
@@ -178,14 +178,14 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
     forced = {_override(document, override): override for override in overrides}
-    lines = key_lines(text)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
+        lines = key_lines(text)
         found = list(problems(error, Recipe)) + list(_hidden_contradictions(error, document))
         messages = []
         for where, what in found:
-            place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k), None)
+            place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
             place = place or f"{name}:{_line(lines, where)}"
             messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
         listing = "\n  ".join(message for _, message in sorted(messages))
@@ -243,7 +243,7 @@ def _line(lines: dict[Location, int], where: Location) -> int:
 def _override(document: dict[str, Any], override: str) -> Location:
     """Put "a.b=value" into the document; returns the key's location."""
     key, equals, value = override.partition("=")
-    location: Location = tuple(int(p) if p.isdigit() else p for p in key.strip().split("."))
+    location: Location = tuple(int(p) if p.isascii() and p.isdigit() else p for p in key.strip().split("."))
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: not usable", expected="--set key.in.recipe=value", got=override)
     try:

@@ -80,7 +80,9 @@ class Denoiser:
         prediction = self.process.prediction
         scale = input_scale(prediction, sigma)
         output = self.predict(x if scale == 1.0 else x * scale, self.schedule.timestep(sigma))
-        return PREDICTIONS[prediction](x, output, sigma)
+        denoised = PREDICTIONS[prediction](x, output, sigma)
+        limit = self.process.clip_sample
+        return denoised if limit is None else denoised.clip(-limit, limit)
 
 
 def initial_scale(process: NoiseProcess, schedule: Schedule | float, sampler: str = "dpmpp_2m") -> float:

@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from slipcast.denoiser import PREDICTIONS
 from slipcast.errors import ArtifactError, RequestError
+from slipcast.samplers import SAMPLERS
 from slipcast.schedules import (
     BETA_SCHEDULES,
     SPACINGS,
@@ -27,6 +28,7 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
+FEATURES = frozenset[str]()  # what Manifest.requires may name, so far
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
 ComponentName = Literal["text_encoder", "text_encoder_2", "denoiser", "vae_decoder", "vae_encoder"]
@@ -119,6 +121,13 @@ class Sampling(Strict):
             raise ValueError(f"num_train_timesteps is 1 to {MAX_TRAIN_TIMESTEPS}, got {noise.num_train_timesteps}")
         return noise
 
+    @model_validator(mode="after")
+    def _eta_has_a_taker(self) -> Self:
+        known = SAMPLERS.get(self.sampler)  # one of a newer runtime is refused on loading
+        if self.eta and known and known.eta is None:
+            raise ValueError(f"the sampler {self.sampler} takes no eta")
+        return self
+
     def lay(self, steps: int | None = None) -> Schedule:
         """The schedule in full, with `steps` in place of its own number; RequestError where that cannot be."""
         if explicit := self.timesteps or self.sigmas:
@@ -159,13 +168,17 @@ class Quality(Metrics):
 
 
 class Performance(Strict):
-    """One image, whole pipeline, on the machine that compiled. Memory: peak resident megabytes (1e6 bytes)."""
+    """One image, whole pipeline, on the machine that compiled, after one that is not counted. Medians.
+
+    Memory: peak resident megabytes (1e6 bytes) of the process; by component, what opening and running it adds.
+    """
 
     peak_memory_full_mb: float
     peak_memory_bundle_mb: float
     latency_full_s: float
     latency_bundle_s: float
     load_s: float
+    components_memory_mb: dict[str, float] = Field(default_factory=dict)
     components_s: dict[str, float] = Field(default_factory=dict)
 
 
@@ -211,9 +224,14 @@ class LowRankLayer(Strict):
 
 
 class Manifest(Strict):
-    """See the module's docstring. `quality` and `performance` repeat those of the default target, `targets[0]`."""
+    """See the module's docstring. `quality` and `performance` repeat those of the default target, `targets[0]`.
+
+    `requires` names what a reader has to know to make the right pictures. A newer minor version may add keys that can
+    be ignored; those that cannot come with a name here.
+    """
 
     schema_version: str
+    requires: tuple[Name, ...] = ()
     slipcast_version: str
     name: Name
     base_model: Name
@@ -270,6 +288,7 @@ def read_manifest(data: bytes) -> Manifest:
     if not isinstance(document, dict):
         raise ArtifactError(f"{MANIFEST_NAME}: not an object", got=type(document).__name__)
     newer = _check_version(document.get("schema_version"))
+    _check_features(document.get("requires"))
     try:
         return _validate(document)
     except ValidationError as error:
@@ -313,6 +332,15 @@ def _check_version(version: object) -> bool:
         )
         return True
     return False
+
+
+def _check_features(requires: object) -> None:
+    for name in requires if isinstance(requires, list) else []:
+        if isinstance(name, str) and name not in FEATURES:
+            raise ArtifactError(
+                f"{MANIFEST_NAME}: needs a newer runtime", expected=f"features {sorted(FEATURES) or 'none'}",
+                got=repr(name[:100]), hint="pip install --upgrade slipcast",
+            )  # fmt: skip
 
 
 def _remove(document: Any, location: tuple[str | int, ...]) -> None:

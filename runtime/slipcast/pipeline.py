@@ -80,7 +80,7 @@ class Pipeline:
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
-        self._residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
+        self.residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
 
     def __call__(
@@ -120,7 +120,7 @@ class Pipeline:
     def close(self) -> None:
         """Free the engines. A later call opens each for as long as it is needed."""
         with self._one_call_at_a_time:
-            self._residency.close()
+            self.residency.close()
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +156,7 @@ class Pipeline:
         tokens = [tokenizer(list(distinct), request.on_long_prompt) for tokenizer in self._tokenizers]
         parts: dict[str, list[Floats]] = {}
         for text, ids in zip(self.manifest.text, tokens, strict=True):
-            with self._residency.use(text.component) as encoder:
+            with self.residency.use(text.component) as encoder:
                 outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
                 parts.setdefault(denoiser_input, []).append(outputs[output][places])
@@ -169,7 +169,7 @@ class Pipeline:
         settings, schedule = self.manifest.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self._latent_shape)
-        with self._residency.use("denoiser") as engine:
+        with self.residency.use("denoiser") as engine:
 
             def predict(x: Floats, timestep: float) -> Floats:
                 batch = np.concatenate([x, x]) if request.guided else x
@@ -202,7 +202,7 @@ class Pipeline:
         if "vae_decoder" in self.manifest.components:
             image = self.manifest.image
             scaled = cast(Floats, latents / image.scaling_factor + image.shift_factor)
-            with self._residency.use("vae_decoder") as decoder:
+            with self.residency.use("vae_decoder") as decoder:
                 # One by one: memory does not grow with their number, and each is what it would be alone.
                 pictures = np.concatenate([self._decode_one(decoder, one[None], seconds) for one in scaled])
         levels: Floats = np.clip(pictures * 0.5 + 0.5, 0, 1).transpose(0, 2, 3, 1)

@@ -55,6 +55,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DPMSolverSDEScheduler": _LATENT_BETAS,
     "LCMScheduler": {**_LATENT_BETAS, "beta_schedule": "scaled_linear"},
 }
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler")  # classes that clip unless they are told not to
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -86,6 +87,7 @@ class NoiseProcess:
     steps_offset: int = 0
     set_alpha_to_one: bool | None = None
     shift: float = 1.0
+    clip_sample: float | None = None  # DDPM on pixels: the expected clean picture is kept within +- this
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseProcess:
@@ -113,6 +115,10 @@ class NoiseProcess:
                 _pick("beta_schedule", known.get("beta_schedule", "linear"), BETA_SCHEDULES)
         if "timestep_spacing" in known:
             _pick("timestep_spacing", known["timestep_spacing"], SPACINGS)
+        if known.get("clip_sample", name in _CLIPPING):
+            values["clip_sample"] = float(known.get("clip_sample_range", 1.0))
+        else:
+            values.pop("clip_sample", None)
         betas = known.get("trained_betas")
         return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
 

@@ -145,14 +145,19 @@ class TestRow22:
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("HOME", "XDG", "TMP", "PYTHON", "ORT_", "CI"))
-        } | {"HOME": str(tmp_path / "no-home"), "TMPDIR": str(tmp_path / "temporary"), "PYTHONDONTWRITEBYTECODE": "1"}
+        } | {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary"), "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(
             [sys.executable, "-c", script, bundle, target, tmp_path / "out" / "picture.png"],
             cwd=tmp_path / "cwd", env=environment, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
 
+    @pytest.mark.parametrize("home", [False, True])  # where there is one, libraries report home, in both senses
     @pytest.mark.parametrize("target", TARGETS)
-    def test_writes_nothing_and_opens_no_socket(self, shapes_bundle: Path, tmp_path: Path, target: str) -> None:
+    def test_writes_nothing_and_opens_no_socket(
+        self, shapes_bundle: Path, tmp_path: Path, target: str, home: bool
+    ) -> None:
+        if home:
+            (tmp_path / "home").mkdir()
         bundle = Path(shutil.copytree(shapes_bundle, tmp_path / "bundle"))
         folders = [path for path in (bundle, *bundle.rglob("*")) if path.is_dir()]
         for path in bundle.rglob("*"):
@@ -172,7 +177,8 @@ class TestRow22:
         assert after == before
         assert list((tmp_path / "cwd").iterdir()) == []
         assert list((tmp_path / "temporary").iterdir()) == []
-        assert not (tmp_path / "no-home").exists()  # nor what the hook cannot see, because no Python code did it
+        # Nor what the hook cannot see, because no Python code did it.
+        assert list((tmp_path / "home").iterdir()) == [] if home else not (tmp_path / "home").exists()
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["picture.png"]
 
     @pytest.mark.parametrize(

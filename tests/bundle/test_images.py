@@ -36,10 +36,14 @@ def psnr(a: Any, b: Any) -> float:
 
 
 @pytest.fixture(scope="module")
-def original() -> Any:
+def original() -> Iterator[Any]:
+    """On one thread: torch's wait for each other by spinning, which on a busy machine takes a hundred times longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    yield pipe
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,10 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no prompts"):
         write_recipe(model, prompts, None)
     prompts.write_text("a\nb\n")
+    with pytest.raises(RecipeError, match="takes prompts"):
+        write_recipe(model, None, None)
+    with pytest.raises(RecipeError, match="cannot be written"):
+        write_recipe(model, prompts, tmp_path / "nowhere" / "r.toml")
     (tmp_path / "r.toml").write_text("")
     with pytest.raises(RecipeError, match="exists already"):
         write_recipe(model, prompts, tmp_path / "r.toml")

@@ -39,6 +39,37 @@ def test_safety_checker_is_named_as_left_out(copy: Path) -> None:
     assert Checkpoint(copy, "shapes").not_compiled == ("safety_checker",)
 
 
+def test_older_configs_lack_keys(copy: Path) -> None:
+    file = copy / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    del config["scaling_factor"]
+    file.write_text(json.dumps(config))
+    assert Checkpoint(copy, "m").config("vae")["scaling_factor"] == 0.18215  # the default of AutoencoderKL
+
+
+def test_special_tokens_map_decides_on_padding(copy: Path) -> None:
+    """Stable Diffusion 2 pads with "!", and says so in a file of its own."""
+    folder = copy / "tokenizer"
+    (folder / "tokenizer.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    data, _, pad = tokenizer_file(Checkpoint(copy, "m"), "tokenizer")
+    assert pad == json.loads(data)["model"]["vocab"]["!"]
+
+
+@pytest.mark.parametrize("missing", ["vocab.json", ""])
+def test_a_tokenizer_that_is_not_whole(copy: Path, missing: str) -> None:
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    if missing == "vocab.json":
+        (copy / "tokenizer" / missing).unlink()
+    else:
+        shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        tokenizer_file(Checkpoint(copy, "m"), "tokenizer")
+
+
 def test_hash_sees_every_file_that_matters(copy: Path) -> None:
     before = Checkpoint(copy, "shapes").sha256
     assert before == Checkpoint(SHAPES, "elsewhere").sha256

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
 from slipcast.manifest import Sampling
 from slipcast.samplers import SAMPLERS
@@ -27,24 +29,51 @@ def _draw(sampling: Sampling) -> Any:
     return made["images"]
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        _sampling("dpmpp_2m", "leading"),
-        _sampling("dpmpp_2m", "karras", guidance_rescale=0.7),
-        _sampling("ddim", "trailing", eta=0.5),
-        _sampling("euler_ancestral", "leading"),
-        _sampling("unipc", "exponential"),
-        _sampling("lcm", "lcm"),
-    ],
-    ids=lambda s: f"{s.sampler}-{s.schedule}",
-)
-def test_both_ways_agree(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = _draw(sampling)
-    monkeypatch.setattr(original, "has_scheduler", lambda sampling: False)
-    ours = _draw(sampling)
-    assert theirs.std() > 0.02
-    assert np.abs(ours - theirs).max() < 1e-3
+PAIRS = [(sampler, schedule) for sampler, (_, _, schedules) in original.SCHEDULERS.items() for schedule in schedules]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return original._load(SHAPES, torch.float32)
+
+
+@pytest.fixture
+def pipe(loaded: Any) -> Any:
+    """With the checkpoint's scheduler, from whose config the others are made."""
+    loaded.scheduler = diffusers.DDIMScheduler.from_pretrained(SHAPES / "scheduler")
+    return loaded
+
+
+@pytest.mark.parametrize(("sampler", "schedule"), PAIRS, ids=lambda name: name)
+def test_both_ways_agree(sampler: str, schedule: str, pipe: Any) -> None:
+    """For every pair that the reference pictures may be drawn with by diffusers itself."""
+    settings = {"guidance_rescale": 0.7} if schedule == "karras" else {"eta": 0.5} if sampler == "ddim" else {}
+    sampling = _sampling(sampler, schedule, **settings)
+    original.choose_scheduler(pipe, sampling)
+    pictures = []
+    for draw in (original._with_diffusers, original._with_our_sampler):
+        generator = torch.Generator("cpu").manual_seed(3)
+        noise = torch.randn((1, 4, 16, 16), generator=generator)
+        with torch.no_grad():
+            pictures.append(draw(pipe, sampling, "a red ring on white", noise, generator))
+    assert pictures[0].std() > 0.02
+    assert np.abs(pictures[0] - pictures[1]).max() < 2e-3
+
+
+def test_unconditional_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    pipe.save_pretrained(tmp_path)
+    theirs = pipe(generator=torch.Generator("cpu").manual_seed(5), num_inference_steps=8, output_type="np").images
+    noise = Checkpoint(tmp_path, "m").process
+    assert noise.clip_sample == 1.0
+    sampling = Sampling(sampler="ddpm", schedule="leading", steps=8, guidance_scale=1.0, noise=noise)
+    ours = original.make_images(tmp_path, sampling, (16, 16), [None], [5], "float32", lambda *_: None)["images"]
+    assert np.abs(ours - theirs).max() < 2e-3
 
 
 @pytest.mark.parametrize("sampling", [_sampling("dpmpp_sde", "karras"), _sampling("dpmpp_3m_sde", "leading")])

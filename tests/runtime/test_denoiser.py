@@ -39,7 +39,7 @@ def test_a_perfect_flow_model_gives_x0(t: float) -> None:
 def test_the_denoiser_scales_tells_the_time_and_keeps_float32(prediction: str, library: str) -> None:
     process = NoiseProcess(prediction=prediction)
     sigmas = [1.0, 0.5, 0.0] if prediction == "flow" else [10.0, 1.0, 0.0]
-    schedule, seen = from_sigmas(process, sigmas), []
+    schedule, seen = from_sigmas(process, sigmas, "euler"), []
 
     def predict(x, timestep: float):
         seen.append((x, timestep))

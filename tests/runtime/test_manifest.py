@@ -75,6 +75,12 @@ def test_row_10_newer_minor_loads_with_a_warning(where: tuple[str | int, ...]):
     assert manifest.name == "tiny"
 
 
+def test_row_10_a_feature_that_pictures_depend_on_is_not_ignored():
+    assert "newer runtime" in refusal(changed(["guidance_interval"], "requires"))
+    assert "requires" in refusal(changed([[]], "requires"))
+    assert "requires" in refusal(changed("guidance_interval", "requires"))
+
+
 def test_row_10_same_version_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

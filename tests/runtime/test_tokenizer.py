@@ -11,6 +11,7 @@ import pytest
 from fakes import TOKENIZER
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from slipcast.errors import ArtifactError, RequestError
@@ -81,6 +82,16 @@ def test_a_long_prompt_as_an_error() -> None:
     with pytest.raises(RequestError, match=r"dropped: 'circle'\n.*shorten the prompt"):
         OURS(["a " * 30 + "circle"], "error")
     assert OURS(["a " * 30], "error").shape == (1, LENGTH)
+
+
+def test_truncation_and_padding_of_the_file_do_not_matter(tmp_path: Path) -> None:
+    """Published tokenizer files carry those of their last use."""
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9, pad_id=1)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompts = ["a", "a large red circle on a white background"]
+    np.testing.assert_array_equal(PromptTokenizer(tmp_path / "tokenizer.json", LENGTH, PAD)(prompts), OURS(prompts))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"version": "9"}', b"\xff\xfe", b"[1"])

@@ -9,7 +9,7 @@ from slipcast.manifest import EngineFiles
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
     """Convert a graph. For bf16 the weights are kept in fp16, which halves the file; the host rounds them further."""
-    import openvino
+    from slipcast.engines.openvino import openvino
 
     target = out / f"{model.stem}.xml"
     openvino.save_model(openvino.Core().read_model(model), target, compress_to_fp16=precision != "fp32")

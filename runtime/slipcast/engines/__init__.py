@@ -48,7 +48,6 @@ class EngineKind:
     library: str
     extra: str | None
     precisions: tuple[str, ...]
-    suffix: str
 
     def available(self) -> bool:
         """Whether the vendor's library is installed (it is not imported)."""
@@ -62,8 +61,8 @@ class EngineKind:
 
 # In order of preference for target="auto".
 ENGINES: dict[str, EngineKind] = {
-    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16"), ".xml"),
-    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32",), ".onnx"),
+    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16")),
+    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32",)),
 }
 
 

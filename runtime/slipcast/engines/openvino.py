@@ -31,6 +31,8 @@ def _telemetry_absent() -> Iterator[None]:
 with _telemetry_absent():
     import openvino
 
+__all__ = ["OpenVinoEngine", "open_engine", "openvino"]  # the library, for whoever else needs it without telemetry
+
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -13,6 +17,8 @@ from typing import Any
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
 from slipcast_compiler.memory import peak_memory_mb
+
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends when the parent is gone
 
 
 @dataclass(frozen=True)
@@ -24,26 +30,21 @@ class Isolated:
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any, advance: Advance | None = None) -> Isolated:
-    """function(*arguments, advance) in a spawned process.
+    """function(*arguments, advance) in a spawned process, which does not outlive this call.
 
-    Errors of slipcast come through as themselves, others as SlipcastError with the traceback's last line. Raises
+    Errors of slipcast come through as themselves, others as SlipcastError with the traceback as a note. Raises
     ResourceError where the process was killed, as it is when memory runs out.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(there, function, arguments), daemon=True)
-    process.start()
+    with _interrupts_ignored():
+        process.start()
     there.close()
     try:
-        while True:
-            kind, content = here.recv()
-            if kind == "progress":
-                if advance:
-                    advance(*content)
-            elif kind == "error":
-                raise content
-            else:
-                return Isolated(*content)
+        result = _listen(here, advance)
+        process.join(timeout=5)
+        return result
     except EOFError:
         process.join()
         raise ResourceError(
@@ -51,19 +52,49 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, advance: Advance
             hint="exit code -9 means that memory ran out: close other programs, or compile on a larger machine",
         ) from None  # fmt: skip
     finally:
-        process.join(timeout=10)
-        if process.is_alive():
-            process.kill()
+        process.kill()
+        process.join()
+        here.close()
+
+
+def _listen(pipe: Connection, advance: Advance | None) -> Isolated:
+    while True:
+        kind, content = pipe.recv()
+        if kind == "result":
+            return Isolated(*content)
+        if kind == "error":
+            raise content
+        if advance:
+            advance(*content)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process started in here never sees Ctrl-C, which goes to all of a terminal: its parent does, and ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to tell
+        pipe.send(_outcome(pipe, function, arguments))
+
+
+def _outcome(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         result = function(*arguments, lambda done, total: pipe.send(("progress", (done, total))))
-        pipe.send(("result", (result, peak_memory_mb())))
-    except SlipcastError as error:
-        pipe.send(("error", error))
-    except KeyboardInterrupt:
-        pass
+        return "result", (result, peak_memory_mb())
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
-        pipe.send(("error", SlipcastError(f"{function.__name__}: {type(error).__name__}: {error}")))
+        failure = error if isinstance(error, SlipcastError) else SlipcastError(f"{type(error).__name__}: {error}")
+        failure.add_note(traceback.format_exc())
+        return "error", failure

@@ -239,6 +239,8 @@ def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int
 
 def library_class(library: str, name: str) -> Any:
     """A class of diffusers or transformers by name; ArtifactError where the installed version has none."""
+    import torch  # noqa: F401 - where it is missing, that is the error, and not what diffusers makes of it
+
     with quiet():
         found = getattr(importlib.import_module(library), name, None)
     if found is None:

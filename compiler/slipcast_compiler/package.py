@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import tempfile
@@ -25,12 +26,17 @@ from slipcast.manifest import (
 from slipcast_compiler.model import tokenizer_file
 from slipcast_compiler.plan import Plan
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
+
 
 @contextlib.contextmanager
 def staging(output: Path) -> Iterator[Path]:
     """An empty directory on the output's file system; gone afterwards, unless it was published."""
     check_output(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be made", got=error.strerror) from None
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
     try:
         yield folder
@@ -39,9 +45,13 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """RecipeError where the output is something that is not a bundle: that is not ours to replace."""
-    if output.is_symlink() or (output.exists() and not (output / MANIFEST_NAME).is_file() and _any_inside(output)):
+    """RecipeError where the output cannot be made, or is not a bundle, and so not ours to replace."""
+    occupied = output.exists() and not (output / MANIFEST_NAME).is_file() and _any_inside(output)
+    if output.is_symlink() or occupied:
         raise RecipeError(f"{output} exists and is not a bundle", expected="a new directory, or a bundle to replace")
+    parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RecipeError(f"{output} cannot be made", expected="a place that can be written to", got=str(parent))
 
 
 def _any_inside(path: Path) -> bool:
@@ -90,20 +100,32 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Make the finished directory the output. Whoever looks sees the old bundle or the new one, for an instant none."""
+    """Make the finished directory the output, in one rename: whoever looks sees the old bundle or the new one."""
     os.chmod(folder, 0o755)  # mkdtemp makes it private
     for path in sorted(folder.rglob("*"), reverse=True):
         _sync(path)
     _sync(folder)
     check_output(output)
-    old = None
     if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-        os.replace(output, old)
-    os.replace(folder, output)
+        _exchange(folder, output)  # the old bundle is removed with the staging directory
+    else:
+        os.replace(folder, output)
     _sync(output.parent)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two directories: at once where the system can, else by way of a third name, and back where that fails."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename and rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return
+    aside = a.with_name(f"{a.name}.old")
+    os.replace(b, aside)
+    try:
+        os.replace(a, b)
+    except OSError:
+        os.replace(aside, b)
+        raise
+    os.replace(aside, a)
 
 
 def _sync(path: Path) -> None:

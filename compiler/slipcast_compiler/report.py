@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import re
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +16,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from slipcast_compiler import original
 from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
 from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.recipe import SamplingTable
 
 SHOWN_PICTURES = 8
+ROW_WIDTH = 960  # CSS pixels for the pictures of one prompt; the page is bounded too, to about 10 MB
+PICTURE_WIDTHS = (128, 256)  # narrowest and widest column of pictures
 SHOWN_PROMPTS = 12
 DIFFERENCE_GAIN = 8
 FILES = ("report.json", "report.html")
+
+Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
 
 
 def make_record(
@@ -46,12 +53,57 @@ def make_record(
         },
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
-        "passed": all(row.passed is not False for rows in gates.values() for row in rows),
+        "passed": _verdict(gates),
         "stages_s": seconds,
-        "recipe": plan.recipe.model_dump(mode="json", exclude_none=True),
+        "recipe": resolve(plan),
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
+        "original": original.describe(plan.sampling, plan.family is not None),
         "tools": {tool: tool_versions()[tool] for tool in TOOLS},
     }
+
+
+def resolve(plan: Plan) -> dict[str, Any]:
+    """The recipe with everything that it left open as the plan resolved it; itself a valid recipe."""
+    recipe = plan.recipe.model_dump(mode="json", exclude_none=True)
+    if plan.recipe.family:
+        recipe["family"] = {key: value for key, value in recipe["family"].items() if value not in ([], {})}
+    sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
+    if not plan.sampling.schedule:
+        del sampling["steps"]  # an explicit list has its own length
+    chosen = recipe["sampling"] | sampling | {"width": plan.image.width, "height": plan.image.height}
+    recipe["sampling"] = dict(sorted(chosen.items(), key=lambda item: list(SamplingTable.model_fields).index(item[0])))
+    recipe["decode"] |= {"tile": plan.image.tile, "overlap": plan.image.overlap}
+    return recipe
+
+
+def dump_toml(table: dict[str, Any], path: tuple[str, ...] = ()) -> str:
+    """TOML of plain JSON data without null. Values come before the tables of the same table, as TOML demands."""
+    own = {key: value for key, value in table.items() if not _tables(value)}
+    text = "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in own.items())
+    for key in (key for key in table if key not in own):
+        here = (*path, _toml_key(key))
+        heading = ".".join(here)
+        for inner in _tables(table[key]):
+            text += f"\n[[{heading}]]\n" if isinstance(table[key], list) else f"\n[{heading}]\n"
+            text += dump_toml(inner, here)
+    return text
+
+
+def shown(value: float | None, metric: str, more: int = 0) -> str:
+    """A metric as the page prints it, with `more` digits than usual; never a negative zero."""
+    if value is None:
+        return "not run"
+    percent = metric.startswith("CLIP change")
+    digits = (2 if percent else 1 if metric.startswith("PSNR") else 4) + more
+    rounded = round(value * 100 if percent else value, digits) or 0.0
+    return f"{rounded:{'+' if percent and rounded else ''}.{digits}f}{' %' if percent else ''}"
+
+
+def picture_width(natural: int, runs: int) -> int:
+    """CSS pixels of one picture: whole multiples of a small one, a big one reduced, so that a row holds all runs."""
+    narrowest, widest = PICTURE_WIDTHS
+    room = min(max(ROW_WIDTH // (1 + 2 * runs), narrowest), widest)
+    return room // natural * natural or room
 
 
 def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run]) -> None:
@@ -59,18 +111,22 @@ def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict
     (folder / "report.json").write_text(
         json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
     )
+    natural = originals.fp32.shape[2]
+    width = picture_width(natural, len(runs))
     rows = [
         {
             "prompt": prompt or "no prompt",
             "seed": originals.seeds[i],
-            "original": _data_url(originals.fp32[i]),
-            "runs": [_pair(originals.fp32[i], run.images[i]) for run in runs.values()],
+            "original": _data_url(originals.fp32[i], width),
+            "runs": {name: _pair(originals.fp32[i], run.images[i], width) for name, run in runs.items()},
         }
         for i, prompt in enumerate(originals.prompts[:SHOWN_PICTURES])
     ]
     page = render(
-        "report.html", record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
-        recipe=json.dumps(record["recipe"], indent=2, ensure_ascii=False),
+        "report.html", {"shown": shown}, record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
+        width=width, natural=natural,
+        gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
+        recipe=dump_toml(record["recipe"]),
     )  # fmt: skip
     (folder / "report.html").write_text(page, "utf-8")
 
@@ -84,12 +140,54 @@ def keep(folder: Path, output: Path) -> Path:
     return rejected
 
 
-def _pair(original: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> dict[str, str]:
-    difference = np.clip(np.abs(found - original) * DIFFERENCE_GAIN, 0, 1)
-    return {"image": _data_url(found), "difference": _data_url(difference)}
+def _verdict(gates: dict[str, tuple[GateRow, ...]]) -> bool | None:
+    """None where no limit was set, so that nothing was checked."""
+    checked = [row.passed for rows in gates.values() for row in rows if row.passed is not None]
+    return all(checked) if checked else None
 
 
-def _data_url(picture: npt.NDArray[np.float32]) -> str:
+def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A gate row in the page's words: changes of the CLIP score, negative is worse, where the gate counts drops."""
+    metric = row["metric"].replace("CLIP drop", "CLIP change")
+    sign = 1 if metric == row["metric"] else -1
+    numbers = {key: None if row[key] is None else sign * row[key] for key in ("value", "limit", "floor")}
+    same = row["passed"] is False and shown(numbers["value"], metric) == shown(numbers["limit"], metric)
+    texts = {key: shown(value, metric, 4 * same) for key, value in numbers.items()}
+    return {**texts, "metric": metric, "passed": row["passed"]} | ({"limit": "none"} if row["limit"] is None else {})
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    """The tables that a value has to be written as."""
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) else []
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str | bool):  # JSON's notation is TOML's, but for one character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if not isinstance(value, list):
+        return repr(value)
+    items = [_toml_value(item) for item in value]
+    line = ", ".join(items)
+    return f"[{line}]" if len(line) < 100 else "[\n" + "".join(f"  {item},\n" for item in items) + "]"
+
+
+def _pair(reference: Picture, found: Picture, width: int) -> dict[str, str]:
+    difference = np.clip(np.abs(found - reference) * DIFFERENCE_GAIN, 0, 1)
+    return {"image": _data_url(found, width), "difference": _data_url(difference, width)}
+
+
+def _data_url(pixels: Picture, width: int) -> str:
+    """PNG, reduced to `width` if it is wider; the browser enlarges."""
+    picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.BOX)
     buffer = io.BytesIO()
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -26,6 +29,9 @@ ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
 
 json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+unlisted_option: Callable[[Any], Any] = click.option(
+    "--allow-unlisted", is_flag=True, help="Tolerate files that the manifest does not list."
+)
 bundle_argument: Callable[[Any], Any] = click.argument("bundle", type=click.Path(path_type=Path))
 
 
@@ -66,6 +72,7 @@ def cli(debug: bool) -> None:
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--target", default="auto", show_default=True, help="An engine or target id of the bundle.")
 @click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
+@unlisted_option
 @click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture, or a directory for one each.")
 @json_option
@@ -79,6 +86,7 @@ def run(
     guidance_scale: float | None,
     target: str,
     residency: Any,
+    allow_unlisted: bool,
     on_long_prompt: Any,
     output: Path | None,
     as_json: bool,
@@ -91,7 +99,7 @@ def run(
         _check_output(output)
     stages = Stages()
     with stages.stage("load"):
-        pipe = load(bundle, target=target, residency=residency)
+        pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
         result = pipe(
             prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images,
@@ -108,18 +116,19 @@ def run(
 
 @cli.command()
 @bundle_argument
+@unlisted_option
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show what a bundle holds, without hashing its files."""
     from slipcast.bundle import open_bundle
 
-    manifest = open_bundle(bundle).manifest
+    manifest = open_bundle(bundle, allow_unlisted=allow_unlisted).manifest
     emit(manifest.model_dump(mode="json"), _inspect_text(manifest), as_json)
 
 
 @cli.command()
 @bundle_argument
-@click.option("--allow-unlisted", is_flag=True, help="Tolerate files that the manifest does not list.")
+@unlisted_option
 @json_option
 def verify(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Check every file of a bundle against its manifest."""
@@ -151,14 +160,17 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 
 @cli.command()
 @bundle_argument
+@unlisted_option
 @json_option
-def report(bundle: Path, as_json: bool) -> None:
+def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show the evidence that a bundle carries."""
     from slipcast.bundle import open_bundle
     from slipcast.validation import parse_json
 
     opened = open_bundle(
-        bundle, files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")]
+        bundle,
+        allow_unlisted=allow_unlisted,
+        files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")],
     )
     try:
         record = parse_json(opened.path("report.json").read_bytes(), "report.json")
@@ -184,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("slipcast").setLevel(logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(args=list(arguments), prog_name="slipcast", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -193,29 +207,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         _fail(error.exit_code, error.format_message(), {}, arguments)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        hint = "; the same command goes on from the cache" if "compile" in arguments else ""
+        click.echo(f"interrupted{hint}", err=True)
         _fail(Cancelled.exit_code, "interrupted", {}, arguments)
     except SlipcastError as error:
-        if debug:
-            raise
+        _explain(debug)
         click.echo(f"error: {error}", err=True)
         details = {"expected": _text(error.expected), "got": _text(error.got), "hint": error.hint}
         _fail(error.exit_code, error.message, {"type": type(error).__name__, **details}, arguments)
     except ModuleNotFoundError as error:
-        if debug:
-            raise
+        _explain(debug)
         click.echo(
             f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True
         )
         _fail(HostError.exit_code, f"{error.name} is not installed", {"hint": INSTALL_COMPILER}, arguments)
     except Exception as error:  # ours to mend; the user gets one message all the same
-        if debug:
-            raise
+        _explain(debug)
         message = f"{type(error).__name__}: {error}"
         hint = "free some memory" if isinstance(error, MemoryError) else "run `slipcast --debug ...` and report it"
         click.echo(f"error: {message}\n  next:     {hint}", err=True)
         code = ResourceError.exit_code if isinstance(error, MemoryError) else SlipcastError.exit_code
         _fail(code, message, {"type": type(error).__name__, "hint": hint}, arguments)
+
+
+def _terminated(signum: int, frame: object) -> None:
+    """What is asked to stop stops as if by Ctrl-C: at a safe point, leaving nothing half-written."""
+    raise KeyboardInterrupt
+
+
+def _explain(debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
 
 
 def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -41,3 +42,31 @@ def test_errors_come_through() -> None:
         run_isolated(_fail, "theirs")
     with pytest.raises(ResourceError, match="its process died"):
         run_isolated(_fail, "killed")
+
+
+def test_the_traceback_is_a_note_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SlipcastError) as caught:
+        run_isolated(_fail, "theirs")
+    assert "ZeroDivisionError" in caught.value.__notes__[0]
+    assert capfd.readouterr().err == ""
+
+
+def _sleep(advance: Any) -> None:
+    advance(os.getpid(), 0)
+    time.sleep(60)
+
+
+def test_an_interrupt_ends_the_child_at_once() -> None:
+    children = []
+
+    def interrupt(pid: int, _: int) -> None:
+        children.append(pid)
+        os.kill(pid, signal.SIGINT)  # as a terminal sends it to both; the child has to leave it to its parent
+        raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_isolated(_sleep, advance=interrupt)
+    assert time.monotonic() - begin < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)

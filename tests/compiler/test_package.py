@@ -9,6 +9,7 @@ import pytest
 
 from slipcast.errors import RecipeError
 from slipcast.manifest import MANIFEST_NAME
+from slipcast_compiler import package
 from slipcast_compiler.package import check_output, publish, staging
 
 
@@ -63,3 +64,33 @@ def test_what_is_not_a_bundle_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
     check_output(tmp_path / "new")
+
+
+def test_a_failing_rename_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system cannot swap two directories at once, and the second of the renames instead of it fails."""
+    monkeypatch.setattr(package.ctypes, "CDLL", lambda *_, **__: None)
+    output, new = tmp_path / "bundle", tmp_path / "new"
+    for folder, text in ((output, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / MANIFEST_NAME).write_text(text)
+    rename = os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source) == new:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            publish(new, output)
+    assert (output / MANIFEST_NAME).read_text() == "old"
+    publish(new, output)
+    assert (output / MANIFEST_NAME).read_text() == "new"
+
+
+@pytest.mark.parametrize("place", ["file/x", "file/x/y"])
+def test_a_place_that_cannot_be_made_is_refused_early(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="cannot be made"):
+        check_output(tmp_path / place)

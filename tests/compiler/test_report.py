@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from slipcast.manifest import ImageGeometry, Metrics, Sampling
+from slipcast.schedules import NoiseProcess
 from slipcast_compiler import report
-from slipcast_compiler.evaluate import Originals, Run
+from slipcast_compiler.evaluate import GateRow, Originals, Run
+from slipcast_compiler.plan import Plan
+from slipcast_compiler.recipe import Recipe, parse_recipe
 
+ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)> & "quotes"'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -42,6 +50,154 @@ def _dump(page: Path, profile: Path, *options: str) -> str:
     return done.stdout
 
 
+def _resolved(sampling: str, **laid: Any) -> dict[str, Any]:
+    """The resolved recipe of a plan that has what `sampling` asks for and `laid`."""
+    recipe = parse_recipe(
+        f'name = "x"\nmodel.path = "m"\nfamily.prompts = ["a \\"b\\"", "c"]\n'
+        f'targets = [{{ engine = "onnxruntime" }}]\n[sampling]\n{sampling}',
+        "x.toml",
+    )
+    image = ImageGeometry(width=64, height=32, channels=4, factor=8, tile=48, overlap=8)
+    chosen = Sampling(sampler="euler", guidance_scale=4.0, noise=NoiseProcess(), **laid)
+    plan = Plan(recipe, Path(), None, None, chosen, image, {})  # type: ignore[arg-type]
+    return report.resolve(plan)
+
+
+@pytest.mark.parametrize(
+    ("asked", "laid"),
+    [
+        ("", {"schedule": "leading", "steps": 20}),
+        ("timesteps = [900, 500.5, 1e-5]", {"timesteps": (900.0, 500.5, 1e-5), "steps": 3}),
+        ("sigmas = [14.6, 2, 0]", {"sigmas": (14.6, 2.0, 0.0), "steps": 2}),
+    ],
+)
+def test_the_resolved_recipe_can_be_pasted(asked: str, laid: dict[str, Any]) -> None:
+    resolved = _resolved(asked, **laid)
+    text = report.dump_toml(resolved)
+    assert tomllib.loads(text) == resolved
+    recipe = Recipe.model_validate(tomllib.loads(text))
+    assert (recipe.sampling.width, recipe.sampling.height, recipe.decode.tile) == (64, 32, 48)
+    assert (recipe.sampling.sampler, recipe.sampling.schedule) == ("euler", laid.get("schedule"))
+    assert recipe.sampling.steps == (20 if "schedule" in laid else None)
+    assert "noise" not in resolved["sampling"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": 1, "b": -0.5, "c": 1e-7, "d": 1e22, "e": True, "f": [], "g": [1, 2.5], "h": [[1], ["x"]]},
+        {"text": 'quote " back \\ tab \t line \n bell \x07 delete \x7f é 円 🙂', "two words": 1, "": 2, "é.ü": 3},
+        {"late": 1, "table": {"inner": {"deep key": {"x": 1}}, "y": 2}, "empty": {}, "later": 2},
+        {"tables": [{"a": 1, "sub": {"b": 2}}, {}, {"a": 3, "subs": [{"c": 4}]}], "after": "x"},
+        {"long": ["a prompt that is long enough for a line of its own"] * 5},
+    ],
+)
+def test_toml_comes_back_as_it_was(value: dict[str, Any]) -> None:
+    assert tomllib.loads(report.dump_toml(value)) == value
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_toml_of_every_shipped_recipe(recipe: Path) -> None:
+    parsed = parse_recipe(recipe.read_text("utf-8"), recipe.name)
+    dumped = report.dump_toml(parsed.model_dump(mode="json", exclude_none=True))
+    assert parse_recipe(dumped, "dumped") == parsed
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("CLIP change, mean", -0.02, "-2.00 %"),
+        ("CLIP change, mean", 0.00013518, "+0.01 %"),
+        ("CLIP change, mean", -1.2e-7, "0.00 %"),
+        ("CLIP change, mean", 1.2e-7, "0.00 %"),
+        ("PSNR, worst (dB)", 48.2222, "48.2"),
+        ("SSIM, worst image", -1e-9, "0.0000"),
+        ("LPIPS, mean", None, "not run"),
+    ],
+)
+def test_numbers_as_shown(metric: str, value: float | None, text: str) -> None:
+    assert report.shown(value, metric) == text
+
+
+@pytest.mark.parametrize(
+    ("natural", "runs", "width"), [(64, 1, 256), (64, 2, 192), (512, 1, 256), (512, 2, 192), (200, 1, 200), (96, 9, 96)]
+)
+def test_picture_width(natural: int, runs: int, width: int) -> None:
+    assert report.picture_width(natural, runs) == width
+
+
+def _record(*rows: GateRow) -> dict[str, Any]:
+    """A record with one target, whose gate has these rows."""
+    metrics = dict.fromkeys(Metrics.model_fields)
+    performance = {
+        "latency_full_s": 0.5, "latency_bundle_s": 0.25, "peak_memory_full_mb": 571.2, "peak_memory_bundle_mb": 259.4,
+        "load_s": 0.5, "components_memory_mb": {"denoiser": 81.5}, "components_s": {"denoiser": 0.2, "vae_decoder": 0.1}
+    }  # fmt: skip
+    floor = {"precision": metrics | {"psnr_worst": 43.21}, "seed": metrics}
+    quality = metrics | {"psnr_worst": 48.22, "images": 1, "noise_floor": floor}
+    return {
+        "name": "x", "compiled_at": "2026", "base_model": "m", "source_sha256": "0", "pipeline": "P", "family": None,
+        "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
+        "tools": {}, "original": "something <drawn>", "recipe": _resolved("", schedule="leading", steps=20),
+        "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0},
+        "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
+        "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
+    }  # fmt: skip
+
+
+def _page(folder: Path, record: dict[str, Any], width: int = 8) -> str:
+    images = np.random.default_rng(0).random((1, width, width, 3), np.float32)
+    run = Run(images, (1.0,), 0.1, 1.0, {})
+    report.write(folder, record, Originals((None,), (1,), images, images, images), {"t-cpu-fp32": run})
+    return (folder / "report.html").read_text("utf-8")
+
+
+def test_without_limits_nothing_was_checked(tmp_path: Path) -> None:
+    record = _record(GateRow("PSNR, worst image (dB)", None, 48.22, 43.21, None))
+    text = _page(tmp_path, record)
+    assert record["passed"] is None
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["passed"] is None
+    assert '<p class="verdict " id="verdict">No limits were set: nothing was checked.</p>' in text
+    assert "The gate" not in text
+
+
+def test_a_missed_gate_shows_by_how_much(tmp_path: Path) -> None:
+    clip = GateRow("CLIP drop, mean", 0.02, 0.0301, -0.0001, False)
+    psnr = GateRow("PSNR, worst image (dB)", 48.25, 48.2222, 43.21, False)
+    record = _record(clip, psnr)
+    text = re.sub(r"<[^>]*>|\s+", " ", _page(tmp_path, record))
+    assert record["passed"] is False
+    assert "The gate was missed" in text
+    assert re.search(r"CLIP change, mean +-3\.01 % +-2\.00 % +\+0\.01 % +missed", text)
+    assert re.search(r"48\.2 +48\.2 +43\.2 +missed", text) is None
+    assert re.search(r"48\.22220 +48\.25000 ", text)
+
+
+def test_what_was_measured_is_there_and_nothing_else(tmp_path: Path) -> None:
+    row = GateRow("PSNR, worst image (dB)", 40.0, 48.22, 43.21, True)
+    record = _record(row)
+    text = _page(tmp_path, record)
+    plain = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", text))
+    assert (
+        "t-cpu-fp32: 0.250 s per image (original 0.500 s, 2.0x), 259 MB (original 571 MB), worst PSNR 48.2 dB "
+        "(bf16 noise floor 43.2 dB)"
+    ) in plain
+    assert "The original: something &lt;drawn&gt;, in fp32, same seed." in plain
+    assert "64 x 32 pixels" in plain
+    assert "81.5 MB" in plain and plain.count("not measured") == 1  # the decoder's memory
+    record["targets"][0]["performance"]["components_memory_mb"] = {}
+    plain = _page(tmp_path, record)
+    assert "memory it adds" not in plain and "not measured" not in plain
+
+
+def test_big_pictures_are_reduced(tmp_path: Path) -> None:
+    text = _page(tmp_path, _record(), 1024)
+    assert len(text) < 3 * 256 * 256 * 3 * 1.4 + 30_000  # noise, which nothing compresses
+    assert "Shown reduced from 1024 to 256 pixels." in text
+    assert 'class="enlarged"' not in text
+    assert 'class="enlarged"' in _page(tmp_path, _record(), 64)
+
+
 def test_no_network_and_no_script(shapes_bundle: Path) -> None:
     text = (shapes_bundle / "report.html").read_text("utf-8")
     tags = _Page(text).tags
@@ -53,8 +209,6 @@ def test_no_network_and_no_script(shapes_bundle: Path) -> None:
 
 
 def test_prompts_are_escaped(shapes_bundle: Path, tmp_path: Path) -> None:
-    import json
-
     record = json.loads((shapes_bundle / "report.json").read_text("utf-8"))
     record["name"] = record["family"]["held_out_prompts"][0] = record["recipe"]["name"] = HOSTILE
     images = np.zeros((1, 8, 8, 3), np.float32)

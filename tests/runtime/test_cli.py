@@ -225,11 +225,14 @@ class TestErrors:
         self.check(cli, 1, "run", bundle, *PROMPT, says="RuntimeError: the device is on fire(.|\n)*--debug")
 
     @pytest.mark.parametrize("error", [RuntimeError("fire"), slipcast.HostError("no device")])
-    def test_debug_raises(self, engines: Fakes, bundle: Path, error: Exception) -> None:
+    def test_debug_shows_the_traceback_and_keeps_the_exit_code(
+        self, engines: Fakes, bundle: Path, error: Exception, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         engines.functions["denoiser"] = fail_with(error)
-        with pytest.raises(type(error)) as caught:
+        with pytest.raises(SystemExit) as caught:
             main(["--debug", "run", str(bundle), *PROMPT])
-        assert caught.value is error
+        assert caught.value.code == getattr(error, "exit_code", 1)
+        assert "Traceback" in capsys.readouterr().err
 
     def test_interrupted_130(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
         engines.functions["denoiser"] = fail_with(KeyboardInterrupt())

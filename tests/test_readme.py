@@ -83,3 +83,8 @@ def test_lists_are_complete() -> None:
     schedules = re.search(r"^Schedules: (.*)$", README, re.MULTILINE)
     assert schedules
     assert all(name in schedules[1] for name in SCHEDULES)
+    from slipcast_compiler.bench.peers import PEERS
+
+    peers = re.search(r"^Peers: (.*?) or the path", README, re.MULTILINE | re.DOTALL)
+    assert peers
+    assert set(re.findall(r"`([^`]+)`", peers[1])) == set(PEERS)

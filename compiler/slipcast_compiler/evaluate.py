@@ -160,8 +160,8 @@ def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
 
 def compare(reference: Floats, found: Floats, reference_scores: Floats | None, scores: Floats | None) -> Metrics:
     """Pixel metrics of paired pictures, [n, h, w, 3] in [0, 1]; and of their CLIP scores, where there are any."""
-    psnr = [_psnr(a, b) for a, b in zip(reference, found, strict=True)]
-    ssim = [_ssim(a, b) for a, b in zip(reference, found, strict=True)]
+    psnrs = [psnr(a, b) for a, b in zip(reference, found, strict=True)]
+    ssims = [ssim(a, b) for a, b in zip(reference, found, strict=True)]
     clip: dict[str, float] = {}
     if scores is not None and reference_scores is not None:
         change = (scores - reference_scores) / np.abs(reference_scores)
@@ -172,10 +172,10 @@ def compare(reference: Floats, found: Floats, reference_scores: Floats | None, s
             "clip_delta_worst": float(change.min()),
         }
     return Metrics(
-        psnr_mean=float(np.mean(psnr)),
-        psnr_worst=min(psnr),
-        ssim_mean=float(np.mean(ssim)),
-        ssim_worst=min(ssim),
+        psnr_mean=float(np.mean(psnrs)),
+        psnr_worst=min(psnrs),
+        ssim_mean=float(np.mean(ssims)),
+        ssim_worst=min(ssims),
         **clip,
     )
 
@@ -242,13 +242,14 @@ def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
     )
 
 
-def _psnr(a: Floats, b: Floats) -> float:
+def psnr(a: Floats, b: Floats) -> float:
+    """In dB, of two pictures in [0, 1]; at most MAX_PSNR."""
     error = float(np.mean((a.astype(np.float64) - b) ** 2))
     return min(MAX_PSNR, -10 * np.log10(error)) if error > 0 else MAX_PSNR
 
 
-def _ssim(a: Floats, b: Floats) -> float:
-    """With the Gaussian window of Wang et al., 2004, as most papers give it."""
+def ssim(a: Floats, b: Floats) -> float:
+    """Structural similarity with the Gaussian window of Wang et al., 2004, as most papers give it."""
     from skimage.metrics import structural_similarity
 
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
-import resource
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
+from slipcast_compiler.memory import peak_memory_mb
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends when the parent is gone
 
@@ -79,17 +79,6 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory of this process in megabytes (1e6 bytes)."""
-    try:
-        # Not ru_maxrss: on Linux a new process inherits its parent's.
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith("VmHWM:"))
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

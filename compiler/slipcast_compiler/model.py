@@ -152,14 +152,19 @@ class Checkpoint:
         )  # fmt: skip
 
     @cached_property
-    def sha256(self) -> str:
-        """Over names and contents of all files that a bundle depends on."""
+    def files(self) -> list[Path]:
+        """All files that a bundle depends on."""
         folders = {source.folder for source in self.architecture.components.values()}
         folders |= {text.tokenizer for text in self.architecture.text} | {"scheduler"}
         files = [self.root / "model_index.json"]
         files += [file for folder in folders for file in (self.root / folder).rglob("*") if file.is_file()]
+        return sorted(files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and contents of all files that a bundle depends on."""
         total = hashlib.sha256()
-        for file in sorted(files):
+        for file in self.files:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             total.update(f"{file.relative_to(self.root).as_posix()}\0{digest}\n".encode())

@@ -66,30 +66,42 @@ def make_images(
     whatever the dtype, so that pictures of two dtypes can be compared.
     """
     with quiet():
-        import torch
-
         begin = time.perf_counter()
-        pipe = _load(root, getattr(torch, dtype))
-        choose_scheduler(pipe, sampling)
+        pipe = open_pipeline(root, sampling, dtype)
         load_s = time.perf_counter() - begin
-        factor = getattr(pipe, "vae_scale_factor", 1)
-        shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
-        draw = _with_diffusers if has_scheduler(sampling) and prompts[0] is not None else _with_our_sampler
-
-        def one(prompt: str | None, seed: int) -> Any:
-            generator = torch.Generator("cpu").manual_seed(seed)
-            noise = torch.randn(shape, generator=generator)
-            with torch.no_grad():
-                return draw(pipe, sampling, prompt, noise, generator).astype(np.float32)
-
-        one(prompts[0], seeds[0])  # warm-up, which is not timed
+        draw(pipe, sampling, size, prompts[:1], seeds[:1])  # warm-up, which is not timed
         pictures, seconds = [], []
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))
             begin = time.perf_counter()
-            pictures.append(one(prompt, seed))
+            pictures.append(draw(pipe, sampling, size, [prompt], [seed])[0])
             seconds.append(time.perf_counter() - begin)
         return {"images": np.stack(pictures), "seconds": seconds, "load_s": load_s}
+
+
+def open_pipeline(root: Path, sampling: Sampling, dtype: str) -> Any:
+    """The checkpoint's pipeline in diffusers, in `dtype` (float32 or bfloat16), with the scheduler for `sampling`."""
+    import torch
+
+    pipe = _load(root, getattr(torch, dtype))
+    choose_scheduler(pipe, sampling)
+    return pipe
+
+
+def draw(
+    pipe: Any, sampling: Sampling, size: tuple[int, int], prompts: Sequence[str | None], seeds: Sequence[int]
+) -> Any:
+    """One image per prompt and seed, all in one batch: float32 [n, h, w, c] in [0, 1]; size is (width, height)."""
+    import torch
+
+    factor = getattr(pipe, "vae_scale_factor", 1)
+    shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    text = [prompt for prompt in prompts if prompt is not None] or None
+    run = _with_diffusers if text is not None and has_scheduler(sampling) else _with_our_sampler
+    with torch.no_grad():
+        return run(pipe, sampling, text, noise, generators).astype(np.float32)
 
 
 def has_scheduler(sampling: Sampling) -> bool:
@@ -104,12 +116,20 @@ def describe(sampling: Sampling, conditional: bool) -> str:
     return "diffusers' modules under slipcast's sampler, as diffusers has no pipeline for this sampling"
 
 
+def scheduler_for(sampling: Sampling) -> tuple[str, dict[str, Any]] | None:
+    """diffusers' class for the sampler and the settings for its schedule; None where it has not both."""
+    if not has_scheduler(sampling):
+        return None
+    name, settings, _ = SCHEDULERS[sampling.sampler]
+    return name, {**settings, **SCHEDULES[sampling.schedule or ""]}
+
+
 def choose_scheduler(pipe: Any, sampling: Sampling) -> None:
     """Give the pipeline the scheduler for the sampler and schedule, if diffusers has it."""
-    if has_scheduler(sampling):
-        name, settings, _ = SCHEDULERS[sampling.sampler]
+    if chosen := scheduler_for(sampling):
+        name, settings = chosen
         scheduler = library_class("diffusers", name)
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings, **SCHEDULES[sampling.schedule or ""])
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
 
 
 def _load(root: Path, dtype: Any) -> Any:
@@ -131,25 +151,25 @@ def _load(root: Path, dtype: Any) -> Any:
     return pipe
 
 
-def _with_diffusers(pipe: Any, sampling: Sampling, prompt: str | None, noise: Any, generator: Any) -> Any:
+def _with_diffusers(pipe: Any, sampling: Sampling, prompts: list[str] | None, noise: Any, generators: Any) -> Any:
     """The pipeline's own call: nothing of slipcast is in it."""
     factor = pipe.vae_scale_factor
     return pipe(
-        prompt, height=noise.shape[2] * factor, width=noise.shape[3] * factor, num_inference_steps=sampling.steps,
-        generator=generator, latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
+        prompts, height=noise.shape[2] * factor, width=noise.shape[3] * factor, num_inference_steps=sampling.steps,
+        generator=generators, latents=noise.to(pipe.dtype), guidance_scale=sampling.guidance_scale,
         guidance_rescale=sampling.guidance_rescale, eta=sampling.eta, output_type="np",
-    ).images[0]  # fmt: skip
+    ).images  # fmt: skip
 
 
-def _with_our_sampler(pipe: Any, sampling: Sampling, prompt: str | None, noise: Any, generator: Any) -> Any:
+def _with_our_sampler(pipe: Any, sampling: Sampling, prompts: list[str] | None, noise: Any, generators: Any) -> Any:
     """The original modules under slipcast's sampler: for schedules that diffusers lacks, and for models without text,
     whose pipelines in diffusers know their own scheduler alone."""
     import torch
 
-    guided = prompt is not None and sampling.guidance_scale > 1
+    guided = prompts is not None and sampling.guidance_scale > 1
     text = {}
-    if prompt is not None:
-        found = pipe.encode_prompt(prompt, "cpu", 1, guided)
+    if prompts is not None:
+        found = pipe.encode_prompt(prompts, "cpu", 1, guided)
         text = {"encoder_hidden_states": torch.cat(found[1::-1]) if guided else found[0]}
 
     def predict(x: Any, timestep: float) -> Any:
@@ -164,7 +184,7 @@ def _with_our_sampler(pipe: Any, sampling: Sampling, prompt: str | None, noise: 
     x = noise * initial_scale(process, schedule, sampling.sampler)
     steps = sample(
         sampling.sampler, Denoiser(process, schedule, predict), x, schedule.sigmas, eta=sampling.eta,
-        noise=lambda: torch.randn(noise.shape, generator=generator),
+        noise=lambda: torch.cat([torch.randn((1, *noise.shape[1:]), generator=each) for each in generators]),
     )  # fmt: skip
     *_, x = steps
     x = x * final_scale(process, schedule)
@@ -172,4 +192,4 @@ def _with_our_sampler(pipe: Any, sampling: Sampling, prompt: str | None, noise: 
         config = pipe.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         x = pipe.vae.decode((x / config.scaling_factor + shift).to(pipe.dtype), return_dict=False)[0].float()
-    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()[0]
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

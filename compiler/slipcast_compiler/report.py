@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from slipcast_compiler import original
 from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
+from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.recipe import SamplingTable
 
@@ -122,13 +122,9 @@ def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict
         }
         for i, prompt in enumerate(originals.prompts[:SHOWN_PICTURES])
     ]
-    environment = Environment(
-        loader=PackageLoader("slipcast_compiler", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["shown"] = shown
-    page = environment.get_template("report.html").render(
-        record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN, width=width, natural=natural,
+    page = render(
+        "report.html", {"shown": shown}, record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
+        width=width, natural=natural,
         gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
         recipe=dump_toml(record["recipe"]),
     )  # fmt: skip

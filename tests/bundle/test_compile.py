@@ -127,6 +127,14 @@ def test_an_unconditional_model(pixels: Path) -> None:
     assert run.returncode == 0, run.stderr
     asked = run_cli("run", "artifacts/pixels", "--prompt", "a cat", "-o", "b.png", cwd=pixels)
     assert (asked.returncode, "takes no prompt" in asked.stderr) == (2, True)
+    bench = run_cli(
+        "bench", "artifacts/pixels", "--model", "model", "--against", "diffusers", "--images", "2", "--batch", "2",
+        "--json", cwd=pixels,
+    )  # fmt: skip
+    assert bench.returncode == 0, bench.stderr
+    sides = json.loads(bench.stdout)["sides"]
+    assert sides["bundle"]["quality"]["psnr_mean"]["low"] > 45
+    assert set(sides["diffusers"]["images_per_second"]) == {"1", "2"}
     shutil.copyfile(pixels / "pixels.toml", pixels / "with-family.toml")
     with (pixels / "with-family.toml").open("a") as recipe:
         recipe.write('[family]\nprompts = ["a", "b"]\n')

@@ -84,6 +84,16 @@ def test_compile_is_listed_and_says_how_to_install_it(thin: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bundle_is_benchable_without_torch(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("bench", shapes_bundle, "--images", "2", "--steps", "2", "--json")
+    found = json.loads(succeed(thin / "slipcast", *arguments, "-o", "bench.json", cwd=tmp_path))
+    assert found["sides"]["bundle"]["seconds"]["median"] > 0
+    assert found["files"] == {"json": "bench.json", "html": None}  # the page needs jinja2
+    done = run(thin / "slipcast", *arguments, "--against", "diffusers", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "diffusers: needs torch and diffusers and transformers; pip install 'slipcast[compiler]'" in done.stderr
+
+
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_torch_is_not_imported_where_it_is_installed(shapes_bundle: Path, tmp_path: Path, target: str) -> None:
     code = f"""

@@ -1,0 +1,190 @@
+"""The benchmark's one JSON document: every figure that the table and the page show."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slipcast.engines import cpu_threads
+from slipcast_compiler.bench import figures
+from slipcast_compiler.bench.measure import Measured, Results
+from slipcast_compiler.bench.plan import BUNDLE, BenchPlan
+from slipcast_compiler.evaluate import Scorer
+
+SCHEMA = "slipcast-bench/1"
+BUSY = 0.25  # load per core, before anything was started, from which figures are not to be trusted
+
+
+def make_document(plan: BenchPlan, results: Results, load_before: float | None) -> dict[str, Any]:
+    """Plain JSON; see the keys below. Seconds, megabytes (1e6 bytes), joules; `ratios` are peer / bundle."""
+    manifest, bundle = plan.bundle.manifest, results.measured[BUNDLE]
+    peers = {name: measured for name, measured in results.measured.items() if name != BUNDLE}
+    compile_s = round(sum(plan.record["stages_s"].values()), 1)
+    prompts, seeds = plan.requests(0, plan.options.images)
+    scorer, no_clip = _scorer(plan)
+    sides = {name: _side(measured) for name, measured in results.measured.items()}
+    for name, quality in _qualities(plan, results, scorer).items():
+        sides[name]["quality"] = quality
+    document = {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "source_sha256": manifest.source_sha256,
+        "host": host() | {"load_before": load_before},
+        "settings": {
+            "images": plan.options.images, "batches": list(plan.options.batches), "threads": cpu_threads(),
+            "prompts": prompts, "seeds": seeds, "image": f"{manifest.image.width}x{manifest.image.height}",
+            "sampling": plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
+        },
+        "sides": sides,
+        "ratios": {name: _ratios(each.seconds, bundle.seconds) for name, each in peers.items()},
+        "memory_ratios": {name: _ratios(_memory(each), _memory(bundle)) for name, each in peers.items()},
+        "batch_ratios": {
+            name: {str(size): _ratios(_seconds(drawn), _seconds(bundle.batches[size])) for size, drawn in of.items()}
+            for name, each in peers.items() if (of := each.batches)
+        },
+        "compile_s": compile_s,
+        "break_even": {
+            name: figures.break_even(compile_s, sides[name]["seconds"]["median"], sides[BUNDLE]["seconds"]["median"])
+            for name in peers
+        },
+        "missing": plan.missing,
+        "failed": results.failed,
+        "quality_reference": "diffusers in fp32" if results.reference is not None else None,
+    }  # fmt: skip
+    return document | {"notes": _notes(plan, results, load_before, no_clip)}
+
+
+def host() -> dict[str, Any]:
+    """The machine, without its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    try:
+        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        memory = None
+    return {
+        "processor": processor, "cores": cpu_threads(), "memory_gb": memory, "system": platform.system(),
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system has none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _side(measured: Measured) -> dict[str, Any]:
+    seconds = measured.seconds
+    throughput = {"1": round(1 / figures.spread(seconds)["median"], 4)}
+    for size, drawn in measured.batches.items():
+        throughput[str(size)] = round(size / figures.spread(_seconds(drawn))["median"], 4)
+    joules = [each for each in measured.joules if each is not None]
+    disk = measured.side.disk_bytes + (_size(measured.side.prepared) if measured.side.prepared else 0)
+    return {
+        "title": measured.side.title,
+        "about": measured.about,
+        "images": len(seconds),
+        "seconds": {**_rounded(figures.spread(seconds)), "all": [round(s, 4) for s in seconds]},
+        "images_per_second": throughput,
+        "first_image_s": {"cold": round(measured.cold_s, 3), "warm": round(measured.warm_up_s[0], 4)},
+        "load_s": round(measured.load_s, 3),
+        "warm_up_s": [round(s, 4) for s in measured.warm_up_s],
+        "prepare_s": None if measured.prepare_s is None else round(measured.prepare_s, 2),
+        "peak_memory_mb": round(_memory(measured)[-1], 1),
+        "peak_memory_mb_by_batch": {str(b): round(d[-1].peak_memory_mb, 1) for b, d in measured.batches.items()},
+        "disk_mb": round(disk / 1e6, 1),
+        "components_s": _components(measured),
+        "energy_j": _rounded(figures.spread(joules)) if len(joules) == len(seconds) else None,
+        "quality": None,
+    }
+
+
+def _components(measured: Measured) -> dict[str, float] | None:
+    """Mean seconds per image; `elsewhere` is what is left."""
+    parts = [each.components_s for each in measured.drawn]
+    first = parts[0]
+    if not first:
+        return None
+    means = {name: sum(part[name] for part in parts if part) / len(parts) for name in first}
+    left = sum(measured.seconds) / len(parts) - sum(means.values())
+    return _rounded({**means, "elsewhere": max(0.0, left)})
+
+
+def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict[str, Any]:
+    reference = results.reference
+    if reference is None:
+        return {}
+    prompts, _ = plan.requests(0, plan.options.images)
+    before = scorer(reference, prompts) if scorer else None
+    found = {}
+    for name, measured in results.measured.items():
+        images = measured.images
+        scores = (before, scorer(images, prompts[: len(images)])) if scorer and before is not None else None
+        values = figures.quality(reference, images, scores, pixels=measured.side.pixels)
+        found[name] = {metric: value and _rounded(value, 5) for metric, value in values.items()}
+    return found
+
+
+def _scorer(plan: BenchPlan) -> tuple[Scorer | None, str | None]:
+    """The recipe's scorer, where its directory is found beside the checkpoint or here; a hub id is not downloaded."""
+    path = plan.record["recipe"]["evaluate"].get("scorer")
+    if plan.reference is None or not path:
+        return None, None
+    folders = [Path(".")]
+    if plan.checkpoint and str(plan.checkpoint.root).endswith("/" + plan.bundle.manifest.base_model):
+        folders.insert(0, Path(str(plan.checkpoint.root).removesuffix("/" + plan.bundle.manifest.base_model)))
+    for folder in folders:
+        if (folder / path).is_dir():
+            return Scorer(path, folder.resolve()), None
+    return None, f"CLIP was not run: the recipe's scorer {path} is not here"
+
+
+def _notes(plan: BenchPlan, results: Results, load_before: float | None, no_clip: str | None) -> list[str]:
+    notes = []
+    if load_before is not None and load_before > BUSY * cpu_threads():
+        notes.append(f"the machine was busy (load {load_before} on {cpu_threads()} cores): repeat it on a quiet one")
+    for name, measured in results.measured.items():
+        few = len(measured.drawn)
+        if measured.side.images is not None:
+            notes.append(f"{name} ran on {few} of {plan.options.images} images")
+        if not measured.side.batches and max(plan.options.batches) > 1:
+            notes.append(f"{name} ran one image at a time only")
+        if not measured.side.pixels and results.reference is not None:
+            notes.append(f"{name} takes another way to the picture: PSNR and SSIM would mean nothing and are not run")
+        if measured.side.job.get("compile"):
+            notes.append(f"{name}: the memory of torch's compile processes is not in its peak")
+    if results.no_reference:
+        notes.append(f"quality was not measured: {results.no_reference}")
+    if no_clip:
+        notes.append(no_clip)
+    if all(drawn.joules[0] is None for drawn in results.measured.values()):
+        notes.append("energy was not measured: this host does not let RAPL be read")
+    notes.append("compile_s is the sum of the report's stages; those that came from the cache took longer once")
+    return notes
+
+
+def _ratios(peer: list[float], bundle: list[float]) -> dict[str, float]:
+    return _rounded(figures.ratios(peer, bundle))
+
+
+def _memory(measured: Measured) -> list[float]:
+    return [each.peak_memory_mb for each in measured.drawn]
+
+
+def _seconds(drawn: list[Any]) -> list[float]:
+    return [each.seconds for each in drawn]
+
+
+def _rounded(values: dict[str, float], digits: int = 4) -> dict[str, float]:
+    return {name: round(value, digits) for name, value in values.items()}
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

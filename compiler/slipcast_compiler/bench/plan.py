@@ -1,0 +1,245 @@
+"""What a benchmark will do, checked before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slipcast.bundle import Bundle, open_bundle
+from slipcast.engines import cpu_threads
+from slipcast.errors import ArtifactError, HostError, RequestError
+from slipcast.manifest import Sampling
+from slipcast.pipeline import choose_target
+from slipcast.validation import parse_json
+from slipcast_compiler import original
+from slipcast_compiler.bench.peers import PEERS, Peer, how_to_install, interpreter
+from slipcast_compiler.bench.venvs import VENVS
+from slipcast_compiler.model import Checkpoint
+
+BUNDLE = "bundle"  # the name of the side that all others are divided by
+REFERENCE = "diffusers"  # the side whose pictures are the original's
+
+
+@dataclass(frozen=True)
+class Side:
+    """`images` at most are made (None: as many as of the others); `prepared` is where its export lies, `disk_bytes`
+    what it needs of the disk besides that."""
+
+    name: str
+    title: str
+    interpreter: str
+    job: dict[str, Any]
+    images: int | None = None
+    batches: bool = True
+    pixels: bool = True
+    prepared: Path | None = None
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options; `folder` is where environments and exports of peers are kept."""
+
+    against: tuple[str, ...] = ()
+    model: Path | None = None
+    target: str = "auto"
+    images: int = 8
+    batches: tuple[int, ...] = (1,)
+    steps: int | None = None
+    folder: Path = Path("artifacts")
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """`sides[0]` is the bundle. `reference` draws the original's pictures where no side does, and is not measured;
+    None, with `no_quality` saying why, where that cannot be. `missing`: peer -> reason and install command."""
+
+    bundle: Bundle
+    record: dict[str, Any]
+    options: Options
+    sampling: Sampling
+    sides: tuple[Side, ...]
+    missing: dict[str, dict[str, str | None]]
+    checkpoint: Checkpoint | None
+    reference: Side | None
+    no_quality: str | None
+    _prompts: tuple[str | None, ...] = field(repr=False, default=(None,))
+
+    def requests(self, start: int, count: int) -> tuple[list[str | None], list[int]]:
+        """Prompts and seeds of images start to start + count: held-out prompts, again with new seeds after the last."""
+        places = range(start, start + count)
+        first = self.record["recipe"]["evaluate"]["seed"]
+        return [self._prompts[i % len(self._prompts)] for i in places], [first + i for i in places]
+
+
+def make_plan(path: Path, options: Options) -> BenchPlan:
+    """Resolve everything. RequestError for what does not fit together, HostError where every peer is missing."""
+    bundle, record = _open(path)
+    manifest = bundle.manifest
+    manifest.sampling.lay(options.steps)  # refuses steps that the bundle cannot take
+    sampling = manifest.sampling.model_copy(update={"steps": options.steps} if options.steps else {})
+    check_names(options.against)
+    target = choose_target(manifest, options.target).id
+    missing = _missing(options, sampling, bool(manifest.text))
+    if options.against and len(missing) == len(options.against):
+        lines = [f"  {name}: {why['reason']}; {why['install']}" for name, why in missing.items()]
+        raise HostError("every peer asked for is missing:\n" + "\n".join(lines), hint="install one of them")
+    present = [name for name in options.against if name not in missing]
+    from_checkpoint = [name for name in present if name in PEERS]
+    checkpoint = _checkpoint(bundle, options.model, needed=bool(from_checkpoint))
+    sides = [_bundle_side(BUNDLE, f"this bundle on {target}", bundle, target, options.steps)]
+    for name in present:
+        if name in PEERS:
+            assert checkpoint
+            sides.append(_peer_side(name, PEERS[name], bundle, checkpoint, sampling, options))
+        else:
+            sides.append(_other_bundle(name, bundle, options))
+    reference, why = _reference(sides, bundle, checkpoint, sampling, options)
+    prompts = tuple(record["family"]["held_out_prompts"]) if manifest.family else (None,)
+    return BenchPlan(
+        bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts
+    )  # fmt: skip
+
+
+def _open(path: Path) -> tuple[Bundle, dict[str, Any]]:
+    bundle = open_bundle(path, files=lambda manifest: [f.path for f in manifest.files if f.path == "report.json"])
+    try:
+        record = parse_json(bundle.path("report.json").read_bytes(), "report.json")
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: holds no report, which has the prompts to measure with", hint="compile the bundle again"
+        ) from error
+    assert isinstance(record, dict)
+    return bundle, record
+
+
+def check_names(against: Sequence[str]) -> None:
+    """RequestError, with the candidates, for what is neither a peer nor a directory."""
+    for name in against:
+        if name not in PEERS and not Path(name).is_dir():
+            known = ", ".join(PEERS)
+            raise RequestError(f"unknown peer {name!r}", expected=f"{known}, or the path of a bundle", got=name)
+
+
+def _missing(options: Options, sampling: Sampling, text: bool) -> dict[str, dict[str, str | None]]:
+    found: dict[str, dict[str, str | None]] = {}
+    for name in options.against:
+        if name not in PEERS:
+            continue
+        peer = PEERS[name]
+        if interpreter(peer, venvs(options)) is None:
+            needs = " and ".join([*peer.needs, *(["a C++ compiler"] if peer.programs else [])])
+            found[name] = {"reason": f"needs {needs}", "install": how_to_install(name)}
+        elif peer.venv and not text:
+            found[name] = {"reason": "has no pipeline for models without text", "install": None}
+        elif peer.venv and not original.has_scheduler(sampling):
+            asked = f"{sampling.sampler} with schedule {sampling.schedule or 'as listed'}"
+            found[name] = {"reason": f"diffusers has no scheduler for {asked}", "install": None}
+    return found
+
+
+def venvs(options: Options) -> Path:
+    """Where the environments of peers are."""
+    return options.folder / "bench-venvs"
+
+
+def wanted_venvs(options: Options) -> list[str]:
+    """Names of the environments that the peers asked for have of their own."""
+    names = [PEERS[name].venv for name in options.against if name in PEERS]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _checkpoint(bundle: Bundle, model: Path | None, *, needed: bool) -> Checkpoint | None:
+    """The bundle's own checkpoint, or an error that says how to name it."""
+    manifest = bundle.manifest
+    root = model or Path(manifest.base_model)
+    if not root.is_dir():
+        if model or needed:
+            raise RequestError(
+                "the peers need the checkpoint that the bundle was compiled from",
+                expected=f"the directory of {manifest.base_model}", got=f"{root}, which is not here",
+                hint="name it with --model DIR",
+            )  # fmt: skip
+        return None
+    checkpoint = Checkpoint(root.resolve(), str(root))
+    if checkpoint.sha256 != manifest.source_sha256:
+        raise ArtifactError(
+            f"{root}: not the checkpoint that the bundle was compiled from",
+            expected=f"sha256 {manifest.source_sha256}", got=checkpoint.sha256,
+            hint="name the right one with --model DIR",
+        )  # fmt: skip
+    return checkpoint
+
+
+def _bundle_side(name: str, title: str, bundle: Bundle, target: str, steps: int | None) -> Side:
+    job = {"side": "bundle.py", "bundle": str(bundle.root), "target": target, "steps": steps}
+    return Side(name, title, sys.executable, job, disk_bytes=_bytes_to_run(bundle, target))
+
+
+def _bytes_to_run(bundle: Bundle, target: str) -> int:
+    """Manifest, tokenizers and one target's engines: what a host needs of the bundle."""
+    manifest = bundle.manifest
+    engines = next(t for t in manifest.targets if t.id == target).components.values()
+    names = [*(text.tokenizer for text in manifest.text), *(f for e in engines for f in (e.model, e.weights) if f)]
+    return (bundle.root / "manifest.json").stat().st_size + sum(bundle.entry(name).size for name in set(names))
+
+
+def _other_bundle(name: str, bundle: Bundle, options: Options) -> Side:
+    other = open_bundle(name)
+    mine, theirs = bundle.manifest.image, other.manifest.image
+    if (mine.width, mine.height) != (theirs.width, theirs.height) or bool(other.manifest.text) != bool(
+        bundle.manifest.text
+    ):
+        raise RequestError(
+            f"{name}: makes other pictures",
+            expected=f"{mine.width}x{mine.height}",
+            got=f"{theirs.width}x{theirs.height}",
+        )
+    other.manifest.sampling.lay(options.steps)
+    target = choose_target(other.manifest).id
+    return _bundle_side(name, f"bundle {other.manifest.name} on {target}", other, target, options.steps)
+
+
+def _peer_side(
+    name: str, peer: Peer, bundle: Bundle, checkpoint: Checkpoint, sampling: Sampling, options: Options
+) -> Side:
+    image = bundle.manifest.image
+    if peer.sampling:
+        sampling = sampling.model_copy(update=dict(peer.sampling))
+    scheduler = original.scheduler_for(sampling)
+    job = {
+        "side": peer.side, "model": str(checkpoint.root), "sampling": sampling.model_dump(mode="json"),
+        "size": [image.width, image.height], "threads": cpu_threads(), "scheduler": scheduler,
+        "latent": [image.channels, image.height // image.factor, image.width // image.factor],
+        "pipeline": checkpoint.index["_class_name"], **peer.options,
+    }  # fmt: skip
+    python = interpreter(peer, venvs(options))
+    assert python
+    prepared, disk = None, sum(file.stat().st_size for file in checkpoint.files)
+    if peer.venv:
+        key = json.dumps([checkpoint.sha256, peer.venv, VENVS[peer.venv].record, python == sys.executable])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        prepared, disk = options.folder.absolute() / "bench-exports" / f"{peer.venv}-{digest}", 0
+        job["prepared"] = str(prepared / "model")
+    return Side(name, peer.title, python, job, peer.images, peer.batches, peer.pixels, prepared, disk)
+
+
+def _reference(
+    sides: Sequence[Side], bundle: Bundle, checkpoint: Checkpoint | None, sampling: Sampling, options: Options
+) -> tuple[Side | None, str | None]:
+    """Who draws the original's pictures: a side that is measured anyway, or one that only draws."""
+    found = next((side for side in sides if side.name == REFERENCE), None)
+    if found:
+        return found, None
+    if not options.against and not options.model:
+        return None, "no peer was asked for: nothing to compare pictures with"
+    if interpreter(PEERS[REFERENCE], venvs(options)) is None:
+        return None, f"the original needs diffusers: {how_to_install(REFERENCE)}"
+    if checkpoint is None:
+        return None, "the original's pictures need the checkpoint: name it with --model DIR"
+    return _peer_side(REFERENCE, PEERS[REFERENCE], bundle, checkpoint, sampling, options), None

@@ -1,0 +1,96 @@
+"""The benchmark on a terminal."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from slipcast_compiler.bench.plan import BUNDLE
+
+WIDTH = 150  # where there is no terminal to ask
+
+
+def render_table(document: Mapping[str, Any]) -> str:
+    """Tables of time, memory and quality, then what is missing and what has to be known to read them."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+    console = Console(file=io.StringIO(), width=max(width, 100), color_system=None, highlight=False)
+    console.print(_speed(document))
+    console.print(_footprint(document))
+    if document["quality_reference"]:
+        console.print(_quality(document))
+    for name, why in document["missing"].items():
+        install = f"; {why['install']}" if why["install"] else ""
+        console.print(Text(f"missing  {name}: {why['reason']}{install}"), soft_wrap=True)
+    for name, why in document["failed"].items():
+        console.print(Text(f"failed   {name}: {why}"), soft_wrap=True)
+    for note in document["notes"]:
+        console.print(Text(f"note     {note}"), soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _speed(document: Mapping[str, Any]) -> Table:
+    sizes = list(document["sides"][BUNDLE]["images_per_second"])
+    columns = ["s/image", "min - max", "ratio", "min - max", *(f"images/s, {size}" for size in sizes), "break-even"]
+    table = _table(f"{document['name']}: time, and its ratio to the bundle's", columns)
+    for name, side in document["sides"].items():
+        seconds, ratio, even = side["seconds"], document["ratios"].get(name), document["break_even"].get(name)
+        table.add_row(
+            Text(name), f"{seconds['median']:.3f}", f"{seconds['min']:.3f} - {seconds['max']:.3f}",
+            f"{ratio['median']:.2f}" if ratio else "", f"{ratio['min']:.2f} - {ratio['max']:.2f}" if ratio else "",
+            *(_number(side["images_per_second"].get(size)) for size in sizes),
+            "" if not ratio else "never" if even is None else f"{even} images",
+        )  # fmt: skip
+    return table
+
+
+def _footprint(document: Mapping[str, Any]) -> Table:
+    columns = ["peak MB", "ratio", "disk MB", "load s", "first image, cold s", "J/image"]
+    table = _table("memory, disk and start", columns)
+    for name, side in document["sides"].items():
+        ratio, joules = document["memory_ratios"].get(name), side["energy_j"]
+        table.add_row(
+            Text(name), f"{side['peak_memory_mb']:.0f}", f"{ratio['median']:.2f}" if ratio else "",
+            f"{side['disk_mb']:.0f}", f"{side['load_s']:.2f}", f"{side['first_image_s']['cold']:.2f}",
+            _number(joules and joules["median"]),
+        )  # fmt: skip
+    return table
+
+
+def _quality(document: Mapping[str, Any]) -> Table:
+    table = _table(
+        f"quality against {document['quality_reference']}: mean, and its 95 % interval",
+        ["images", "PSNR dB", "SSIM", "CLIP change"],
+    )
+    for name, side in document["sides"].items():
+        q = side["quality"]
+        cells = [
+            _interval(q["psnr_mean"], ".1f"), _interval(q["ssim_mean"], ".4f"), _interval(q["clip_delta_mean"], "+.2%"),
+        ]  # fmt: skip
+        table.add_row(Text(name), str(side["images"]), *cells)
+    return table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", header_style="")
+    table.add_column("side", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.2f}"
+
+
+def _interval(value: Mapping[str, float] | None, form: str) -> str:
+    if value is None:
+        return "not run"
+    return f"{format(value['value'], form)} [{format(value['low'], form)}, {format(value['high'], form)}]"

@@ -1,0 +1,157 @@
+"""`slipcast bench` for real, on few images and steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT, run_cli
+from slipcast.progress import Stages
+from slipcast_compiler.bench import plots
+from slipcast_compiler.bench.document import make_document
+from slipcast_compiler.bench.measure import ROUNDS, measure
+from slipcast_compiler.bench.pages import render_page
+from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options, Side, make_plan
+from slipcast_compiler.bench.table import render_table
+
+SHAPES = ROOT / "recipes" / "models" / "shapes"
+HOSTILE = '<script>document.title="owned"</script> "&[bold]'
+
+
+@pytest.fixture(scope="module")
+def document(shapes_bundle: Path, workspace: Path) -> dict[str, Any]:
+    """The bundle against diffusers and against itself, two images and two steps."""
+    done = run_cli(
+        "bench", str(shapes_bundle), "--model", str(SHAPES), "--against", "diffusers,artifacts/shapes-circles",
+        "--images", "2", "--steps", "2", "--batch", "1,2", "-o", "out/bench.json", "--json", cwd=workspace,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    assert printed.pop("files") == {"json": "out/bench.json", "html": "out/bench.html"}
+    assert printed == json.loads((workspace / "out" / "bench.json").read_text("utf-8"))
+    return printed
+
+
+def test_every_side_has_every_figure(document: dict[str, Any]) -> None:
+    assert list(document["sides"]) == [BUNDLE, "diffusers", "artifacts/shapes-circles"]
+    for side in document["sides"].values():
+        assert side["images"] == len(side["seconds"]["all"]) == 2
+        assert side["seconds"]["min"] <= side["seconds"]["median"] <= side["seconds"]["max"]
+        assert set(side["images_per_second"]) == {"1", "2"}
+        assert side["first_image_s"]["cold"] > side["load_s"] > 0
+        assert side["first_image_s"]["warm"] == side["warm_up_s"][0]
+        assert side["components_s"]["denoiser"] > side["components_s"]["elsewhere"] >= 0
+        assert side["disk_mb"] > 10
+        assert side["about"]["steps"] == 2
+    assert document["missing"] == document["failed"] == {}
+    assert document["compile_s"] > 1
+    assert set(document["break_even"]) == {"diffusers", "artifacts/shapes-circles"}
+
+
+def test_ratios_are_of_the_pairs(document: dict[str, Any]) -> None:
+    ours, theirs = (document["sides"][name]["seconds"]["all"] for name in (BUNDLE, "diffusers"))
+    pairs = [b / a for a, b in zip(ours, theirs, strict=True)]
+    for key, value in (("min", min(pairs)), ("max", max(pairs)), ("median", sum(pairs) / 2)):
+        assert document["ratios"]["diffusers"][key] == pytest.approx(value, rel=0.05)
+    assert document["memory_ratios"]["diffusers"]["median"] > 1.3  # torch is in it
+    assert document["memory_ratios"]["artifacts/shapes-circles"]["median"] == pytest.approx(1, abs=0.1)
+    assert set(document["batch_ratios"]["diffusers"]) == {"2"}
+
+
+def test_same_noise_same_pictures(document: dict[str, Any]) -> None:
+    quality = {name: side["quality"] for name, side in document["sides"].items()}
+    assert quality["diffusers"]["psnr_mean"]["value"] == 100.0
+    assert quality[BUNDLE]["psnr_mean"]["low"] > 35
+    assert quality[BUNDLE] == quality["artifacts/shapes-circles"]  # which are bit-equal
+    assert abs(quality[BUNDLE]["clip_delta_mean"]["value"]) < 0.1
+
+
+def test_table_names_every_side_and_figure(document: dict[str, Any]) -> None:
+    text = render_table(document)
+    for name, side in document["sides"].items():
+        assert name in text
+        assert f"{side['seconds']['median']:.3f}" in text
+    missing = document | {"missing": {"torch-compile": {"reason": "needs torch", "install": "pip install [x]"}}}
+    assert "missing  torch-compile: needs torch; pip install [x]" in render_table(missing)
+
+
+def test_page_is_self_contained_and_escaped(document: dict[str, Any], workspace: Path) -> None:
+    text = (workspace / "out" / "bench.html").read_text("utf-8")
+    assert not re.search(r"https?://|<script|<link|<iframe", text)
+    for part in ("scatter", "memory", "components", "sides", "quality"):
+        assert f'id="{part}"' in text
+    hostile = copy.deepcopy(document)
+    hostile["name"] = HOSTILE
+    hostile["sides"] = {name.replace("artifacts", HOSTILE): side for name, side in hostile["sides"].items()}
+    hostile["failed"], hostile["notes"] = {HOSTILE: HOSTILE}, [HOSTILE]
+    page = render_page(hostile)
+    assert "<script>" not in page
+    assert "&lt;script&gt;document.title" in page
+    assert HOSTILE in render_table(hostile)
+
+
+def test_break_even_curve_crosses_where_the_count_says(document: dict[str, Any]) -> None:
+    one = copy.deepcopy(document)
+    one["compile_s"], one["break_even"] = 100.0, {"diffusers": 200}
+    one["sides"] = {name: one["sides"][name] for name in (BUNDLE, "diffusers")}
+    one["sides"][BUNDLE]["seconds"]["median"], one["sides"]["diffusers"]["seconds"]["median"] = 0.5, 1.0
+    curve = plots.break_even(one)
+    assert curve
+    ours, theirs = curve["marks"]
+
+    def height(mark: dict[str, Any], x: float) -> float:
+        return float(mark["y1"] + (mark["y"] - mark["y1"]) * (x - mark["x1"]) / (mark["x"] - mark["x1"]))
+
+    x = plots.LEFT + (plots.WIDTH - plots.RIGHT - plots.LEFT) / 1.3
+    assert height(ours, x) == pytest.approx(height(theirs, x), abs=0.5)
+    assert plots.break_even(one | {"break_even": {"diffusers": None}}) is None
+
+
+def _plan(shapes_bundle: Path, tmp_path: Path, side: str) -> BenchPlan:
+    """The bundle against a side of the test's own, and against itself."""
+    file = tmp_path / "side.py"
+    file.write_text(side)
+    plan = make_plan(shapes_bundle, Options((str(shapes_bundle),), images=3, steps=1, batches=(1, 2)))
+    fake = Side("fake", "a fake", sys.executable, {"side": str(file)}, images=1, batches=False)
+    return BenchPlan(**{**vars(plan), "sides": (plan.sides[0], fake, plan.sides[1])})
+
+
+def test_a_peer_that_fails_is_named_and_the_rest_goes_on(shapes_bundle: Path, tmp_path: Path) -> None:
+    plan = _plan(shapes_bundle, tmp_path, "def open_side(job):\n    raise ValueError('no such model')\n")
+    results = measure(plan, Stages())
+    document = make_document(plan, results, None)
+    assert list(document["ratios"]) == [str(shapes_bundle)]
+    assert "ValueError: no such model" in document["failed"]["fake"]
+    assert "fake: ValueError" in render_table(document)
+    assert [len(drawn) for drawn in results.measured[BUNDLE].batches.values()] == [ROUNDS]
+
+
+def test_a_slow_peer_makes_fewer_images_and_says_so(shapes_bundle: Path, tmp_path: Path) -> None:
+    side = """
+import numpy as np
+def open_side(job):
+    return lambda prompts, seeds: (np.zeros((len(seeds), 64, 64, 3)), None)
+def describe():
+    return {"steps": 1000}
+"""
+    plan = _plan(shapes_bundle, tmp_path, side)
+    document = make_document(plan, measure(plan, Stages()), None)
+    assert document["sides"]["fake"]["images"] == document["ratios"]["fake"]["pairs"] == 1
+    assert document["sides"]["fake"]["images_per_second"].keys() == {"1"}
+    assert document["sides"]["fake"]["components_s"] is None
+    assert {"fake ran on 1 of 3 images", "fake ran one image at a time only"} <= set(document["notes"])
+    assert "fake" not in document["batch_ratios"]
+    render_page(document)
+
+
+def test_usage_errors_have_exit_code_2(shapes_bundle: Path) -> None:
+    for options in (["--batch", "1,x"], ["--images", "0"], ["--against", "nobody"], ["-o", "."], ["-o", "a.html"]):
+        done = run_cli("bench", str(shapes_bundle), *options)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,92 @@
+"""The arithmetic of a benchmark, without running one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slipcast_compiler.bench import figures
+from slipcast_compiler.bench.energy import Meter
+from slipcast_compiler.evaluate import MAX_PSNR, compare
+
+RNG = np.random.default_rng(0)
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    # The machine became twice as slow for all after the first image: ratios do not see it, medians would.
+    assert figures.ratios([3.0, 6.0, 8.0], [1.0, 2.0, 2.0]) == {"median": 3.0, "min": 3.0, "max": 4.0, "pairs": 3}
+
+
+def test_a_peer_of_few_images_is_paired_with_the_first() -> None:
+    assert figures.ratios([10.0], [2.0, 1.0, 1.0]) == {"median": 5.0, "min": 5.0, "max": 5.0, "pairs": 1}
+
+
+@pytest.mark.parametrize(
+    ("compile_s", "peer_s", "bundle_s", "count"),
+    [(100.0, 0.5, 0.25, 400), (100.0, 0.3, 0.0, 334), (100.0, 0.2, 0.2, None), (100.0, 0.1, 0.2, None)],
+)
+def test_break_even(compile_s: float, peer_s: float, bundle_s: float, count: int | None) -> None:
+    assert figures.break_even(compile_s, peer_s, bundle_s) == count
+
+
+def test_interval_holds_the_mean_and_repeats() -> None:
+    sample = RNG.normal(10.0, 1.0, 50)
+    found = figures.interval([sample], lambda x: x.mean(-1), seed=3)
+    assert found == figures.interval([sample], lambda x: x.mean(-1), seed=3)
+    assert found["value"] == pytest.approx(sample.mean())
+    assert found["low"] < found["value"] < found["high"]
+    # the textbook's 2 * 1.96 * s / sqrt(n)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * sample.std() / 50**0.5, rel=0.1)
+
+
+def test_interval_keeps_pairs_together() -> None:
+    before = RNG.random(20) + 1
+    found = figures.interval([before, before * 0.9], lambda x, y: y.mean(-1) / x.mean(-1) - 1)
+    assert found["low"] == pytest.approx(-0.1)
+    assert found["high"] == pytest.approx(-0.1)
+
+
+def test_quality_agrees_with_the_reports_metrics() -> None:
+    reference = RNG.random((4, 32, 32, 3), dtype=np.float32)
+    found = np.clip(reference + RNG.normal(0, 0.02, reference.shape), 0, 1).astype(np.float32)
+    scores = RNG.random(4).astype(np.float32) + 1, RNG.random(4).astype(np.float32) + 1
+    quality, metrics = figures.quality(reference, found, scores, pixels=True), compare(reference, found, *scores)
+    for name in ("psnr_mean", "ssim_mean", "clip_delta_mean"):
+        value = quality[name]
+        assert value
+        assert value["value"] == pytest.approx(getattr(metrics, name), rel=1e-5)
+        assert value["low"] <= value["value"] <= value["high"]
+
+
+def test_what_was_not_run_is_none() -> None:
+    images = RNG.random((3, 16, 16, 3), dtype=np.float32)
+    assert figures.quality(images, images[:2], None, pixels=False) == {
+        "psnr_mean": None, "ssim_mean": None, "clip_delta_mean": None,
+    }  # fmt: skip
+    same = figures.quality(images, images, None, pixels=True)["psnr_mean"]
+    assert same == {"value": MAX_PSNR, "low": MAX_PSNR, "high": MAX_PSNR}
+
+
+def _zone(root: Path, name: str, energy: int) -> Path:
+    folder = root / name
+    folder.mkdir()
+    (folder / "energy_uj").write_text(f"{energy}\n")
+    (folder / "max_energy_range_uj").write_text("1000000\n")
+    return folder / "energy_uj"
+
+
+def test_energy_of_all_packages_over_the_counters_end(tmp_path: Path) -> None:
+    first, second = _zone(tmp_path, "intel-rapl:0", 100_000), _zone(tmp_path, "intel-rapl:1", 900_000)
+    part = _zone(tmp_path, "intel-rapl:0:0", 0)
+    meter = Meter(tmp_path)
+    first.write_text("600000\n")
+    second.write_text("150000\n")  # it began again after 1000000
+    part.write_text("500000\n")  # of a package that is counted already
+    assert meter.read() == pytest.approx(0.5 + 0.25)
+    assert meter.read() == 0
+
+
+def test_no_energy_where_nothing_can_be_read(tmp_path: Path) -> None:
+    assert Meter(tmp_path / "absent").read() is None

@@ -59,7 +59,7 @@ class TestRegistry:
             open_engine("onnxruntime", add, None, "fp32", component(ADD))
 
     def test_library_that_is_there_and_cannot_be_imported(self, add: Path) -> None:
-        broken = EngineKind("slipcast.engines.no_such_module", "onnxruntime", None, ("fp32",), ".onnx")
+        broken = EngineKind("slipcast.engines.no_such_module", "onnxruntime", None, ("fp32",))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(HostError, match="cannot be imported"):
             patch.setitem(ENGINES, "onnxruntime", broken)
             open_engine("onnxruntime", add, None, "fp32", component(ADD))

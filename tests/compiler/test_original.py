@@ -55,7 +55,7 @@ def test_both_ways_agree(sampler: str, schedule: str, pipe: Any) -> None:
         generator = torch.Generator("cpu").manual_seed(3)
         noise = torch.randn((1, 4, 16, 16), generator=generator)
         with torch.no_grad():
-            pictures.append(draw(pipe, sampling, "a red ring on white", noise, generator))
+            pictures.append(draw(pipe, sampling, ["a red ring on white"], noise, [generator]))
     assert pictures[0].std() > 0.02
     assert np.abs(pictures[0] - pictures[1]).max() < 2e-3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -63,6 +64,6 @@ def measure_memory(root: Path, target: str, component: str, advance: Advance) ->
 def _resident_mb() -> float | None:
     try:
         with open("/proc/self/statm", encoding="ascii") as status:
-            return int(status.read().split()[1]) * 4096 / 1e6
+            return int(status.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     except OSError:
         return None

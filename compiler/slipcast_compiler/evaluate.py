@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,16 +13,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.manifest import Comparison, Performance, Quality, Target
+from slipcast.manifest import Comparison, Metrics, Performance, Quality, Target
 from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.lpips import Lpips
-from slipcast_compiler.metrics import Reference, choose_captions, intervals, summarise
+from slipcast_compiler.metrics import Reference, Samples, choose_captions, intervals, summarise
 from slipcast_compiler.plan import Plan, Prompts
 from slipcast_compiler.recipe import GateTable
 from slipcast_compiler.scorer import Scorer
+
+logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
 MEASURED = 3  # images that time and memory of the original are taken from
@@ -136,8 +139,8 @@ class Judge:
         self._outside = strangers and Reference(originals.fp32[count:], strangers, scorer, lpips, captions_too)
         self._fixed: dict[str, Any] = {
             "noise_floor": {
-                "precision": held_out.measure(originals.bf16),
-                "seed": summarise(held_out.sample(originals.other_seeds, pixels=False)),
+                "precision": _floor(held_out.sample(originals.bf16)),
+                "seed": _floor(held_out.sample(originals.other_seeds, pixels=False)),
             },
             "scorer_sha256": scorer.sha256 if scorer else None,
             "lpips_sha256": lpips.sha256 if lpips else None,
@@ -158,6 +161,15 @@ def open_judge(plan: Plan, originals: Originals) -> Judge:
     lpips = Lpips(plan.folder / table.lpips) if table.lpips else None
     family = plan.family.calibration + plan.family.held_out if plan.family else ()
     return Judge(originals, scorer, lpips, choose_captions(family))
+
+
+def _floor(samples: Samples) -> Metrics:
+    """As summarise, but nothing where the unchanged model's own pictures are not finite: that is no floor."""
+    found = summarise(samples)
+    if all(value is None or math.isfinite(value) for value in found.model_dump().values()):
+        return found
+    logger.warning("the original in bf16, or with other seeds, makes broken pictures: a noise floor is left out")
+    return Metrics()
 
 
 def _compare(reference: Reference, found: Floats) -> dict[str, Any]:
@@ -194,6 +206,9 @@ def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
         if value is not None and not math.isfinite(value):
             passed = False
         rows.append(GateRow(label, limit, value, noise, passed))
+    other = quality.out_of_family.psnr_worst if quality.out_of_family else None
+    if other is not None and not math.isfinite(other):  # no limit applies there, but a picture has to be one
+        rows.append(GateRow("PSNR out of the family, worst image (dB)", None, other, None, False))
     return tuple(rows)
 
 

@@ -62,6 +62,23 @@ def test_prompts_out_of_the_family_are_apart() -> None:
     assert missed({"t": apply_gate(GateTable(psnr=50.0, ssim=0.9), quality)}) == []
 
 
+def test_row_34_a_picture_out_of_the_family_has_to_be_one() -> None:
+    images = _pictures(5)
+    found = images.copy()
+    found[4, 0, 0, 0] = NAN
+    lines = missed({"t": apply_gate(GateTable(), _judge(images, 3)(_run(found)))})
+    assert lines == ["t: PSNR out of the family, worst image (dB) is nan, limit none"]
+
+
+def test_broken_pictures_of_the_original_are_no_noise_floor(caplog: pytest.LogCaptureFixture) -> None:
+    images = _pictures()
+    originals = Originals(("a", "b", "c"), (0, 1, 2), images, images * NAN, images)
+    quality = Judge(originals)(_run(images))
+    assert quality.noise_floor["precision"] == Metrics()
+    assert "a noise floor is left out" in caplog.text
+    assert quality.psnr_worst == MAX_PSNR
+
+
 @pytest.mark.parametrize(
     ("gate", "values", "passed"),
     [

@@ -90,10 +90,10 @@ def _mean(x: Any) -> Any:
 STATISTICS: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
     "clip_score_mean": (("clip",), _mean),
     # of the means, not the mean of ratios, which a single score near zero would rule
-    "clip_delta_mean": (("clip_before", "clip"), lambda before, after: after.mean(-1) / before.mean(-1) - 1),
-    "clip_delta_worst": (("clip_before", "clip"), lambda before, after: ((after - before) / np.abs(before)).min(-1)),
+    "clip_delta_mean": (("clip_before", "clip"), lambda a, b: (b.mean(-1) - a.mean(-1)) / np.abs(a.mean(-1))),
+    "clip_delta_worst": (("clip_before", "clip"), lambda a, b: ((b - a) / np.abs(a)).min(-1)),
     "retrieval_precision": (("retrieval",), _mean),
-    "retrieval_drop": (("retrieval_before", "retrieval"), lambda before, after: before.mean(-1) - after.mean(-1)),
+    "retrieval_drop": (("retrieval_before", "retrieval"), lambda a, b: a.mean(-1) - b.mean(-1)),
     "lpips_mean": (("lpips",), _mean),
     "flip_mean": (("flip",), _mean),
     "ssim_mean": (("ssim",), _mean),
@@ -137,8 +137,9 @@ class Reference:
         self._images, self._scorer, self._lpips = images, scorer, lpips
         self._before: Samples = {}
         if scorer:
-            self._own = scorer.embed_texts(prompts)
-            self._captions = scorer.embed_texts(captions) if captions else self._own[:0]
+            # in one call, within which equal texts are bit-equal; `retrieved` takes them for one caption then
+            texts = scorer.embed_texts([*prompts, *captions])
+            self._own, self._captions = texts[: len(prompts)], texts[len(prompts) :]
             self._before = self._against_text(images)
 
     @property

@@ -61,7 +61,7 @@ class Scorer:
         return _unit(made)
 
     def embed_texts(self, texts: Sequence[str | None]) -> Floats:
-        """float32 [n, d] of length 1. Texts that are the same to the scorer, as it cuts them, are bit-equal."""
+        """float32 [n, d] of length 1. Within a call, texts that the scorer cuts to the same tokens are bit-equal."""
         import torch
 
         length = self._model.config.text_config.max_position_embeddings

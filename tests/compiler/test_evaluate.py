@@ -14,7 +14,7 @@ import pytest
 from slipcast.errors import RecipeError
 from slipcast.manifest import Metrics, Quality
 from slipcast_compiler.evaluate import LIMITS, Judge, Originals, Run, apply_gate, missed
-from slipcast_compiler.metrics import MAX_PSNR
+from slipcast_compiler.metrics import MAX_PSNR, Reference
 from slipcast_compiler.recipe import GateTable
 from slipcast_compiler.scorer import Scorer
 
@@ -154,6 +154,13 @@ def test_scorer_gives_equal_texts_equal_embeddings(scorer: Scorer) -> None:
     assert len(np.unique(found, axis=0)) == 4
     assert found == pytest.approx(np.concatenate([scorer.embed_texts([text]) for text in texts]), abs=1e-5)
     assert len(scorer.sha256) == 64
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_a_caption_is_never_taken_for_another(count: int, drawn: Any, scorer: Scorer) -> None:
+    images, captions = drawn
+    found = Reference(images[:count], captions[:count], scorer, None, captions + captions[:3]).itself
+    assert found.retrieval_precision == 1.0
 
 
 @pytest.mark.parametrize(

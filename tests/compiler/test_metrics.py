@@ -56,6 +56,8 @@ def test_known_differences() -> None:
     assert metrics.psnr_mean == pytest.approx((20 + 2 * MAX_PSNR) / 3, abs=1e-3)
     assert metrics.clip_delta_worst == pytest.approx(-0.5)
     assert metrics.clip_delta_mean == pytest.approx(2.25 / 2.7 - 1)
+    better = summarise({"clip_before": np.array([-0.2, -0.4]), "clip": np.array([-0.1, -0.35])})
+    assert better.clip_delta_mean == pytest.approx(0.25)  # also where scores are below zero
 
 
 def test_flip_of_black_and_white_is_nearly_the_largest_there_is() -> None:

@@ -104,11 +104,11 @@ def is_pointwise(layer: Any) -> bool:
 
 
 def _rows(layer: nn.Module) -> int:
-    return _weights(layer)[-1].shape[0]
+    return int(_weights(layer)[-1].shape[0])
 
 
 def _columns(layer: nn.Module) -> int:
-    return _weights(layer)[0].shape[1]
+    return int(_weights(layer)[0].shape[1])
 
 
 def _weights(layer: nn.Module) -> list[torch.Tensor]:

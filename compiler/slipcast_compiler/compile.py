@@ -13,6 +13,7 @@ from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import build_target
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import cached_export
+from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.plan import Plan
 
 
@@ -31,11 +32,20 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     with stages.stage("originals") as advance:
         originals = evaluate.run_originals(plan, cache, advance)
 
+    # What the family asks of the denoiser, and the denoiser rewritten for it.
+    profile = None
+    if needs_profile(plan):
+        from slipcast_compiler.profile import make_profile
+
+        with stages.stage("profile") as advance:
+            profile = make_profile(plan, cache, advance)
+    rewritten = apply_passes(plan, profile, cache, stages)
+
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
     for name in plan.checkpoint.architecture.components:
         with stages.stage(f"export {name}"):
-            exported[name] = cached_export(plan, name, cache)
+            exported[name] = cached_export(plan, name, cache, rewritten.rewrite)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
@@ -43,7 +53,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         for table in plan.recipe.targets:
             with stages.stage(f"build {table.engine}-{table.precision}") as advance:
                 targets.append(build_target(table, exported, folder, cache, advance))
-        fields = package.describe(plan, exported, folder)
+        fields = package.describe(plan, exported, folder) | rewritten.manifest_fields()
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle through the runtime, as a host would run it, against the original.
@@ -61,7 +71,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        record = report.make_record(plan, fields, gates, stages.seconds)
+        record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports)
         report.write(folder, record, originals, runs)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

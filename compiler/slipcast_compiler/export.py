@@ -15,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 import torch
-from accelerate import init_empty_weights
 from onnxscript.optimizer import optimize
 from torch.export import Dim
 
@@ -23,9 +22,10 @@ from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
 from slipcast_compiler.architectures import ComponentSource
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.model import Checkpoint, Weight, find_weight, library_class
+from slipcast_compiler.model import Checkpoint, Weight, empty_module, find_weight
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.quiet import quiet
+from slipcast_compiler.rewrite import UNCHANGED, Rewrite, fit
 
 # The first opset with Attention as one operator; with GroupNormalization (21) it halves the number of nodes.
 OPSET = 23
@@ -35,15 +35,22 @@ OPSET = 23
 FREE = {"batch": (2, 63), "tile_height": (16, 1024), "tile_width": (24, 1024)}
 
 
-def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], out: Path) -> Component:
+def export_component(
+    checkpoint: Checkpoint, name: str, sizes: dict[str, int], out: Path, rewrite: Rewrite = UNCHANGED
+) -> Component:
     """Write out/NAME.onnx and out/NAME.onnx.data in fp32; `sizes` are the dimensions known at compile time.
 
+    `rewrite` holds tensors in place of the checkpoint's, and gives the module their structure.
     Raises ArtifactError where a parameter of the module has no tensor in the checkpoint, or a wrong or non-finite one.
     """
     source = checkpoint.architecture.components[name]
-    module, buffers = _empty_module(checkpoint, source)
-    model = _trace(module, source, sizes)
-    _attach_weights(model.graph, checkpoint, source, buffers)
+    module = empty_module(checkpoint, source.folder)
+    fit(module, rewrite.shapes())
+    # No checkpoint holds the buffers that a constructor computes.
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in module.named_buffers()}
+    model = _trace(module.to("meta"), source, sizes)
+    weights = checkpoint.weights(source.folder) | rewrite.weights()
+    _attach_weights(model.graph, weights, f"{checkpoint.name}/{source.folder}", buffers)
     _transpose_weights(model.graph)
     with quiet():
         optimize(model)
@@ -53,14 +60,15 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
 
 
-def cached_export(plan: Plan, name: str, cache: Cache) -> Path:
+def cached_export(plan: Plan, name: str, cache: Cache, rewrite: Rewrite) -> Path:
     """The cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, the component's contract."""
+    rewrite = rewrite if name == "denoiser" else UNCHANGED
 
     def make(folder: Path) -> None:
-        contract = export_component(plan.checkpoint, name, plan.sizes, folder)
+        contract = export_component(plan.checkpoint, name, plan.sizes, folder, rewrite)
         (folder / f"{name}.json").write_text(contract.model_dump_json())
 
-    inputs = {"checkpoint": plan.checkpoint.sha256, "component": name, "sizes": plan.sizes}
+    inputs = {"checkpoint": plan.checkpoint.sha256, "component": name, "sizes": plan.sizes, "rewrite": rewrite.digest}
     return cache.get("export", inputs, make)
 
 
@@ -73,20 +81,6 @@ class _Call(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         return self._call(self.model, *inputs)
-
-
-def _empty_module(checkpoint: Checkpoint, source: ComponentSource) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The component on the meta device, and the buffers that its constructor computes (no checkpoint holds those)."""
-    library, class_name = checkpoint.class_of(source.folder)
-    kind = library_class(library, class_name)
-    with init_empty_weights(include_buffers=False):
-        if library == "diffusers":
-            module = kind.from_config(checkpoint.config(source.folder))
-        else:
-            config = kind.config_class.from_pretrained(checkpoint.root / source.folder)
-            module = kind._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    buffers = {f"model.{name}": buffer.clone() for name, buffer in module.named_buffers()}
-    return module.to("meta").eval(), buffers
 
 
 def _trace(module: torch.nn.Module, source: ComponentSource, sizes: dict[str, int]) -> ir.Model:
@@ -106,11 +100,8 @@ def _trace(module: torch.nn.Module, source: ComponentSource, sizes: dict[str, in
     return exported.model
 
 
-def _attach_weights(
-    graph: ir.Graph, checkpoint: Checkpoint, source: ComponentSource, buffers: dict[str, torch.Tensor]
-) -> None:
+def _attach_weights(graph: ir.Graph, weights: dict[str, Weight], where: str, buffers: dict[str, torch.Tensor]) -> None:
     """Give every parameter its lazy tensor, and drop those that the graph does not use."""
-    weights = checkpoint.weights(source.folder)
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
@@ -122,7 +113,6 @@ def _attach_weights(
             continue
         parameter = name.removeprefix("model.")
         weight = find_weight(parameter, weights)
-        where = f"{checkpoint.name}/{source.folder}"
         if weight is None:
             raise ArtifactError(
                 f"{where}: no tensor for parameter {parameter}", expected="a checkpoint that goes with its config.json",

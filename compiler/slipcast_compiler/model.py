@@ -102,6 +102,10 @@ class Checkpoint:
         """Parts that this checkpoint has and a bundle leaves out."""
         return tuple(part for part in self.architecture.not_compiled if (self.index.get(part) or [None])[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what was read so far, some of which (code of the architecture) cannot go to another process."""
+        return Checkpoint, (self.root, self.name)
+
     def config(self, folder: str) -> dict[str, Any]:
         """config.json of a component's folder, completed by its class's defaults: older files lack newer keys."""
         given = self._json(self.root / folder / "config.json")
@@ -247,3 +251,17 @@ def library_class(library: str, name: str) -> Any:
         version = importlib.metadata.version(library)
         raise ArtifactError(f"{library} {version} has no class {name}", hint=f"pip install --upgrade {library}")
     return found
+
+
+def empty_module(checkpoint: Checkpoint, folder: str) -> Any:
+    """A component's module for inference, with its parameters on torch's meta device and its buffers computed."""
+    from accelerate import init_empty_weights
+    from torch import float32
+
+    library, class_name = checkpoint.class_of(folder)
+    kind = library_class(library, class_name)
+    with init_empty_weights(include_buffers=False):
+        if library == "diffusers":
+            return kind.from_config(checkpoint.config(folder)).eval()
+        config = kind.config_class.from_pretrained(checkpoint.root / folder)
+        return kind._from_config(config, attn_implementation="sdpa", dtype=float32).eval()

@@ -18,11 +18,11 @@ from slipcast.errors import RecipeError
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import SCHEDULES
 from slipcast.validation import Strict, dotted, problems
+from slipcast_compiler.passes import PassesTable
+from slipcast_compiler.passes.options import Texts
 
 Location = tuple[str | int, ...]
 
-# TOML has one kind of array, so tuples have to be taken from lists in strict mode too.
-Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
 
@@ -156,6 +156,7 @@ class Recipe(Strict):
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     decode: DecodeTable = DecodeTable()
+    passes: PassesTable = PassesTable()
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[

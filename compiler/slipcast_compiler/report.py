@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,11 @@ Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
 
 
 def make_record(
-    plan: Plan, fields: dict[str, Any], gates: dict[str, tuple[GateRow, ...]], seconds: dict[str, float]
+    plan: Plan,
+    fields: dict[str, Any],
+    gates: dict[str, tuple[GateRow, ...]],
+    seconds: dict[str, float],
+    passes: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that report.json holds; plain JSON."""
     return {
@@ -65,6 +70,7 @@ def make_record(
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
         "passed": _verdict(gates),
         "stages_s": seconds,
+        "passes": dict(passes),
         "recipe": resolve(plan),
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
         "original": original.describe(plan.sampling, plan.family is not None),

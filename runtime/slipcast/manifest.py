@@ -235,6 +235,14 @@ class FamilyRecord(Strict):
     held_out: Count
 
 
+class HeadMask(Strict):
+    """An attention layer of the checkpoint: how many heads it had, and which of them are in the bundle."""
+
+    layer: Name
+    heads: Positive
+    kept: tuple[Count, ...]
+
+
 class LowRankLayer(Strict):
     """A factorised layer."""
 
@@ -263,6 +271,8 @@ class Manifest(Strict):
     sampling: Sampling
     head_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     pruning_strategy: str | None = None
+    head_masks: tuple[HeadMask, ...] = ()
+    ffn_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     low_rank_layers: tuple[LowRankLayer, ...] = ()
     not_compiled: tuple[str, ...] = ()
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]

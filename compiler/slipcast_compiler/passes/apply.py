@@ -1,0 +1,80 @@
+"""Run the passes of a recipe, each in a process of its own and cached under all that it read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipcast.manifest import HeadMask
+from slipcast.progress import Advance, Stages
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.passes import PASSES, Context
+from slipcast_compiler.plan import Plan
+from slipcast_compiler.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
+
+if TYPE_CHECKING:
+    from slipcast_compiler.profile import Profile
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The denoiser's changed tensors, and what each pass reports."""
+
+    rewrite: Rewrite = UNCHANGED
+    reports: Mapping[str, Any] = field(default_factory=dict)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What the manifest says about the rewrite."""
+        heads, ffn = self.reports.get("prune_heads"), self.reports.get("prune_ffn")
+        fields: dict[str, Any] = {}
+        if heads:
+            masks = heads["layers"].items()
+            fields |= {
+                "head_retention_ratio": heads["retention"],
+                "pruning_strategy": heads["options"]["criterion"],
+                "head_masks": tuple(HeadMask(layer=name, heads=m["heads"], kept=tuple(m["kept"])) for name, m in masks),
+            }
+        if ffn:
+            fields["ffn_retention_ratio"] = ffn["retention"]
+        return fields
+
+
+def needs_profile(plan: Plan) -> bool:
+    """Whether a pass of the recipe reads what was measured on the family."""
+    return any(PASSES[name].needs_profile(options) for name, options in plan.recipe.passes.chosen())
+
+
+def apply_passes(plan: Plan, profile: Profile | None, cache: Cache, stages: Stages) -> Rewritten:
+    """The denoiser rewritten by the recipe's passes, in the order of PASSES."""
+    done = Rewritten()
+    for name, options in plan.recipe.passes.chosen():
+        with stages.stage(f"pass {name}") as advance:
+            inputs = {
+                "checkpoint": plan.checkpoint.sha256, "pass": name, "options": options.model_dump(mode="json"),
+                "before": done.rewrite.digest, "profile": profile.digest if profile else None,
+                **PASSES[name].reads(plan),
+            }  # fmt: skip
+
+            def make(out: Path, name: str = name, before: Rewrite = done.rewrite, options: Any = options) -> None:
+                run_isolated(_run, name, options, plan, before, profile, out, advance=advance)
+
+            entry = cache.get("pass", inputs, make)
+            written = Rewrite(entry / TENSORS) if (entry / TENSORS).exists() else done.rewrite
+            done = Rewritten(written, {**done.reports, name: json.loads((entry / REPORT).read_text())})
+    return done
+
+
+def _run(
+    name: str, options: Any, plan: Plan, before: Rewrite, profile: Profile | None, out: Path, advance: Advance
+) -> None:
+    """One pass: its tensors on top of the earlier ones (none where it changed nothing), and its report, in `out`."""
+    result = PASSES[name].run(Denoiser(plan.checkpoint, before), Context(plan, profile, advance), options)
+    if result.tensors:
+        write_tensors(result.tensors, before, out / TENSORS)
+    (out / REPORT).write_text(json.dumps(result.report, allow_nan=False))

@@ -21,7 +21,7 @@ from slipcast.residency import Residency
 from slipcast.validation import parse_json
 
 PROMPT = "a photograph"  # for a bundle without a report
-MOST_RUNS, ENOUGH_S = 3, 10.0  # what is quick is run several times
+MOST_RUNS, ENOUGH_S = 5, 10.0  # what is quick is run several times
 
 
 @dataclass(frozen=True)

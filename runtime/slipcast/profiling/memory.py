@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,11 +37,12 @@ def measure_memory(
 
     In a process of its own: in one for all, what one component has freed hides what the next one takes.
     """
-    files = target.components[component]  # type: ignore[index]  # names come from the target itself
+    name = cast(Any, component)
+    files = target.components[name]
     job = {
         "engine": target.engine, "precision": target.precision, "model": str(bundle.path(files.model)),
         "weights": str(bundle.path(files.weights)) if files.weights else None,
-        "contract": bundle.manifest.components[component].model_dump(mode="json"),  # type: ignore[index]
+        "contract": bundle.manifest.components[name].model_dump(mode="json"),
         "inputs": {name: [str(array.dtype), array.shape] for name, array in inputs.items()},
     }  # fmt: skip
     command = [sys.executable, "-m", __name__]

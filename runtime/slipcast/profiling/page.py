@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -57,7 +58,8 @@ def render_page(document: Mapping[str, Any]) -> str:
 <p class="dim">The run; below it its sampling steps; below them the calls of engines. Hover for figures.</p>
 <div class="scroll">{draw(_timeline(document), "the run in the order of time")}</div>
 <h2>By what takes most</h2>
-<p class="dim">The run; its components; their operators, a colour each; the layers, all calls of a run together.</p>
+<p class="dim">The run; its components; their operators, a colour each; then the parts of the
+network and layers, all calls of a run together.</p>
 <div class="scroll">{draw(_by_layer(document), "the run by component, operator and layer")}</div>
 <h2>Components</h2>
 {_components(document)}
@@ -110,17 +112,32 @@ def _by_layer(d: Mapping[str, Any]) -> Block:
         for operator in d["operators"]:
             if operator["component"] == component["name"]:
                 tone = tones.get(operator["kind"], "rest")
-                layers = tuple(
-                    Block(where(each), each["seconds"], tone, f"{each['name']}, {each['kernel']}")
-                    for each in d["layers"]
-                    if each["component"] == operator["component"] and each["kind"] == operator["kind"]
-                )
-                blocks.append(Block(operator["kind"], operator["seconds"], tone, f"{len(layers)} layers", layers))
+                layers = [
+                    each for each in d["layers"]
+                    if (each["component"], each["kind"]) == (operator["component"], operator["kind"])
+                ]  # fmt: skip
+                parts_of_it, detail = _by_place(layers, tone), f"{len(layers)} layers"
+                blocks.append(Block(operator["kind"], operator["seconds"], tone, detail, parts_of_it))
         outside = Block("outside layers", max(component["outside_layers_s"], 0.0), "none")
         label = f"{component['name']} {ms(component['seconds'])}, {component['share']:.0%}"
         parts.append(Block(label, component["seconds"], "rest", "", (*blocks, outside)))
     host = Block("host", d["host_s"], "none", "outside the engines")
     return Block(f"one run: {ms(d['seconds'])}", d["seconds"], "rest", "", (*parts, host))
+
+
+def _by_place(layers: Sequence[Mapping[str, Any]], tone: str) -> tuple[Block, ...]:
+    """Layers of one kind; together where their modules stand in the same block of the network."""
+    places: dict[str, list[Block]] = {}
+    for each in layers:
+        block = Block(where(each), each["seconds"], tone, f"{each['name']}, {each['kernel']}")
+        place = re.match(r".*?\.\d+(?=\.)", each["module"])  # down_blocks.0 of down_blocks.0.resnets.1.conv1
+        places.setdefault(place[0] if place else block.label, []).append(block)
+    blocks = [
+        Block(place, sum(part.seconds for part in parts), tone, f"{len(parts)} layers", tuple(parts))
+        if len(parts) > 1 else parts[0]
+        for place, parts in places.items()
+    ]  # fmt: skip
+    return tuple(sorted(blocks, key=lambda block: -block.seconds))
 
 
 def _components(d: Mapping[str, Any]) -> str:

@@ -35,12 +35,14 @@ def headline(d: Mapping[str, Any]) -> list[str]:
     """What ran, how long it took, and what the profiler itself costs."""
     versions = ", ".join(f"{name} {version}" for name, version in d["versions"].items())
     images = f"{d['num_images']} image{'s' if d['num_images'] > 1 else ''}"
+    plain, profiled = d["runs"]["without_profiler_s"], d["runs"]["with_profiler_s"]
+    spread = max(max(runs) / min(runs) - 1 for runs in (plain, profiled))
     lines = [
         f"{d['name']} on {d['target']}: {images}, {len(d['steps'])} steps of {d['sampler']}, "
         f"{d['cpu_threads']} threads; {versions}",
-        f"{ms(d['without_profiler_s'])} without the profiler, {ms(statistics.median(d['runs']['with_profiler_s']))} "
-        f"with it ({d['profiler_overhead']:+.0%}; medians of {len(d['runs']['with_profiler_s'])}); "
-        f"the first run took {ms(d['first_run_s'])}",
+        f"fastest of {len(plain)}: {ms(min(plain))} without the profiler, {ms(min(profiled))} with it: it adds "
+        f"{d['profiler_overhead']:.0%}, where equal runs differ by up to {spread:.0%}; the first took "
+        f"{ms(d['first_run_s'])}",
     ]
     seconds = [step["seconds"] for step in d["steps"]]
     slowest = max(d["steps"], key=lambda step: step["seconds"])
@@ -97,7 +99,8 @@ def _layers(d: Mapping[str, Any]) -> Table:
     )
     for each in d["layers"][:LAYERS]:
         table.add_row(
-            *map(Text, (each["component"], where(each), each["kind"], each["kernel"])), ms(each["seconds"]), f"{each['seconds'] / d['seconds']:.1%}", ms(each["seconds"] / each["calls"]),
+            *map(Text, (each["component"], where(each), each["kind"], each["kernel"])), ms(each["seconds"]),
+            f"{each['seconds'] / d['seconds']:.1%}", ms(each["seconds"] / each["calls"]),
         )  # fmt: skip
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from slipcast.profiling.measure import Measured, Run
 
 NOTES = (
-    "Times and shares are of one run with the profiler on, the mean of those that were made; the overhead compares the "
-    "fastest run with it and the fastest without it.",
+    "Times and shares are of one run with the profiler on, the mean of those that were made; the overhead compares each "
+    "with a run without it.",
     "Outside its layers: the engine's own work between layers, and what rounding lost, since engines count "
     "whole microseconds and hundreds of small layers take less.",
     "Host: everything outside the engines: tokenizing, noise, the sampler's and guidance's arithmetic, pictures.",
@@ -38,17 +39,21 @@ def make_document(manifest: Manifest, target: Target, request: dict[str, Any], m
     ]  # fmt: skip
     layers.sort(key=lambda layer: -layer["seconds"])
     components = [_component(name, calls, layers, total, measured.memory.get(name)) for name in measured.layers]
+    plain, profiled = ([run.total for run in runs] for runs in (measured.plain, measured.profiled))
+    ratios = [with_it / without for with_it, without in zip(profiled, plain, strict=True)]
     steps = _steps(calls, ends)
     library = importlib.import_module(ENGINES[target.engine].library)
-    plain, profiled = ([run.total for run in runs] for runs in (measured.plain, measured.profiled))
     return {
         "name": manifest.name, "target": target.id, "precision": target.precision,
         "versions": {"slipcast": slipcast.__version__, library.__name__: library.__version__},
         "cpu_threads": cpu_threads(), "prompt": request["prompt"], "seed": request["seed"],
         "num_images": request["num_images_per_prompt"], "sampler": manifest.sampling.sampler,
-        "seconds": total, "first_run_s": measured.first_s, "without_profiler_s": min(plain),
-        "profiler_overhead": min(profiled) / min(plain) - 1,
-        "runs": {"without_profiler_s": plain, "with_profiler_s": profiled},
+        "seconds": total, "first_run_s": measured.first_s, "without_profiler_s": statistics.median(plain),
+        "profiler_overhead": statistics.median(ratios) - 1,
+        "runs": {
+            "without_profiler_s": plain, "with_profiler_s": profiled, "overheads": [ratio - 1 for ratio in ratios],
+            "in_turn": measured.in_turn,
+        },
         "components": components, "host_s": total - sum(component["seconds"] for component in components),
         "steps": steps, "outside_steps_s": total - sum(step["seconds"] for step in steps),
         "operators": _operators(layers), "layers": layers,

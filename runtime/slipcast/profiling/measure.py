@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from slipcast.engines import Array, Engine, LayerTime, ProfiledEngine, open_engi
 from slipcast.manifest import Manifest, Target
 from slipcast.pipeline import Pipeline, load
 from slipcast.profiling.document import make_document
-from slipcast.profiling.memory import measure_memory, status_mb
+from slipcast.profiling.memory import available_mb, measure_memory, status_mb
 from slipcast.progress import Stages
 from slipcast.residency import Residency
 from slipcast.validation import parse_json
@@ -35,11 +35,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Measured:
-    """`plain` and `profiled` runs after a `first_s` that warmed up; `layers` are of all profiled runs together."""
+    """`plain` and `profiled` runs after a `first_s` that warmed up, one after the other where `in_turn`; `layers` are
+    of all profiled runs together."""
 
     first_s: float
     plain: list[Run]
     profiled: list[Run]
+    in_turn: bool
     layers: dict[str, tuple[LayerTime, ...]]
     before_mb: float | None
     peak_mb: float | None
@@ -109,27 +111,42 @@ def _report_prompt(path: Path, allow_unlisted: bool) -> str | None:
 
 def _measure(pipe: Pipeline, target: Target, request: dict[str, Any], stages: Stages) -> Measured:
     before_mb = status_mb("VmRSS")
-    with stages.stage(f"without the profiler on {pipe.target}"):
-        recorder = pipe.residency = Recorder(_openers(pipe, target, profile=False))
-        with pipe:
-            first = _run(pipe, recorder, request)
-            count = max(1, min(MOST_RUNS, int(ENOUGH_S / first.total)))
-            plain = [_run(pipe, recorder, request) for _ in range(count)]
-            peak_mb, inputs = status_mb("VmHWM"), recorder.inputs
-    with stages.stage("with the profiler"):
-        recorder = pipe.residency = Recorder(_openers(pipe, target, profile=True))
-        with pipe:
-            for component, arrays in inputs.items():
+    with ExitStack() as stack:
+        with stages.stage(f"first run on {pipe.target}"):
+            plain = stack.enter_context(closing(Recorder(_openers(pipe, target, profile=False))))
+            first = _run(pipe, plain, request)
+        peak_mb, count = status_mb("VmHWM"), max(1, min(MOST_RUNS, int(ENOUGH_S / first.total)))
+        # In turn, so that a change of the machine's load does not pass for the profiler's cost.
+        in_turn = _fits_twice(before_mb, peak_mb)
+        with stages.stage(f"{count} runs without and with the profiler") as advance:
+            runs = [] if in_turn else [_run(pipe, plain, request) for _ in range(count)]
+            if not in_turn:
+                plain.close()
+            recorder = stack.enter_context(closing(Recorder(_openers(pipe, target, profile=True))))
+            for component, arrays in plain.inputs.items():
                 recorder.engine(component)(arrays)
                 recorder.engine(component).start_profile()
-            profiled = [_run(pipe, recorder, request) for _ in range(count)]
-            layers = {component: recorder.engine(component).layers() for component in inputs}
-    measured = Measured(first.total, plain, profiled, layers, before_mb, peak_mb)
+            profiled = []
+            for done in range(count):
+                advance(done, count)
+                if in_turn:
+                    runs.append(_run(pipe, plain, request))
+                profiled.append(_run(pipe, recorder, request))
+            layers = {component: recorder.engine(component).layers() for component in plain.inputs}
+    measured = Measured(first.total, runs, profiled, in_turn, layers, before_mb, peak_mb)
     with stages.stage("memory") as advance:
-        for done, (component, arrays) in enumerate(inputs.items()):
-            advance(done, len(inputs))
+        for done, (component, arrays) in enumerate(plain.inputs.items()):
+            advance(done, len(plain.inputs))
             measured.memory[component] = measure_memory(pipe.bundle, target, component, arrays)
     return measured
+
+
+def _fits_twice(before_mb: float | None, peak_mb: float | None) -> bool:
+    """Whether there is room for the engines once more."""
+    available = available_mb()
+    if before_mb is None or peak_mb is None or available is None:
+        return False
+    return available > 1.5 * (peak_mb - before_mb)
 
 
 def _openers(pipe: Pipeline, target: Target, profile: bool) -> dict[str, Callable[[], Engine]]:
@@ -144,7 +161,7 @@ def _openers(pipe: Pipeline, target: Target, profile: bool) -> dict[str, Callabl
 
 
 def _run(pipe: Pipeline, recorder: Recorder, request: dict[str, Any]) -> Run:
-    recorder.calls = []
+    pipe.residency, recorder.calls = recorder, []
     steps: list[tuple[float, float]] = []
     begin = time.perf_counter()
     pipe(**request, callback_on_step_end=lambda _, __, t, ___: steps.append((t, time.perf_counter() - begin)))

@@ -20,13 +20,18 @@ from slipcast.manifest import Component, Target
 logger = logging.getLogger("slipcast")
 
 
-def status_mb(field: str) -> float | None:
-    """A line of /proc/self/status in megabytes (1e6 bytes), such as VmRSS or VmHWM; None where there is none."""
+def status_mb(field: str, file: str = "/proc/self/status") -> float | None:
+    """A line of a status file in megabytes (1e6 bytes), such as VmRSS or VmHWM; None where there is none."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with open(file, encoding="ascii") as status:
             return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith(f"{field}:"))
     except (OSError, StopIteration):
         return None
+
+
+def available_mb() -> float | None:
+    """What the machine could give to new programs; a container's limit may be lower."""
+    return status_mb("MemAvailable", "/proc/meminfo")
 
 
 def measure_memory(

@@ -35,14 +35,14 @@ def headline(d: Mapping[str, Any]) -> list[str]:
     """What ran, how long it took, and what the profiler itself costs."""
     versions = ", ".join(f"{name} {version}" for name, version in d["versions"].items())
     images = f"{d['num_images']} image{'s' if d['num_images'] > 1 else ''}"
-    plain, profiled = d["runs"]["without_profiler_s"], d["runs"]["with_profiler_s"]
-    spread = max(max(runs) / min(runs) - 1 for runs in (plain, profiled))
+    runs, over = d["runs"], d["runs"]["overheads"]
+    turn = "in turn" if runs["in_turn"] else "all without before those with: there was no room for both"
     lines = [
         f"{d['name']} on {d['target']}: {images}, {len(d['steps'])} steps of {d['sampler']}, "
         f"{d['cpu_threads']} threads; {versions}",
-        f"fastest of {len(plain)}: {ms(min(plain))} without the profiler, {ms(min(profiled))} with it: it adds "
-        f"{d['profiler_overhead']:.0%}, where equal runs differ by up to {spread:.0%}; the first took "
-        f"{ms(d['first_run_s'])}",
+        f"medians of {len(over)} runs, {turn}: {ms(d['without_profiler_s'])} without the profiler, "
+        f"{ms(statistics.median(runs['with_profiler_s']))} with it ({d['profiler_overhead']:+.0%}, by pairs "
+        f"{min(over):+.0%} to {max(over):+.0%}); the first run took {ms(d['first_run_s'])}",
     ]
     seconds = [step["seconds"] for step in d["steps"]]
     slowest = max(d["steps"], key=lambda step: step["seconds"])

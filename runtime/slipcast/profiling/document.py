@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from slipcast.profiling.measure import Measured, Run
 
 NOTES = (
-    "Times and shares are of one run with the profiler on, the mean of those that were made; the overhead compares each "
-    "with a run without it.",
+    "Times and shares are of one run with the profiler on, the mean of those that were made; the overhead compares each"
+    " with a run without it.",
     "Outside its layers: the engine's own work between layers, and what rounding lost, since engines count "
     "whole microseconds and hundreds of small layers take less.",
     "Host: everything outside the engines: tokenizing, noise, the sampler's and guidance's arithmetic, pictures.",

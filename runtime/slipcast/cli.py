@@ -117,6 +117,40 @@ def run(
     emit(document, "\n".join(map(str, files)), as_json)
 
 
+@cli.command("profile-run")
+@bundle_argument
+@click.option("--prompt", help="What to draw.  [default: a held-out prompt of the bundle's report]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Image i gets seed + i.")
+@click.option("--num-images", type=int, default=1, show_default=True)
+@click.option("--steps", type=int, help="Sampling steps.  [default: the bundle's]")
+@click.option("--target", default="auto", show_default=True, help="An engine or target id of the bundle.")
+@unlisted_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Page to write.  [default: NAME-profile.html]")
+@json_option
+def profile_run(
+    bundle: Path, prompt: str | None, seed: int, num_images: int, steps: int | None, target: str,
+    allow_unlisted: bool, output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show where a run spends its time and memory."""
+    from slipcast.profiling.measure import profile_run
+    from slipcast.profiling.page import render_page
+    from slipcast.profiling.table import render_table
+    from slipcast.progress import Stages
+
+    if output:
+        if _is_directory(output):
+            raise click.UsageError(f"cannot write {output}: name a page, such as {output / 'profile.html'}")
+        _check_writable(output)
+    document = profile_run(bundle, prompt, target, steps, num_images, seed, allow_unlisted, Stages())
+    output = output or Path(f"{document['name']}-profile.html")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(render_page(document), "utf-8")
+    except OSError as error:
+        raise click.UsageError(f"cannot write {output}: {error}") from None
+    emit(document | {"files": [str(output)]}, f"{render_table(document)}\npicture: {output}", as_json)
+
+
 @cli.command()
 @bundle_argument
 @unlisted_option
@@ -268,6 +302,10 @@ def _check_output(output: Path) -> None:
     kinds = Image.registered_extensions()
     if not _is_directory(output) and kinds.get(output.suffix.lower()) not in Image.SAVE:
         raise click.UsageError(f"cannot write {output}: no picture format is called {output.suffix}; use .png")
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
     nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
     if (nearest.is_file() and nearest != output) or not os.access(nearest, os.W_OK):
         raise click.UsageError(f"cannot write {output}: {nearest} cannot be written to")

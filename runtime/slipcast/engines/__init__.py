@@ -41,6 +41,33 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """What some calls of an engine spent in one layer, by the engine's own profiler.
+
+    `kind`: the operator. `kernel`: what executed it, with the precision. `module`: the original's module whose weights
+    it holds, or "" where that is not known. `seconds`: of all `calls` together.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    module: str
+    seconds: float
+    calls: int
+
+
+class ProfiledEngine(Engine, Protocol):
+    """An engine that was opened with `profile=True`."""
+
+    def start_profile(self) -> None:
+        """Leave out of `layers` what was called so far: first calls compile kernels."""
+
+    def layers(self) -> tuple[LayerTime, ...]:
+        """Layers that took time since `start_profile`. To be asked once, after the last call."""
+        ...
+
+
+@dataclass(frozen=True)
 class EngineKind:
     """Where an engine's code is and which distribution it needs."""
 
@@ -73,10 +100,13 @@ def engine_kind(name: str) -> EngineKind:
     return ENGINES[name]
 
 
-def open_engine(name: str, model: Path, weights: Path | None, precision: str, contract: Component) -> Engine:
+def open_engine(
+    name: str, model: Path, weights: Path | None, precision: str, contract: Component, profile: bool = False
+) -> Engine:
     """Open an engine file and check that its inputs and outputs are those the manifest promises.
 
-    Raises HostError where the library is missing, ArtifactError where the file does not fit the contract.
+    `profile`: with the engine's own profiler on, as a ProfiledEngine. Raises HostError where the library, or its
+    profiler, is missing, ArtifactError where the file does not fit the contract.
     """
     kind = engine_kind(name)
     if not kind.available():
@@ -92,7 +122,10 @@ def open_engine(name: str, model: Path, weights: Path | None, precision: str, co
         raise HostError(
             f"engine {name} cannot run here", got=str(error), hint=f"reinstall {kind.library}: it cannot be imported"
         ) from error
-    engine: Engine = module.open_engine(model, weights, precision)
+    opener = getattr(module, "open_profiled_engine", None) if profile else module.open_engine
+    if opener is None:
+        raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
+    engine: Engine = opener(model, weights, precision)
     for side in ("inputs", "outputs"):
         promised, found = getattr(contract, side), getattr(engine, side)
         if _comparable(promised) != _comparable(found):

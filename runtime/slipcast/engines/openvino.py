@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from slipcast.engines import Array, cpu_threads
+from slipcast.engines import Array, LayerTime, cpu_threads
 from slipcast.errors import ArtifactError
 from slipcast.manifest import TensorSpec
 
@@ -34,6 +36,7 @@ with _telemetry_absent():
 __all__ = ["OpenVinoEngine", "open_engine", "openvino"]  # the library, for whoever else needs it without telemetry
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
+_PARAMETER = re.compile(r"(?:model\.)?(.+)\.(?:weight|bias)(?![a-z])")
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -44,15 +47,18 @@ class OpenVinoEngine:
     every batch size, which a reshaped graph does not.
     """
 
-    def __init__(self, model: Path, weights: Path, precision: str) -> None:
+    def __init__(self, model: Path, weights: Path, precision: str, profile: bool = False) -> None:
         core = openvino.Core()
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": cpu_threads(),
+            **({"PERF_COUNT": True} if profile else {}),
         }
         try:
-            compiled = core.compile_model(core.read_model(model, weights), "CPU", options)
+            graph = core.read_model(model, weights)
+            self._modules = _modules(graph) if profile else {}
+            compiled = core.compile_model(graph, "CPU", options)
             self.inputs = tuple(_spec(port) for port in compiled.inputs)
             self.outputs = tuple(_spec(port) for port in compiled.outputs)
         except RuntimeError as error:
@@ -74,11 +80,71 @@ class OpenVinoEngine:
         self._request = None
 
 
+class ProfiledOpenVinoEngine(OpenVinoEngine):
+    """With performance counters; see slipcast.engines.ProfiledEngine."""
+
+    def __init__(self, model: Path, weights: Path, precision: str) -> None:
+        super().__init__(model, weights, precision, profile=True)
+        self._calls = self._calls_before = 0
+        self._before: dict[str, int] = {}
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        self._calls += 1
+        return super().__call__(arrays)
+
+    def start_profile(self) -> None:
+        """See ProfiledEngine."""
+        self._calls_before, self._before = self._calls, self._microseconds()
+
+    def layers(self) -> tuple[LayerTime, ...]:
+        """See ProfiledEngine. The plugin rounds down to whole microseconds: what takes less reads as nothing."""
+        spent, calls = self._microseconds(), self._calls - self._calls_before
+        times = {name: (total - self._before.get(name, 0)) / 1e6 for name, total in spent.items()}
+        about = {info.node_name: info for info in self._request.profiling_info}
+        return tuple(
+            LayerTime(
+                name, about[name].node_type, about[name].exec_type, self._modules.get(name, ""), seconds, calls
+            )
+            for name, seconds in times.items() if seconds > 0
+        )  # fmt: skip
+
+    def _microseconds(self) -> dict[str, int]:
+        """By layer, since it was opened: a counter holds the mean of all calls."""
+        spent: dict[str, int] = {}
+        for info in self._request.profiling_info:
+            total = info.real_time // timedelta(microseconds=1) * self._calls
+            spent[info.node_name] = spent.get(info.node_name, 0) + total
+        return spent
+
+
 def open_engine(model: Path, weights: Path | None, precision: str) -> OpenVinoEngine:
     """`weights` is the .bin that belongs to the .xml."""
+    return OpenVinoEngine(model, _needed(model, weights), precision)
+
+
+def open_profiled_engine(model: Path, weights: Path | None, precision: str) -> ProfiledOpenVinoEngine:
+    """As open_engine, with the profiler on."""
+    return ProfiledOpenVinoEngine(model, _needed(model, weights), precision)
+
+
+def _needed(model: Path, weights: Path | None) -> Path:
     if weights is None:
         raise ArtifactError(f"{model.name}: the manifest names no weights for it", expected="an .xml with its .bin")
-    return OpenVinoEngine(model, weights, precision)
+    return weights
+
+
+def _modules(graph: Any) -> dict[str, str]:
+    """Layer -> module of the original: constants keep the names of the parameters that they are."""
+    modules = {}
+    for node in graph.get_ops():
+        for value in node.input_values():
+            source = value.get_node()
+            while source.get_type_name() in ("Convert", "Transpose", "Reshape", "Multiply"):  # kept in fp16, or scaled
+                source = source.input_value(0).get_node()
+            parameter = _PARAMETER.match(source.get_friendly_name())
+            if parameter and source.get_type_name() == "Constant":
+                modules[node.get_friendly_name()] = parameter[1]
+    return modules
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -34,6 +34,8 @@ from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
+ATTENTION_BYTES = 2**31  # what one call of the denoiser may need for attention scores
+
 OutputType = Literal["pil", "np", "latent"]
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
 
@@ -173,8 +175,7 @@ class Pipeline:
 
             def predict(x: Floats, timestep: float) -> Floats:
                 batch = np.concatenate([x, x]) if request.guided else x
-                inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **conditioning}
-                output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
+                output = _in_chunks(engine, batch, timestep, conditioning, seconds)
                 if request.guided:
                     unconditional, conditional = np.split(output, 2)
                     output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
@@ -343,6 +344,25 @@ def to_pil(picture: Floats) -> Image.Image:
     """float32 [h, w, 1 or 3] in [0, 1] to a picture, rounded as diffusers does."""
     levels = (picture * 255).round().astype(np.uint8)
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def _in_chunks(
+    engine: Engine, batch: Floats, timestep: float, conditioning: dict[str, Floats], seconds: dict[str, float]
+) -> Floats:
+    """The denoiser's prediction for the batch [n, c, h, w], so many rows at a time that memory stays bounded.
+
+    An engine that does not fuse attention holds its scores: heads * cells^2 floats a row, 0.5 GB for 64x64 cells. The
+    number of heads and where they attend is not in the manifest: 8 at full resolution is the most of common U-Nets.
+    Rows do not depend on each other, so the result is the same to the bit.
+    """
+    rows = max(1, ATTENTION_BYTES // (8 * 4 * (batch.shape[2] * batch.shape[3]) ** 2))
+    at = np.array([timestep], np.float32)
+    parts = []
+    for i in range(0, len(batch), rows):
+        given = {name: array[i : i + rows] for name, array in conditioning.items()}
+        inputs = {"sample": batch[i : i + rows], "timestep": at, **given}
+        parts.append(_timed(engine, inputs, seconds, "denoiser")["prediction"])
+    return np.concatenate(parts)
 
 
 def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:

@@ -188,6 +188,18 @@ class TestSeeds:
             alone = pipe("xxyy"[i], seed=seed, output_type="latent")
             np.testing.assert_array_equal(many.images[i], alone.images[0])
 
+    @pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 100])
+    def test_a_large_batch_goes_through_the_denoiser_in_chunks(
+        self, pipe: Pipeline, engines: Fakes, monkeypatch: pytest.MonkeyPatch, rows: int
+    ) -> None:
+        whole = latents(pipe, seed=7, num_images_per_prompt=3)
+        engines.calls.clear()
+        monkeypatch.setattr(slipcast.pipeline, "ATTENTION_BYTES", rows * 8 * 4 * fakes.SIZE**4)
+        np.testing.assert_array_equal(latents(pipe, seed=7, num_images_per_prompt=3), whole)
+        given = [(len(each.sample), len(each.context)) for name, each in engines.calls if name == "denoiser"]
+        assert all(sample == context <= rows for sample, context in given)
+        assert len(given) == pipe.manifest.sampling.steps * -(-6 // rows)  # 3 images and as many without the prompt
+
     def test_a_list_of_seeds(self, pipe: Pipeline) -> None:
         out = pipe(PROMPT, seed=[3, 2**64 - 1], num_images_per_prompt=2, output_type="latent")
         assert out.seeds == (3, 2**64 - 1)

@@ -134,6 +134,15 @@ def test_a_peer_that_fails_is_named_and_the_rest_goes_on(shapes_bundle: Path, tm
     assert [len(drawn) for drawn in results.measured[BUNDLE].batches.values()] == [ROUNDS]
 
 
+def test_a_peer_that_cannot_be_exported_is_named_and_never_started(shapes_bundle: Path, tmp_path: Path) -> None:
+    plan = _plan(shapes_bundle, tmp_path, "def prepare(job):\n    raise ValueError('no such operator')\n")
+    unexported = Side("fake", "a fake", sys.executable, plan.sides[1].job, prepared=tmp_path / "exports" / "fake")
+    results = measure(BenchPlan(**{**vars(plan), "sides": (plan.sides[0], unexported)}), Stages())
+    assert "ValueError: no such operator" in results.failed["fake"]
+    assert list(results.measured) == [BUNDLE]
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
 def test_a_slow_peer_makes_fewer_images_and_says_so(shapes_bundle: Path, tmp_path: Path) -> None:
     side = """
 import numpy as np

@@ -22,7 +22,7 @@ from slipcast_compiler.bench.figures import Floats
 from slipcast_compiler.bench.gpu import Gpus
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Side
 from slipcast_compiler.bench.process import SideProcess
-from slipcast_compiler.bench.running import Measured, Running
+from slipcast_compiler.bench.running import Measured, Running, prepare
 from slipcast_compiler.plan import BYTES
 
 ROUNDS = 3  # of each batch size above 1
@@ -50,9 +50,10 @@ class Results:
 def measure(plan: BenchPlan, stages: Stages) -> Results:
     """Everything. The bundle's errors are raised, a peer's are kept."""
     meter, gpus = Meter(), Gpus()
-    groups, apart = _groups(plan)
+    peers, failed = _exported(plan, stages)
+    groups, apart = _groups(plan, peers)
     bundles: list[Measured] = []
-    results = Results({}, {}, None, plan.no_quality, apart=apart, gpus=len(gpus))
+    results = Results({}, failed, None, plan.no_quality, apart=apart, gpus=len(gpus))
     for group in groups:
         with ExitStack() as stack:
             running = Running(stack)
@@ -75,7 +76,21 @@ def measure(plan: BenchPlan, stages: Stages) -> Results:
     return results
 
 
-def _groups(plan: BenchPlan) -> tuple[list[Sequence[Side]], str | None]:
+def _exported(plan: BenchPlan, stages: Stages) -> tuple[list[Side], dict[str, str]]:
+    """The peers, those that export first having done so while nothing else is in memory; and which could not."""
+    peers, failed = [], {}
+    for side in plan.sides[1:]:
+        try:
+            if side.prepared:
+                with stages.stage(f"export for {side.name}"):
+                    prepare(side)
+            peers.append(side)
+        except SlipcastError as error:
+            failed[side.name] = str(error)
+    return peers, failed
+
+
+def _groups(plan: BenchPlan, peers: list[Side]) -> tuple[list[Sequence[Side]], str | None]:
     """Peers that are in memory at once, beside the bundle: all of them, or, with the reason, one at a time.
 
     Of every side is expected that it holds the weights in fp32, and half as much again while it loads.
@@ -83,11 +98,11 @@ def _groups(plan: BenchPlan) -> tuple[list[Sequence[Side]], str | None]:
     target = choose_target(plan.bundle.manifest, plan.options.target)
     files = {each.weights or each.model for each in target.components.values()}
     weights = sum(plan.bundle.entry(name).size for name in files) * 4 // BYTES[target.precision]
-    peers, free = plan.sides[1:], memory.available_bytes()
-    needed = (LIBRARIES_BYTES + weights * 3 // 2) * len(plan.sides)
+    free = memory.available_bytes()
+    needed = (LIBRARIES_BYTES + weights * 3 // 2) * (1 + len(peers))
     if len(peers) < 2 or free is None or needed <= free:
         return [peers], None
-    why = f"{len(plan.sides)} sides may need {needed / 1e9:.1f} GB at once, of which {free / 1e9:.1f} GB are free"
+    why = f"{1 + len(peers)} sides may need {needed / 1e9:.1f} GB at once, of which {free / 1e9:.1f} GB are free"
     return [[peer] for peer in peers], why
 
 

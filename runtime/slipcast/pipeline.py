@@ -34,7 +34,7 @@ from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
-ATTENTION_BYTES = 2**31  # what one call of the denoiser may need for attention scores
+ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
 
 OutputType = Literal["pil", "np", "latent"]
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
@@ -171,15 +171,22 @@ class Pipeline:
         settings, schedule = self.manifest.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self._latent_shape)
+        at_once = self._at_once(len(request.seeds))
         with self.residency.use("denoiser") as engine:
 
             def predict(x: Floats, timestep: float) -> Floats:
-                batch = np.concatenate([x, x]) if request.guided else x
-                output = _in_chunks(engine, batch, timestep, conditioning, seconds)
-                if request.guided:
-                    unconditional, conditional = np.split(output, 2)
-                    output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
-                return output
+                parts = []
+                for i in range(0, len(x), at_once):
+                    chosen = slice(i, i + at_once)
+                    batch = np.concatenate([x[chosen], x[chosen]]) if request.guided else x[chosen]
+                    given = {name: _rows(array, len(x), chosen) for name, array in conditioning.items()}
+                    inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **given}
+                    output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
+                    if request.guided:
+                        unconditional, conditional = np.split(output, 2)
+                        output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
+                    parts.append(output)
+                return np.concatenate(parts)
 
             denoise = Denoiser(settings.noise, schedule, predict)
             start = noise() if request.latents is None else request.latents
@@ -224,6 +231,19 @@ class Pipeline:
                 picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
         _check_finite(picture, "the decoder's picture is not finite")
         return picture
+
+    def _at_once(self, images: int) -> int:
+        """So many images go through the denoiser in one call.
+
+        CPU engines hold attention scores, heads * cells^2 floats a row: 1 GB for one guided image of 64x64 cells. How
+        many heads is not in the manifest; 8 at full resolution is the most of common U-Nets. From 32x32 cells on images
+        go one by one: more at once are not faster there, and OpenVINO chooses other kernels for some batch sizes (3 of
+        1 to 8, for a U-Net of Stable Diffusion 1.5), whose rounding would make pictures depend on the batch.
+        """
+        _, height, width = self._latent_shape
+        if self._target.device != "cpu":
+            return images
+        return min(images, max(1, ATTENTION_BYTES // (2 * 8 * 4 * (height * width) ** 2)))
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -346,23 +366,9 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _in_chunks(
-    engine: Engine, batch: Floats, timestep: float, conditioning: dict[str, Floats], seconds: dict[str, float]
-) -> Floats:
-    """The denoiser's prediction for the batch [n, c, h, w], so many rows at a time that memory stays bounded.
-
-    An engine that does not fuse attention holds its scores: heads * cells^2 floats a row, 0.5 GB for 64x64 cells. The
-    number of heads and where they attend is not in the manifest: 8 at full resolution is the most of common U-Nets.
-    Rows do not depend on each other, so the result is the same to the bit.
-    """
-    rows = max(1, ATTENTION_BYTES // (8 * 4 * (batch.shape[2] * batch.shape[3]) ** 2))
-    at = np.array([timestep], np.float32)
-    parts = []
-    for i in range(0, len(batch), rows):
-        given = {name: array[i : i + rows] for name, array in conditioning.items()}
-        inputs = {"sample": batch[i : i + rows], "timestep": at, **given}
-        parts.append(_timed(engine, inputs, seconds, "denoiser")["prediction"])
-    return np.concatenate(parts)
+def _rows(array: Floats, images: int, chosen: slice) -> Floats:
+    """Rows of the chosen images, where each image has one row or, unconditional rows first, two."""
+    return array.reshape(-1, images, *array.shape[1:])[:, chosen].reshape(-1, *array.shape[1:])
 
 
 def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def compile_command(
 @json_option
 def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], cache: Path, as_json: bool) -> None:
     """Measure what the denoiser does on calibration prompts, which passes choose by; `slipcast inspect` shows it."""
-    from slipcast.profiles import RECORD_NAME, render_summary, summarise
+    from slipcast.profiles import RECORD_NAME, summarise
     from slipcast.progress import Stages
     from slipcast_compiler import package
     from slipcast_compiler.cache import Cache
@@ -83,8 +83,8 @@ def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...
     with Stages().stage("profile") as advance:
         made = make_profile(plan, Cache(cache), advance)
     publish(made, output)
-    summary = summarise(made.file)
-    emit({"output": str(output), **summary}, f"{render_summary(summary)}\n{output / 'profile.html'}", as_json)
+    text = f"{output}: look at {output / 'profile.html'}, or at `slipcast inspect {output}`"
+    emit({"output": str(output), **summarise(made.file)}, text, as_json)
 
 
 @click.command("init")

@@ -11,7 +11,7 @@ import numpy as np
 from slipcast.profiles import Floats, ProfileFile, summarise
 from slipcast_compiler.page import render
 
-CELL, NAME_WIDTH = 14, 250  # in units of the heat map's view box
+CELL, LETTER = 14, 5.8  # in units of the heat map's view box
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand to the right of them
 
@@ -41,17 +41,18 @@ def heat_map(layers: Mapping[str, Floats]) -> dict[str, Any]:
     order = np.argsort(np.argsort(np.concatenate(list(layers.values())), kind="stable"))
     levels = iter((order / max(len(order) - 1, 1)).tolist())
     widest = max(map(len, layers.values()))
+    left = round(LETTER * max(map(len, layers)))
     rows = [
         {
             "name": name, "y": i * CELL,
             "cells": [
-                {"x": NAME_WIDTH + j * CELL, "level": round(next(levels), 3), "title": f"{name}, head {j}: {score:.4g}"}
+                {"x": left + j * CELL, "level": round(next(levels), 3), "title": f"{name}, head {j}: {score:.4g}"}
                 for j, score in enumerate(scores.tolist())
             ],
         }
         for i, (name, scores) in enumerate(layers.items())
     ]  # fmt: skip
-    return {"rows": rows, "width": NAME_WIDTH + widest * CELL, "height": len(rows) * CELL, "cell": CELL}
+    return {"rows": rows, "width": left + widest * CELL, "height": len(rows) * CELL, "cell": CELL}
 
 
 def curves(values: Mapping[str, Floats], timesteps: Floats) -> dict[str, Any] | None:

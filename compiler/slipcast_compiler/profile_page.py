@@ -11,7 +11,7 @@ import numpy as np
 from slipcast.profiles import Floats, ProfileFile, summarise
 from slipcast_compiler.page import render
 
-CELL, LETTER = 14, 5.8  # in units of the heat map's view box
+CELL, LETTER = 14, 5.3  # in units of the heat map's view box
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand to the right of them
 

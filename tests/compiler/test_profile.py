@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import run_cli
 from slipcast.errors import ArtifactError, NumericalError, RecipeError
 from slipcast.profiles import ProfileFile, is_profile, open_profile_file, render_summary, sparkline, spearman, summarise
 from slipcast.samplers import SAMPLERS
@@ -456,6 +458,33 @@ def test_a_published_profile_is_whole_or_refused(profile: Profile, tmp_path: Pat
     with pytest.raises(RecipeError, match="exists and is not a profile"):
         publish(profile, other)
     assert (other / "precious").exists()
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    settings = [word for each in (*TINY, "profile.leave_one_out=projected") for word in ("--set", each)]
+    arguments = ("profile", str(ROOT / "recipes/shapes-circles.toml"), "-o", str(out), *settings)
+    done = run_cli(*arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["output"] == str(out) and document["leave_one_out"] == "projected"
+    assert "profile ..." in done.stderr
+    shown = run_cli("inspect", str(out), "--json")
+    assert {"output": str(out), **json.loads(shown.stdout)} == document
+    assert f"{ATTENTION}  " in run_cli("inspect", str(out)).stdout
+    assert run_cli("inspect", str(out), PYTHONPATH=str(_no_torch(tmp_path))).returncode == 0
+    (out / "profile.safetensors").write_bytes(b"")
+    damaged = run_cli("inspect", str(out))
+    assert damaged.returncode == 4 and "its digest differs" in damaged.stderr
+    (out / "profile.json").unlink()
+    refused = run_cli(*arguments, cwd=tmp_path)
+    assert refused.returncode == 2 and "is not a profile" in refused.stderr
+
+
+def _no_torch(folder: Path) -> Path:
+    (folder / "thin").mkdir()
+    (folder / "thin" / "torch.py").write_text("raise ImportError('the runtime has no torch')")
+    return folder / "thin"
 
 
 def test_the_summary_and_the_page_show_what_was_measured(profile: Profile) -> None:

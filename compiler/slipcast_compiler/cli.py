@@ -73,7 +73,8 @@ def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...
     from slipcast_compiler import package
     from slipcast_compiler.cache import Cache
     from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.profile import make_profile, publish
+    from slipcast_compiler.profile import make_profile
+    from slipcast_compiler.profile_page import publish
     from slipcast_compiler.recipe import read_recipe
 
     parsed = read_recipe(recipe, overrides)
@@ -82,7 +83,7 @@ def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...
     plan = make_plan(parsed, recipe.parent)
     with Stages().stage("profile") as advance:
         made = make_profile(plan, Cache(cache), advance)
-    publish(made, output)
+    publish(made.file, output)
     text = f"{output}: look at {output / 'profile.html'}, or at `slipcast inspect {output}`"
     emit({"output": str(output), **summarise(made.file)}, text, as_json)
 

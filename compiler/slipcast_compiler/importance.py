@@ -7,6 +7,7 @@ mask of 0 removes one exactly as taking its columns out of the layer would.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -43,9 +44,7 @@ def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[Non
 
         return hook
 
-    handles = [
-        module.get_submodule(name).register_forward_pre_hook(hook_for(mask)) for name, mask in masks.items()
-    ]  # fmt: skip
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(mask)) for name, mask in masks.items()]
     try:
         yield
     finally:
@@ -120,7 +119,9 @@ def projected_leave_one_out(
     """An estimate of leave_one_out for all heads at once, to first order in what a head contributes.
 
     Without head h the guided prediction changes by J_h = dg/dm_h. For v ~ N(0, 1) the mean of (v . J_h)^2 is |J_h|^2
-    (Hutchinson's estimator), and one backward pass gives v . J_h of every head.
+    (Hutchinson's estimator), and one backward pass gives v . J_h of every head. On the reference model (8 states) it
+    ranks heads as leave_one_out does at 0.994 in a 25th of the time; leave_one_out agrees with itself on the other half
+    of the states at 0.979, so more states are worth more than exactness.
     """
     masks = _head_masks(module)
     totals = {linear: np.zeros(mask.shape[1]) for linear, mask in masks.items()}
@@ -208,6 +209,4 @@ def _named(module: nn.Module, criterion: str, scores: Mapping[str, Any]) -> dict
 
 def _without_clipping(process: NoiseProcess) -> NoiseProcess:
     """Where D is clipped there is no gradient."""
-    import dataclasses
-
     return dataclasses.replace(process, clip_sample=None)

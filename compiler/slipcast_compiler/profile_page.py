@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slipcast.profiles import Floats, ProfileFile, summarise
+from slipcast.profiles import RECORD_NAME, TENSORS_NAME, Floats, ProfileFile, summarise
+from slipcast_compiler import package
 from slipcast_compiler.page import render
 
 CELL, LETTER = 14, 5.3  # in units of the heat map's view box
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand to the right of them
+
+
+def publish(profile: ProfileFile, output: Path) -> None:
+    """A copy of the profile with its page, in one rename."""
+    with package.staging(output, RECORD_NAME) as folder:
+        for name in (RECORD_NAME, TENSORS_NAME):
+            shutil.copyfile(profile.folder / name, folder / name)
+        (folder / "profile.html").write_text(render_page(profile), encoding="utf-8")
+        package.publish(folder, output, RECORD_NAME)
 
 
 def render_page(profile: ProfileFile) -> str:

@@ -21,21 +21,13 @@ from slipcast.samplers import SAMPLERS
 from slipcast_compiler import importance, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.layers import attention_layers, feed_forward_layers, linear_layers
-from slipcast_compiler.observe import CAPACITY, PERCENTILE, Inputs, Observer, Reservoir, blocks
+from slipcast_compiler.observe import PERCENTILE, Observer, blocks
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.profile import (
-    Job,
-    Profile,
-    calibration_images,
-    chosen_states,
-    evaluated_sigmas,
-    make_profile,
-    measure,
-    open_profile,
-    publish,
-)
-from slipcast_compiler.profile_page import curves, figures, heat_map, render_page
+from slipcast_compiler.profile import Profile, calibration_images, make_profile, open_profile
+from slipcast_compiler.profile_page import curves, figures, heat_map, publish, render_page
+from slipcast_compiler.profiling import Job, chosen_states, evaluated_sigmas, measure
 from slipcast_compiler.recipe import parse_recipe, read_recipe
+from slipcast_compiler.streaming import CAPACITY, Inputs, Reservoir
 
 ROOT = Path(__file__).parents[2]
 TINY = ("profile.prompts=4", "profile.states=2", "profile.batch=3", "sampling.steps=3")
@@ -437,8 +429,8 @@ def test_an_unconditional_model_is_profiled_too(tmp_path: Path) -> None:
 
 def test_a_published_profile_is_whole_or_refused(profile: Profile, tmp_path: Path) -> None:
     out = tmp_path / "profiles" / "circles"
-    publish(profile, out)
-    publish(profile, out)  # over itself
+    publish(profile.file, out)
+    publish(profile.file, out)  # over itself
     assert sorted(file.name for file in out.iterdir()) == ["profile.html", "profile.json", "profile.safetensors"]
     assert is_profile(out) and open_profile(out).digest == profile.digest
     tensors = out / "profile.safetensors"
@@ -456,7 +448,7 @@ def test_a_published_profile_is_whole_or_refused(profile: Profile, tmp_path: Pat
     other.mkdir()
     (other / "precious").touch()
     with pytest.raises(RecipeError, match="exists and is not a profile"):
-        publish(profile, other)
+        publish(profile.file, other)
     assert (other / "precious").exists()
 
 

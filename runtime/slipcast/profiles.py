@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,7 +72,7 @@ class ProfileFile:
 
 def is_profile(folder: Path) -> bool:
     """Whether the directory is a profile, and not a bundle."""
-    return (folder / RECORD_NAME).is_file()
+    return os.path.isfile(folder / RECORD_NAME)  # and not Path's, which raises where it may not look
 
 
 def open_profile_file(folder: Path) -> ProfileFile:

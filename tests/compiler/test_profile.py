@@ -168,6 +168,20 @@ def test_curves_over_the_steps(profile: Profile, captured: Captured) -> None:
     assert steps["timesteps"].tolist() == captured.timesteps
 
 
+def test_states_are_points_of_the_trajectories(captured: Captured) -> None:
+    states, prompts = captured.observer.states, calibration_images(_plan())[0]
+    assert [(state.image, state.evaluation) for state in states] == [(0, 0), (1, 2)]
+    for state in states:
+        prediction = captured.predictions[0][state.evaluation]  # 3 unconditional rows, then 3 conditional ones
+        without, given = prediction[state.image], prediction[state.image + 3]
+        with torch.no_grad():
+            found = importance.guided_prediction(captured.pipe.unet, _plan().sampling, [state])[0]
+            text = captured.pipe.encode_prompt([str(prompts[state.image])], "cpu", 1, True)
+        assert torch.allclose(found, without + 4.0 * (given - without), atol=1e-3)
+        assert torch.allclose(state.conditioning["encoder_hidden_states"], torch.cat(text[1::-1]), atol=1e-5)
+        assert state.timestep == captured.timesteps[state.evaluation]
+
+
 def _leave_one_out(captured: Captured) -> dict[str, Any]:
     return importance.leave_one_out(
         captured.pipe.unet, _plan().sampling, captured.observer.states, 2, lambda _: None

@@ -15,6 +15,7 @@ from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.profile import make_profile
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     # What the family asks of the denoiser, and the denoiser rewritten for it.
     profile = None
     if needs_profile(plan):
-        from slipcast_compiler.profile import make_profile
-
         with stages.stage("profile") as advance:
             profile = make_profile(plan, cache, advance)
     rewritten = apply_passes(plan, profile, cache, stages)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
-PATIENCE = 5  # checks without a smaller one, after which it stops
+CHECKED = 64  # states that it is taken on, at most, evenly over steps and prompts
+PATIENCE = 6  # checks without a smaller one, after which it stops
+WARM_UP = 0.1  # of the steps, over which the learning rate rises; from then on it falls as a cosine
 LARGEST_GRADIENT = 1.0
 
 
@@ -125,7 +127,7 @@ def train(
     before = weights(student)
     parameters = prepare(student, options.method == "lora", options.fake_quant, options.seed)
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 1) / options.steps))
     generator = torch.Generator("cpu").manual_seed(options.seed)
     errors, best, every = [error(student, validation, sampling, options.batch)], before, -(-options.steps // CHECKS)
     for step in range(1, options.steps + 1):
@@ -133,14 +135,14 @@ def train(
         loss = squared_error(student, training, sampling, chosen)
         if not torch.isfinite(loss):
             raise NumericalError(
-                f"recover: the loss is not finite at step {step}", expected="a finite loss", got=float(loss),
+                f"recover: the loss is not finite at step {step}", expected="a finite loss", got=float(loss.detach()),
                 hint="lower passes.recover.learning_rate",
             )  # fmt: skip
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
-        decay.step()
+        schedule.step()
         advance(1)
         if step % every == 0 or step == options.steps:
             errors.append(error(student, validation, sampling, options.batch))
@@ -159,16 +161,22 @@ def squared_error(module: Any, states: States, sampling: Sampling, chosen: torch
 
 
 def error(module: Any, states: States, sampling: Sampling, batch: int) -> float:
-    """The relative L2 error of the guided prediction over all states."""
+    """The relative L2 error of the guided prediction over the states, or over CHECKED of them."""
     import torch
 
+    places = torch.linspace(0, len(states) - 1, min(len(states), CHECKED)).round().long().to(states.image.device)
     with torch.no_grad():
         total = size = 0.0
-        for chosen in torch.arange(len(states), device=states.image.device).split(batch):
+        for chosen in places.split(batch):
             wanted = _guided(states.prediction[chosen], sampling)
             total += float((_guided(states.predict(module, chosen), sampling) - wanted).square().sum())
             size += float(wanted.square().sum())
     return math.sqrt(total / size)
+
+
+def _rate(done: float) -> float:
+    """The learning rate, relative to its peak, at this part of the steps."""
+    return min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def _guided(prediction: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Bench, example, tiny_plan
+from tiny import Bench, tiny_plan
 
 from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler import original
@@ -31,18 +31,19 @@ def damaged(bench: Bench) -> Rewrite:
     return rewrite
 
 
-def _distance(bench: Bench, rewrite: Rewrite) -> float:
-    """From the original's prediction, on inputs of no trajectory."""
-    with torch.no_grad():
-        wanted, found = (module(*example(3)).sample for module in (bench.load(), bench.load(rewrite)))
-    return float((found - wanted).norm() / wanted.norm())
+def _held_out_error(bench: Bench, rewrite: Rewrite) -> float:
+    """On trajectories of prompts that no pass has seen."""
+    pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
+    assert bench.plan.family
+    states = record(pipe, bench.plan, [(prompt, 7) for prompt in bench.plan.family.held_out], lambda count: None)
+    return recover.error(bench.load(rewrite), states, bench.plan.sampling, 8)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_error_falls(bench: Bench, damaged: Rewrite, method: str) -> None:
-    rewrite, report = bench.run("recover", damaged, steps=20, batch=4, learning_rate=1e-3, method=method)
-    assert report["error_after"] < 0.8 * report["error_before"]
-    assert _distance(bench, rewrite) < 0.9 * _distance(bench, damaged)
+@pytest.mark.parametrize(("method", "learning_rate"), [("full", 1e-4), ("lora", 1e-3)])
+def test_the_error_falls(bench: Bench, damaged: Rewrite, method: str, learning_rate: float) -> None:
+    rewrite, report = bench.run("recover", damaged, steps=30, learning_rate=learning_rate, method=method)
+    assert report["error_after"] < 0.85 * report["error_before"]
+    assert _held_out_error(bench, rewrite) < 0.9 * _held_out_error(bench, damaged)
     assert [a.heads for a in attention_layers(bench.load(rewrite))] == [
         a.heads for a in attention_layers(bench.load(damaged))
     ]
@@ -59,7 +60,7 @@ def _same(bench: Bench, before: Rewrite, name: str, now: np.ndarray[Any, Any]) -
 
 
 def test_a_lora_is_of_low_rank(bench: Bench, damaged: Rewrite) -> None:
-    rewrite, _ = bench.run("recover", damaged, steps=3, learning_rate=1e-2, method="lora")
+    rewrite, _ = bench.run("recover", damaged, steps=5, learning_rate=1e-3, method="lora")
     name = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"
     change = rewrite.weights()[name].read() - bench.denoiser.weight(name)
     values = np.linalg.svd(change, compute_uv=False)
@@ -68,13 +69,13 @@ def test_a_lora_is_of_low_rank(bench: Bench, damaged: Rewrite) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(bench: Bench, damaged: Rewrite) -> None:
-    first, second, other = (bench.run("recover", damaged, steps=3, seed=seed)[0] for seed in (0, 0, 1))
+    first, second, other = (bench.run("recover", damaged, steps=4, seed=seed)[0] for seed in (0, 0, 1))
     assert first.digest == second.digest != other.digest
 
 
 def test_the_best_weights_are_kept(bench: Bench, damaged: Rewrite) -> None:
     """Where training only does damage, nothing is changed, and it is over early."""
-    untouched, report = bench.run("recover", damaged, steps=40, batch=1, learning_rate=0.3)
+    untouched, report = bench.run("recover", damaged, steps=40, batch=1, learning_rate=0.1)
     assert untouched == damaged
     assert report["error_after"] == report["error_before"] < min(report["errors"][1:])
     assert report["steps"] < 40
@@ -106,8 +107,8 @@ def test_training_and_validation_share_no_prompt(bench: Bench) -> None:
     plan = tiny_plan(bench.plan.folder, "profile.seeds=3")
     training, validation = recover.split(plan)
     assert not {prompt for prompt, _ in training} & {prompt for prompt, _ in validation}
-    assert len({seed for _, seed in training + validation}) == 12
-    assert [len(part) for part in (training, validation)] == [9, 3]
+    assert len({seed for _, seed in training + validation}) == 72
+    assert [len(part) for part in (training, validation)] == [54, 18]
     with pytest.raises(RecipeError, match="too few"):
         recover.split(tiny_plan(bench.plan.folder, "profile.prompts=1"))
 
@@ -137,10 +138,10 @@ def test_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrite) -> N
     assert "learning_rate" in str(caught.value)
 
 
-def test_training_with_rounding_loses_less_to_rounding(bench: Bench, damaged: Rewrite) -> None:
-    """The error with everything rounded, of weights trained with rounding, and of weights trained without."""
-    rewrite, report = bench.run("recover", steps=20, batch=4, learning_rate=1e-4, fake_quant=True)
-    assert report["error_after"] < 0.9 * report["error_before"]
+def test_training_with_rounding_loses_less_to_rounding(bench: Bench) -> None:
+    """What is reported is the error with everything rounded; the unchanged denoiser's own is not 0 then."""
+    rewrite, report = bench.run("recover", steps=20, learning_rate=1e-5, fake_quant=True)
+    assert report["error_after"] < report["error_before"]
     again = bench.run("recover", rewrite, steps=1, learning_rate=1e-12, fake_quant=True)[1]
     assert again["error_before"] == pytest.approx(report["error_after"], rel=1e-3)
     values = next(iter(rewrite.weights().values())).read()

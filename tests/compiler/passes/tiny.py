@@ -24,10 +24,15 @@ SHAPES = Path("recipes/models/shapes")
 RECIPE = """
 name = "tiny"
 model.path = "tiny"
-family.prompts = ["a red circle", "a blue star", "a green ring", "a pink square", "a cyan cross", "a gray dot"]
-sampling = {sampler = "ddim", steps = 2, guidance_scale = 3.0, width = 32, height = 32}
-profile = {prompts = 4}
+sampling = {sampler = "ddim", steps = 2, guidance_scale = 1.5, width = 32, height = 32}
+profile = {prompts = 24, batch = 24}
 targets = [{engine = "onnxruntime"}]
+
+[family]
+templates = ["a {color} {shape} on a {background} background"]
+slots.color = ["red", "green", "blue", "yellow"]
+slots.shape = ["circle", "square", "star"]
+slots.background = ["white", "black", "navy"]
 """
 
 

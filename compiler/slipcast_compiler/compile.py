@@ -71,7 +71,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
         # The report is written in any case; the bundle is published only if the gate holds.
         record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports)
-        report.write(folder, record, originals, runs)
+        report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"
             raise CheckFailed(

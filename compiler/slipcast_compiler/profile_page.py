@@ -67,6 +67,18 @@ def heat_map(layers: Mapping[str, Floats]) -> dict[str, Any]:
     return {"rows": rows, "width": left + widest * CELL, "height": len(rows) * CELL, "cell": CELL}
 
 
+def mask_map(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The heads that pruning kept (level 1) and removed (level 0), of layers as prune_heads reports them."""
+    kept = {
+        name: np.isin(np.arange(layer["heads"]), layer["kept"]).astype(np.float32) for name, layer in layers.items()
+    }
+    drawn = heat_map(kept)
+    for row, levels in zip(drawn["rows"], kept.values(), strict=True):
+        for head, (cell, level) in enumerate(zip(row["cells"], levels.tolist(), strict=True)):
+            cell |= {"level": level, "title": f"{row['name']}, head {head}: {'kept' if level else 'removed'}"}
+    return drawn
+
+
 def curves(values: Mapping[str, Floats], timesteps: Floats) -> dict[str, Any] | None:
     """One line of each curve over the evaluations of the denoiser, in their order; None where there is nothing."""
     if not values:

@@ -75,7 +75,7 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
 
     from slipcast_compiler.original import open_pipeline
     from slipcast_compiler.passes.trajectories import record
-    from slipcast_compiler.profile import evaluated_sigmas
+    from slipcast_compiler.profiling import evaluated_sigmas
     from slipcast_compiler.quiet import quiet
 
     plan, device = context.plan, "cuda" if torch.cuda.is_available() else "cpu"

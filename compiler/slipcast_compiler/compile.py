@@ -12,7 +12,9 @@ from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import build_target
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.export import cached_export
+from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 
 
@@ -37,12 +39,20 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache)
 
+    # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
+    quantized = None
+    if options := plan.recipe.passes.quantize:
+        with stages.stage("calibrate") as advance:
+            samples = calibration_samples(plan, exported, options.samples, cache, advance)
+        with stages.stage("quantize denoiser") as advance:
+            quantized = quantize(plan, exported["denoiser"], samples, cache, advance)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
         targets = []
         for table in plan.recipe.targets:
             with stages.stage(f"build {table.engine}-{table.precision}") as advance:
-                targets.append(build_target(table, exported, folder, cache, advance))
+                targets.append(build_target(table, exported, folder, cache, advance, quantized))
         fields = package.describe(plan, exported, folder)
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
@@ -62,6 +72,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
         # The report is written in any case; the bundle is published only if the gate holds.
         record = report.make_record(plan, fields, gates, stages.seconds)
+        record["passes"] = {"quantize": quantized.report} if quantized else {}
         report.write(folder, record, originals, runs)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

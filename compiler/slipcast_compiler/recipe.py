@@ -18,6 +18,7 @@ from slipcast.errors import RecipeError
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import SCHEDULES
 from slipcast.validation import Strict, dotted, problems
+from slipcast_compiler.passes.quantize import QuantizeOptions
 
 Location = tuple[str | int, ...]
 
@@ -101,6 +102,12 @@ class DecodeTable(Strict):
         return self
 
 
+class PassesTable(Strict):
+    """Rewrites on the way from checkpoint to engine; a table that is there is on."""
+
+    quantize: QuantizeOptions | None = None
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id."""
 
@@ -139,6 +146,7 @@ class Recipe(Strict):
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     decode: DecodeTable = DecodeTable()
+    passes: PassesTable = PassesTable()
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -152,6 +160,13 @@ class Recipe(Strict):
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
+        wanted = any(target.precision == "int8" for target in self.targets)
+        if wanted != (self.passes.quantize is not None):
+            raise ValueError(
+                "a target in int8 needs [passes.quantize], which says how"
+                if wanted
+                else "[passes.quantize] is of no use: no target has precision int8"
+            )
         return self
 
 

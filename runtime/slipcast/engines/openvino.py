@@ -34,7 +34,7 @@ with _telemetry_absent():
 __all__ = ["OpenVinoEngine", "open_engine", "openvino"]  # the library, for whoever else needs it without telemetry
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 is in the graph; the hint is for the rest
 
 
 class OpenVinoEngine:

@@ -1,0 +1,1 @@
+"""Passes: rewrites of a component on its way from checkpoint to engine."""

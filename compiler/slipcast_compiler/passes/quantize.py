@@ -1,0 +1,271 @@
+"""INT8 for the denoiser: one ONNX graph with QuantizeLinear and DequantizeLinear, which every engine reads."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BeforeValidator, Field
+
+from slipcast.denoiser import guide
+from slipcast.errors import CheckFailed, NumericalError, RecipeError
+from slipcast.manifest import Component, EngineFiles
+from slipcast.progress import Advance
+from slipcast.validation import Strict
+
+if TYPE_CHECKING:
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.plan import Plan
+
+Arrays = dict[str, npt.NDArray[Any]]
+# TOML has one kind of array, so tuples have to be taken from lists in strict mode too.
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+JUDGED, RANKED = 8, 4  # samples that the error is measured on, and that layers are ranked by
+ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
+
+
+class QuantizeOptions(Strict):
+    """[passes.quantize]: how the denoiser of targets in int8 is quantised.
+
+    `weights_only`: weights alone are int8, for hosts with little memory; activations are not.
+    `smooth_quant_alpha`: how much of the outliers moves from activations into weights, 0 for nothing.
+    `samples`: evaluations of the denoiser that ranges are taken from. `max_error`: the most that the guided prediction
+    may be off on them, as a relative L2 norm against fp32; the layers that do most damage are kept in higher precision
+    until it holds. `protect`: patterns of layers that are kept in any case, such as "up_blocks.2.*".
+    """
+
+    weights_only: bool = False
+    smooth_quant_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    samples: Annotated[int, Field(ge=1, le=9999)] = 32
+    max_error: Annotated[float, Field(gt=0)] = 0.06
+    protect: Texts = ()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A directory with denoiser.onnx, its data and quantize.json, which is `report`; and what engines are checked by."""
+
+    folder: Path
+    samples: Path
+    guidance: float
+    max_error: float
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Layers quantised and kept, with the reason, and errors as measured; plain JSON."""
+        found: dict[str, Any] = json.loads((self.folder / "quantize.json").read_text())
+        return found
+
+    def check(self, engine: str, folder: Path, files: EngineFiles) -> None:
+        """CheckFailed where an engine is further off than quantisation may be: it reads the graph in its own way.
+
+        The rest of the engine runs in fp32 here, so that nothing else is measured.
+        """
+        from slipcast_compiler.isolate import run_isolated
+
+        contract = Component.model_validate_json((self.folder / "denoiser.json").read_text())
+        paths = folder / files.model, folder / files.weights if files.weights else None
+        error = run_isolated(engine_error, engine, *paths, contract, self.samples, self.guidance).result
+        if error > self.max_error * ENGINE_MARGIN:
+            raise CheckFailed(
+                f"{engine} gives other numbers for the INT8 denoiser than its graph says",
+                expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm", got=f"{error:.4f}",
+                hint="name the layers it gets wrong in passes.quantize.protect, or take another engine or precision",
+            )  # fmt: skip
+
+
+def quantize(plan: Plan, exported: Path, samples: Path, cache: Cache, advance: Advance) -> Quantized:
+    """The denoiser in `exported`, quantised on `samples` (see calibration.py); from the cache, or made in a process of
+    its own. Raises RecipeError where a pattern of `protect` fits no layer."""
+    from slipcast_compiler.isolate import run_isolated
+
+    options = plan.recipe.passes.quantize
+    assert options is not None
+    guidance = plan.sampling.guidance_scale if plan.family else 1.0
+
+    def make(out: Path) -> None:
+        source = exported / "denoiser.onnx"
+        run_isolated(quantize_graph, source, samples, options, guidance, out, advance=advance)
+        shutil.copyfile(exported / "denoiser.json", out / "denoiser.json")
+
+    # Both directories are named by the hash of all that they were made from.
+    inputs = {"source": exported.name, "samples": samples.name, "options": options.model_dump(), "guidance": guidance}
+    return Quantized(cache.get("quantized", inputs, make), samples, guidance, options.max_error)
+
+
+def quantize_graph(
+    source: Path, samples: Path, options: QuantizeOptions, guidance: float, out: Path, advance: Advance
+) -> None:
+    """Write out/denoiser.onnx, out/denoiser.onnx.data and out/quantize.json."""
+    import onnx
+
+    from slipcast_compiler.passes import qdq
+
+    with tempfile.TemporaryDirectory(prefix="slipcast-quantize-", dir=out.parent) as name:
+        work = Path(name)
+        model = onnx.load(source)
+        layers = qdq.layers_of(model.graph)
+        protected = _protected(options.protect, layers)
+        free = [layer for layer in layers if layer not in protected]
+        nodes = {node for layer in free for node in layers[layer]}
+        smoothed = 0
+        if options.smooth_quant_alpha and not options.weights_only:
+            smoothed = qdq.smooth(model, nodes, options.smooth_quant_alpha, partial(_peaks, source, samples, work))
+        qdq.save(model, work / "fp32.onnx")
+        del model
+        qdq.insert(work / "fp32.onnx", sorted(nodes), _read(samples), work / "int8.onnx")
+        original, full = (onnx.load(work / file, load_external_data=False) for file in ("fp32.onnx", "int8.onnx"))
+
+        def write(chosen: frozenset[str]) -> Path:
+            quantised = {node for layer in chosen for node in layers[layer]}
+            onnx.save(qdq.select(full, original, quantised, options.weights_only), work / "chosen.onnx")
+            return work / "chosen.onnx"
+
+        def error(chosen: frozenset[str], count: int) -> float:
+            return prediction_error(qdq.session(write(chosen)), samples, guidance, count)
+
+        found = search(frozenset(free), error, options.max_error, advance)
+        qdq.pack(write(found.quantised), out / "denoiser.onnx")
+    kept = {layer: "protected" for layer in sorted(protected)} | {layer: "damage" for layer in found.kept}
+    report = {
+        "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,
+        "error_all": found.error_all, "errors": found.errors, "smoothed_norms": smoothed, "guidance_scale": guidance,
+        "options": options.model_dump(mode="json"),
+    }  # fmt: skip
+    (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+
+
+@dataclass(frozen=True)
+class Found:
+    """`errors`: of each layer quantised alone, where they had to be measured; `error_all`: of all of them together."""
+
+    quantised: frozenset[str]
+    kept: tuple[str, ...]
+    error: float
+    error_all: float
+    errors: dict[str, float]
+
+
+def search(
+    layers: frozenset[str], error: Callable[[frozenset[str], int], float], limit: float, advance: Advance
+) -> Found:
+    """Quantise as many layers as `limit` allows. `error(layers, samples)` measures a choice of them.
+
+    Errors of single layers are taken to add up as independent noise does, in squares. So the layers that are worst
+    alone are kept until what is left adds up to the limit; as it never quite does, the sum is scaled by what was
+    measured and the next one kept, until the measured error is at or below the limit.
+    """
+    error_all = measured = error(layers, JUDGED)
+    if measured <= limit:
+        return Found(layers, (), measured, measured, {})
+    errors = {}
+    for done, layer in enumerate(sorted(layers)):
+        advance(done, len(layers))
+        errors[layer] = error(frozenset({layer}), RANKED)
+    worst_first = sorted(errors, key=lambda layer: -errors[layer])
+    kept = 0
+    while measured > limit:
+        left = [errors[layer] ** 2 for layer in worst_first[kept:]]
+        allowed = sum(left) * (limit / measured) ** 2
+        while kept < len(worst_first) and sum(left) > allowed:
+            left.pop(0)
+            kept += 1
+        measured = error(frozenset(worst_first[kept:]), JUDGED)
+    return Found(frozenset(worst_first[kept:]), tuple(worst_first[:kept]), measured, error_all, errors)
+
+
+def prediction_error(
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]], samples: Path, guidance: float, count: int = JUDGED
+) -> float:
+    """How far the guided predictions of `run` are from the samples', |difference| / |prediction| over `count` of them.
+
+    Raises NumericalError where they are not finite.
+    """
+    files = sorted(samples.glob("*.npz"))
+    places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
+    difference = norm = 0.0
+    for file in (files[place] for place in places):
+        with np.load(file) as arrays:
+            inputs = dict(arrays)
+        wanted = _guided(inputs.pop("prediction"), guidance)
+        found = _guided(run(inputs)["prediction"], guidance)
+        difference += float(np.square(found - wanted).sum())
+        norm += float(np.square(wanted).sum())
+    if not np.isfinite(difference):
+        raise NumericalError(
+            "the quantised denoiser's prediction is not finite", expected="finite numbers", got=difference
+        )
+    return float(np.sqrt(difference / norm))
+
+
+def engine_error(
+    engine: str,
+    model: Path,
+    weights: Path | None,
+    contract: Component,
+    samples: Path,
+    guidance: float,
+    advance: Advance,
+) -> float:
+    """prediction_error of an engine's files, with all that is not int8 in fp32."""
+    from slipcast.engines import open_engine
+
+    with open_engine(engine, model, weights, "fp32", contract) as run:
+        return prediction_error(run, samples, guidance)
+
+
+def _guided(prediction: npt.NDArray[Any], guidance: float) -> npt.NDArray[np.float64]:
+    whole = prediction.astype(np.float64)
+    if guidance <= 1.0:
+        return whole
+    unconditional, conditional = np.split(whole, 2)
+    guided: npt.NDArray[np.float64] = guide(conditional, unconditional, guidance)
+    return guided
+
+
+def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        if not (fitting := fnmatch.filter(layers, pattern)):
+            raise RecipeError(
+                f"passes.quantize.protect: {pattern!r} fits no layer", expected=f"a pattern such as {min(layers)!r}",
+                got=f"{len(layers)} layers with other names",
+            )  # fmt: skip
+        found.update(fitting)
+    return found
+
+
+def _read(samples: Path) -> Iterator[Arrays]:
+    """What the denoiser reads, one evaluation at a time."""
+    for file in sorted(samples.glob("*.npz")):
+        with np.load(file) as arrays:
+            yield {name: arrays[name] for name in arrays if name != "prediction"}
+
+
+def _peaks(source: Path, samples: Path, work: Path, tensors: list[str]) -> Arrays:
+    """max|x| over all samples of each tensor, per channel, which is its last axis."""
+    import onnx
+
+    from slipcast_compiler.passes import qdq
+
+    model = onnx.load(source)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    qdq.save(model, work / "peaks.onnx")
+    run, found = qdq.session(work / "peaks.onnx"), Arrays()
+    for inputs in _read(samples):
+        outputs = run(inputs)
+        for name in tensors:
+            peak = np.abs(outputs[name]).max(axis=tuple(range(outputs[name].ndim - 1)))
+            found[name] = np.maximum(found.get(name, 0), peak)
+    (work / "peaks.onnx.data").unlink()  # as large as the model
+    return found

@@ -1,4 +1,4 @@
-"""Record what a bundle's denoiser reads and gives while the runtime draws; imports nothing that the runtime does not."""
+"""Record what a bundle's denoiser reads and gives while it draws; imports nothing that the runtime does not."""
 
 from __future__ import annotations
 

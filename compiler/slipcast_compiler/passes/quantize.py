@@ -6,7 +6,7 @@ import fnmatch
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field
 
-from slipcast.denoiser import guide
-from slipcast.errors import CheckFailed, NumericalError, RecipeError
+from slipcast.errors import CheckFailed, RecipeError
 from slipcast.manifest import Component, EngineFiles
 from slipcast.progress import Advance
 from slipcast.validation import Strict
+from slipcast_compiler.passes.sensitivity import prediction_error, search
 
 if TYPE_CHECKING:
     from slipcast_compiler.cache import Cache
@@ -30,7 +30,6 @@ Arrays = dict[str, npt.NDArray[Any]]
 # TOML has one kind of array, so tuples have to be taken from lists in strict mode too.
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
-JUDGED, RANKED = 8, 4  # samples that the error is measured on, and that layers are ranked by
 ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
 
 
@@ -53,7 +52,7 @@ class QuantizeOptions(Strict):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A directory with denoiser.onnx, its data and quantize.json, which is `report`; and what engines are checked by."""
+    """A directory with denoiser.onnx, its weights, and quantize.json, the `report`; and what engines are checked by."""
 
     folder: Path
     samples: Path
@@ -136,76 +135,13 @@ def quantize_graph(
 
         found = search(frozenset(free), error, options.max_error, advance)
         qdq.pack(write(found.quantised), out / "denoiser.onnx")
-    kept = {layer: "protected" for layer in sorted(protected)} | {layer: "damage" for layer in found.kept}
+    kept = dict.fromkeys(sorted(protected), "protected") | dict.fromkeys(found.kept, "damage")
     report = {
         "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,
         "error_all": found.error_all, "errors": found.errors, "smoothed_norms": smoothed, "guidance_scale": guidance,
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
     (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
-
-
-@dataclass(frozen=True)
-class Found:
-    """`errors`: of each layer quantised alone, where they had to be measured; `error_all`: of all of them together."""
-
-    quantised: frozenset[str]
-    kept: tuple[str, ...]
-    error: float
-    error_all: float
-    errors: dict[str, float]
-
-
-def search(
-    layers: frozenset[str], error: Callable[[frozenset[str], int], float], limit: float, advance: Advance
-) -> Found:
-    """Quantise as many layers as `limit` allows. `error(layers, samples)` measures a choice of them.
-
-    Errors of single layers are taken to add up as independent noise does, in squares. So the layers that are worst
-    alone are kept until what is left adds up to the limit; as it never quite does, the sum is scaled by what was
-    measured and the next one kept, until the measured error is at or below the limit.
-    """
-    error_all = measured = error(layers, JUDGED)
-    if measured <= limit:
-        return Found(layers, (), measured, measured, {})
-    errors = {}
-    for done, layer in enumerate(sorted(layers)):
-        advance(done, len(layers))
-        errors[layer] = error(frozenset({layer}), RANKED)
-    worst_first = sorted(errors, key=lambda layer: -errors[layer])
-    kept = 0
-    while measured > limit:
-        left = [errors[layer] ** 2 for layer in worst_first[kept:]]
-        allowed = sum(left) * (limit / measured) ** 2
-        while kept < len(worst_first) and sum(left) > allowed:
-            left.pop(0)
-            kept += 1
-        measured = error(frozenset(worst_first[kept:]), JUDGED)
-    return Found(frozenset(worst_first[kept:]), tuple(worst_first[:kept]), measured, error_all, errors)
-
-
-def prediction_error(
-    run: Callable[[Mapping[str, Any]], Mapping[str, Any]], samples: Path, guidance: float, count: int = JUDGED
-) -> float:
-    """How far the guided predictions of `run` are from the samples', |difference| / |prediction| over `count` of them.
-
-    Raises NumericalError where they are not finite.
-    """
-    files = sorted(samples.glob("*.npz"))
-    places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
-    difference = norm = 0.0
-    for file in (files[place] for place in places):
-        with np.load(file) as arrays:
-            inputs = dict(arrays)
-        wanted = _guided(inputs.pop("prediction"), guidance)
-        found = _guided(run(inputs)["prediction"], guidance)
-        difference += float(np.square(found - wanted).sum())
-        norm += float(np.square(wanted).sum())
-    if not np.isfinite(difference):
-        raise NumericalError(
-            "the quantised denoiser's prediction is not finite", expected="finite numbers", got=difference
-        )
-    return float(np.sqrt(difference / norm))
 
 
 def engine_error(
@@ -222,15 +158,6 @@ def engine_error(
 
     with open_engine(engine, model, weights, "fp32", contract) as run:
         return prediction_error(run, samples, guidance)
-
-
-def _guided(prediction: npt.NDArray[Any], guidance: float) -> npt.NDArray[np.float64]:
-    whole = prediction.astype(np.float64)
-    if guidance <= 1.0:
-        return whole
-    unconditional, conditional = np.split(whole, 2)
-    guided: npt.NDArray[np.float64] = guide(conditional, unconditional, guidance)
-    return guided
 
 
 def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]:

@@ -164,6 +164,7 @@ def session(model: Path) -> Callable[[Mapping[str, Any]], Arrays]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cpu_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # many short ones, one after the other
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     opened = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in opened.get_outputs()]

@@ -35,7 +35,7 @@ def search(
 
     Errors of single layers are taken to add up as independent noise does, in squares. So the layers that are worst
     alone are kept until what is left adds up to the limit; as it never quite does, the sum is scaled by what was
-    measured and the next one kept, until the measured error is at or below the limit.
+    measured and more are kept, until the measured error is at or below the limit, or no layer is left.
     """
     error_all = measured = error(layers, JUDGED)
     if measured <= limit:
@@ -46,11 +46,11 @@ def search(
         errors[layer] = error(frozenset({layer}), RANKED)
     worst_first = sorted(errors, key=lambda layer: -errors[layer])
     kept = 0
-    while measured > limit:
+    while measured > limit and kept < len(worst_first):
         left = [errors[layer] ** 2 for layer in worst_first[kept:]]
         allowed = sum(left) * (limit / measured) ** 2
-        while kept < len(worst_first) and sum(left) > allowed:
-            left.pop(0)
+        kept += 1  # at least one, also where single layers do not show the error of all
+        while sum(left := left[1:]) > allowed:
             kept += 1
         measured = error(frozenset(worst_first[kept:]), JUDGED)
     return Found(frozenset(worst_first[kept:]), tuple(worst_first[:kept]), measured, error_all, errors)

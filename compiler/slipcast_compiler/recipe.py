@@ -161,12 +161,8 @@ class Recipe(Strict):
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
         wanted = any(target.precision == "int8" for target in self.targets)
-        if wanted != (self.passes.quantize is not None):
-            raise ValueError(
-                "a target in int8 needs [passes.quantize], which says how"
-                if wanted
-                else "[passes.quantize] is of no use: no target has precision int8"
-            )
+        if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
+            raise ValueError(problem)
         return self
 
 
@@ -283,3 +279,14 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
     gate, evaluate = document.get("gate", {}), document.get("evaluate", {})
     if not {"gate", "evaluate"} & bad and "clip_drop" in gate and "scorer" not in evaluate:
         yield ("gate", "clip_drop"), "gate.clip_drop needs evaluate.scorer"
+    if not {"targets", "passes"} & bad:
+        wanted = any(target.get("precision") == "int8" for target in document.get("targets", []))
+        if problem := _int8_contradiction(wanted, "quantize" in document.get("passes", {})):
+            yield ("passes", "quantize") if not wanted else ("targets",), problem
+
+
+def _int8_contradiction(target: bool, table: bool) -> str | None:
+    """What is wrong with a target in int8 and [passes.quantize], one without the other."""
+    if target == table:
+        return None
+    return "a target in int8 needs [passes.quantize]" if target else "no target has precision int8: [passes.quantize]"

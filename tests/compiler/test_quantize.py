@@ -125,6 +125,8 @@ class TestRecipe:
     def test_table_without_target(self) -> None:
         with pytest.raises(RecipeError, match="no target has precision int8"):
             parse_recipe(self.GOOD.replace('"int8"', '"bf16"'), "r.toml")
+        with pytest.raises(RecipeError, match=r"(?s)2 problems.*r\.toml:7: passes.quantize: no target has precision"):
+            parse_recipe(self.GOOD.replace('"int8"', '"bf16"') + "[decode]\ntile = 1", "r.toml")
 
 
 class TestGraph:

@@ -12,8 +12,10 @@ from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import build_target
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
+from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import make_profile
 
@@ -46,12 +48,20 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache, rewritten.rewrite)
 
+    # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
+    quantized = None
+    if options := plan.recipe.passes.quantize:
+        with stages.stage("calibrate") as advance:
+            samples = calibration_samples(plan, exported, options.samples, cache, advance)
+        with stages.stage("quantize denoiser") as advance:
+            quantized = quantize(plan, exported["denoiser"], samples, cache, advance)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
         targets = []
         for table in plan.recipe.targets:
             with stages.stage(f"build {table.engine}-{table.precision}") as advance:
-                targets.append(build_target(table, exported, folder, cache, advance))
+                targets.append(build_target(table, exported, folder, cache, advance, quantized))
         fields = package.describe(plan, exported, folder) | rewritten.manifest_fields()
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
@@ -70,7 +80,8 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports)
+        told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
+        record = report.make_record(plan, fields, gates, stages.seconds, told)
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

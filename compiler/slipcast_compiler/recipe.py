@@ -183,6 +183,9 @@ class Recipe(Strict):
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
+        wanted = any(target.precision == "int8" for target in self.targets)
+        if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
+            raise ValueError(problem)
         return self
 
 

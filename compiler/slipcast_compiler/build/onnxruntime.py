@@ -9,8 +9,8 @@ from slipcast.manifest import EngineFiles
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
-    """Copy the graph and its weights; fp32 alone, as the graph is."""
-    assert precision == "fp32", precision
+    """Copy the graph and its weights: what is int8 is so in the graph, the rest is fp32."""
+    assert precision in ("fp32", "int8"), precision
     weights = model.with_name(f"{model.name}.data")
     for file in (model, weights):
         shutil.copyfile(file, out / file.name)

@@ -16,6 +16,7 @@ from slipcast_compiler.passes.context import Context, Result
 from slipcast_compiler.passes.low_rank import LowRank
 from slipcast_compiler.passes.prune_ffn import PruneFFN
 from slipcast_compiler.passes.prune_heads import PruneHeads
+from slipcast_compiler.passes.quantize import QuantizeOptions
 from slipcast_compiler.passes.recover import Recover
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class PassesTable(Strict):
     prune_ffn: PruneFFN | None = None
     low_rank: LowRank | None = None
     recover: Recover | None = None
+    quantize: QuantizeOptions | None = None  # after the export, on the graph: not one of PASSES
 
     def chosen(self) -> list[tuple[str, Any]]:
         """(name, options) of the passes that are on, in their order."""

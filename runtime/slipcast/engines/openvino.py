@@ -37,7 +37,7 @@ __all__ = ["OpenVinoEngine", "open_engine", "openvino"]  # the library, for whoe
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 _PARAMETER = re.compile(r"(?:model\.)?(.+)\.(?:weight|bias)(?![a-z])")
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 is in the graph; the hint is for the rest
 
 
 class OpenVinoEngine:

@@ -23,7 +23,7 @@ from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
 from slipcast_compiler.architectures import ComponentSource
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.hygiene import repair
+from slipcast_compiler.hygiene import tidy
 from slipcast_compiler.model import Checkpoint, Weight, find_weight, library_class
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.quiet import quiet
@@ -48,7 +48,7 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     _transpose_weights(model.graph)
     with quiet():
         optimize(model)
-    repair(model.graph)
+    tidy(model.graph)
     _name_dimensions(model, source, sizes)
     _strip(model)
     ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")

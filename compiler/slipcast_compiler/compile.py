@@ -14,6 +14,7 @@ from slipcast_compiler.build import build_target
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.stages import cached_stages
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     for name in plan.checkpoint.architecture.components:
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache)
+
+    # What does not depend on the latent leaves the sampling loop.
+    if plan.recipe.staging:
+        with stages.stage("stage denoiser"):
+            exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:

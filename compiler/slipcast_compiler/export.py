@@ -52,6 +52,11 @@ def export_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], o
     _name_dimensions(model, source, sizes)
     _strip(model)
     ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    return contract_of(model)
+
+
+def contract_of(model: ir.Model) -> Component:
+    """What every engine of a graph takes and returns."""
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
 
 

@@ -31,7 +31,7 @@ def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
         return
     rows = query.shape[-2]
     assert isinstance(rows, int), "a denoiser's sizes are fixed"
-    wide = ir.node("Expand", [mask, _constant(graph, f"rows_{rows}", np.array([rows, 1]))])
+    wide = ir.node("Expand", [mask, constant(graph, f"rows_{rows}", np.array([rows, 1]))])
     _describe(wide, mask, [*mask.shape[:-2], rows, mask.shape[-1]])
     graph.insert_before(node, wide)
     node.replace_input_with(3, wide.outputs[0])
@@ -53,11 +53,11 @@ def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
         values = weight.const_value.numpy().reshape(-1, *(1 for _ in sizes[1:]))
         weight.const_value, weight.shape = ir.tensor(values, name=weight.name), ir.Shape(values.shape)
     name = f"groups_{groups}"
-    ones = _constant(graph, f"{name}_ones", np.ones(groups, np.float32))
-    zeros = _constant(graph, f"{name}_zeros", np.zeros(groups, np.float32))
-    grouped = ir.node("Reshape", [x, _constant(graph, name, np.array([0, groups, -1]))])
+    ones = constant(graph, f"{name}_ones", np.ones(groups, np.float32))
+    zeros = constant(graph, f"{name}_zeros", np.zeros(groups, np.float32))
+    grouped = ir.node("Reshape", [x, constant(graph, name, np.array([0, groups, -1]))])
     normal = ir.node("InstanceNormalization", [*grouped.outputs, ones, zeros], {"epsilon": epsilon})
-    target = _constant(graph, "sizes_" + "_".join(map(str, sizes)), np.array([0, *sizes]))
+    target = constant(graph, "sizes_" + "_".join(map(str, sizes)), np.array([0, *sizes]))
     again = ir.node("Reshape", [*normal.outputs, target])
     scaled = ir.node("Mul", [*again.outputs, scale])
     shifted = ir.node("Add", [*scaled.outputs, bias])
@@ -71,7 +71,7 @@ def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _constant(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
+def constant(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
     """An initialiser of the graph, the same for all who ask for it by name."""
     if name not in graph.initializers:
         tensor = ir.tensor(values, name=name)

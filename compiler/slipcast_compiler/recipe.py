@@ -101,6 +101,12 @@ class DecodeTable(Strict):
         return self
 
 
+class StagingTable(Strict):
+    """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
+
+    general: bool = False
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id."""
 
@@ -139,6 +145,7 @@ class Recipe(Strict):
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     decode: DecodeTable = DecodeTable()
+    staging: StagingTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[

@@ -59,11 +59,14 @@ class Staged:
     parameters: int
 
 
-def stage(model: ir.Model) -> Staged:
-    """Cut a denoiser as it was exported. The model is rewritten on the way (see broadcast_late)."""
+def stage(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Staged:
+    """Cut a denoiser as it was exported; what is bound neither `early` nor later than that stays in the loop.
+
+    The model is rewritten on the way (see broadcast_late).
+    """
     graph, nodes, parameters = model.graph, len(model.graph), _parameters(model.graph)
     broadcast_late(model)
-    bound = bind(graph)
+    bound = {v: b if b in early or b == Binding.CONSTANT else Binding.LATENT for v, b in bind(graph).items()}
     late = {node for node in graph if bound[node.outputs[0]] == Binding.LATENT}
     into_loop = _cut(graph, bound, set(EARLY), late)
     mixed = {node for node in _needed(into_loop) if bound[node.outputs[0]] == Binding.STEP | Binding.PROMPT}
@@ -74,7 +77,7 @@ def stage(model: ir.Model) -> Staged:
         if wanted:
             given = into_mixed if name == "prompt+step" else graph.inputs
             graphs[name] = _extract(model, given, wanted)
-    latent = {value for value in graph.inputs if bound[value] == Binding.LATENT}
+    latent = {value for value in graph.inputs if bound[value] == Binding.LATENT}  # or not to be taken out
     graphs["denoise"] = _extract(model, latent | into_loop, graph.outputs)
     return Staged(graphs, nodes, parameters)
 

@@ -18,6 +18,7 @@ from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import make_profile
+from slipcast_compiler.stages import cached_stages
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     for name in plan.checkpoint.architecture.components:
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache, rewritten.rewrite)
+
+    # What does not depend on the latent leaves the sampling loop.
+    if plan.recipe.staging:
+        with stages.stage("stage denoiser"):
+            exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
 
     # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
     quantized = None

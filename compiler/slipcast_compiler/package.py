@@ -25,6 +25,7 @@ from slipcast.manifest import (
 )
 from slipcast_compiler.model import tokenizer_file
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.stages import write_step_table
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
 
@@ -98,6 +99,7 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
         ),
         "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
         "not_compiled": plan.checkpoint.not_compiled,
+        **(write_step_table(exported["denoiser"], plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip
 
 

@@ -112,6 +112,12 @@ class ProfileTable(Strict):
     batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
 
 
+class StagingTable(Strict):
+    """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
+
+    general: bool = False
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
@@ -169,6 +175,7 @@ class Recipe(Strict):
     decode: DecodeTable = DecodeTable()
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
+    staging: StagingTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -303,3 +310,14 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
     for limit, needed in NEEDS.items():
         if not {"gate", "evaluate"} & bad and limit in gate and needed not in evaluate:
             yield ("gate", limit), f"gate.{limit} needs evaluate.{needed}"
+    if not {"targets", "passes"} & bad:
+        wanted = any(target.get("precision") == "int8" for target in document.get("targets", []))
+        if problem := _int8_contradiction(wanted, "quantize" in document.get("passes", {})):
+            yield ("passes", "quantize") if not wanted else ("targets",), problem
+
+
+def _int8_contradiction(target: bool, table: bool) -> str | None:
+    """What is wrong with a target in int8 and [passes.quantize], one without the other."""
+    if target == table:
+        return None
+    return "a target in int8 needs [passes.quantize]" if target else "no target has precision int8: [passes.quantize]"

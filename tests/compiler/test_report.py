@@ -142,7 +142,8 @@ def _record(*rows: GateRow) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "name": "x", "compiled_at": "2026", "base_model": "m", "source_sha256": "0", "pipeline": "P", "family": None,
-        "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "passes": {}, "stages_s": {"originals": 1.0},
+        "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
+        "passes": {},
         "tools": {}, "original": "something <drawn>", "recipe": _resolved("", schedule="leading", steps=20),
         "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],

@@ -61,4 +61,4 @@ def _cached(
         (out / "files.json").write_text(files.model_dump_json())
 
     # The export's directory is named by the hash of all that it was made from.
-    return cache.get("engine", {"source": source.name, "target": table.model_dump()}, make)
+    return cache.get("engine", {"source": source.name, "component": name, "target": table.model_dump()}, make)

@@ -57,14 +57,14 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle through the runtime, as a host would run it, against the original.
-        scorer = evaluate.Scorer(plan.recipe.evaluate.scorer, plan.folder) if plan.recipe.evaluate.scorer else None
         with stages.stage("evaluate original") as advance:
+            judge = evaluate.open_judge(plan, originals)
             before = evaluate.measure_original(plan, originals, advance)
         runs, judged, gates = {}, [], {}
         for target in targets:
             with stages.stage(f"evaluate {target.id}") as advance:
                 runs[target.id] = run = evaluate.run_bundle(folder, target, originals, advance)
-                quality = evaluate.judge(originals, run, scorer)
+                quality = judge(run)
                 performance = evaluate.performance(before, run, evaluate.measure_memory(folder, target))
             judged.append(target.model_copy(update={"quality": quality, "performance": performance}))
             gates[target.id] = evaluate.apply_gate(plan.recipe.gate, quality)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +13,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.errors import HostError
-from slipcast.manifest import Metrics, Performance, Quality, Target
+from slipcast.manifest import Comparison, Metrics, Performance, Quality, Target
 from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.plan import Plan, Prompts, find_scorer
-from slipcast_compiler.quiet import quiet
+from slipcast_compiler.lpips import Lpips
+from slipcast_compiler.metrics import Reference, Samples, choose_captions, intervals, summarise
+from slipcast_compiler.plan import Plan, Prompts
 from slipcast_compiler.recipe import GateTable
+from slipcast_compiler.scorer import Scorer
+
+logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
 MEASURED = 3  # images that time and memory of the original are taken from
-MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
+# label, field of GateTable, metric, and what holds it: it is at most the limit, at least, or falls by at most that.
+LIMITS = (
+    ("CLIP drop, mean", "clip_drop", "clip_delta_mean", "drop"),
+    ("CLIP drop, worst image", "clip_drop_worst", "clip_delta_worst", "drop"),
+    ("Retrieval drop", "retrieval_drop", "retrieval_drop", "at most"),
+    ("LPIPS, mean", "lpips", "lpips_mean", "at most"),
+    ("SSIM, worst image", "ssim", "ssim_worst", "at least"),
+    ("PSNR, worst image (dB)", "psnr", "psnr_worst", "at least"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Originals:
-    """The unchanged model's pictures, float32 [n, h, w, 3]: the reference, and two runs that give the noise floors."""
+    """The unchanged model's pictures, float32 [n, h, w, 3]: the reference, and two runs that give the noise floors.
+
+    The reference goes on, after the held-out prompts, with those out of the family.
+    """
 
     prompts: Prompts
     seeds: tuple[int, ...]
@@ -64,61 +80,28 @@ class GateRow:
     passed: bool | None
 
 
-class Scorer:
-    """CLIP score: cosine of a picture's and a text's embeddings (Hessel et al., arXiv 2104.08718)."""
-
-    def __init__(self, path: str, folder: Path) -> None:
-        with quiet():
-            self._load(path, folder)
-
-    def _load(self, path: str, folder: Path) -> None:
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-        where = find_scorer(path, folder)
-        try:
-            self._model = CLIPModel.from_pretrained(where).float().eval()
-            self._tokenizer = CLIPTokenizer.from_pretrained(where)
-            size = self._model.config.vision_config.image_size
-            processed = isinstance(where, str) or (where / "preprocessor_config.json").is_file()
-            # A scorer without a processor of its own takes pictures in [-1, 1], as it was trained.
-            self._processor = CLIPImageProcessor.from_pretrained(where) if processed else CLIPImageProcessor(
-                size={"shortest_edge": size}, crop_size={"height": size, "width": size},
-                image_mean=[0.5] * 3, image_std=[0.5] * 3,
-            )  # fmt: skip
-        except OSError as error:
-            raise HostError(f"evaluate.scorer: {where} cannot be loaded", got=str(error).splitlines()[0]) from error
-
-    def __call__(self, images: Floats, prompts: Sequence[str | None]) -> Floats:
-        """float32 [n], image i against prompt i."""
-        import torch
-        from PIL import Image
-
-        pictures = [Image.fromarray((image * 255).round().astype(np.uint8)) for image in images]
-        pixels = self._processor(pictures, return_tensors="pt").pixel_values
-        length = self._model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(
-            [prompt or "" for prompt in prompts], padding="max_length", max_length=length, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        with torch.no_grad():
-            output = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels)
-        scores: Floats = (output.image_embeds * output.text_embeds).sum(-1).numpy()
-        return scores
-
-
 def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
     """Reference pictures and the runs behind the noise floors, from the cache where nothing has changed."""
-    first, count = plan.recipe.evaluate.seed, len(plan.prompts)
-    seeds = tuple(range(first, first + count))
-    others = tuple(range(first + count, first + 2 * count))
-    runs = []
-    for place, (dtype, chosen) in enumerate((("float32", seeds), ("bfloat16", seeds), ("float32", others))):
+    first, count, strangers = plan.recipe.evaluate.seed, len(plan.prompts), plan.out_of_family
+    seeds, others, last = (
+        tuple(range(begin, begin + length))
+        for begin, length in ((first, count), (first + count, count), (first + 2 * count, len(strangers)))
+    )
+    wanted: list[tuple[Prompts, tuple[int, ...], str]] = [
+        (plan.prompts, seeds, "float32"), (plan.prompts, seeds, "bfloat16"), (plan.prompts, others, "float32"),
+        (strangers, last, "float32"),
+    ]  # fmt: skip
+    total, done, runs = 3 * count + len(strangers), 0, []
+    for prompts, chosen, dtype in wanted:
 
-        def report(done: int, total: int, place: int = place) -> None:
-            advance(place * total + done, 3 * total)
+        def report(i: int, _: int, before: int = done) -> None:
+            advance(before + i, total)
 
-        runs.append(_original(plan, chosen, dtype, cache, report))
-    return Originals(plan.prompts, seeds, *runs)
+        if prompts:
+            runs.append(_original(plan, prompts, chosen, dtype, cache, report))
+        done += len(prompts)
+    fp32, bf16, other_seeds, *rest = runs
+    return Originals((*plan.prompts, *strangers), seeds + last, np.concatenate([fp32, *rest]), bf16, other_seeds)
 
 
 def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
@@ -141,43 +124,59 @@ def run_bundle(root: Path, target: Target, originals: Originals, advance: Advanc
     return _run(isolated.result, isolated.peak_memory_mb)
 
 
-def judge(originals: Originals, run: Run, scorer: Scorer | None) -> Quality:
-    """All metrics of a run against the original, with the noise floors."""
-    prompts = originals.prompts
-    reference = originals.fp32
-    reference_scores = scorer(reference, prompts) if scorer else None
+class Judge:
+    """Measures runs against the originals; what belongs to the originals alone is computed once."""
 
-    def against(found: Floats) -> Metrics:
-        return compare(reference, found, reference_scores, scorer(found, prompts) if scorer else None)
-
-    other = against(originals.other_seeds)
-    clip_only = {name: value for name, value in other.model_dump().items() if name.startswith("clip")}
-    return Quality(
-        **against(run.images).model_dump(), images=len(prompts),
-        noise_floor={"precision": against(originals.bf16), "seed": Metrics(**clip_only)},
-    )  # fmt: skip
-
-
-def compare(reference: Floats, found: Floats, reference_scores: Floats | None, scores: Floats | None) -> Metrics:
-    """Pixel metrics of paired pictures, [n, h, w, 3] in [0, 1]; and of their CLIP scores, where there are any."""
-    psnrs = [psnr(a, b) for a, b in zip(reference, found, strict=True)]
-    ssims = [ssim(a, b) for a, b in zip(reference, found, strict=True)]
-    clip: dict[str, float] = {}
-    if scores is not None and reference_scores is not None:
-        change = (scores - reference_scores) / np.abs(reference_scores)
-        clip = {
-            "clip_score_mean": float(scores.mean()),
-            # of the means, not the mean of ratios, which a single score near zero would rule
-            "clip_delta_mean": float(scores.mean() / reference_scores.mean() - 1),
-            "clip_delta_worst": float(change.min()),
+    def __init__(
+        self, originals: Originals, scorer: Scorer | None = None, lpips: Lpips | None = None,
+        captions: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`captions`: the family's, for retrieval; see metrics.Reference."""
+        self._count = count = len(originals.bf16)
+        prompts, strangers = originals.prompts[:count], originals.prompts[count:]
+        self._held_out = held_out = Reference(originals.fp32[:count], prompts, scorer, lpips, captions)
+        captions_too = (*captions, *choose_captions([prompt or "" for prompt in strangers]))
+        self._outside = strangers and Reference(originals.fp32[count:], strangers, scorer, lpips, captions_too)
+        self._fixed: dict[str, Any] = {
+            "noise_floor": {
+                "precision": _floor(held_out.sample(originals.bf16)),
+                "seed": _floor(held_out.sample(originals.other_seeds, pixels=False)),
+            },
+            "scorer_sha256": scorer.sha256 if scorer else None,
+            "lpips_sha256": lpips.sha256 if lpips else None,
+            "retrieval_captions": len(captions) if scorer else 0,
         }
-    return Metrics(
-        psnr_mean=float(np.mean(psnrs)),
-        psnr_worst=min(psnrs),
-        ssim_mean=float(np.mean(ssims)),
-        ssim_worst=min(ssims),
-        **clip,
-    )
+
+    def __call__(self, run: Run) -> Quality:
+        """All metrics of a run, of held-out prompts and of those out of the family apart."""
+        held_out, others = run.images[: self._count], run.images[self._count :]
+        outside = Comparison(**_compare(self._outside, others)) if self._outside else None
+        return Quality(**_compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
+
+
+def open_judge(plan: Plan, originals: Originals) -> Judge:
+    """With the scorer and the weights that the recipe names."""
+    table = plan.recipe.evaluate
+    scorer = Scorer(table.scorer, plan.folder) if table.scorer else None
+    lpips = Lpips(plan.folder / table.lpips) if table.lpips else None
+    family = plan.family.calibration + plan.family.held_out if plan.family else ()
+    return Judge(originals, scorer, lpips, choose_captions(family))
+
+
+def _floor(samples: Samples) -> Metrics:
+    """As summarise, but nothing where the unchanged model's own pictures are not finite: that is no floor."""
+    found = summarise(samples)
+    if all(value is None or math.isfinite(value) for value in found.model_dump().values()):
+        return found
+    logger.warning("the original in bf16, or with other seeds, makes broken pictures: a noise floor is left out")
+    return Metrics()
+
+
+def _compare(reference: Reference, found: Floats) -> dict[str, Any]:
+    """The fields of a Comparison."""
+    samples = reference.sample(found)
+    own = {"images": len(found), "original": reference.itself, "intervals": intervals(samples)}
+    return summarise(samples).model_dump() | own
 
 
 def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Performance:
@@ -194,37 +193,44 @@ def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Perfor
 
 
 def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
-    """Every metric with its limit. A limit on a metric that was not run does not pass."""
+    """Every limit, with what the held-out prompts gave. What is not a number is missed, even without one."""
     floor = quality.noise_floor["precision"]
     rows = []
-    for metric, limit, value, noise, at_most in (
-        ("CLIP drop, mean", gate.clip_drop, _negative(quality.clip_delta_mean), _negative(floor.clip_delta_mean), True),
-        ("PSNR, worst image (dB)", gate.psnr, quality.psnr_worst, floor.psnr_worst, False),
-        ("SSIM, worst image", gate.ssim, quality.ssim_worst, floor.ssim_worst, False),
-    ):
+    for label, field, metric, sense in LIMITS:
+        limit: float | None = getattr(gate, field)
+        sign = -1 if sense == "drop" else 1  # a drop is counted upwards
+        value, noise = (_signed(getattr(found, metric), sign) for found in (quality, floor))
         passed = None
         if limit is not None:
-            passed = value is not None and (value <= limit if at_most else value >= limit)
-        rows.append(GateRow(metric, limit, value, noise, passed))
-    return (*rows, GateRow("LPIPS, mean", None, quality.lpips_mean, floor.lpips_mean, None))
+            passed = value is not None and (value >= limit if sense == "at least" else value <= limit)
+        if value is not None and not math.isfinite(value):
+            passed = False
+        rows.append(GateRow(label, limit, value, noise, passed))
+    other = quality.out_of_family.psnr_worst if quality.out_of_family else None
+    if other is not None and not math.isfinite(other):  # no limit applies there, but a picture has to be one
+        rows.append(GateRow("PSNR out of the family, worst image (dB)", None, other, None, False))
+    return tuple(rows)
 
 
 def missed(gates: dict[str, tuple[GateRow, ...]]) -> list[str]:
     """One line for every limit that does not hold."""
-    return [
-        f"{target}: {row.metric} is {'not run' if row.value is None else f'{row.value:.4f}'}, limit {row.limit}"
-        for target, rows in gates.items() for row in rows if row.passed is False
-    ]  # fmt: skip
+    lines = []
+    for target, row in ((target, row) for target, rows in gates.items() for row in rows if row.passed is False):
+        value = "not run" if row.value is None else f"{row.value:.4f}"
+        lines.append(f"{target}: {row.metric} is {value}, limit {'none' if row.limit is None else row.limit}")
+    return lines
 
 
-def _original(plan: Plan, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance) -> Floats:
+def _original(
+    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
+) -> Floats:
     inputs: dict[str, Any] = {
         "checkpoint": plan.checkpoint.sha256, "sampling": plan.sampling.model_dump(mode="json"), "size": plan.size,
-        "prompts": plan.prompts, "seeds": seeds, "dtype": dtype,
+        "prompts": prompts, "seeds": seeds, "dtype": dtype,
     }  # fmt: skip
 
     def build(folder: Path) -> None:
-        arguments = (plan.checkpoint.root, plan.sampling, plan.size, plan.prompts, seeds, dtype)
+        arguments = (plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, dtype)
         made = run_isolated(original.make_images, *arguments, advance=advance)
         np.save(folder / "images.npy", made.result["images"])
 
@@ -242,19 +248,5 @@ def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
     )
 
 
-def psnr(a: Floats, b: Floats) -> float:
-    """In dB, of two pictures in [0, 1]; at most MAX_PSNR."""
-    error = float(np.mean((a.astype(np.float64) - b) ** 2))
-    return min(MAX_PSNR, -10 * np.log10(error)) if error > 0 else MAX_PSNR
-
-
-def ssim(a: Floats, b: Floats) -> float:
-    """Structural similarity with the Gaussian window of Wang et al., 2004, as most papers give it."""
-    from skimage.metrics import structural_similarity
-
-    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(a, b, channel_axis=-1, data_range=1.0, **window))  # type: ignore[no-untyped-call]
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else 0.0 - value  # not -0.0
+def _signed(value: float | None, sign: int) -> float | None:
+    return None if value is None else 0.0 + sign * value  # not -0.0

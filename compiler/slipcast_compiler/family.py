@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.recipe import FamilyTable, slots_of
+from slipcast_compiler.recipe import EvaluateTable, FamilyTable, slots_of
 
 logger = logging.getLogger("slipcast")
 
@@ -40,7 +40,7 @@ def expand(table: FamilyTable, name: str, folder: Path) -> Family:
     Prompts are ranked by a hash of text and seed, so the split does not depend on their order. Raises RecipeError for a
     family too small to split.
     """
-    prompts = _distinct(_listed(table, folder))
+    prompts = _distinct(_listed(table, folder), "the family")
     if len(prompts) < 2:
         raise RecipeError(
             "the family is too small", expected="at least two different prompts, one of them held out",
@@ -65,13 +65,24 @@ def _listed(table: FamilyTable, folder: Path) -> list[str]:
         ]
     if table.prompts_file is None:
         return list(table.prompts)
-    file = folder / table.prompts_file
+    return _read("family.prompts_file", folder / table.prompts_file)
+
+
+def outside(table: EvaluateTable, family: Family, folder: Path) -> tuple[str, ...]:
+    """The recipe's prompts out of the family; RecipeError where one is of the family after all."""
+    name = table.out_of_family_file
+    listed = list(table.out_of_family) if name is None else _read("evaluate.out_of_family_file", folder / name)
+    prompts = _distinct(listed, "evaluate.out_of_family")
+    if inside := [prompt for prompt in prompts if prompt in {*family.calibration, *family.held_out}]:
+        raise RecipeError("evaluate.out_of_family: a prompt is of the family", expected="others", got=repr(inside[0]))
+    return tuple(prompts)
+
+
+def _read(key: str, file: Path) -> list[str]:
     try:
         return read_prompts(file)
     except FileNotFoundError:
-        raise RecipeError(
-            "family.prompts_file does not exist", expected="a text file, one prompt a line", got=file
-        ) from None
+        raise RecipeError(f"{key} does not exist", expected="a text file, one prompt a line", got=file) from None
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -92,10 +103,10 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def _distinct(prompts: list[str]) -> list[str]:
+def _distinct(prompts: list[str], where: str) -> list[str]:
     """Without duplicates, as normalised text; an empty value of a slot leaves no double space."""
     tidy = [unicodedata.normalize("NFC", " ".join(prompt.split())) for prompt in prompts]
     distinct = list(dict.fromkeys(prompt for prompt in tidy if prompt))
     if len(distinct) < len(tidy):
-        logger.warning("%d duplicate or empty prompts dropped from the family", len(tidy) - len(distinct))
+        logger.warning("%d duplicate or empty prompts dropped from %s", len(tidy) - len(distinct), where)
     return distinct

@@ -30,10 +30,12 @@ height = {height}
 [evaluate]
 images = 16                        # to judge by
 # scorer = "path/to/clip"          # a CLIP directory or hub id; gate.clip_drop needs it
+# lpips = "path/to/weights"        # alex.pth of the lpips package and torchvision's alexnet-*.pth
+# out_of_family = ["..."]          # prompts to judge apart, without limits
 
 [gate]                             # limits against the original, same prompts and noise
 psnr = 30.0                        # dB, on the worst image
-# clip_drop = 0.02                 # relative, on average
+# clip_drop = 0.02                 # relative, on average; clip_drop_worst: on the worst image
 
 # The first target is the default one.
 [[targets]]

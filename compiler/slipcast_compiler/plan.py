@@ -13,9 +13,11 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import find_sampler
-from slipcast_compiler.family import Family, expand
+from slipcast_compiler.family import Family, expand, outside
+from slipcast_compiler.lpips import SMALLEST, find_weights
 from slipcast_compiler.model import Checkpoint, open_checkpoint, tokenizer_file
 from slipcast_compiler.recipe import Recipe
+from slipcast_compiler.scorer import find_scorer
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
@@ -37,6 +39,7 @@ class Plan:
     sampling: Sampling
     image: ImageGeometry
     sizes: dict[str, int]
+    out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
 
     @property
     def prompts(self) -> Prompts:
@@ -71,6 +74,7 @@ class Plan:
             "not_compiled": list(self.checkpoint.not_compiled),
             "targets": targets,
             "judged_on": len(self.prompts),
+            "out_of_family": len(self.out_of_family),
             "disk_bytes": {"bundle": bundle, "cache": bundle + total * 4},
             # The original in fp32 is the largest thing that is ever in memory; 0.6 GB is torch itself.
             "memory_bytes": 600_000_000 + total * 4 * 2,
@@ -91,10 +95,9 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             f"{checkpoint.name} takes {'a prompt' if checkpoint.architecture.text else 'no prompts'}",
             expected="a [family]" if checkpoint.architecture.text else "a recipe without [family]",
         )
-    if recipe.evaluate.scorer and not recipe.family:
-        raise RecipeError(
-            "evaluate.scorer compares pictures with prompts, which this model has not", expected="no scorer"
-        )
+    for key in ("scorer", "out_of_family", "out_of_family_file"):
+        if getattr(recipe.evaluate, key) and not recipe.family:
+            raise RecipeError(f"evaluate.{key} is for a model with prompts, which this one has not", expected="none")
     for source in checkpoint.architecture.components.values():
         checkpoint.weights(source.folder)  # reads headers only: what is missing or damaged is found now
     if recipe.evaluate.scorer:
@@ -103,6 +106,13 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     if family and family.closed:
         logger.warning("closed families are not made use of yet: the text encoder is shipped all the same")
     image = _geometry(recipe, checkpoint)
+    if recipe.evaluate.lpips:
+        find_weights(folder / recipe.evaluate.lpips)
+        if min(image.width, image.height) < SMALLEST:
+            raise RecipeError(
+                "evaluate.lpips: the pictures are too small", expected=f"{SMALLEST} pixels",
+                got=f"{image.width}x{image.height}",
+            )  # fmt: skip
     sampling = _sampling(recipe, checkpoint)
     sizes = {
         **checkpoint.sizes,
@@ -111,7 +121,8 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     }
     for text in checkpoint.architecture.text:  # a tokenizer may stop before its encoder would
         sizes["text_length"] = min(sizes["text_length"], tokenizer_file(checkpoint, text.tokenizer)[1])
-    return Plan(recipe, folder, checkpoint, family, sampling, image, sizes)
+    strangers = outside(recipe.evaluate, family, folder) if family else ()
+    return Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
 
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
@@ -151,13 +162,3 @@ def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
     )  # fmt: skip
     sampling.lay()
     return sampling
-
-
-def find_scorer(path: str, folder: Path) -> Path | str:
-    """A scorer's directory (relative to `folder`), or else the hub id; RecipeError where it can be neither."""
-    local = folder / path
-    if local.is_dir():
-        return local
-    if path.count("/") != 1 or path.startswith((".", "/")):
-        raise RecipeError("evaluate.scorer does not exist", expected="a CLIP directory or hub id", got=str(local))
-    return path

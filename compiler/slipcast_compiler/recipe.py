@@ -102,19 +102,36 @@ class DecodeTable(Strict):
 
 
 class EvaluateTable(Strict):
-    """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id."""
+    """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
+    `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
 
     images: Annotated[int, Field(ge=1)] = 16
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1000
     scorer: str | None = None
+    lpips: str | None = None
+    out_of_family: Texts = ()
+    out_of_family_file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Self:
+        if self.out_of_family and self.out_of_family_file:
+            raise ValueError("give at most one of out_of_family and out_of_family_file")
+        return self
 
 
 class GateTable(Strict):
     """Quality limits, against the original model on the same prompts and noise. What is not given is not checked."""
 
     clip_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    clip_drop_worst: Annotated[float, Field(ge=0)] | None = None
+    retrieval_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    lpips: Annotated[float, Field(ge=0)] | None = None
     psnr: Annotated[float, Field(ge=0)] | None = None
     ssim: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+# limits -> the key of EvaluateTable without which they cannot be checked
+NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "scorer", "lpips": "lpips"}
 
 
 class TargetTable(Strict):
@@ -148,8 +165,9 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.gate.clip_drop is not None and self.evaluate.scorer is None:
-            raise ValueError("gate.clip_drop needs evaluate.scorer")
+        for limit, needed in NEEDS.items():
+            if getattr(self.gate, limit) is not None and getattr(self.evaluate, needed) is None:
+                raise ValueError(f"gate.{limit} needs evaluate.{needed}")
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
@@ -267,5 +285,6 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
         return
     bad = {item["loc"][0] for item in error.errors()}
     gate, evaluate = document.get("gate", {}), document.get("evaluate", {})
-    if not {"gate", "evaluate"} & bad and "clip_drop" in gate and "scorer" not in evaluate:
-        yield ("gate", "clip_drop"), "gate.clip_drop needs evaluate.scorer"
+    for limit, needed in NEEDS.items():
+        if not {"gate", "evaluate"} & bad and limit in gate and needed not in evaluate:
+            yield ("gate", limit), f"gate.{limit} needs evaluate.{needed}"

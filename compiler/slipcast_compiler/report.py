@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -27,9 +28,17 @@ from slipcast_compiler.recipe import SamplingTable
 SHOWN_PICTURES = 8
 ROW_WIDTH = 960  # CSS pixels for the pictures of one prompt; the page is bounded too, to about 10 MB
 PICTURE_WIDTHS = (128, 256)  # narrowest and widest column of pictures
+SHOWN_STRANGERS = 4  # of the pictures of prompts out of the family
 SHOWN_PROMPTS = 12
 DIFFERENCE_GAIN = 8
 FILES = ("report.json", "report.html")
+METRICS = {
+    "clip_score_mean": "CLIP score, mean", "clip_delta_mean": "CLIP change, mean",
+    "clip_delta_worst": "CLIP change, worst", "retrieval_precision": "Retrieval precision",
+    "retrieval_drop": "Retrieval drop", "lpips_mean": "LPIPS, mean", "flip_mean": "FLIP, mean",
+    "ssim_mean": "SSIM, mean", "ssim_worst": "SSIM, worst", "psnr_mean": "PSNR, mean (dB)",
+    "psnr_worst": "PSNR, worst (dB)",
+}  # fmt: skip
 
 Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
 
@@ -55,6 +64,7 @@ def make_record(
             **fields["family"].model_dump(mode="json"),
             "calibration_examples": list(plan.family.calibration[:SHOWN_PROMPTS]),
             "held_out_prompts": list(plan.prompts),
+            "out_of_family_prompts": list(plan.out_of_family),
         },
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
@@ -71,8 +81,8 @@ def make_record(
 def resolve(plan: Plan) -> dict[str, Any]:
     """The recipe with everything that it left open as the plan resolved it; itself a valid recipe."""
     recipe = plan.recipe.model_dump(mode="json", exclude_none=True)
-    if plan.recipe.family:
-        recipe["family"] = {key: value for key, value in recipe["family"].items() if value not in ([], {})}
+    for table in {"family", "evaluate"} & set(recipe):
+        recipe[table] = {key: value for key, value in recipe[table].items() if value not in ([], {})}
     sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
     if not plan.sampling.schedule:
         del sampling["steps"]  # an explicit list has its own length
@@ -99,10 +109,12 @@ def shown(value: float | None, metric: str, more: int = 0) -> str:
     """A metric as the page prints it, with `more` digits than usual; never a negative zero."""
     if value is None:
         return "not run"
-    percent = metric.startswith("CLIP change")
-    digits = (2 if percent else 1 if metric.startswith("PSNR") else 4) + more
-    rounded = round(value * 100 if percent else value, digits) or 0.0
-    return f"{rounded:{'+' if percent and rounded else ''}.{digits}f}{' %' if percent else ''}"
+    if not math.isfinite(value):
+        return "not a number"
+    change, share = metric.startswith("CLIP change"), metric.startswith("Retrieval")
+    digits = (2 if change else 1 if share or metric.startswith("PSNR") else 4) + more
+    rounded = round(value * 100 if change or share else value, digits) or 0.0
+    return f"{rounded:{'+' if change and rounded else ''}.{digits}f}{' %' if change or share else ''}"
 
 
 def picture_width(natural: int, runs: int) -> int:
@@ -115,22 +127,27 @@ def picture_width(natural: int, runs: int) -> int:
 def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run]) -> None:
     """Write report.json and report.html into `folder`."""
     (folder / "report.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
+        json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
     )
     natural = originals.fp32.shape[2]
     width = picture_width(natural, len(runs))
-    rows = [
-        {
-            "prompt": prompt or "no prompt",
-            "seed": originals.seeds[i],
-            "original": _data_url(originals.fp32[i], width),
-            "runs": {name: _pair(originals.fp32[i], run.images[i], width) for name, run in runs.items()},
-        }
-        for i, prompt in enumerate(originals.prompts[:SHOWN_PICTURES])
-    ]
+    held_out = len(originals.bf16)
+
+    def rows(places: range) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": originals.prompts[i] or "no prompt",
+                "seed": originals.seeds[i],
+                "original": _data_url(originals.fp32[i], width),
+                "runs": {name: _pair(originals.fp32[i], run.images[i], width) for name, run in runs.items()},
+            }
+            for i in places
+        ]
+
     page = render(
-        "report.html", {"shown": shown}, record=record, rows=rows, run_ids=list(runs), gain=DIFFERENCE_GAIN,
-        width=width, natural=natural,
+        "report.html", {"shown": shown}, record=record, run_ids=list(runs), gain=DIFFERENCE_GAIN,
+        rows=rows(range(min(held_out, SHOWN_PICTURES))), width=width, natural=natural, metrics=METRICS,
+        strangers=rows(range(held_out, min(len(originals.prompts), held_out + SHOWN_STRANGERS))),
         gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
         recipe=dump_toml(record["recipe"]),
     )  # fmt: skip
@@ -162,6 +179,15 @@ def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
     return {**texts, "metric": metric, "passed": row["passed"]} | ({"limit": "none"} if row["limit"] is None else {})
 
 
+def _plain(value: Any) -> Any:
+    """The same with "NaN" for what is not a number, which JSON does not have; null means "not run"."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return "NaN" if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _tables(value: Any) -> list[dict[str, Any]]:
     """The tables that a value has to be written as."""
     if isinstance(value, dict):
@@ -184,6 +210,7 @@ def _toml_value(value: Any) -> str:
 
 
 def _pair(reference: Picture, found: Picture, width: int) -> dict[str, str]:
+    found = np.nan_to_num(found, posinf=1.0)  # a picture that is not finite is black, as a viewer would show it
     difference = np.clip(np.abs(found - reference) * DIFFERENCE_GAIN, 0, 1)
     return {"image": _data_url(found, width), "difference": _data_url(difference, width)}
 

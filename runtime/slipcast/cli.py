@@ -23,7 +23,7 @@ import click
 from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
 
 if TYPE_CHECKING:
-    from slipcast.manifest import Manifest
+    from slipcast.manifest import Comparison, Manifest, Quality
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -322,15 +322,43 @@ def _report_text(manifest: Manifest, page: Path) -> str:
     lines = [manifest.name]
     for target in manifest.targets:
         quality, speed = target.quality, target.performance
+        other = quality and quality.out_of_family
         if quality and speed:
-            clip = "not run" if quality.clip_delta_mean is None else f"{quality.clip_delta_mean:+.2%}"
             lines += [
-                f"  {target.id}: CLIP {clip}, "
-                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}",
+                f"  {target.id}: CLIP {_change(quality)}, "
+                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}, {quality.images} images",
+                *(f"    {label} {text}" for label, text in _means(quality).items()),
+                *([f"    out of the family: CLIP {_change(other)}, {other.images} images"] if other else []),
                 f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
                 f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
             ]
     return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+def _change(found: Comparison) -> str:
+    """The change of the mean CLIP score with its 95 % interval."""
+    if found.clip_delta_mean is None:
+        return "not run"
+    low, high = found.intervals.get("clip_delta_mean", (None, None))
+    return f"{found.clip_delta_mean:+.2%}" + ("" if low is None else f" ({low:+.2%} to {high:+.2%})")
+
+
+def _means(quality: Quality) -> dict[str, str]:
+    """The means that are not in the first line, with their 95 % intervals and what they have to be held against."""
+    floor, found = quality.noise_floor.get("precision"), {}
+    for metric, label, digits, beside, other in (
+        ("psnr_mean", "PSNR", 1, "noise floor", floor),
+        ("ssim_mean", "SSIM", 4, "noise floor", floor),
+        ("flip_mean", "FLIP", 4, "noise floor", floor),
+        ("lpips_mean", "LPIPS", 4, "noise floor", floor),
+        ("retrieval_precision", "retrieval precision", 3, "original", quality.original),
+    ):
+        value, against = getattr(quality, metric), getattr(other, metric, None)
+        text = "not run" if value is None else f"{value:.{digits}f}"
+        if ends := quality.intervals.get(metric):
+            text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+        found[label] = text if against is None else f"{text}, {beside} {against:.{digits}f}"
+    return found
 
 
 if __name__ == "__main__":

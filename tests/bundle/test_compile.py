@@ -27,6 +27,12 @@ def test_the_bundle_is_as_good_as_the_original(shapes_bundle: Path) -> None:
     assert fast.psnr_worst > floor - 6  # no worse than the noise of the number format itself, within a factor of two
     assert fast.clip_delta_mean > -0.02
     assert fast.lpips_mean is None
+    assert fast.flip_mean and fast.flip_mean < 2 * (exact.noise_floor["precision"].flip_mean or 0)
+    assert fast.retrieval_precision and fast.original.retrieval_precision and fast.retrieval_captions == 64
+    low, high = fast.intervals["clip_delta_mean"]
+    assert low <= fast.clip_delta_mean <= high
+    assert fast.out_of_family and fast.out_of_family.images == 8
+    assert fast.scorer_sha256 == exact.scorer_sha256 is not None
 
 
 def test_the_manifest_says_where_it_comes_from(shapes_bundle: Path) -> None:

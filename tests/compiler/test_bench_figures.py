@@ -9,7 +9,7 @@ import pytest
 
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.energy import Meter
-from slipcast_compiler.evaluate import MAX_PSNR, compare
+from slipcast_compiler.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
 
@@ -31,28 +31,12 @@ def test_break_even(compile_s: float, peer_s: float, bundle_s: float, count: int
     assert figures.break_even(compile_s, peer_s, bundle_s) == count
 
 
-def test_interval_holds_the_mean_and_repeats() -> None:
-    sample = RNG.normal(10.0, 1.0, 50)
-    found = figures.interval([sample], lambda x: x.mean(-1), seed=3)
-    assert found == figures.interval([sample], lambda x: x.mean(-1), seed=3)
-    assert found["value"] == pytest.approx(sample.mean())
-    assert found["low"] < found["value"] < found["high"]
-    # the textbook's 2 * 1.96 * s / sqrt(n)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * sample.std() / 50**0.5, rel=0.1)
-
-
-def test_interval_keeps_pairs_together() -> None:
-    before = RNG.random(20) + 1
-    found = figures.interval([before, before * 0.9], lambda x, y: y.mean(-1) / x.mean(-1) - 1)
-    assert found["low"] == pytest.approx(-0.1)
-    assert found["high"] == pytest.approx(-0.1)
-
-
 def test_quality_agrees_with_the_reports_metrics() -> None:
     reference = RNG.random((4, 32, 32, 3), dtype=np.float32)
     found = np.clip(reference + RNG.normal(0, 0.02, reference.shape), 0, 1).astype(np.float32)
     scores = RNG.random(4).astype(np.float32) + 1, RNG.random(4).astype(np.float32) + 1
-    quality, metrics = figures.quality(reference, found, scores, pixels=True), compare(reference, found, *scores)
+    quality = figures.quality(reference, found, scores, pixels=True)
+    metrics = summarise({**Reference(reference, "abcd").sample(found), "clip_before": scores[0], "clip": scores[1]})
     for name in ("psnr_mean", "ssim_mean", "clip_delta_mean"):
         value = quality[name]
         assert value

@@ -13,10 +13,13 @@ import pytest
 
 from slipcast.errors import RecipeError
 from slipcast.manifest import Metrics, Quality
-from slipcast_compiler.evaluate import MAX_PSNR, Originals, Run, Scorer, apply_gate, compare, judge
+from slipcast_compiler.evaluate import LIMITS, Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.metrics import MAX_PSNR
 from slipcast_compiler.recipe import GateTable
+from slipcast_compiler.scorer import Scorer
 
 RNG = np.random.default_rng(0)
+NAN = float("nan")
 
 
 def _pictures(count: int = 3) -> np.ndarray[Any, Any]:
@@ -31,31 +34,49 @@ def _quality(**values: float) -> Quality:
     return Quality(images=1, noise_floor={"precision": Metrics(psnr_worst=40.0), "seed": Metrics()}, **values)
 
 
-def test_equal_pictures() -> None:
-    images = _pictures()
-    metrics = compare(images, images, None, None)
-    assert (metrics.psnr_worst, metrics.ssim_worst) == (MAX_PSNR, pytest.approx(1.0))
-    assert metrics.clip_delta_mean is metrics.lpips_mean is None
-
-
-def test_known_differences() -> None:
-    images = _pictures() * 0.5
-    shifted = images.copy()
-    shifted[1] += 0.1
-    metrics = compare(images, shifted, np.array([0.8, 0.9, 1.0], np.float32), np.array([0.8, 0.45, 1.0], np.float32))
-    assert metrics.psnr_worst == pytest.approx(20.0, abs=1e-3)
-    assert metrics.psnr_mean == pytest.approx((20 + 2 * MAX_PSNR) / 3, abs=1e-3)
-    assert metrics.clip_delta_worst == pytest.approx(-0.5)
-    assert metrics.clip_delta_mean == pytest.approx(2.25 / 2.7 - 1)
+def _judge(images: np.ndarray[Any, Any], count: int | None = None) -> Judge:
+    count = len(images) if count is None else count
+    prompts = tuple(f"prompt {i}" for i in range(len(images)))
+    return Judge(Originals(prompts, tuple(range(len(images))), images, images[:count] + 0.01, _pictures(count)))
 
 
 def test_noise_floors_come_from_the_unchanged_model() -> None:
     images = _pictures()
-    originals = Originals(("a", "b", "c"), (0, 1, 2), images, images + 0.01, _pictures())
-    quality = judge(originals, _run(images), None)
+    quality = _judge(images)(_run(images))
     assert quality.psnr_worst == MAX_PSNR
     assert quality.noise_floor["precision"].psnr_worst == pytest.approx(40.0, abs=0.01)
     assert quality.noise_floor["seed"].psnr_mean is None
+    assert quality.intervals["psnr_mean"] == (MAX_PSNR, MAX_PSNR)
+    assert quality.scorer_sha256 is quality.lpips_sha256 is quality.out_of_family is None
+
+
+def test_prompts_out_of_the_family_are_apart() -> None:
+    images = _pictures(5)
+    found = images.copy()
+    found[3:] = 0
+    quality = _judge(images, 3)(_run(found))
+    assert (quality.images, quality.psnr_worst) == (3, MAX_PSNR)
+    assert quality.out_of_family
+    assert quality.out_of_family.images == 2
+    assert quality.out_of_family.psnr_worst and quality.out_of_family.psnr_worst < 10
+    assert missed({"t": apply_gate(GateTable(psnr=50.0, ssim=0.9), quality)}) == []
+
+
+def test_row_34_a_picture_out_of_the_family_has_to_be_one() -> None:
+    images = _pictures(5)
+    found = images.copy()
+    found[4, 0, 0, 0] = NAN
+    lines = missed({"t": apply_gate(GateTable(), _judge(images, 3)(_run(found)))})
+    assert lines == ["t: PSNR out of the family, worst image (dB) is nan, limit none"]
+
+
+def test_broken_pictures_of_the_original_are_no_noise_floor(caplog: pytest.LogCaptureFixture) -> None:
+    images = _pictures()
+    originals = Originals(("a", "b", "c"), (0, 1, 2), images, images * NAN, images)
+    quality = Judge(originals)(_run(images))
+    assert quality.noise_floor["precision"] == Metrics()
+    assert "a noise floor is left out" in caplog.text
+    assert quality.psnr_worst == MAX_PSNR
 
 
 @pytest.mark.parametrize(
@@ -65,9 +86,20 @@ def test_noise_floors_come_from_the_unchanged_model() -> None:
         ({"clip_drop": 0.02}, {"clip_delta_mean": -0.021}, False),
         ({"clip_drop": 0.02}, {"clip_delta_mean": 0.5}, True),
         ({"clip_drop": 0.02}, {}, False),  # a limit on what was not run does not pass
+        ({"clip_drop": 0.02}, {"clip_delta_mean": NAN}, False),
+        ({"clip_drop_worst": 0.1}, {"clip_delta_worst": -0.11, "clip_delta_mean": 0.0}, False),
+        ({"clip_drop_worst": 0.1}, {"clip_delta_worst": -0.09}, True),
+        ({"retrieval_drop": 0.05}, {"retrieval_drop": 0.06}, False),
+        ({"retrieval_drop": 0.05}, {"retrieval_drop": -0.5}, True),
+        ({"lpips": 0.05}, {"lpips_mean": 0.06}, False),
+        ({"lpips": 0.05}, {"lpips_mean": 0.04}, True),
+        ({"lpips": 0.05}, {}, False),
         ({"psnr": 30.0}, {"psnr_worst": 29.9}, False),
         ({"psnr": 30.0}, {"psnr_worst": 30.0}, True),
         ({"ssim": 0.9}, {"ssim_worst": 0.89}, False),
+        ({"psnr": 30.0}, {"psnr_worst": NAN}, False),
+        ({"ssim": 0.9}, {"ssim_worst": NAN}, False),
+        ({}, {"psnr_worst": NAN}, False),  # which no limit has to be set for
         ({}, {"clip_delta_mean": -1.0}, None),
     ],
 )
@@ -75,6 +107,11 @@ def test_gate(gate: dict[str, float], values: dict[str, float], passed: bool | N
     rows = apply_gate(GateTable(**gate), _quality(**values))
     assert [row.passed for row in rows if row.passed is not None] == ([] if passed is None else [passed])
     assert all(row.limit is None for row in rows if row.passed is None)
+    assert len(missed({"t": rows})) == (passed is False)
+
+
+def test_every_limit_is_checked() -> None:
+    assert {field for _, field, _, _ in LIMITS} == set(GateTable.model_fields)
 
 
 def _scenes() -> ModuleType:
@@ -88,15 +125,61 @@ def _scenes() -> ModuleType:
     return module
 
 
-def test_scorer_knows_real_pictures() -> None:
+@pytest.fixture(scope="module")
+def drawn() -> tuple[np.ndarray[Any, Any], tuple[str, ...]]:
+    """16 pictures as the scorer was trained on, with their captions."""
     scenes, rng = _scenes(), np.random.default_rng(5)
-    drawn = [scenes.sample_scene(rng) for _ in range(16)]
-    images = np.stack([scenes.render(scene, rng) for scene in drawn]).astype(np.float32) / 255
-    captions = [scenes.caption(scene) for scene in drawn]
-    scorer = Scorer("models/shapes-scorer", Path("recipes"))
+    chosen = [scenes.sample_scene(rng) for _ in range(16)]
+    images = np.stack([scenes.render(scene, rng) for scene in chosen]).astype(np.float32) / 255
+    return images, tuple(scenes.caption(scene) for scene in chosen)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return Scorer("models/shapes-scorer", Path("recipes"))
+
+
+def test_scorer_knows_real_pictures(drawn: Any, scorer: Scorer) -> None:
+    images, captions = drawn
     scores = scorer(images, captions)
     assert scores.mean() > 0.93  # the card says 0.954 on 64 pictures
     assert scorer(images, captions[1:] + captions[:1]).mean() < scores.mean() - 0.2
+
+
+def test_scorer_gives_equal_texts_equal_embeddings(scorer: Scorer) -> None:
+    long = "a large red circle " * 20  # cut after 32 tokens
+    texts = ["a red circle", long + "on white", "a blue star", "a red circle", long + "on black", ""]
+    found = scorer.embed_texts(texts)
+    assert (found[0] == found[3]).all() and (found[1] == found[4]).all()
+    assert len(np.unique(found, axis=0)) == 4
+    assert found == pytest.approx(np.concatenate([scorer.embed_texts([text]) for text in texts]), abs=1e-5)
+    assert len(scorer.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    ("gate", "label"),
+    [
+        ({"clip_drop_worst": 0.1}, "CLIP drop, worst"),
+        ({"retrieval_drop": 0.05}, "Retrieval"),
+        ({"psnr": 30.0}, "PSNR"),
+        ({"ssim": 0.9}, "SSIM"),
+    ],
+)
+def test_row_34_one_wrong_picture_misses_the_gate(
+    gate: dict[str, float], label: str, drawn: Any, scorer: Scorer
+) -> None:
+    images, captions = drawn
+    originals = Originals(captions, tuple(range(16)), images, images, images)
+    judge = Judge(originals, scorer, None, captions * 2)  # each of them twice
+    sound, found = judge(_run(images)), images.copy()
+    assert sound.original.retrieval_precision == sound.retrieval_precision > 0.9
+    assert missed({"t": apply_gate(GateTable(**gate), sound)}) == []
+    found[5] = 1 - images[5]
+    lines = missed({"t": apply_gate(GateTable(**gate), judge(_run(found)))})
+    assert len(lines) == 1 and lines[0].startswith(f"t: {label}")
+    found[5] = np.nan
+    lines = missed({"t": apply_gate(GateTable(), judge(_run(found)))})
+    assert any(line.startswith(f"t: {label}") and "is nan, limit none" in line for line in lines)
 
 
 def test_scorer_that_does_not_exist() -> None:

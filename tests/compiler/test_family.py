@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.family import expand
-from slipcast_compiler.recipe import FamilyTable
+from slipcast_compiler.family import expand, outside
+from slipcast_compiler.recipe import EvaluateTable, FamilyTable
 
 
 def _table(**values: object) -> FamilyTable:
@@ -78,3 +78,18 @@ def test_row_32_duplicates_and_small_families_are_said(tmp_path: Path, caplog: p
     assert sorted(family.calibration + family.held_out) == ["a café", "a cat", "a dog"]
     assert "2 duplicate" in caplog.text
     assert "only 1 of 3 prompts are held out" in caplog.text
+
+
+def test_prompts_out_of_the_family(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    family = expand(_table(prompts=("a cat", "a dog")), "f", tmp_path)
+    (tmp_path / "others.txt").write_text("# not pets\na  car\na car\na boat\n", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert outside(EvaluateTable(out_of_family_file="others.txt"), family, tmp_path) == ("a car", "a boat")
+    assert "1 duplicate or empty prompts dropped from evaluate.out_of_family" in caplog.text
+    assert outside(EvaluateTable(), family, tmp_path) == ()
+    for table, says in (
+        ({"out_of_family": ("a car", "a  dog")}, "a prompt is of the family"),
+        ({"out_of_family_file": "absent.txt"}, r"evaluate\.out_of_family_file does not exist"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            outside(EvaluateTable.model_validate(table), family, tmp_path)

@@ -64,6 +64,10 @@ engine = "tensorrt-rxt"
     ("change", "says"),
     [
         ("[gate]\nclip_drop = 0.02\n", "gate.clip_drop needs evaluate.scorer"),
+        ("[gate]\nclip_drop_worst = 0.1\n", "gate.clip_drop_worst needs evaluate.scorer"),
+        ("[gate]\nretrieval_drop = 0.1\n", "gate.retrieval_drop needs evaluate.scorer"),
+        ("[gate]\nlpips = 0.05\n", "gate.lpips needs evaluate.lpips"),
+        ('[evaluate]\nout_of_family = ["x"]\nout_of_family_file = "y"\n', "at most one of out_of_family"),
         ("[sampling]\nsteps = 3\ntimesteps = [999.0, 500.0, 1.0]\n", "steps contradicts timesteps"),
         ('[sampling]\nschedule = "karras"\nsigmas = [14.0, 1.0, 0.0]\n', "at most one of schedule"),
         ("[sampling]\neta = 0.5\n", "eta belongs to the sampler ddim"),

@@ -113,6 +113,8 @@ def test_toml_of_every_shipped_recipe(recipe: Path) -> None:
         ("PSNR, worst (dB)", 48.2222, "48.2"),
         ("SSIM, worst image", -1e-9, "0.0000"),
         ("LPIPS, mean", None, "not run"),
+        ("Retrieval precision", 0.9375, "93.8 %"),
+        ("PSNR, worst (dB)", float("nan"), "not a number"),
     ],
 )
 def test_numbers_as_shown(metric: str, value: float | None, text: str) -> None:
@@ -134,7 +136,10 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "load_s": 0.5, "components_memory_mb": {"denoiser": 81.5}, "components_s": {"denoiser": 0.2, "vae_decoder": 0.1}
     }  # fmt: skip
     floor = {"precision": metrics | {"psnr_worst": 43.21}, "seed": metrics}
-    quality = metrics | {"psnr_worst": 48.22, "images": 1, "noise_floor": floor}
+    quality = metrics | {
+        "psnr_worst": 48.22, "images": 1, "noise_floor": floor, "original": metrics, "intervals": {},
+        "out_of_family": None, "scorer_sha256": None, "lpips_sha256": None, "retrieval_captions": 0,
+    }  # fmt: skip
     return {
         "name": "x", "compiled_at": "2026", "base_model": "m", "source_sha256": "0", "pipeline": "P", "family": None,
         "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
@@ -190,6 +195,36 @@ def test_what_was_measured_is_there_and_nothing_else(tmp_path: Path) -> None:
     assert "memory it adds" not in plain and "not measured" not in plain
 
 
+def test_intervals_and_what_judged(tmp_path: Path) -> None:
+    record = _record()
+    quality = record["targets"][0]["quality"]
+    own = {"clip_delta_mean": -0.01, "retrieval_precision": 0.875, "flip_mean": 0.0123}
+    ends = {"intervals": {"clip_delta_mean": [-0.03, 0.002]}, "images": 16}
+    quality.update(own, **ends, scorer_sha256="ab" * 32, retrieval_captions=64)
+    quality["original"] = quality["original"] | {"retrieval_precision": 0.9375}
+    quality["out_of_family"] = {**dict.fromkeys(Metrics.model_fields), **own, **ends, "original": quality["original"]}
+    quality["out_of_family"] |= {"images": 8, "clip_delta_mean": -0.25}
+    plain = re.sub(r"<[^>]*>|\s+", " ", _page(tmp_path, record))
+    for text in (
+        r"CLIP change, mean +-1\.00 % +-3\.00 % to \+0\.20 %", r"Retrieval precision +87\.5 % +93\.8 %",
+        r"FLIP, mean +0\.0123", r"LPIPS, mean +not run", "16 images; below a mean", "(ab){32}", "64 of the family",
+        r"8 images +of prompts that this bundle was not made for", r"CLIP change, mean +-25\.00 %",
+    ):  # fmt: skip
+        assert re.search(text, plain), text
+
+
+def test_a_picture_that_is_not_finite(tmp_path: Path) -> None:
+    record = _record(GateRow("PSNR, worst image (dB)", None, float("nan"), 43.21, False))
+    record["targets"][0]["quality"]["psnr_worst"] = float("nan")
+    images = np.full((1, 8, 8, 3), np.nan, np.float32)
+    run, drawn = Run(images, (1.0,), 0.1, 1.0, {}), np.zeros_like(images)
+    report.write(tmp_path, record, Originals((None,), (1,), drawn, drawn, drawn), {"t-cpu-fp32": run})
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["gate"]["t-cpu-fp32"][0]["value"] == "NaN"
+    plain = re.sub(r"<[^>]*>|\s+", " ", (tmp_path / "report.html").read_text("utf-8"))
+    assert "The gate was missed" in plain
+    assert re.search(r"not a number +none +43\.2 +missed", plain)
+
+
 def test_big_pictures_are_reduced(tmp_path: Path) -> None:
     text = _page(tmp_path, _record(), 1024)
     assert len(text) < 3 * 256 * 256 * 3 * 1.4 + 30_000  # noise, which nothing compresses
@@ -203,7 +238,7 @@ def test_no_network_and_no_script(shapes_bundle: Path) -> None:
     tags = _Page(text).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
     sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
-    assert len(sources) == 8 * (1 + 2 * 2)  # original, and for two targets picture and difference
+    assert len(sources) == (8 + 4) * (1 + 2 * 2)  # original, and for two targets picture and difference
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://", text)
 

@@ -12,7 +12,7 @@ from slipcast.engines import cpu_threads
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.measure import Measured, Results
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan
-from slipcast_compiler.evaluate import Scorer
+from slipcast_compiler.scorer import Scorer
 
 SCHEMA = "slipcast-bench/1"
 BUSY = 0.25  # load per core, before anything was started, from which figures are not to be trusted

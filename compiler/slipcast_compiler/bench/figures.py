@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast_compiler.evaluate import psnr, ssim
+from slipcast_compiler.metrics import interval, psnr, ssim
 
 Floats = npt.NDArray[np.float32]
-RESAMPLES = 2000
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -32,19 +30,6 @@ def break_even(compile_s: float, peer_s: float, bundle_s: float) -> int | None:
     return math.ceil(compile_s / (peer_s - bundle_s)) if bundle_s < peer_s else None
 
 
-def interval(
-    samples: Sequence[npt.NDArray[Any]], statistic: Callable[..., Any], seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, float]:
-    """The statistic of paired samples with its percentile bootstrap interval of 95 % (Efron and Tibshirani, 1993).
-
-    `statistic(*arrays [r, n])` reduces the last axis; images are resampled, the pairing is kept.
-    """
-    stacked = [np.asarray(sample, np.float64) for sample in samples]
-    drawn = np.random.default_rng(seed).integers(0, len(stacked[0]), (resamples, len(stacked[0])))
-    low, high = np.percentile(statistic(*(sample[drawn] for sample in stacked)), [2.5, 97.5])
-    return {"value": float(statistic(*(sample[None] for sample in stacked))[0]), "low": float(low), "high": float(high)}
-
-
 def quality(
     reference: Floats, found: Floats, scores: tuple[Floats, Floats] | None, *, pixels: bool, seed: int = 0
 ) -> dict[str, dict[str, float] | None]:
@@ -60,7 +45,7 @@ def quality(
             result[name] = interval([values], lambda x: x.mean(-1), seed)
     if scores:
         before, after = scores
-        # of the means, as in evaluate.compare
+        # of the means, as in metrics.STATISTICS
         result["clip_delta_mean"] = interval(
             [before[: len(after)], after], lambda x, y: y.mean(-1) / x.mean(-1) - 1, seed
         )

@@ -56,6 +56,37 @@ def compile_command(
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
 
 
+@click.command("profile")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: artifacts/profiles/NAME]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], cache: Path, as_json: bool) -> None:
+    """Measure what the denoiser does on calibration prompts, which passes choose by; `slipcast inspect` shows it."""
+    from slipcast.profiles import RECORD_NAME, render_summary, summarise
+    from slipcast.progress import Stages
+    from slipcast_compiler import package
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.profile import make_profile, publish
+    from slipcast_compiler.recipe import read_recipe
+
+    parsed = read_recipe(recipe, overrides)
+    output = output or Path("artifacts/profiles") / parsed.name
+    package.check_output(output, RECORD_NAME)
+    plan = make_plan(parsed, recipe.parent)
+    with Stages().stage("profile") as advance:
+        made = make_profile(plan, Cache(cache), advance)
+    publish(made, output)
+    summary = summarise(made.file)
+    emit({"output": str(output), **summary}, f"{render_summary(summary)}\n{output / 'profile.html'}", as_json)
+
+
 @click.command("init")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("prompts", type=click.Path(path_type=Path), required=False)

@@ -101,6 +101,17 @@ class DecodeTable(Strict):
         return self
 
 
+class ProfileTable(Strict):
+    """What is measured on calibration prompts, and on how much of it."""
+
+    prompts: Annotated[int, Field(ge=1)] = 16
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # images of each prompt
+    states: Annotated[int, Field(ge=1)] = 16  # points of the trajectories for taylor and leave_one_out, the dear part
+    # Each head by itself, or all at once by random projections; auto: exact where the model is small.
+    leave_one_out: Literal["auto", "exact", "projected"] = "auto"
+    batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
@@ -156,6 +167,7 @@ class Recipe(Strict):
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     decode: DecodeTable = DecodeTable()
+    profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()

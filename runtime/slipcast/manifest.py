@@ -244,11 +244,12 @@ class HeadMask(Strict):
 
 
 class LowRankLayer(Strict):
-    """A factorised layer."""
+    """A factorised layer; `speedup`: its time before / after, alone in the first target's engine."""
 
     layer: Name
     rank: Positive
     energy_retained: float
+    speedup: float | None = None
 
 
 class Manifest(Strict):

@@ -162,14 +162,10 @@ def agreement(data: Data, criterion: str, correct: bool, family: str, other: str
     return {"ratio": ratio, "spearman": float(np.mean(correlations)), "jaccard": float(np.mean(overlaps))}
 
 
-def passing(data: Data, mask: Mask, ratio: float, names: Sequence[str]) -> dict[str, Any]:
-    """H3: how many prompts lose at most LIMIT of their CLIP score, which is the mean over seeds, with Wilson's interval."""
-    kept = 0
-    total = 0
-    for name in names:
-        before, after = data.before(name).mean(0), data.after(mask, ratio, name).mean(0)
-        kept += int((after - before >= -LIMIT * np.abs(before)).sum())
-        total += len(before)
+def passing(data: Data, mask: Mask, ratio: float, name: str) -> dict[str, Any]:
+    """H3: how many prompts of a set lose at most LIMIT of their CLIP score, mean over seeds; with Wilson's interval."""
+    before, after = data.before(name).mean(0), data.after(mask, ratio, name).mean(0)
+    kept, total = int((after - before >= -LIMIT * np.abs(before)).sum()), len(before)
     return {"kept": kept, "total": total, **wilson(kept, total)}
 
 

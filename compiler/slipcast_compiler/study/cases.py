@@ -69,7 +69,7 @@ class Study:
 
 
 def make_study(recipe: StudyRecipe, folder: Path) -> Study:
-    """Resolve a recipe, whose paths are relative to `folder`. No prompt that pictures are judged on is calibrated on."""
+    """Resolve a recipe, whose paths are relative to `folder`. No prompt that is judged on is calibrated on."""
     families = {name: expand(table, name, folder) for name, table in recipe.families.items()}
     sets = _sets(recipe, families)
     gap = min((b - a for a, b in zip(recipe.seeds, recipe.seeds[1:], strict=False)), default=None)
@@ -144,8 +144,8 @@ def _sets(recipe: StudyRecipe, families: dict[str, Family]) -> dict[str, tuple[s
 def _recipe(recipe: StudyRecipe, name: str, table: FamilyTable) -> Recipe:
     """A compile's recipe with this family; nothing is built, so that its target is the one that is always there."""
     return Recipe(
-        name=f"{recipe.name}-{name}", model=recipe.model, family=table, sampling=recipe.sampling, profile=recipe.profile,
-        evaluate=EvaluateTable(images=recipe.images, scorer=recipe.scorer),
+        name=f"{recipe.name}-{name}", model=recipe.model, family=table, sampling=recipe.sampling,
+        profile=recipe.profile, evaluate=EvaluateTable(images=recipe.images, scorer=recipe.scorer),
         targets=(TargetTable(engine="onnxruntime"),),
     )  # fmt: skip
 
@@ -157,8 +157,8 @@ def _calibrated(base: Plan, free: Sequence[str], number: int) -> Plan:
     ranked = sorted(free, key=lambda prompt: hashlib.sha256(f"{number}:{prompt}".encode()).digest())
     if len(ranked) < wanted:
         raise RecipeError(
-            f"{base.family.name}: too few prompts are left to calibrate on", expected=f"{wanted}, as profile.prompts says",
-            got=len(ranked),
+            f"{base.family.name}: too few prompts are left to calibrate on",
+            expected=f"{wanted}, as profile.prompts says", got=len(ranked),
         )  # fmt: skip
     family = dataclasses.replace(base.family, calibration=tuple(ranked[:wanted]))
     profile = base.recipe.profile.model_copy(update={"seed": base.recipe.profile.seed + number})

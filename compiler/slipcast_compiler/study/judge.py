@@ -105,7 +105,8 @@ class Judge:
             "recovered": recovered.rewrite.digest if recovered else None,
         }
         entry = self._cache.get("study", inputs, lambda out: self._judge(case, out))
-        return _identity(case) | json.loads((entry / RECORD).read_text())
+        found: dict[str, Any] = json.loads((entry / RECORD).read_text())
+        return _identity(case) | found
 
     def original(self, name: str, seed: int) -> tuple[Any, list[float]]:
         """The unpruned model's pictures of a set, float32 [n, h, w, 3], and their CLIP scores."""

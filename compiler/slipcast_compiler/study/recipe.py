@@ -58,15 +58,15 @@ class MaskTable(Strict):
 
 
 class RecoverTable(Strict):
-    """Which ratios are recovered by `steps` of distillation too, from the family's own leave_one_out masks, corrected."""
+    """`ratios` at which the family's leave_one_out masks, corrected, are recovered by `steps` of distillation."""
 
     ratios: Ratios
     steps: Annotated[int, Field(ge=1)]
 
 
 class StudyRecipe(Strict):
-    """`images`: held-out prompts of each family. `seeds`: each is a calibration (prompts and noise) of its own, a random
-    mask, and the noise of the pictures: image i has seed + i."""
+    """`images`: held-out prompts of each family. `seeds`: each is a calibration (prompts and noise) of its own, a
+    random mask of its own, and the noise of the pictures: image i has seed + i."""
 
     name: Name
     model: ModelTable

@@ -1,4 +1,4 @@
-"""`slipcast study`, from the recipe to the report: everything is cached, so that a killed study goes on where it was."""
+"""`slipcast study`, from the recipe to the report. Everything is cached: a killed study goes on where it was."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slipcast.errors import RequestError
+from slipcast.errors import ArtifactError, RequestError
 from slipcast.progress import Advance, Stages
+from slipcast.validation import parse_json
 from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.cache import Cache, tool_versions
 from slipcast_compiler.isolate import run_isolated
@@ -26,7 +28,7 @@ SCHEMA = "slipcast-study/1"
 
 
 def run_study(study: Study, path: Path, output: Path, cache: Cache, stages: Stages) -> dict[str, Any]:
-    """Measure and write: the document, which is NAME.json in `output`, with the report beside it."""
+    """Measure: the document, as `write` puts it into `output`, which is tried before anything is measured."""
     check_output(output)
     load_before = load_average()
     profiles: dict[tuple[str, int], Profile] = {}
@@ -37,7 +39,7 @@ def run_study(study: Study, path: Path, output: Path, cache: Cache, stages: Stag
     with stages.stage(f"{len(study.cases)} cases") as advance:
         job = Job(study, profiles, recovered, cache.root)
         found = run_isolated(judge_all, job, advance=_naming(study.cases, advance, stages))
-    document = {
+    return {
         "schema": SCHEMA,
         "name": study.recipe.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -54,8 +56,6 @@ def run_study(study: Study, path: Path, output: Path, cache: Cache, stages: Stag
         "peak_memory_mb": round(found.peak_memory_mb, 1),
         **found.result,
     }
-    write(document, output)
-    return document
 
 
 def recover(study: Study, case: Case, profiles: Profiles, cache: Cache, stages: Stages) -> Recovered:
@@ -96,7 +96,31 @@ def estimate(study: Study) -> dict[str, Any]:
     return summary | {"seconds": {name: round(each) for name, each in parts.items()}}
 
 
-def write(document: dict[str, Any], output: Path) -> list[Path]:
+def describe(summary: Mapping[str, Any]) -> str:
+    """An estimate in words."""
+    seconds = summary["seconds"]
+    parts = ", ".join(f"{name} {each / 60:.1f}" for name, each in seconds.items() if each)
+    return (
+        f"{summary['name']}: {summary['cases']} cases, {summary['images']} images, {summary['profiles']} profiles, "
+        f"{summary['recoveries']} recoveries\nabout {sum(seconds.values()) / 60:.0f} minutes here, without what is "
+        f"cached: {parts}"
+    )
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The document of a study that was made; ArtifactError where it is none."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read", expected="a study's JSON", got=error.strerror) from None
+    document: dict[str, Any] = parse_json(data, str(file))
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        got = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise ArtifactError(f"{file}: not a study", expected=f"schema {SCHEMA}", got=got)
+    return document
+
+
+def write(document: Mapping[str, Any], output: Path) -> list[Path]:
     """NAME.json, and the report, which says nothing that is not in it."""
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -177,8 +177,8 @@ def wilson(kept: int, total: int, z: float = 1.959964) -> Interval:
     return {"value": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
-def noise_floor(data: Data, name: str) -> float:
+def noise_floor(data: Data, name: str) -> float | None:
     """How far the unpruned model's mean CLIP score is from seed to seed: its largest distance from the mean of all,
-    relative. No change below it would be seen between two runs."""
+    relative; None of one seed. No change below it would be seen between two runs."""
     means = data.before(name).mean(1)
-    return float(np.abs(means / means.mean() - 1).max())
+    return float(np.abs(means / means.mean() - 1).max()) if len(means) > 1 else None

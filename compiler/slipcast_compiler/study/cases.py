@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def make_study(recipe: StudyRecipe, folder: Path) -> Study:
     """Resolve a recipe, whose paths are relative to `folder`. No prompt that is judged on is calibrated on."""
     families = {name: expand(table, name, folder) for name, table in recipe.families.items()}
     sets = _sets(recipe, families)
-    gap = min((b - a for a, b in zip(recipe.seeds, recipe.seeds[1:], strict=False)), default=None)
+    gap = min((b - a for a, b in itertools.pairwise(recipe.seeds)), default=None)
     if gap is not None and gap < (longest := max(map(len, sets.values()))):
         raise RecipeError("seeds are too close: pictures would share noise", expected=f"{longest} apart", got=gap)
     judged = {prompt for prompts in sets.values() for prompt in prompts}

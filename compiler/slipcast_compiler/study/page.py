@@ -29,20 +29,26 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
 def title(data: Data) -> str:
     """What, where, when, and how to read it."""
     d = data.document
-    host, sampling, seconds = d["host"], d["sampling"], sum(d["stages_s"].values())
+    host, sampling, minutes = d["host"], d["sampling"], sum(d["stages_s"].values()) / 60
+    model = d["model"]["name"].rsplit("/", 1)[-1]
     return f"""# Study: {d["name"]}
 
 Does a prompt family decide *which* attention heads can go, and does it decide *how many*?
 This page is made from [{d["name"]}.json]({d["name"]}.json) by `slipcast study`.
 
 `{d["command"]}`, {d["date"][:10]}, {host["processor"]} with {host["cores"]} cores (load before: {host["load_before"]}),
-{seconds / 60:.0f} minutes, without what was cached. Model: {d["model"]["name"]}, {sum(d["heads"].values())} heads in
+{minutes:.0f} minutes, without what was cached. Model: {model}, {sum(d["heads"].values())} heads in
 {len(d["heads"])} layers; {sampling["sampler"]}, {sampling["steps"]} steps, guidance {sampling["guidance_scale"]}, \
 {d["image"]}.
 
-Figures are changes against the unpruned model on the same prompts and noise, over {len(data.seeds)} seeds, with
+Figures are changes against the unpruned model on the same prompts and noise, over {seeds(data)}, with
 intervals of 95 % in brackets. *No effect* means that the interval contains zero. There are many intervals: about one in
 twenty excludes zero by chance alone."""
+
+
+def seeds(data: Data) -> str:
+    """How many."""
+    return f"{len(data.seeds)} seed" + "s" * (len(data.seeds) > 1)
 
 
 def method(data: Data) -> str:
@@ -68,10 +74,10 @@ Prompts that pictures were judged on; none of them, of whatever set, was in any 
 
 {sets}
 
-A seed is a calibration of its own ({recipe["profile"]["prompts"]} prompts with noise; {recipe["profile"]["states"]}
-states for leave_one_out and taylor), a random mask of its own, and the noise of the pictures. At one ratio every mask
+A seed is a calibration of its own ({recipe["profile"]["prompts"]} prompts with noise, and states
+of them for leave_one_out and taylor), a random mask of its own, and the noise of the pictures. At one ratio every mask
 removes the same number of heads; at least {recipe["floor"]} stays in every layer. Intervals are by the bootstrap over
-prompts and seeds, resampled each for itself (Owen, 2007): of {len(data.seeds)} seeds the spread between calibrations is
+prompts and seeds, resampled each for itself (Owen, 2007): of {seeds(data)} the spread between calibrations is
 known roughly, and intervals are rather too narrow for it.
 
 One model and one scorer: other models may answer otherwise. A CLIP score alone hides damage, so PSNR stands beside it.

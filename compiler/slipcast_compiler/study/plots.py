@@ -132,7 +132,7 @@ def figure(title: str, panels: Panels, label: Callable[[float], str]) -> str:
     ]  # fmt: skip
     for number, (family, panel) in enumerate(panels.items()):
         left = LEFT + number * (WIDTH + GAP)
-        x = _scale(min(ratios), max(ratios), left + 8, left + WIDTH - 8)
+        x = _scale(min(ratios), max(ratios), left + 18, left + WIDTH - 18)
         y = _scale(ticks[0], ticks[-1], plotted, TOP + 24)
         parts += _frame(family, left, plotted, ticks, sorted(set(ratios)), x, y, label, number == 0)
         parts += [part for line in panel for part in _curve(line, COLORS[names.index(line.name) % len(COLORS)], x, y)]

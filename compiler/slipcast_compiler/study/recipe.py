@@ -105,7 +105,7 @@ class StudyRecipe(Strict):
 
 def read_study(path: Path) -> StudyRecipe:
     """Read and validate; RecipeError with all problems at once, each as file:line: key: problem."""
-    return parse_study(read_text(path, "recipes/study-heads.toml in the repository is one"), str(path))
+    return parse_study(read_text(path, "recipes/study/heads.toml in the repository is one"), str(path))
 
 
 def parse_study(text: str, name: str) -> StudyRecipe:

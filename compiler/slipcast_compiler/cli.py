@@ -101,6 +101,42 @@ def init_command(model: Path, prompts: Path | None, output: Path | None, as_json
     emit({"recipe": str(written)}, f"{written} written; next: slipcast compile {written} --dry-run", as_json)
 
 
+@click.command("study")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/study, or the JSON's]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be compared and about how long it takes, and stop.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def study_command(recipe: Path, output: Path | None, dry_run: bool, cache: Path, as_json: bool) -> None:
+    """Compare ways to choose attention heads, over prompt families and ratios.
+
+    RECIPE is a study's recipe; or the JSON of a study that was made, whose report is then written again. A study that
+    was killed goes on where it was.
+    """
+    from slipcast.progress import Stages
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.study import run
+    from slipcast_compiler.study.cases import make_study
+    from slipcast_compiler.study.recipe import read_study
+
+    if recipe.suffix == ".json":
+        document, output = run.read(recipe), output or recipe.parent
+    else:
+        output = output or Path("artifacts/study")
+        study = make_study(read_study(recipe), recipe.parent)
+        if dry_run:
+            summary = run.estimate(study)
+            emit(summary, run.describe(summary), as_json)
+            return
+        document = run.run_study(study, recipe, output, Cache(cache), Stages())
+    files = [str(file) for file in run.write(document, output)]
+    emit({"files": files}, "\n".join(files), as_json)
+
+
 @click.command("bench", epilog="Peers: " + ", ".join(PEERS) + ", or the path of another bundle.")
 @bundle_argument
 @click.option("--against", default="", metavar="A,B,...", help="Peers, as named below.  [default: the bundle alone]")

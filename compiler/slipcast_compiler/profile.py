@@ -31,6 +31,7 @@ from slipcast_compiler.profiling import Job, measure
 MIN_SAMPLES = 4  # below that many different prompts nothing may be chosen by what was measured
 FEW_SAMPLES = 8
 FIRST_SEED = 1 << 31
+SEEDS = 10**6  # of a profile's `seed`, before those of the next
 
 logger = logging.getLogger("slipcast")
 
@@ -146,5 +147,5 @@ def calibration_images(plan: Plan) -> tuple[Prompts, tuple[int, ...]]:
     prompts: Any = tuple(prompt for prompt in chosen for _ in range(options.seeds))
     # torch's generator takes the low 32 bits of a seed; evaluate has two runs of images
     taken = {(evaluate.seed + i) % (1 << 32) for i in range(2 * evaluate.images)}
-    free = (seed for seed in itertools.count(FIRST_SEED) if seed % (1 << 32) not in taken)
+    free = (seed for seed in itertools.count(FIRST_SEED + options.seed * SEEDS) if seed % (1 << 32) not in taken)
     return prompts, tuple(itertools.islice(free, len(prompts)))

@@ -110,6 +110,7 @@ class ProfileTable(Strict):
     # Each head by itself, or all at once by random projections; auto: exact where the model is small.
     leave_one_out: Literal["auto", "exact", "projected"] = "auto"
     batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
+    seed: Annotated[int, Field(ge=0, lt=1000)] = 0  # another one, other noise
 
 
 class StagingTable(Strict):
@@ -201,36 +202,51 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all problems at once, each as file:line: key: problem.
     """
+    text = read_text(path, "write one with `slipcast init MODEL_DIR PROMPTS.txt`")
+    return parse_recipe(text, str(path), overrides)
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A recipe's text; RecipeError, with the hint, where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe", hint="write one with `slipcast init MODEL_DIR PROMPTS.txt`"
-        ) from None
+        raise RecipeError(f"{path}: no such recipe", hint=hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read", expected="a UTF-8 TOML file", got=str(error)) from None
-    return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As read_recipe, from text; `name` stands for the file in messages."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+    document = parse_toml(text, name)
     forced = {_override(document, override): override for override in overrides}
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        lines = key_lines(text)
-        found = list(problems(error, Recipe)) + list(_hidden_contradictions(error, document))
-        messages = []
-        for where, what in found:
-            place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
-            place = place or f"{name}:{_line(lines, where)}"
-            messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
-        listing = "\n  ".join(message for _, message in sorted(messages))
-        raise RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}") from None
+        found = [*problems(error, Recipe), *_hidden_contradictions(error, document)]
+        raise refusal(found, text, name, forced) from None
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The TOML text's tables; RecipeError, naming `name`, where it is none."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+
+
+def refusal(
+    found: Sequence[tuple[Location, str]], text: str, name: str, forced: Mapping[Location, str] | None = None
+) -> RecipeError:
+    """All problems at once, each with the line it stands on, or the override in `forced` that it came from."""
+    lines, forced = key_lines(text), forced or {}
+    messages = []
+    for where, what in found:
+        place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
+        place = place or f"{name}:{_line(lines, where)}"
+        messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
+    listing = "\n  ".join(message for _, message in sorted(messages))
+    return RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}")
 
 
 def slots_of(template: str) -> list[str]:

@@ -39,11 +39,11 @@ LARGEST_GRADIENT = 1.0
 
 class Recover(Strict):
     """`steps` of AdamW on `batch` states each. "full" trains all weights, "lora" a low-rank change of each linear
-    layer, which takes less memory and is merged in the end."""
+    layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
 
     steps: Annotated[int, Field(ge=0)] = 300
     method: Literal["full", "lora"] = "full"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     batch: Annotated[int, Field(ge=1)] = 8
     fake_quant: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
 CHECKED = 64  # states that it is taken on, at most, evenly over steps and prompts
-PATIENCE = 6  # checks without a smaller one, after which it stops
+PATIENCE = 10  # checks without a smaller one, after which it stops
 WARM_UP = 0.1  # of the steps, over which the learning rate rises; from then on it falls as a cosine
 LARGEST_GRADIENT = 1.0
 

@@ -127,17 +127,13 @@ def train(
     before = weights(student)
     parameters = prepare(student, options.method == "lora", options.fake_quant, options.seed)
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 1) / options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / options.steps))
     generator = torch.Generator("cpu").manual_seed(options.seed)
     errors, best, every = [error(student, validation, sampling, options.batch)], before, -(-options.steps // CHECKS)
     for step in range(1, options.steps + 1):
         chosen = torch.randint(len(training), (options.batch,), generator=generator).to(training.image.device)
         loss = squared_error(student, training, sampling, chosen)
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"recover: the loss is not finite at step {step}", expected="a finite loss", got=float(loss.detach()),
-                hint="lower passes.recover.learning_rate",
-            )  # fmt: skip
+        _check(float(loss.detach()), step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
@@ -145,7 +141,7 @@ def train(
         schedule.step()
         advance(1)
         if step % every == 0 or step == options.steps:
-            errors.append(error(student, validation, sampling, options.batch))
+            errors.append(_check(error(student, validation, sampling, options.batch), step))
             if errors[-1] == min(errors):
                 best = weights(student)
             if errors.index(min(errors)) + PATIENCE < len(errors):
@@ -172,6 +168,15 @@ def error(module: Any, states: States, sampling: Sampling, batch: int) -> float:
             total += float((_guided(states.predict(module, chosen), sampling) - wanted).square().sum())
             size += float(wanted.square().sum())
     return math.sqrt(total / size)
+
+
+def _check(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"recover: the loss is not finite at step {step}", expected="a finite loss", got=loss,
+            hint="lower passes.recover.learning_rate",
+        )  # fmt: skip
+    return loss
 
 
 def _rate(done: float) -> float:

@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
 CHECKED = 64  # states that it is taken on, at most, evenly over steps and prompts
-PATIENCE = 6  # checks without a smaller one, after which it stops
+PATIENCE = 10  # checks without a smaller one, after which it stops
 WARM_UP = 0.1  # of the steps, over which the learning rate rises; from then on it falls as a cosine
 LARGEST_GRADIENT = 1.0
 
 
 class Recover(Strict):
     """`steps` of AdamW on `batch` states each. "full" trains all weights, "lora" a low-rank change of each linear
-    layer, which takes less memory and is merged in the end."""
+    layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
 
     steps: Annotated[int, Field(ge=0)] = 300
     method: Literal["full", "lora"] = "full"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     batch: Annotated[int, Field(ge=1)] = 8
     fake_quant: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -127,17 +127,13 @@ def train(
     before = weights(student)
     parameters = prepare(student, options.method == "lora", options.fake_quant, options.seed)
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 1) / options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / options.steps))
     generator = torch.Generator("cpu").manual_seed(options.seed)
     errors, best, every = [error(student, validation, sampling, options.batch)], before, -(-options.steps // CHECKS)
     for step in range(1, options.steps + 1):
         chosen = torch.randint(len(training), (options.batch,), generator=generator).to(training.image.device)
         loss = squared_error(student, training, sampling, chosen)
-        if not torch.isfinite(loss):
-            raise NumericalError(
-                f"recover: the loss is not finite at step {step}", expected="a finite loss", got=float(loss.detach()),
-                hint="lower passes.recover.learning_rate",
-            )  # fmt: skip
+        _check(float(loss.detach()), step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
@@ -145,7 +141,7 @@ def train(
         schedule.step()
         advance(1)
         if step % every == 0 or step == options.steps:
-            errors.append(error(student, validation, sampling, options.batch))
+            errors.append(_check(error(student, validation, sampling, options.batch), step))
             if errors[-1] == min(errors):
                 best = weights(student)
             if errors.index(min(errors)) + PATIENCE < len(errors):
@@ -172,6 +168,15 @@ def error(module: Any, states: States, sampling: Sampling, batch: int) -> float:
             total += float((_guided(states.predict(module, chosen), sampling) - wanted).square().sum())
             size += float(wanted.square().sum())
     return math.sqrt(total / size)
+
+
+def _check(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"recover: the loss is not finite at step {step}", expected="a finite loss", got=loss,
+            hint="lower passes.recover.learning_rate",
+        )  # fmt: skip
+    return loss
 
 
 def _rate(done: float) -> float:

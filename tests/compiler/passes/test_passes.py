@@ -73,9 +73,9 @@ def test_the_exported_graph_shrinks(bench: Bench, name: str, tmp_path: Path) -> 
         graph = onnx.load(tmp_path / "denoiser.onnx", load_external_data=False).graph
         counts.append(sum(int(np.prod(tensor.dims)) for tensor in graph.initializer))
     assert counts[1] < counts[0]
-    assert counts[1] == sum(p.numel() for p in bench.load(rewrite).parameters()) + counts[0] - sum(
-        p.numel() for p in bench.load().parameters()
-    )
+    parameters = [sum(p.numel() for p in bench.load(changed).parameters()) for changed in (Rewrite(), rewrite)]
+    # Targets of reshapes are initialisers too, a few integers of each number of heads.
+    assert counts[0] - counts[1] == pytest.approx(parameters[0] - parameters[1], abs=100)
 
 
 @pytest.mark.parametrize("name", PASSES)

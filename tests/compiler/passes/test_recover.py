@@ -69,7 +69,9 @@ def test_a_lora_is_of_low_rank(bench: Bench, damaged: Rewrite) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(bench: Bench, damaged: Rewrite) -> None:
-    first, second, other = (bench.run("recover", damaged, steps=4, seed=seed)[0] for seed in (0, 0, 1))
+    first, second, other = (
+        bench.run("recover", damaged, steps=4, learning_rate=1e-4, seed=seed)[0] for seed in (0, 0, 1)
+    )
     assert first.digest == second.digest != other.digest
 
 
@@ -132,9 +134,10 @@ def test_states_are_the_originals_predictions(bench: Bench) -> None:
         assert torch.allclose(states.text[i], alone.text[i], atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrite) -> None:
-    with pytest.raises(NumericalError, match="the loss is not finite at step 2") as caught:
-        bench.run("recover", damaged, steps=3, learning_rate=1e30)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrite, steps: int) -> None:
+    with pytest.raises(NumericalError, match="the loss is not finite at step 1") as caught:
+        bench.run("recover", damaged, steps=steps, learning_rate=1e30)
     assert "learning_rate" in str(caught.value)
 
 
@@ -144,8 +147,9 @@ def test_training_with_rounding_loses_less_to_rounding(bench: Bench) -> None:
     assert report["error_after"] < report["error_before"]
     again = bench.run("recover", rewrite, steps=1, learning_rate=1e-12, fake_quant=True)[1]
     assert again["error_before"] == pytest.approx(report["error_after"], rel=1e-3)
-    values = next(iter(rewrite.weights().values())).read()
-    assert len(np.unique(values)) > 256  # what is returned is not rounded
+    row = rewrite.weights()["mid_block.attentions.0.proj_in.weight"].read()[0]
+    steps = row / (np.abs(row).max() / 127)
+    assert np.abs(steps - steps.round()).max() > 0.1  # what is returned is not rounded
 
 
 def test_rounded_weights_are_int8_and_gradients_pass() -> None:

@@ -167,10 +167,8 @@ def figure(value: Any) -> str:
 
 def _passes(reports: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of each pass's table, and the picture of the heads that are kept."""
-    columns = {
-        name: list(dict.fromkeys(key for row in told.get("layers", {}).values() for key in row))
-        for name, told in reports.items()
-    }
+    tables = {name: told["layers"] for name, told in reports.items() if isinstance(told.get("layers"), dict)}
+    columns = {name: list(dict.fromkeys(key for row in rows.values() for key in row)) for name, rows in tables.items()}
     heads = reports.get("prune_heads")
     return {"columns": columns, "masks": heads and mask_map(heads["layers"])}
 

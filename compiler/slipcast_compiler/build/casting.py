@@ -35,7 +35,13 @@ def cast_graph(source: Path, precision: str, target: Path) -> None:
     if any(output.dtype is None for node in model.graph for output in node.outputs):
         ShapeInferencePass()(model)
     _Caster(model.graph, DTYPES[precision], precision).run()
-    ir.save(model, target, external_data=f"{target.name}.data")
+    try:
+        ir.save(model, target, external_data=f"{target.name}.data")
+    except Exception as error:  # weights are converted on the way, and the library wraps what happens there
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, SlipcastError):
+            cause = cause.__cause__
+        raise cause or error from None
 
 
 class _Caster:

@@ -59,9 +59,7 @@ def embedding(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("precision", HALF)
-def test_weights_and_activations_are_half_and_the_ends_are_not(
-    embedding: Path, tmp_path: Path, precision: str
-) -> None:
+def test_weights_and_activations_are_half_and_the_ends_are_not(embedding: Path, tmp_path: Path, precision: str) -> None:
     cast_graph(embedding, precision, out := tmp_path / "out.onnx")
     found = types(out)
     assert (found["t"], found["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)

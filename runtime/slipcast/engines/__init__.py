@@ -100,8 +100,8 @@ class EngineKind:
 
     def why_not(self) -> str:
         """One line that says what to do where `available()` is false."""
-        if self.installed():
-            return cuda.look().problem or ""
+        if self.device != "cpu" and self.installed():
+            return cuda.look().problem or "no CUDA device"
         wanted = f"slipcast[{self.extra}]" if self.extra else "slipcast"
         return f"{self.library} is not installed: pip install '{wanted}'" + (f", from {self.index}" * bool(self.index))
 

@@ -19,7 +19,7 @@ logger = logging.getLogger("slipcast")
 RECORD = "entry.json"
 TOOLS = (
     "torch", "diffusers", "transformers", "tokenizers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino",
-    "numpy", "accelerate",
+    "tensorrt-rtx", "tensorrt", "numpy", "accelerate",
 )  # fmt: skip
 
 

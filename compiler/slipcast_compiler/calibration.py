@@ -33,7 +33,7 @@ def calibration_samples(plan: Plan, exported: dict[str, Path], count: int, cache
         with tempfile.TemporaryDirectory(prefix="slipcast-calibration-") as name:
             folder = Path(name)
             table = TargetTable(engine="onnxruntime")
-            target = build_target(table, exported, folder, cache, lambda done, total: None)
+            target = build_target(table, exported, plan.image, folder, cache, lambda done, total: None)
             package.write_manifest(folder, {**package.describe(plan, exported, folder), "targets": (target,)})
             run_isolated(record_denoiser, folder, chosen, count, out, advance=advance)
 

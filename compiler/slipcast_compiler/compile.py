@@ -10,7 +10,7 @@ from slipcast.errors import CheckFailed
 from slipcast.manifest import Manifest
 from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, report
-from slipcast_compiler.build import build_target
+from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.export import cached_export
@@ -64,30 +64,29 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
-        targets = []
-        for table in plan.recipe.targets:
-            with stages.stage(f"build {table.engine}-{table.precision}") as advance:
-                targets.append(build_target(table, exported, folder, cache, advance, quantized))
+        targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
         fields = package.describe(plan, exported, folder) | rewritten.manifest_fields()
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
-        # The bundle through the runtime, as a host would run it, against the original.
+        # The bundle through the runtime, as a host would run it, against the original: what can run here.
         with stages.stage("evaluate original") as advance:
             judge = evaluate.open_judge(plan, originals)
             before = evaluate.measure_original(plan, originals, advance)
-        runs, judged, gates = {}, [], {}
-        for target in targets:
+        runs, judged, gates, not_run = {}, {}, {}, evaluate.not_runnable(targets)
+        for target in (target for target in targets if target.id not in not_run):
             with stages.stage(f"evaluate {target.id}") as advance:
                 runs[target.id] = run = evaluate.run_bundle(folder, target, originals, advance)
                 quality = judge(run)
                 performance = evaluate.performance(before, run, evaluate.measure_memory(folder, target))
-            judged.append(target.model_copy(update={"quality": quality, "performance": performance}))
+            judged[target.id] = target.model_copy(update={"quality": quality, "performance": performance})
             gates[target.id] = evaluate.apply_gate(plan.recipe.gate, quality)
-        fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}
+        first = next(iter(judged.values()))
+        fields |= {"targets": tuple(judged.get(target.id, target) for target in targets)}
+        fields |= {"quality": first.quality, "performance": first.performance}
 
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
-        record = report.make_record(plan, fields, gates, stages.seconds, told)
+        record = report.make_record(plan, fields, gates, stages.seconds, told, not_run)
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipcast.engines import refusal
+from slipcast.errors import HostError
 from slipcast.manifest import Comparison, Metrics, Performance, Quality, Target
 from slipcast.progress import Advance
 from slipcast_compiler import bundled, original
@@ -110,6 +112,19 @@ def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
     arguments = (plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, "float32")
     isolated = run_isolated(original.make_images, *arguments, advance=advance)
     return _run(isolated.result, isolated.peak_memory_mb)
+
+
+def not_runnable(targets: Sequence[Target]) -> dict[str, str]:
+    """Target -> why it cannot run on this machine, and so is not judged. Raises HostError where that is all of them."""
+    found = {target.id: why for target in targets if (why := refusal(target))}
+    for name, why in found.items():
+        logger.warning("%s is in the bundle, but was not run here and is not judged: %s", name, why)
+    if len(found) == len(targets):
+        raise HostError(
+            "no target can run here, so that no picture could be judged", got="; ".join(found.values()),
+            hint='add a target that can: [[targets]] engine = "onnxruntime"',
+        )  # fmt: skip
+    return found
 
 
 def measure_memory(root: Path, target: Target) -> dict[str, float]:

@@ -59,7 +59,7 @@ class Plan:
             for name, source in self.checkpoint.architecture.components.items()
         }
         total = sum(parameters.values())
-        targets = [f"{target.engine}-cpu-{target.precision}" for target in self.recipe.targets]
+        targets = [f"{t.engine}-{ENGINES[t.engine].device}-{t.precision}" for t in self.recipe.targets]
         bundle = sum(
             count * (BYTES[target.precision] if target.precision != "int8" or name == "denoiser" else BYTES["fp32"])
             for target in self.recipe.targets
@@ -90,9 +90,15 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
 
     RecipeError where it and its checkpoint contradict, HostError where an engine it names is not installed.
     """
-    for target in recipe.targets:
-        if not ENGINES[target.engine].available():
-            raise HostError(f"target {target.engine} cannot be built here", hint=ENGINES[target.engine].why_not())
+    kinds = {target.engine: ENGINES[target.engine] for target in recipe.targets}
+    for engine, kind in kinds.items():
+        if not kind.can_build():
+            raise HostError(f"target {engine} cannot be built here", hint=kind.why_not())
+    if not any(kind.available() for kind in kinds.values()):
+        raise HostError(
+            "none of the recipe's targets can run here, so that no picture could be judged", got=", ".join(kinds),
+            expected="at least one that can", hint='add one: [[targets]] engine = "onnxruntime"',
+        )  # fmt: skip
     checkpoint = open_checkpoint(recipe.model, folder)
     if bool(checkpoint.architecture.text) != bool(recipe.family):
         raise RecipeError(

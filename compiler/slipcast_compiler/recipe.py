@@ -152,17 +152,46 @@ class GateTable(Strict):
 NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "scorer", "lpips": "lpips"}
 
 
+# Keys of TargetTable -> the engines they are for.
+ENGINE_KEYS = {
+    "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
+    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "hardware_compatibility": ("tensorrt",),
+}  # fmt: skip
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class TargetTable(Strict):
-    """Where the bundle shall run."""
+    """Where the bundle shall run.
+
+    `compute_capabilities`: the GPUs that engines are built for; without, they are portable (Ampere and later).
+    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `hardware_compatibility`:
+    GPUs of the same compute capability as the one that is here, or all from Ampere on, and not this model alone.
+    """
 
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    compute_capabilities: Annotated[
+        tuple[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], ...] | None, BeforeValidator(_as_tuple)
+    ] = Field(default=None, min_length=1)
+    max_images: Annotated[int, Field(ge=1, le=4096)] | None = None
+    workspace_mb: Annotated[int, Field(ge=1)] | None = None
+    hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:
         offered = ENGINES[self.engine].precisions
         if self.precision not in offered:
             raise ValueError(f"{self.engine} offers {', '.join(offered)}, not {self.precision}")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_keys(self) -> Self:
+        given = [key for key in ENGINE_KEYS if getattr(self, key) is not None]
+        if wrong := [key for key in given if self.engine not in ENGINE_KEYS[key]]:
+            raise ValueError(f"{', '.join(wrong)}: not for {self.engine}")
         return self
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,9 @@ def make_record(
     gates: dict[str, tuple[GateRow, ...]],
     seconds: dict[str, float],
     passes: Mapping[str, Any],
+    not_run: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that report.json holds; plain JSON."""
+    """Everything that report.json holds; plain JSON. `not_run`: target -> why it could not be run here."""
     return {
         "name": plan.recipe.name,
         "compiled_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,6 +73,7 @@ def make_record(
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
         "passed": _verdict(gates),
+        "not_run": dict(not_run),
         "stages_s": seconds,
         "passes": dict(passes),
         "recipe": resolve(plan),

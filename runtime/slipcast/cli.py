@@ -23,7 +23,7 @@ import click
 from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
 
 if TYPE_CHECKING:
-    from slipcast.manifest import Comparison, Manifest, Quality
+    from slipcast.manifest import Comparison, Manifest, Quality, Target
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -356,9 +356,19 @@ def _inspect_text(manifest: Manifest) -> str:
     sizes = {entry.path: entry.size for entry in manifest.files}
     for target in manifest.targets:
         used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
-        lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB")
+        lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB{_bound(target)}")
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
+
+
+def _bound(target: Target) -> str:
+    """What compiled engines are bound to."""
+    if not (built := target.built):
+        return ""
+    gpus = (
+        f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
+    )
+    return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
 
 
 def _report_text(manifest: Manifest, page: Path) -> str:
@@ -366,6 +376,8 @@ def _report_text(manifest: Manifest, page: Path) -> str:
     for target in manifest.targets:
         quality, speed = target.quality, target.performance
         other = quality and quality.out_of_family
+        if not quality:
+            lines.append(f"  {target.id}: not judged: the machine that compiled could not run it")
         if quality and speed:
             lines += [
                 f"  {target.id}: CLIP {_change(quality)}, "

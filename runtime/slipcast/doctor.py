@@ -9,8 +9,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from slipcast import cuda
 from slipcast.bundle import open_bundle
-from slipcast.engines import ENGINES, cpu_threads
+from slipcast.engines import ENGINES, cpu_threads, refusal
 from slipcast.manifest import Manifest
 
 # Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
@@ -43,6 +44,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         ),
         Finding("memory", True, _memory()),
         Finding("disk", True, f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here"),
+        *_gpus(),
         *(_engine(name) for name in ENGINES),
         _clash(),
         Finding("compiler", True, _compiler()),
@@ -50,11 +52,27 @@ def examine(bundle: Path | None = None) -> list[Finding]:
     return findings + (_targets(manifest) if manifest else [])
 
 
+def _gpus() -> list[Finding]:
+    found = cuda.look()
+    if found.problem:
+        return [Finding("GPU", True, found.problem)]
+    return [
+        Finding(
+            "GPU", True, f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.1f} GB; "
+            f"driver for CUDA {found.driver}",
+        )
+        for gpu in found.gpus
+    ]  # fmt: skip
+
+
 def _engine(name: str) -> Finding:
     kind = ENGINES[name]
-    if not kind.available():
+    if not kind.installed():
         return Finding(name, True, f"absent; {kind.why_not()}")
-    return Finding(name, True, f"{_version(name) or 'installed'}; precisions {', '.join(kind.precisions)}")
+    found = f"{_version(name) or 'installed'}; precisions {', '.join(kind.precisions)}"
+    if not kind.available():
+        found += f"; {'builds, but runs nothing here' if kind.can_build() else 'of no use here'}: {kind.why_not()}"
+    return Finding(name, True, found)
 
 
 def _clash() -> Finding:
@@ -74,9 +92,8 @@ def _compiler() -> str:
 def _targets(manifest: Manifest) -> list[Finding]:
     findings = []
     for target in manifest.targets:
-        kind = ENGINES.get(target.engine)
-        runs = kind is not None and kind.available()
-        detail = RUNS if runs else "does not run here: " + (kind.why_not() if kind else "unknown to this runtime")
+        why_not = refusal(target)
+        detail = f"does not run here: {why_not}" if why_not else RUNS
         findings.append(Finding(f"target {target.id}", True, detail))
     if not any(finding.detail == RUNS for finding in findings):
         mend = "none of its targets runs here; install one of the libraries named above"

@@ -224,13 +224,23 @@ class EngineFiles(Strict):
     weights: BundlePath | None = None
 
 
+class Built(Strict):
+    """What compiled engines are bound to: this version of their library, GPUs with these compute capabilities, as
+    "8.9" (none: all from Ampere on), and at the most so many images in one call."""
+
+    library_version: Name
+    compute_capabilities: tuple[Name, ...] = ()
+    max_images: Positive
+
+
 class Target(Strict):
-    """Where the bundle can run, with the evidence for it."""
+    """Where the bundle can run, with the evidence for it: none if the machine that compiled could not run it."""
 
     engine: Name
     device: Name
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     components: dict[ComponentName, EngineFiles]
+    built: Built | None = None
     quality: Quality | None = None
     performance: Performance | None = None
 
@@ -268,7 +278,7 @@ class LowRankLayer(Strict):
 
 
 class Manifest(Strict):
-    """See the module's docstring. `quality` and `performance` repeat those of the default target, `targets[0]`.
+    """See the module's docstring. `quality` and `performance` repeat those of the first target that was judged.
 
     `requires` names what a reader has to know to make the right pictures. A newer minor version may add keys that can
     be ignored; those that cannot come with a name here.
@@ -314,7 +324,7 @@ class Manifest(Strict):
                 raise ValueError(f"target {target.id}: engines for {sorted(target.components)}")
         if len({target.id for target in self.targets}) != len(self.targets):
             raise ValueError("two targets with the same engine, device and precision")
-        default = self.targets[0]
+        default = next((target for target in self.targets if target.quality), self.targets[0])
         if (self.quality, self.performance) != (default.quality, default.performance):
             raise ValueError(f"quality and performance differ from those of the default target {default.id}")
         return self

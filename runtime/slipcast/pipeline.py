@@ -21,7 +21,7 @@ from PIL import Image
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.contract import check_contract
 from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
-from slipcast.engines import ENGINES, Engine, open_engine
+from slipcast.engines import Engine, open_engine, refusal
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
 from slipcast.residency import Policy, Residency
@@ -253,7 +253,8 @@ class Pipeline:
             return picture
 
         picture = decode_tiled(partial(decode, decoder), latent, image.tile, image.overlap, image.factor)
-        if not np.isfinite(picture).all() and self._target.precision != "fp32":
+        # Not where the precision was compiled into the engine.
+        if not np.isfinite(picture).all() and self._target.precision != "fp32" and not self._target.built:
             # Decoders of some published checkpoints overflow in half precision; the picture is worth a second try.
             logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
             with self._open("vae_decoder", "fp32") as full:
@@ -309,6 +310,8 @@ class Pipeline:
                 "this bundle is unconditional: it takes no prompt", expected="None", got=repr(prompt or negative_prompt)
             )
         count = len(prompts) or images_per_prompt
+        if self._target.built:
+            _integer(f"the number of images in one call of {self.target}", count, 1, self._target.built.max_images)
         negative = check_prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if len(negative) == 1:
             negative *= count
@@ -361,7 +364,7 @@ def load(
     """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
 
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
-    whose library is installed. `residency`: "all" keeps every engine loaded, "sequential" has one component in memory
+    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has one component in memory
     at a time. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
     """
 
@@ -390,12 +393,12 @@ def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
             raise RequestError(f"this bundle has no target {wanted!r}", expected="auto, " + ", ".join(ids), got=wanted)
     refusals: list[str] = []
     for target in candidates:
-        kind = ENGINES.get(target.engine)
-        if kind and kind.available():
-            for refusal in refusals:
-                logger.warning("target %s", refusal)
+        why_not = refusal(target)
+        if why_not is None:
+            for line in refusals:
+                logger.warning("target %s", line)
             return target
-        refusals.append(f"{target.id}: {kind.why_not() if kind else 'unknown to this runtime'}")
+        refusals.append(f"{target.id}: {why_not}")
     raise HostError("no target of this bundle can run here", expected=", ".join(ids), hint="; ".join(refusals))
 
 

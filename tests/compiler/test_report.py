@@ -148,6 +148,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
+        "not_run": {},
     }  # fmt: skip
 
 
@@ -165,6 +166,16 @@ def test_without_limits_nothing_was_checked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["passed"] is None
     assert '<p class="verdict " id="verdict">No limits were set: nothing was checked.</p>' in text
     assert "The gate" not in text
+
+
+def test_a_target_that_could_not_be_run_is_said(tmp_path: Path) -> None:
+    record = _record(GateRow("PSNR, worst image (dB)", 40.0, 48.22, 43.21, True))
+    record["targets"].insert(0, {"id": "gpu-cuda-fp16", "quality": None, "performance": None})
+    record["not_run"] = {"gpu-cuda-fp16": "no GPU <here>"}
+    text = re.sub(r"<[^>]*>|\s+", " ", _page(tmp_path, record))
+    assert "The gate holds on every target that was run." in text
+    assert re.search(r"gpu-cuda-fp16: +not run here, not judged : no GPU &lt;here&gt;", text)
+    assert re.search(r"targets +gpu-cuda-fp16, t-cpu-fp32", text)
 
 
 def test_a_missed_gate_shows_by_how_much(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from slipcast import cuda
 from slipcast.errors import ArtifactError, HostError, RequestError
-from slipcast.manifest import Component, TensorSpec
+from slipcast.manifest import Built, Component, Target, TensorSpec
 
 Array = npt.NDArray[np.generic]
+OLDEST_PORTABLE = 8.0  # engines that name no compute capability run from Ampere on
 
 
 class Engine(Protocol):
@@ -69,28 +71,53 @@ class ProfiledEngine(Engine, Protocol):
 
 @dataclass(frozen=True)
 class EngineKind:
-    """Where an engine's code is and which distribution it needs."""
+    """Where an engine's code is, which distribution it needs, and what it runs on.
+
+    `index`: the package index that has the library, where the usual one has not. `builds_anywhere`: whether its engines
+    can be built where the device is missing.
+    """
 
     module: str
     library: str
     extra: str | None
     precisions: tuple[str, ...]
+    device: str = "cpu"
+    opener: str = "open_engine"
+    index: str = ""
+    builds_anywhere: bool = True
 
-    def available(self) -> bool:
+    def installed(self) -> bool:
         """Whether the vendor's library is installed (it is not imported)."""
         return importlib.util.find_spec(self.library) is not None
 
+    def available(self) -> bool:
+        """Whether its engines can run here: the library is installed, and the device is there."""
+        return self.installed() and (self.device == "cpu" or bool(cuda.look().gpus))
+
+    def can_build(self) -> bool:
+        """Whether its engines can be built here."""
+        return self.installed() if self.builds_anywhere else self.available()
+
     def why_not(self) -> str:
         """One line that says what to do where `available()` is false."""
+        if self.device != "cpu" and self.installed():
+            return cuda.look().problem or "no CUDA device"
         wanted = f"slipcast[{self.extra}]" if self.extra else "slipcast"
-        return f"{self.library} is not installed: pip install '{wanted}'"
+        return f"{self.library} is not installed: pip install '{wanted}'" + (f", from {self.index}" * bool(self.index))
 
 
-# In order of preference for target="auto".
 ENGINES: dict[str, EngineKind] = {
+    "tensorrt": EngineKind(
+        "slipcast.engines.tensorrt", "tensorrt", "tensorrt", ("fp32", "fp16", "bf16"), "cuda", "open_tensorrt",
+        index="NVIDIA's own package index (--extra-index-url)", builds_anywhere=False,
+    ),
+    "tensorrt-rtx": EngineKind(
+        "slipcast.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp32", "fp16", "bf16"), "cuda",
+        "open_tensorrt_rtx",
+    ),
     "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8")),
     "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
-}
+}  # fmt: skip
 
 
 def engine_kind(name: str) -> EngineKind:
@@ -98,6 +125,38 @@ def engine_kind(name: str) -> EngineKind:
     if name not in ENGINES:
         raise RequestError(f"unknown engine {name!r}", expected=", ".join(ENGINES), got=name)
     return ENGINES[name]
+
+
+def refusal(target: Target) -> str | None:
+    """One line that says why a target cannot run here, and what to do; None where it can."""
+    kind = ENGINES.get(target.engine)
+    if kind is None:
+        return "unknown to this runtime: pip install -U slipcast"
+    if not kind.available():
+        return kind.why_not()
+    return _misfit(kind, target.built) if target.built else None
+
+
+def _misfit(kind: EngineKind, built: Built) -> str | None:
+    """Why engines that are bound to a version of their library and to GPUs do not fit what is here."""
+    version = importlib.metadata.version(kind.library)
+    if built.library_version != version:
+        return (
+            f"built with {kind.library} {built.library_version}, and {version} is installed: "
+            f"pip install '{kind.library}=={built.library_version}', or compile again"
+        )
+    gpu, wanted = cuda.look().gpus[0], built.compute_capabilities
+    if wanted and gpu.compute_capability not in wanted:
+        return (
+            f"built for compute capability {' and '.join(wanted)}, and {gpu.name} has {gpu.compute_capability}: "
+            "compile again with that in compute_capabilities"
+        )
+    if not wanted and float(gpu.compute_capability) < OLDEST_PORTABLE:
+        return (
+            f"portable engines need compute capability {OLDEST_PORTABLE} or later, and {gpu.name} has "
+            f'{gpu.compute_capability}: compile with compute_capabilities = ["{gpu.compute_capability}"]'
+        )
+    return None
 
 
 def open_engine(
@@ -122,7 +181,7 @@ def open_engine(
         raise HostError(
             f"engine {name} cannot run here", got=str(error), hint=f"reinstall {kind.library}: it cannot be imported"
         ) from error
-    opener = getattr(module, "open_profiled_engine", None) if profile else module.open_engine
+    opener = getattr(module, "open_profiled_engine", None) if profile else getattr(module, kind.opener)
     if opener is None:
         raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
     engine: Engine = opener(model, weights, precision)

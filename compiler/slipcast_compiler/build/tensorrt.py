@@ -1,0 +1,194 @@
+"""TensorRT-RTX and TensorRT engines. One builder: the libraries share their API, so the library is a parameter.
+
+Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed. The build runs
+in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
+TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipcast import cuda
+from slipcast.engines import ENGINES
+from slipcast.errors import HostError, ResourceError, SlipcastError
+from slipcast.manifest import Built, EngineFiles, ImageGeometry
+from slipcast.progress import Advance
+from slipcast_compiler.build.casting import DTYPES, cast_graph
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.recipe import TargetTable
+
+logger = logging.getLogger("slipcast")
+
+MAX_IMAGES = 4  # that one call can ask for, where the recipe does not say
+SMALLEST_TILE = 8  # latent cells
+SHOWN_LINES = 8
+# How the library's log names what it is working on: a node of the graph, or layers that it fused.
+_LAYER = re.compile(r"Parsing node: (.+)|Node name: (.+)|(\{ForeignNode\[.*?\]\})")
+_MEMORY = re.compile(r"out of memory|bad_alloc|allocat\w+ fail|fail\w* .{0,20}allocat", re.IGNORECASE)
+
+Range = tuple[int, int, int]  # least, usual, most
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything an engine depends on besides its graph; `ranges`: of the graph's free dimensions, by name.
+
+    `hardware_compatibility` is a member of the library's HardwareCompatibilityLevel.
+    """
+
+    library: str
+    ranges: tuple[tuple[str, Range], ...]
+    compute_capabilities: tuple[str, ...] = ()
+    workspace_mb: int | None = None
+    hardware_compatibility: str | None = None
+
+
+def built(table: TargetTable) -> Built:
+    """What the manifest says of such a target: with which version of the library, and on which GPUs it runs."""
+    kind = ENGINES[table.engine]
+    capabilities: tuple[str, ...] = table.compute_capabilities or ()
+    if not kind.builds_anywhere and table.hardware_compatibility != "ampere_plus":
+        capabilities = (cuda.look().gpus[0].compute_capability,)  # it was built on, and for, this one
+    return Built(
+        library_version=importlib.metadata.version(kind.library),
+        compute_capabilities=capabilities,
+        max_images=table.max_images or MAX_IMAGES,
+    )
+
+
+def options(table: TargetTable, component: str, image: ImageGeometry) -> Options:
+    """The options of a component's engine, from the recipe and what the pipeline will ask of the component."""
+    rows = 2 * (table.max_images or MAX_IMAGES)  # guidance doubles them
+    height, width = (min(image.tile, size // image.factor) for size in (image.height, image.width))
+    return Options(
+        library=ENGINES[table.engine].library,
+        ranges=(
+            ("batch", (1, 1, 1) if component == "vae_decoder" else (1, 2, rows)),  # pictures are decoded one by one
+            ("tile_height", (min(SMALLEST_TILE, height), height, height)),
+            ("tile_width", (min(SMALLEST_TILE, width), width, width)),
+        ),
+        compute_capabilities=table.compute_capabilities or (),
+        workspace_mb=table.workspace_mb,
+        hardware_compatibility=table.hardware_compatibility,
+    )
+
+
+def build(model: Path, precision: str, out: Path, options: Options) -> EngineFiles:
+    """Write out/NAME.engine for a graph in fp32, whose weights lie beside it.
+
+    HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
+    the component and what it was working on.
+    """
+    engine = out / f"{model.stem}.engine"
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
+        log, clock = Path(scratch) / "log.txt", time.perf_counter()
+        try:
+            done = run_isolated(_build, model, precision, engine, log, options)
+        except SlipcastError as error:
+            raise _explained(error, model.stem, options.library, log) from error
+    logger.info(
+        "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
+        time.perf_counter() - clock, done.peak_memory_mb, engine.stat().st_size / 1e6,
+    )  # fmt: skip
+    return EngineFiles(model=engine.name)
+
+
+def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> None:
+    """The child process."""
+    with log.open("wb", buffering=0) as stream:  # of the operating system, so that a crash loses nothing of it
+        for descriptor in (1, 2):  # the library, and those it calls, also write there
+            os.dup2(stream.fileno(), descriptor)
+        if precision in DTYPES:
+            cast = log.with_name(model.name)
+            cast_graph(model, precision, cast)
+            model = cast
+        trt = importlib.import_module(options.library)
+        builder = trt.Builder(_make_logger(trt))
+        network = _parse(trt, builder, model)
+        serialized = builder.build_serialized_network(network, _configure(trt, builder, network, options))
+        if serialized is None:
+            raise HostError("the library gave up")
+        engine.write_bytes(serialized)
+
+
+def _make_logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            os.write(1, f"{severity.name}: {message}\n".encode())
+
+    return Log()
+
+
+def _parse(trt: Any, builder: Any, model: Path) -> Any:
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, builder.logger)
+    # From the file, so that weights are mapped where they lie.
+    if not parser.parse_from_file(str(model)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise HostError(
+            "the graph is refused",
+            got="; ".join(f"{e.node_name()} [{e.node_operator()}]: {e.desc()}" for e in errors[:3]) or "no reason",
+        )
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            # Attention without a kernel of its own (in fp32, say) is otherwise refused. The bindings return the base
+            # class, of which this one only adds the accessors.
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
+    return network
+
+
+def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
+    config = builder.create_builder_config()
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for i, capability in enumerate(options.compute_capabilities):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), i):
+                raise HostError(f"compute capability {capability} is refused")
+    if options.workspace_mb:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * 1_000_000)
+    if options.hardware_compatibility:
+        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper())
+        config.hardware_compatibility_level = level
+    profile, ranges = builder.create_optimization_profile(), dict(options.ranges)
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        free = [tensor.get_dimension_name(i) if size == -1 else "" for i, size in enumerate(tensor.shape)]
+        if any(free):
+            shapes = [
+                [ranges[name][k] if name else size for name, size in zip(free, tensor.shape, strict=True)]
+                for k in range(3)
+            ]
+            profile.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _explained(error: SlipcastError, component: str, library: str, log: Path) -> SlipcastError:
+    """The same error with what the log tells: the layer last worked on, and what the library complained of."""
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    layers = [next(filter(None, found.groups())) for line in lines if (found := _LAYER.search(line))]
+    complaints = [line for line in lines if not line.startswith(("VERBOSE", "INFO", "WARNING"))][-SHOWN_LINES:]
+    memory = any(_MEMORY.search(line) for line in complaints)
+    kind = ResourceError if memory else type(error)
+    failure = kind(
+        f"{component}: {library} failed" + (f" at {layers[-1]}" if layers else " before it reached a layer"),
+        expected=error.expected, got="\n    ".join(filter(None, [str(error.got or error.message), *complaints])),
+        hint=error.hint or "build on a machine with more memory, or leave this target out of the recipe"
+        if memory or isinstance(error, ResourceError) else "choose another precision or leave this target out",
+    )  # fmt: skip
+    failure.add_note("\n".join(lines[-50:]))
+    return failure

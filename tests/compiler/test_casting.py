@@ -1,0 +1,124 @@
+"""A graph in half precision: what is rounded, and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from slipcast.errors import SlipcastError
+from slipcast_compiler.build.casting import cast_graph
+
+HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+def value(name: str, *shape: Any) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], **weights: Any) -> Path:
+    constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    return path
+
+
+def types(path: Path) -> dict[str, int]:
+    """Tensor -> type, as ONNX itself infers them; strict, so that a graph that mixes types is an error."""
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True, data_prop=True)
+    known = {i.name: i.data_type for i in model.graph.initializer}
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    return known | {v.name: v.type.tensor_type.elem_type for v in values}
+
+
+def run(path: Path, **arrays: Any) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, arrays)[0]
+
+
+@pytest.fixture
+def embedding(tmp_path: Path) -> Path:
+    """sin(t * f) @ w + b, as a timestep's embedding begins."""
+    nodes = [
+        helper.make_node("Mul", ["t", "f"], ["angle"]),
+        helper.make_node("Sin", ["angle"], ["wave"]),
+        helper.make_node("MatMul", ["wave", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {
+        "f": rng.random((1, 16)).astype(np.float32), "w": rng.standard_normal((16, 8)).astype(np.float32),
+        "b": np.ones(8, np.float32),
+    }  # fmt: skip
+    return save(tmp_path / "e.onnx", nodes, [value("t", "batch", 1)], [value("y", "batch", 8)], **weights)
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_weights_and_activations_are_half_and_the_ends_are_not(embedding: Path, tmp_path: Path, precision: str) -> None:
+    cast_graph(embedding, precision, out := tmp_path / "out.onnx")
+    found = types(out)
+    assert (found["t"], found["y"]) == (TensorProto.FLOAT, TensorProto.FLOAT)
+    assert found["product"] == found[f"w.{precision}"] == found[f"b.{precision}"] == HALF[precision]
+    assert not {"w", "b"} & set(found)
+    assert (tmp_path / "out.onnx.data").exists()
+
+
+def test_angles_keep_their_precision(embedding: Path, tmp_path: Path) -> None:
+    cast_graph(embedding, "fp16", out := tmp_path / "out.onnx")
+    assert types(out)["angle"] == types(out)["wave"] == TensorProto.FLOAT
+    t = np.array([[981.0], [999.0]], np.float32)
+    exact, half = run(embedding, t=t), run(out, t=t)
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - exact).max() < 0.01  # an angle in fp16 is off by up to 0.25
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "large"], ["y"])]
+    weights = {"large": np.array([1.0, 1e6], np.float32)}
+    source = save(tmp_path / "l.onnx", nodes, [value("x", 2)], [value("y", 2)], **weights)
+    with pytest.raises(SlipcastError, match=r"large: does not fit into fp16(.|\n)*1e\+06(.|\n)*bf16"):
+        cast_graph(source, "fp16", tmp_path / "out.onnx")
+    cast_graph(source, "bf16", tmp_path / "out.onnx")
+
+
+def test_infinity_stays_infinity(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "mask"], ["y"])]
+    weights = {"mask": np.array([0.0, -np.inf], np.float32)}
+    source = save(tmp_path / "m.onnx", nodes, [value("x", 2)], [value("y", 2)], **weights)
+    cast_graph(source, "fp16", out := tmp_path / "out.onnx")
+    assert run(out, x=np.ones(2, np.float32)).tolist() == [1.0, -np.inf]
+
+
+def test_quantised_layers_stay_so(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["qx"]),
+        helper.make_node("DequantizeLinear", ["qx", "sx", "zx"], ["dx"]),
+        helper.make_node("DequantizeLinear", ["qw", "sw", "zw"], ["dw"], axis=1),
+        helper.make_node("MatMul", ["dx", "dw"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {
+        "sx": np.float32(0.02), "zx": np.int8(0), "sw": np.full(8, 3e-6, np.float32), "zw": np.zeros(8, np.int8),
+        "qw": rng.integers(-127, 128, (16, 8)).astype(np.int8),
+    }  # fmt: skip
+    source = save(tmp_path / "q.onnx", nodes, [value("x", 4, 16)], [value("y", 4, 8)], **weights)
+    cast_graph(source, "fp16", out := tmp_path / "out.onnx")
+    found = types(out)
+    assert found["qw"] == found["qx"] == TensorProto.INT8
+    assert found["dx"] == found["dw"] == TensorProto.FLOAT16
+    assert found["sx"] == found["sw"] == TensorProto.FLOAT  # 3e-6 has six bits left in fp16
+
+
+def test_sizes_of_a_resize_stay_in_fp32(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")]
+    weights = {"scales": np.array([1, 1, 2, 2], np.float32)}
+    source = save(tmp_path / "r.onnx", nodes, [value("x", 1, 1, 2, 2)], [value("y", 1, 1, 4, 4)], **weights)
+    cast_graph(source, "fp16", out := tmp_path / "out.onnx")
+    assert types(out)["scales"] == TensorProto.FLOAT
+    x = np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2)
+    np.testing.assert_array_equal(run(out, x=x), run(source, x=x))

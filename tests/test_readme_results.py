@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
-KEPT = json.loads((ROOT / "recipes" / "bench" / "shapes-circles.json").read_text("utf-8"))
+KEPT = {file.stem: json.loads(file.read_text("utf-8")) for file in (ROOT / "recipes" / "bench").glob("*.json")}
+FIRST = {name: document for name, document in KEPT.items() if not name.endswith("-2")}
 
 
-def row(document: dict[str, Any], name: str) -> str:
-    """A line of the README's table."""
-    side = document["sides"][name]
-    quality, rate = side["quality"], side["images_per_second"].get("4")
-    ratio, memory = document["ratios"].get(name), document["memory_ratios"].get(name)
-    even = document["break_even"].get(name)
-    cells = [
-        f"`{name}`" + (f" ({side['images']} images)" if side["images"] < document["settings"]["images"] else ""),
-        f"{side['seconds']['median']:.3f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
-        f"{rate:.2f}" if rate else "not run",
-        f"{side['first_image_s']['cold']:.1f}",
-        f"{side['peak_memory_mb']:.0f}" + (f" ({memory['median']:.2f})" if memory else ""),
-        f"{quality['psnr_mean']['value']:.1f}" if quality["psnr_mean"] else "not run",
-        f"{quality['clip_delta_mean']['value']:+.2%}",
-        "" if not ratio else "never" if even is None else str(even),
-    ]
-    return "| " + " | ".join(cells).replace("|  |", "| |") + " |"
+def _results() -> Any:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "recipes" / "bench" / "results.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_table_is_the_kept_document() -> None:
-    table = re.findall(r"^\| `.*$", README.split("## Benchmark")[1].split("\n## ")[0], re.MULTILINE)
-    assert table == [row(KEPT, name) for name in KEPT["sides"]]
-    assert KEPT["date"][:10] in README
-    assert f"{KEPT['compile_s']:.0f} s" in README
+RESULTS = _results()
 
 
-def test_it_is_said_where_a_peer_is_faster() -> None:
-    sentence = re.search(r"^Faster than the bundle: (.*?)\. In batches of 4: (.*?)\.", README, re.MULTILINE | re.DOTALL)
-    assert sentence
-    single = {name for name, ratio in KEPT["ratios"].items() if ratio["median"] < 1}
-    batches = {name for name, ratios in KEPT["batch_ratios"].items() if ratios["4"]["median"] < 1}
-    assert [set(re.findall(r"`([^`]+)`", part)) for part in sentence.groups()] == [single, batches]
+def section(name: str) -> str:
+    """The README's text about one comparison."""
+    return README.split(f"#### {RESULTS.TITLES[name]}\n")[1].split("\n#### ")[0].split(RESULTS.END)[0]
 
 
-def test_the_document_holds_no_paths_of_a_machine() -> None:
-    assert not re.search(r'"/|/home/|/tmp/', json.dumps(KEPT))
-    assert KEPT["missing"] == KEPT["failed"] == {}
+def test_the_readme_was_written_from_the_kept_documents() -> None:
+    assert RESULTS.replaced(README) == README, "run recipes/bench/results.py"
+    assert set(FIRST) <= set(RESULTS.TITLES)
+    assert {name.removesuffix("-2") for name in KEPT} == set(FIRST)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_every_side_has_its_figures(name: str) -> None:
+    document, text = FIRST[name], section(name)
+    rows = re.findall(r"^\| `([^`]+)`.*$", text, re.MULTILINE)
+    assert rows == list(document["sides"])
+    for side, figures in document["sides"].items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{side}`"))
+        assert f"| {figures['seconds']['median']:.3f} |" in row
+        assert f"| {figures['peak_memory_mb']:.0f}" in row
+        if side in document["ratios"]:
+            ratio = document["ratios"][side]
+            assert f"| {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |" in row
+    assert document["date"][:10] in text
+    assert f"$ {document['command']}\n" in text
+    assert "--make-venvs" not in document["command"]
+    assert document["missing"] == document["failed"] == {}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_it_is_said_where_a_peer_is_better(name: str) -> None:
+    document = FIRST[name]
+    expected = {"Faster than the bundle": document["ratios"], "Smaller in memory": document["memory_ratios"]}
+    for size in document["settings"]["batches"]:
+        if size > 1:
+            of = {peer: ratios[str(size)] for peer, ratios in document["batch_ratios"].items()}
+            expected[f"In batches of {size}"] = of
+    text = " ".join(section(name).split())
+    for said, ratios in expected.items():
+        found = re.search(rf"{said}: (.*?)\.", text)
+        assert found
+        assert set(re.findall(r"`([^`]+)`", found[1])) == {p for p, ratio in ratios.items() if ratio["median"] < 1}
+
+
+def test_a_second_run_is_compared(tmp_path: Path) -> None:
+    first = FIRST["shapes-circles"]
+    assert "not known" in RESULTS.agreement(first, None)
+    again = json.loads(json.dumps(first))
+    again["ratios"]["torch-compile"]["median"] *= 0.93
+    assert "at most 7.0% (`torch-compile`)" in RESULTS.agreement(first, again)
+    for name, document in (("shapes-circles", first), ("shapes-circles-2", again)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    assert "at most 7.0%" in RESULTS.results(tmp_path)
+
+
+def test_what_was_not_measured_is_named_and_tables_fit_the_document() -> None:
+    document = json.loads(json.dumps(FIRST["shapes-circles"]))
+    document["missing"], document["settings"]["batches"] = {"diffusers": {"reason": "", "install": None}}, [1]
+    for side in document["sides"].values():
+        side["images_per_second"], side["quality"] = {"1": 1.0}, None
+    text = RESULTS.section("shapes-circles", "title", document, None)
+    assert "Not measured: `diffusers`." in text
+    assert "CLIP" not in text
+    assert "In batches" not in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_the_documents_hold_no_paths_of_a_machine() -> None:
+    for document in KEPT.values():
+        assert not re.search(r'[ "=]/|/home/|/tmp/', json.dumps(document))

@@ -1,4 +1,4 @@
-"""Peak memory of this process. Standard library only: a benchmark's sides run where nothing else is installed."""
+"""Peak memory of this process, and what is free. Standard library only: a benchmark's sides have nothing else."""
 
 from __future__ import annotations
 
@@ -15,3 +15,17 @@ def peak_memory_mb() -> float:
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def available_bytes(root: str = "/") -> int | None:
+    """Memory that can be had without swapping, in a container at most what it may use; None where nobody tells."""
+    try:
+        with open(f"{root}proc/meminfo", encoding="ascii") as lines:
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        with open(f"{root}sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            return min(free, int(limit.read()))
+    except (OSError, ValueError):  # no container, or one without a limit, whose file says "max"
+        return free

@@ -34,6 +34,8 @@ from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
+ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
+
 OutputType = Literal["pil", "np", "latent"]
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
 
@@ -169,16 +171,22 @@ class Pipeline:
         settings, schedule = self.manifest.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self._latent_shape)
+        at_once = self._at_once(len(request.seeds))
         with self.residency.use("denoiser") as engine:
 
             def predict(x: Floats, timestep: float) -> Floats:
-                batch = np.concatenate([x, x]) if request.guided else x
-                inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **conditioning}
-                output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
-                if request.guided:
-                    unconditional, conditional = np.split(output, 2)
-                    output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
-                return output
+                parts = []
+                for i in range(0, len(x), at_once):
+                    chosen = slice(i, i + at_once)
+                    batch = np.concatenate([x[chosen], x[chosen]]) if request.guided else x[chosen]
+                    given = {name: _rows(array, len(x), chosen) for name, array in conditioning.items()}
+                    inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **given}
+                    output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
+                    if request.guided:
+                        unconditional, conditional = np.split(output, 2)
+                        output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
+                    parts.append(output)
+                return np.concatenate(parts)
 
             denoise = Denoiser(settings.noise, schedule, predict)
             start = noise() if request.latents is None else request.latents
@@ -223,6 +231,19 @@ class Pipeline:
                 picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
         _check_finite(picture, "the decoder's picture is not finite")
         return picture
+
+    def _at_once(self, images: int) -> int:
+        """So many images go through the denoiser in one call.
+
+        CPU engines hold attention scores, heads * cells^2 floats a row: 1 GB for one guided image of 64x64 cells. How
+        many heads is not in the manifest; 8 at full resolution is the most of common U-Nets. From 32x32 cells on images
+        go one by one: more at once are not faster there, and OpenVINO chooses other kernels for some batch sizes (3 of
+        1 to 8, for a U-Net of Stable Diffusion 1.5), whose rounding would make pictures depend on the batch.
+        """
+        _, height, width = self._latent_shape
+        if self._target.device != "cpu":
+            return images
+        return min(images, max(1, ATTENTION_BYTES // (2 * 8 * 4 * (height * width) ** 2)))
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
@@ -343,6 +364,11 @@ def to_pil(picture: Floats) -> Image.Image:
     """float32 [h, w, 1 or 3] in [0, 1] to a picture, rounded as diffusers does."""
     levels = (picture * 255).round().astype(np.uint8)
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def _rows(array: Floats, images: int, chosen: slice) -> Floats:
+    """Rows of the chosen images, where each image has one row or, unconditional rows first, two."""
+    return array.reshape(-1, images, *array.shape[1:])[:, chosen].reshape(-1, *array.shape[1:])
 
 
 def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:

@@ -188,6 +188,13 @@ class TestDeterminism:
             for found, expected in zip(images, alone, strict=False):
                 np.testing.assert_array_equal(found, expected)
 
+    @pytest.mark.parametrize("at_once", [1, 2])
+    def test_chunks_of_a_batch(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+        """What is drawn in pieces, as large pictures are, is the same to the bit."""
+        whole = self.make(pipe, seed=20, num_images_per_prompt=3)
+        monkeypatch.setattr(slipcast.pipeline, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * 256**2)
+        np.testing.assert_array_equal(self.make(pipe, seed=20, num_images_per_prompt=3), whole)
+
     def test_lists_of_prompts(self, pipe: Pipeline) -> None:
         prompts = [PROMPT, "", "a small cyan circle on a black background", PROMPT, "🟥"]
         images = self.make(pipe, prompts, seed=30)

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import sys
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from conftest import ROOT, run_cli
 from slipcast.progress import Stages
+from slipcast_compiler import memory
 from slipcast_compiler.bench import plots
 from slipcast_compiler.bench.document import make_document
 from slipcast_compiler.bench.measure import ROUNDS, measure
@@ -28,7 +30,7 @@ HOSTILE = '<script>document.title="owned"</script> "&[bold]'
 def document(shapes_bundle: Path, workspace: Path) -> dict[str, Any]:
     """The bundle against diffusers and against itself, two images and two steps."""
     done = run_cli(
-        "bench", str(shapes_bundle), "--model", str(SHAPES), "--against", "diffusers,artifacts/shapes-circles",
+        "bench", "artifacts/shapes-circles", "--model", str(SHAPES), "--against", "diffusers,artifacts/shapes-circles",
         "--images", "2", "--steps", "2", "--batch", "1,2", "-o", "out/bench.json", "--json", cwd=workspace,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -132,6 +134,15 @@ def test_a_peer_that_fails_is_named_and_the_rest_goes_on(shapes_bundle: Path, tm
     assert [len(drawn) for drawn in results.measured[BUNDLE].batches.values()] == [ROUNDS]
 
 
+def test_a_peer_that_cannot_be_exported_is_named_and_never_started(shapes_bundle: Path, tmp_path: Path) -> None:
+    plan = _plan(shapes_bundle, tmp_path, "def prepare(job):\n    raise ValueError('no such operator')\n")
+    unexported = Side("fake", "a fake", sys.executable, plan.sides[1].job, prepared=tmp_path / "exports" / "fake")
+    results = measure(BenchPlan(**{**vars(plan), "sides": (plan.sides[0], unexported)}), Stages())
+    assert "ValueError: no such operator" in results.failed["fake"]
+    assert list(results.measured) == [BUNDLE]
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
 def test_a_slow_peer_makes_fewer_images_and_says_so(shapes_bundle: Path, tmp_path: Path) -> None:
     side = """
 import numpy as np
@@ -148,6 +159,59 @@ def describe():
     assert {"fake ran on 1 of 3 images", "fake ran one image at a time only"} <= set(document["notes"])
     assert "fake" not in document["batch_ratios"]
     render_page(document)
+
+
+def test_where_memory_is_short_each_peer_is_alone_with_the_bundle(
+    shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = f"""
+import os, pathlib
+import numpy as np
+alive = pathlib.Path({str(tmp_path)!r})
+def open_side(job):
+    assert not list(alive.glob("alive-*")), "another peer is in memory"
+    mark = alive / f"alive-{{os.getpid()}}"
+    mark.touch()
+    import atexit
+    atexit.register(mark.unlink)
+    return lambda prompts, seeds: (np.zeros((len(seeds), 64, 64, 3)), None)
+def describe():
+    return {{"steps": 1}}
+"""
+    plan = _plan(shapes_bundle, tmp_path, side)
+    peers = [Side(name, name, sys.executable, plan.sides[1].job) for name in ("first", "second")]
+    plan = BenchPlan(**{**vars(plan), "sides": (plan.sides[0], *peers)})
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**15)
+    assert "AssertionError: another peer is in memory" in measure(plan, Stages()).failed["second"]
+    for file in tmp_path.glob("alive-*"):
+        file.unlink()
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
+    results = measure(plan, Stages())
+    assert results.failed == {}
+    assert set(results.measured) == {BUNDLE, "first", "second"}
+    assert results.beside["first"] is not results.beside["second"]
+    assert [len(results.beside[name].drawn) for name in ("first", "second")] == [3, 3]
+    document = make_document(plan, results, None)
+    assert document["sides"][BUNDLE]["images"] == 6
+    theirs, ours = results.measured["second"].seconds, results.beside["second"].seconds
+    assert document["ratios"]["second"]["min"] == pytest.approx(min(map(truediv, theirs, ours)), abs=1e-4)
+    assert len(results.measured[BUNDLE].batches[2]) == 2 * ROUNDS
+    assert any(note.startswith("every peer ran in turn with the bundle alone: 3 sides") for note in document["notes"])
+
+
+def test_the_documents_command_repeats_it(document: dict[str, Any]) -> None:
+    assert document["command"] == (
+        f"slipcast bench artifacts/shapes-circles --model {SHAPES} --against diffusers,artifacts/shapes-circles "
+        "--images 2 --batch 1,2 --steps 2"
+    )
+
+
+def test_the_page_leads_to_the_bundles_report(workspace: Path, document: dict[str, Any]) -> None:
+    links = re.findall(r'href="([^"]*)"', (workspace / "out" / "bench.html").read_text("utf-8"))
+    assert [(workspace / "out" / link).resolve() for link in links] == [
+        (workspace / "artifacts" / "shapes-circles" / "report.html").resolve()
+    ]
+    assert "href" not in render_page(document)
 
 
 def test_usage_errors_have_exit_code_2(shapes_bundle: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.energy import Meter
+from slipcast_compiler.bench.gpu import Gpus
+from slipcast_compiler.memory import available_bytes
 from slipcast_compiler.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
@@ -74,3 +78,68 @@ def test_energy_of_all_packages_over_the_counters_end(tmp_path: Path) -> None:
 
 def test_no_energy_where_nothing_can_be_read(tmp_path: Path) -> None:
     assert Meter(tmp_path / "absent").read() is None
+
+
+class FakeNvml(ModuleType):
+    """Two GPUs: of the first, process 7 holds 2 GB and another 1 GB; the second does not tell who holds what."""
+
+    NVMLError = RuntimeError
+
+    def __init__(self) -> None:
+        super().__init__("pynvml")
+        self.millijoules = [1000, 5000]
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        if self.millijoules[handle] < 0:
+            raise self.NVMLError("not supported")
+        return self.millijoules[handle]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[SimpleNamespace]:  # noqa: N802
+        if handle == 1:
+            return [SimpleNamespace(pid=7, usedGpuMemory=None)]
+        return [SimpleNamespace(pid=7, usedGpuMemory=2 * 10**9), SimpleNamespace(pid=8, usedGpuMemory=10**9)]
+
+
+def test_energy_and_memory_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    gpus = Gpus()
+    assert len(gpus) == 2
+    nvml.millijoules = [2500, 6000]
+    assert gpus.read() == 2.5
+    assert gpus.read() == 0
+    assert gpus.memory_mb(7) == 2000
+    assert gpus.memory_mb(9) is None
+    nvml.millijoules = [3000, -1]
+    assert gpus.read() is None
+
+
+def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert (len(Gpus()), Gpus().read(), Gpus().memory_mb(7)) == (0, None, None)
+    broken = FakeNvml()
+    monkeypatch.setattr(broken, "nvmlDeviceGetCount", lambda: 1 / 0)  # a library without its driver
+    monkeypatch.setitem(sys.modules, "pynvml", broken)
+    assert (len(Gpus()), Gpus().read(), Gpus().memory_mb(7)) == (0, None, None)
+
+
+def test_free_memory_is_at_most_the_containers(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    root = f"{tmp_path}/"
+    assert available_bytes(root) is None
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2000 kB\n")
+    assert available_bytes(root) == 2000 * 1024
+    limit = tmp_path / "sys/fs/cgroup/memory.max"
+    for text, expected in (("max\n", 2000 * 1024), ("4096\n", 4096), ("9999999999\n", 2000 * 1024)):
+        limit.write_text(text)
+        assert available_bytes(root) == expected

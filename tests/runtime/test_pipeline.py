@@ -188,6 +188,33 @@ class TestSeeds:
             alone = pipe("xxyy"[i], seed=seed, output_type="latent")
             np.testing.assert_array_equal(many.images[i], alone.images[0])
 
+    @pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+    @pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
+    def test_a_large_batch_goes_through_the_denoiser_in_chunks(
+        self, pipe: Pipeline, engines: Fakes, monkeypatch: pytest.MonkeyPatch, at_once: int, guidance_scale: float
+    ) -> None:
+        def draw() -> Any:
+            prompts, negative = ["a", "b", "c"], ["x", "y", "z"]
+            arguments: Any = {"negative_prompt": negative, "seed": 7, "guidance_scale": guidance_scale}
+            return pipe(prompts, output_type="latent", **arguments).images
+
+        whole = draw()
+        engines.calls.clear()
+        monkeypatch.setattr(slipcast.pipeline, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * fakes.SIZE**4)
+        np.testing.assert_array_equal(draw(), whole)
+        given = [(len(each.sample), len(each.context)) for name, each in engines.calls if name == "denoiser"]
+        rows = 2 if guidance_scale > 1 else 1
+        assert all(sample == context <= rows * at_once for sample, context in given)
+        assert len(given) == pipe.manifest.sampling.steps * -(-3 // at_once)
+
+    def test_a_device_of_its_own_takes_the_batch_whole(
+        self, pipe: Pipeline, engines: Fakes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(slipcast.pipeline, "ATTENTION_BYTES", 1)
+        monkeypatch.setattr(pipe, "_target", pipe._target.model_copy(update={"device": "cuda"}))
+        latents(pipe, seed=7, num_images_per_prompt=3)
+        assert {len(each.sample) for name, each in engines.calls if name == "denoiser"} == {6}
+
     def test_a_list_of_seeds(self, pipe: Pipeline) -> None:
         out = pipe(PROMPT, seed=[3, 2**64 - 1], num_images_per_prompt=2, output_type="latent")
         assert out.seeds == (3, 2**64 - 1)

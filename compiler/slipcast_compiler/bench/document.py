@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from slipcast.engines import cpu_threads
 from slipcast_compiler.bench import figures
-from slipcast_compiler.bench.measure import Measured, Results
-from slipcast_compiler.bench.plan import BUNDLE, BenchPlan
+from slipcast_compiler.bench.measure import Results
+from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options
+from slipcast_compiler.bench.process import Drawn
+from slipcast_compiler.bench.running import Measured
 from slipcast_compiler.scorer import Scorer
 
 SCHEMA = "slipcast-bench/1"
@@ -20,8 +24,8 @@ BUSY = 0.25  # load per core, before anything was started, from which figures ar
 
 def make_document(plan: BenchPlan, results: Results, load_before: float | None) -> dict[str, Any]:
     """Plain JSON; see the keys below. Seconds, megabytes (1e6 bytes), joules; `ratios` are peer / bundle."""
-    manifest, bundle = plan.bundle.manifest, results.measured[BUNDLE]
-    peers = {name: measured for name, measured in results.measured.items() if name != BUNDLE}
+    manifest = plan.bundle.manifest
+    pairs = {name: (results.measured[name], beside) for name, beside in results.beside.items()}
     compile_s = round(sum(plan.record["stages_s"].values()), 1)
     prompts, seeds = plan.requests(0, plan.options.images)
     scorer, no_clip = _scorer(plan)
@@ -31,6 +35,7 @@ def make_document(plan: BenchPlan, results: Results, load_before: float | None) 
     document = {
         "schema": SCHEMA,
         "name": manifest.name,
+        "command": command(plan),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "source_sha256": manifest.source_sha256,
         "host": host() | {"load_before": load_before},
@@ -40,22 +45,37 @@ def make_document(plan: BenchPlan, results: Results, load_before: float | None) 
             "sampling": plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
         },
         "sides": sides,
-        "ratios": {name: _ratios(each.seconds, bundle.seconds) for name, each in peers.items()},
-        "memory_ratios": {name: _ratios(_memory(each), _memory(bundle)) for name, each in peers.items()},
+        "ratios": {name: _ratios(peer.seconds, bundle.seconds) for name, (peer, bundle) in pairs.items()},
+        "memory_ratios": {name: _ratios(_memory(peer), _memory(bundle)) for name, (peer, bundle) in pairs.items()},
         "batch_ratios": {
             name: {str(size): _ratios(_seconds(drawn), _seconds(bundle.batches[size])) for size, drawn in of.items()}
-            for name, each in peers.items() if (of := each.batches)
+            for name, (peer, bundle) in pairs.items() if (of := peer.batches)
         },
         "compile_s": compile_s,
         "break_even": {
             name: figures.break_even(compile_s, sides[name]["seconds"]["median"], sides[BUNDLE]["seconds"]["median"])
-            for name in peers
+            for name in pairs
         },
         "missing": plan.missing,
         "failed": results.failed,
         "quality_reference": "diffusers in fp32" if results.reference is not None else None,
     }  # fmt: skip
     return document | {"notes": _notes(plan, results, load_before, no_clip)}
+
+
+def command(plan: BenchPlan) -> str:
+    """What repeats the benchmark; environments of peers are taken to be there."""
+    options, default = plan.options, Options()
+    words = ["slipcast", "bench", str(plan.path)]
+    given: dict[str, tuple[Any, Any]] = {
+        "--model": (options.model, default.model), "--against": (options.against, default.against),
+        "--target": (options.target, default.target), "--images": (options.images, default.images),
+        "--batch": (options.batches, default.batches), "--steps": (options.steps, default.steps),
+    }  # fmt: skip
+    for option, (value, usual) in given.items():
+        if value != usual:
+            words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
 
 
 def host() -> dict[str, Any]:
@@ -85,7 +105,6 @@ def _side(measured: Measured) -> dict[str, Any]:
     throughput = {"1": round(1 / figures.spread(seconds)["median"], 4)}
     for size, drawn in measured.batches.items():
         throughput[str(size)] = round(size / figures.spread(_seconds(drawn))["median"], 4)
-    joules = [each for each in measured.joules if each is not None]
     disk = measured.side.disk_bytes + (_size(measured.side.prepared) if measured.side.prepared else 0)
     return {
         "title": measured.side.title,
@@ -97,13 +116,20 @@ def _side(measured: Measured) -> dict[str, Any]:
         "load_s": round(measured.load_s, 3),
         "warm_up_s": [round(s, 4) for s in measured.warm_up_s],
         "prepare_s": None if measured.prepare_s is None else round(measured.prepare_s, 2),
-        "peak_memory_mb": round(_memory(measured)[-1], 1),
-        "peak_memory_mb_by_batch": {str(b): round(d[-1].peak_memory_mb, 1) for b, d in measured.batches.items()},
+        "peak_memory_mb": round(max(_memory(measured)), 1),
+        "peak_memory_mb_by_batch": {str(b): round(max(_peaks(d)), 1) for b, d in measured.batches.items()},
+        "gpu_memory_mb": max((each for each in measured.gpu_memory_mb if each is not None), default=None),
         "disk_mb": round(disk / 1e6, 1),
         "components_s": _components(measured),
-        "energy_j": _rounded(figures.spread(joules)) if len(joules) == len(seconds) else None,
+        "energy_j": _energy(measured.joules),
+        "gpu_energy_j": _energy(measured.gpu_joules),
         "quality": None,
     }
+
+
+def _energy(joules: Sequence[float | None]) -> dict[str, float] | None:
+    known = [each for each in joules if each is not None]
+    return _rounded(figures.spread(known)) if len(known) == len(joules) else None
 
 
 def _components(measured: Measured) -> dict[str, float] | None:
@@ -125,7 +151,7 @@ def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict
     before = scorer(reference, prompts) if scorer else None
     found = {}
     for name, measured in results.measured.items():
-        images = measured.images
+        images = measured.images[: plan.options.images]  # a bundle that had several rounds drew them again
         scores = (before, scorer(images, prompts[: len(images)])) if scorer and before is not None else None
         values = figures.quality(reference, images, scores, pixels=measured.side.pixels)
         found[name] = {metric: value and _rounded(value, 5) for metric, value in values.items()}
@@ -164,8 +190,12 @@ def _notes(plan: BenchPlan, results: Results, load_before: float | None, no_clip
         notes.append(f"quality was not measured: {results.no_reference}")
     if no_clip:
         notes.append(no_clip)
+    if results.apart:
+        notes.append(f"every peer ran in turn with the bundle alone: {results.apart}")
     if all(drawn.joules[0] is None for drawn in results.measured.values()):
-        notes.append("energy was not measured: this host does not let RAPL be read")
+        notes.append("energy of the processor was not measured: this host does not let RAPL be read")
+    if not results.gpus:
+        notes.append("GPU memory and energy were not measured: no NVIDIA GPU, or nvidia-ml-py is not installed")
     notes.append("compile_s is the sum of the report's stages; those that came from the cache took longer once")
     return notes
 
@@ -175,10 +205,14 @@ def _ratios(peer: list[float], bundle: list[float]) -> dict[str, float]:
 
 
 def _memory(measured: Measured) -> list[float]:
-    return [each.peak_memory_mb for each in measured.drawn]
+    return _peaks(measured.drawn)
 
 
-def _seconds(drawn: list[Any]) -> list[float]:
+def _peaks(drawn: Sequence[Drawn]) -> list[float]:
+    return [each.peak_memory_mb for each in drawn]
+
+
+def _seconds(drawn: Sequence[Drawn]) -> list[float]:
     return [each.seconds for each in drawn]
 
 

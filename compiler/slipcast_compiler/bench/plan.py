@@ -56,9 +56,11 @@ class Options:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """`sides[0]` is the bundle. `reference` draws the original's pictures where no side does, and is not measured;
-    None, with `no_quality` saying why, where that cannot be. `missing`: peer -> reason and install command."""
+    """`path`: as the bundle was named, which is `sides[0]`. `reference` draws the original's pictures where no side
+    does, and is not measured; None, with `no_quality` saying why, where that cannot be. `missing`: peer -> reason and
+    install command."""
 
+    path: Path
     bundle: Bundle
     record: dict[str, Any]
     options: Options
@@ -102,7 +104,7 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     reference, why = _reference(sides, bundle, checkpoint, sampling, options)
     prompts = tuple(record["family"]["held_out_prompts"]) if manifest.family else (None,)
     return BenchPlan(
-        bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts
+        path, bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts
     )  # fmt: skip
 
 

@@ -59,6 +59,11 @@ class SideProcess(AbstractContextManager["SideProcess"]):
         """Seconds since the process was started."""
         return time.perf_counter() - self._begun
 
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
     def open(self) -> dict[str, Any]:
         """Load the side (or, with job["prepare"], prepare it): its answer."""
         return self._ask(self._job)
@@ -99,7 +104,9 @@ class SideProcess(AbstractContextManager["SideProcess"]):
             line = ""
         if not line:
             code = self._process.wait()
-            hint = "exit code -9 means that memory ran out: all sides are in memory at once, name fewer"
+            hint = (
+                "exit code -9 means that memory ran out: close other programs, or compare by --against in several runs"
+            )
             raise SideError(
                 f"{self.name}: its process died",
                 expected="an answer",

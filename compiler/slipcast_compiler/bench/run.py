@@ -7,6 +7,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from slipcast.bundle import open_bundle
 from slipcast.errors import RequestError
@@ -31,11 +32,14 @@ def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: b
     plan = make_plan(bundle, options)
     document = make_document(plan, measure(plan, stages), load_before)
     output = output or _default_output(options.folder, plan.bundle.manifest.name)
-    return document | {"files": write(document, output, stages)}
+    return document | {"files": write(document, output, bundle / "report.html", stages)}
 
 
-def write(document: dict[str, Any], output: Path, stages: Stages) -> dict[str, str | None]:
-    """The JSON at `output` and the page beside it, which is left out, and said to be, on a host without jinja2."""
+def write(document: dict[str, Any], output: Path, report: Path, stages: Stages) -> dict[str, str | None]:
+    """The JSON at `output` and the page beside it, which is left out, and said to be, on a host without jinja2.
+
+    The page links to the bundle's; not the other way round, since a bundle is sealed: what it does not list is refused.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     try:
@@ -44,7 +48,8 @@ def write(document: dict[str, Any], output: Path, stages: Stages) -> dict[str, s
         stages.say("no page: it needs jinja2; pip install 'slipcast[compiler]'")
         return {"json": str(output), "html": None}
     page = output.with_suffix(".html")
-    page.write_text(render_page(document), "utf-8")
+    link = quote(Path(os.path.relpath(report, page.parent)).as_posix()) if report.is_file() else None
+    page.write_text(render_page(document, link), "utf-8")
     return {"json": str(output), "html": str(page)}
 
 

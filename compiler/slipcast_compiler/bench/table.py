@@ -52,14 +52,15 @@ def _speed(document: Mapping[str, Any]) -> Table:
 
 
 def _footprint(document: Mapping[str, Any]) -> Table:
-    columns = ["peak MB", "ratio", "disk MB", "load s", "first image, cold s", "J/image"]
+    columns = ["peak MB", "ratio", "GPU MB", "disk MB", "load s", "first image, cold s", "J/image", "GPU J/image"]
     table = _table("memory, disk and start", columns)
     for name, side in document["sides"].items():
-        ratio, joules = document["memory_ratios"].get(name), side["energy_j"]
+        ratio, joules, gpu = document["memory_ratios"].get(name), side["energy_j"], side["gpu_energy_j"]
         table.add_row(
             Text(name), f"{side['peak_memory_mb']:.0f}", f"{ratio['median']:.2f}" if ratio else "",
-            f"{side['disk_mb']:.0f}", f"{side['load_s']:.2f}", f"{side['first_image_s']['cold']:.2f}",
-            _number(joules and joules["median"]),
+            _number(side["gpu_memory_mb"]), f"{side['disk_mb']:.0f}", f"{side['load_s']:.2f}",
+            f"{side['first_image_s']['cold']:.2f}", _number(joules and joules["median"]),
+            _number(gpu and gpu["median"]),
         )  # fmt: skip
     return table
 
@@ -74,7 +75,8 @@ def _quality(document: Mapping[str, Any]) -> Table:
         cells = [
             _interval(q["psnr_mean"], ".1f"), _interval(q["ssim_mean"], ".4f"), _interval(q["clip_delta_mean"], "+.2%"),
         ]  # fmt: skip
-        table.add_row(Text(name), str(side["images"]), *cells)
+        judged = min(side["images"], document["settings"]["images"])  # the rest was drawn again, for the pairs
+        table.add_row(Text(name), str(judged), *cells)
     return table
 
 

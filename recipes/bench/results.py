@@ -1,0 +1,130 @@
+"""Write the README's results from the documents beside this file, which `slipcast bench` wrote:
+
+    python recipes/bench/results.py
+
+NAME.json is a run, NAME-2.json a second one of the same command, of which the README says how far it agrees.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent.parent / "README.md"
+BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
+TITLES = {
+    "shapes-circles": "The reference model",
+    "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",
+    "sd15-shaped-512": "The shapes of Stable Diffusion 1.5, random weights, 512x512",
+}
+
+Document = dict[str, Any]
+
+
+def results(folder: Path = HERE) -> str:
+    """Markdown of all documents in `folder`."""
+    parts = []
+    for name, title in TITLES.items():
+        runs = [json.loads(file.read_text("utf-8")) for file in _files(folder, name) if file.is_file()]
+        if runs:
+            parts.append(section(name, title, runs[0], runs[1] if len(runs) > 1 else None))
+    return "\n".join(parts)
+
+
+def section(name: str, title: str, document: Document, again: Document | None) -> str:
+    """One comparison: what was measured, the table, where the bundle is worse, how a second run agrees, the command."""
+    host, settings, sampling = document["host"], document["settings"], document["settings"]["sampling"]
+    about = (
+        f"{settings['image']}, {sampling['sampler']}, {sampling['steps']} steps, guidance "
+        f"{sampling['guidance_scale']:g}, {settings['images']} images; {host['processor']} with {host['cores']} cores, "
+        f"{document['date'][:10]}, load {host['load_before']} before. `bundle` is "
+        f"{document['sides']['bundle']['title']}; its compile took {document['compile_s']:.0f} s. "
+        f"[The document](recipes/bench/{name}.json) notes:"
+    )
+    notes = "".join(f"- {note}\n" for note in document["notes"])
+    text = [f"#### {title}\n", _paragraph(about), notes, table(document), _paragraph(faster(document))]
+    if absent := [*document["missing"], *document["failed"]]:
+        text.append(_paragraph(f"Not measured: {_names(absent)}."))
+    return "\n".join([*text, _paragraph(agreement(document, again)), f"```console\n$ {document['command']}\n```\n"])
+
+
+def table(document: Document) -> str:
+    """A line for each side."""
+    sizes = [size for size in document["sides"]["bundle"]["images_per_second"] if size != "1"]
+    scored = any(side["quality"] and side["quality"]["clip_delta_mean"] for side in document["sides"].values())
+    heads = ["side", "s per image", "ratio", *(f"images/s, batch {size}" for size in sizes), "first image cold, s"]
+    heads += ["peak MB (ratio)", "PSNR, dB", *(["CLIP change"] if scored else []), "break-even"]
+    lines = [heads]
+    for name, side in document["sides"].items():
+        ratio, memory = document["ratios"].get(name), document["memory_ratios"].get(name)
+        quality, even = side["quality"] or {}, document["break_even"].get(name)
+        few = f" ({side['images']} images)" if side["images"] < document["settings"]["images"] else ""
+        lines.append([
+            f"`{name}`{few}", f"{side['seconds']['median']:.3f}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
+            *(_figure(side["images_per_second"].get(size), ".2f") for size in sizes),
+            f"{side['first_image_s']['cold']:.1f}",
+            f"{side['peak_memory_mb']:.0f}" + (f" ({memory['median']:.2f})" if memory else ""),
+            _figure((quality.get("psnr_mean") or {}).get("value"), ".1f"),
+            *([_figure((quality.get("clip_delta_mean") or {}).get("value"), "+.2%")] if scored else []),
+            "" if not ratio else "never" if even is None else str(even),
+        ])  # fmt: skip
+    first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
+    return "".join([first, "|---" * len(heads) + "|\n", *rest])
+
+
+def faster(document: Document) -> str:
+    """Where the bundle loses."""
+    said = [f"Faster than the bundle: {_below(document['ratios'])}."]
+    for size in document["settings"]["batches"]:
+        if size > 1:
+            of = {name: ratios[str(size)] for name, ratios in document["batch_ratios"].items()}
+            said.append(f"In batches of {size}: {_below(of)}.")
+    return " ".join([*said, f"Smaller in memory: {_below(document['memory_ratios'])}."])
+
+
+def agreement(document: Document, again: Document | None) -> str:
+    """How far the ratios of a second run are from those of the first."""
+    if again is None:
+        return "One run: how well a second agrees is not known."
+    apart = {
+        name: abs(again["ratios"][name]["median"] / ratio["median"] - 1)
+        for name, ratio in document["ratios"].items() if name in again["ratios"]
+    }  # fmt: skip
+    worst = max(apart, key=lambda name: apart[name])
+    return f"A second run ({again['date'][:10]}) gave ratios that differ by at most {apart[worst]:.1%} (`{worst}`)."
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}.json", folder / f"{name}-2.json"]
+
+
+def _below(ratios: dict[str, dict[str, float]]) -> str:
+    return _names([name for name, ratio in ratios.items() if ratio["median"] < 1])
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def _figure(value: float | None, form: str) -> str:
+    if value is None:
+        return "not run"
+    return format(round(value, 4) + 0.0, form)  # no negative zero
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 150, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def replaced(readme: str) -> str:
+    """The README with its results written anew."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + "\n" + results() + "\n" + rest[rest.index(END) :]
+
+
+if __name__ == "__main__":
+    README.write_text(replaced(README.read_text("utf-8")), "utf-8")

@@ -15,6 +15,7 @@ from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.timesteps import choose_timesteps
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage("profile") as advance:
             profile = make_profile(plan, cache, advance)
     rewritten = apply_passes(plan, profile, cache, stages)
+
+    # The noise levels to sample at: the recipe's, or found on the family.
+    timesteps = None
+    if plan.recipe.timesteps:
+        with stages.stage("timesteps") as advance:
+            plan, timesteps = choose_timesteps(plan, rewritten.rewrite, cache, advance)
 
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
@@ -71,7 +78,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports)
+        record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports, timesteps)
         report.write(folder, record, originals, runs)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -95,6 +95,7 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
             held_out=len(family.held_out),
         ),
         "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
+        "reference": plan.reference, "requires": plan.sampling.requires,
         "not_compiled": plan.checkpoint.not_compiled,
     }  # fmt: skip
 

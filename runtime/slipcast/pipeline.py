@@ -20,7 +20,7 @@ from PIL import Image
 
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.contract import check_contract
-from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.engines import ENGINES, Engine, open_engine
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
@@ -174,21 +174,20 @@ class Pipeline:
         at_once = self._at_once(len(request.seeds))
         with self.residency.use("denoiser") as engine:
 
-            def predict(x: Floats, timestep: float) -> Floats:
+            def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
                 parts = []
                 for i in range(0, len(x), at_once):
                     chosen = slice(i, i + at_once)
-                    batch = np.concatenate([x[chosen], x[chosen]]) if request.guided else x[chosen]
-                    given = {name: _rows(array, len(x), chosen) for name, array in conditioning.items()}
+                    batch = np.concatenate([x[chosen], x[chosen]]) if both else x[chosen]
+                    given = {name: _rows(array, len(x), chosen, both) for name, array in conditioning.items()}
                     inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **given}
                     output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
-                    if request.guided:
-                        unconditional, conditional = np.split(output, 2)
-                        output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
-                    parts.append(output)
-                return np.concatenate(parts)
+                    parts.append(np.split(output, 2) if both else [output])
+                *unconditional, conditional = [np.concatenate(part) for part in zip(*parts, strict=True)]
+                return conditional, unconditional[0] if both else None
 
-            denoise = Denoiser(settings.noise, schedule, predict)
+            guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
+            denoise = Guided(settings.noise, schedule, evaluate, guidance)
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -366,9 +365,10 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _rows(array: Floats, images: int, chosen: slice) -> Floats:
-    """Rows of the chosen images, where each image has one row or, unconditional rows first, two."""
-    return array.reshape(-1, images, *array.shape[1:])[:, chosen].reshape(-1, *array.shape[1:])
+def _rows(array: Floats, images: int, chosen: slice, both: bool) -> Floats:
+    """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
+    rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
+    return rows.reshape(-1, *array.shape[1:])
 
 
 def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:

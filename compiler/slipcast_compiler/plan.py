@@ -209,6 +209,11 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
             f"[timesteps]: {sampling.sampler} draws noise, so it has no trajectory to come near to",
             expected=f"{known}, without eta", got=sampling.sampler,
         )  # fmt: skip
+    if sampler.evaluations > 1 and not sampler.flow:  # dpm2; Heun's second evaluation is at a level of the list
+        raise RecipeError(
+            f"[timesteps]: {sampling.sampler} evaluates between its levels, where the fine trajectory is not known",
+            expected="another sampler", got=sampling.sampler,
+        )  # fmt: skip
     if recipe.timesteps.fine_steps <= sampling.steps:
         raise RecipeError(
             "timesteps.fine_steps is no finer", expected=f"more than sampling.steps = {sampling.steps}",

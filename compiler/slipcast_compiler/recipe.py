@@ -108,7 +108,7 @@ class TimestepsTable(Strict):
     see timesteps.py. `dp` takes that trajectory's time, `direct` starts there and takes a multiple of it."""
 
     method: Literal["dp", "direct"] = "direct"
-    prompts: Annotated[int, Field(ge=1)] = 8
+    prompts: Annotated[int, Field(ge=1)] = 16
     fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
 

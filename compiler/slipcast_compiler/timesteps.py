@@ -89,24 +89,25 @@ class Model:
         return states, given
 
     def late_starts(self, states: Sequence[Array], fine: Schedule) -> Costs:
-        """RMS error of starting at each point of a trajectory: at high noise, hardly worse than steps to there."""
+        """Error of starting at each point of a trajectory: at high noise, hardly worse than steps to there."""
         pairs = zip(fine.sigmas[:-1], states, strict=False)
-        return np.array([rms(self._start(sigma) - x) for sigma, x in pairs])
+        return np.array([distance(self._start(sigma) - x) for sigma, x in pairs])
 
     def _start(self, schedule: Schedule | float) -> Array:
         return self._noise * initial_scale(self.sampling.noise, schedule, self.sampling.sampler)
 
 
-def rms(difference: Array) -> float:
-    """Root mean square over images and cells."""
-    return math.sqrt(float((difference * difference).mean()))
+def distance(difference: Array) -> float:
+    """RMS over the cells of each image, and its mean over images: one that turned out another does not decide alone."""
+    squares = (difference * difference).reshape(len(difference), -1)
+    return float((squares.mean(1) ** 0.5).mean())
 
 
 # --- dynamic programming ---------------------------------------------------------------------------------------------
 
 
 def local_errors(sampler: str, states: Sequence[Array], denoised: Mapping[float, Array], sigmas: Sigmas) -> Costs:
-    """RMS error of the sampler's step from point i of a trajectory to point j, having come from point k.
+    """Error of the sampler's step from point i of a trajectory to point j, having come from point k.
 
     costs[k, i, j] for k < i < j, and costs[i, i, j] for a first step; infinite elsewhere. Nothing is evaluated: D is
     known at all points.
@@ -128,7 +129,7 @@ def local_errors(sampler: str, states: Sequence[Array], denoised: Mapping[float,
             if k < i:
                 x[...] = states[i]  # the step starts on the trajectory; its history is in the sampler
                 x = next(steps)
-            costs[k, i, j] = rms(x - states[j])
+            costs[k, i, j] = distance(x - states[j])
     return costs
 
 
@@ -237,14 +238,14 @@ def _bind(pipe: Any, prompts: Prompts, at_once: int) -> Evaluate:
 def search(model: Model, method: str, fine_steps: int, advance: Advance) -> dict[str, Any]:
     """Find sigmas for the model's sampling; plain JSON: the list, its error, and those of usual schedules beside it.
 
-    Errors are RMS distances of the latents at the end to those of the fine trajectory, which has guidance throughout.
+    Errors are distances of the latents at the end to those of the fine trajectory, which has guidance throughout.
     """
     settings = model.sampling
     fine, guidance = settings.lay(fine_steps), settings.guidance()
     states, denoised = model.run(fine, Guidance(guidance.scale, guidance.rescale))
 
     def error(schedule: Schedule) -> float:
-        return rms(model.run(schedule, guidance)[0][-1] - states[-1])
+        return distance(model.run(schedule, guidance)[0][-1] - states[-1])
 
     def error_of(sigmas: Sigmas) -> float:
         return error(from_sigmas(settings.noise, sigmas, settings.sampler))

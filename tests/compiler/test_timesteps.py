@@ -20,7 +20,7 @@ from slipcast_compiler.cache import Cache
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe import parse_recipe
 from slipcast_compiler.rewrite import UNCHANGED
-from slipcast_compiler.timesteps import Model, cheapest_path, choose_timesteps, descend, local_errors, rms, search
+from slipcast_compiler.timesteps import Model, cheapest_path, choose_timesteps, descend, distance, local_errors, search
 
 PROCESS = NoiseProcess(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 NOISE = np.random.default_rng(0).standard_normal((4, 2, 6, 6))
@@ -124,7 +124,7 @@ def test_found_lists_are_nearer_to_the_fine_end(sampler: str) -> None:
     other, _ = known(sampler)  # the error is what the bundle would have
     fine = other.run(make_schedule(PROCESS, "karras", 40, sampler), Guidance(3.0))[0][-1]
     end = other.run(from_sigmas(PROCESS, found["sigmas"], sampler), Guidance(3.0))[0][-1]
-    assert rms(end - fine) == pytest.approx(found["error"])
+    assert distance(end - fine) == pytest.approx(found["error"])
 
 
 def test_what_guidance_leaves_out_is_searched_with() -> None:

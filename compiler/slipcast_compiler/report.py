@@ -88,9 +88,9 @@ def resolve(plan: Plan) -> dict[str, Any]:
         recipe[table] = {key: value for key, value in recipe[table].items() if value not in ([], {})}
     sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
     if not plan.sampling.schedule:  # an explicit list has its own length
-        for table in (sampling, recipe["sampling"]):
-            for key in {"steps", "schedule"} & set(table):
-                del table[key]
+        for given in (sampling, recipe["sampling"]):
+            for key in {"steps", "schedule"} & set(given):
+                del given[key]
     if recipe.pop("timesteps", None) or recipe.pop("reference"):  # what it inherited was not a list that was found
         explicit = {"noise", "guidance_interval", "guidance_reuse"} | (set() if plan.reference.schedule else {"steps"})
         recipe["reference"] = plan.reference.model_dump(mode="json", exclude=explicit, exclude_none=True)

@@ -13,6 +13,8 @@ import pytest
 # which makes a busy machine many times slower.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +25,14 @@ def run_cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess
         [sys.executable, "-m", "slipcast.cli", *arguments],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares the compiled bundle is run by one worker, which compiles it once; else a file is a worker's."""
+    for item in items:
+        shares = {"workspace", "shapes_bundle"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("bundle" if shares else str(item.path)))
 
 
 @pytest.fixture(scope="session")

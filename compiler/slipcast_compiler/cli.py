@@ -56,6 +56,38 @@ def compile_command(
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
 
 
+@click.command("profile")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: artifacts/profiles/NAME]")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], cache: Path, as_json: bool) -> None:
+    """Measure what the denoiser does on calibration prompts, which passes choose by; `slipcast inspect` shows it."""
+    from slipcast.profiles import RECORD_NAME, summarise
+    from slipcast.progress import Stages
+    from slipcast_compiler import package
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.profile import make_profile
+    from slipcast_compiler.profile_page import publish
+    from slipcast_compiler.recipe import read_recipe
+
+    parsed = read_recipe(recipe, overrides)
+    output = output or Path("artifacts/profiles") / parsed.name
+    package.check_output(output, RECORD_NAME)
+    plan = make_plan(parsed, recipe.parent)
+    with Stages().stage("profile") as advance:
+        made = make_profile(plan, Cache(cache), advance)
+    publish(made.file, output)
+    text = f"{output}: look at {output / 'profile.html'}, or at `slipcast inspect {output}`"
+    emit({"output": str(output), **summarise(made.file)}, text, as_json)
+
+
 @click.command("init")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("prompts", type=click.Path(path_type=Path), required=False)
@@ -67,6 +99,42 @@ def init_command(model: Path, prompts: Path | None, output: Path | None, as_json
 
     written = write_recipe(model, prompts, output)
     emit({"recipe": str(written)}, f"{written} written; next: slipcast compile {written} --dry-run", as_json)
+
+
+@click.command("study")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: artifacts/study, or the JSON's]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be compared and about how long it takes, and stop.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def study_command(recipe: Path, output: Path | None, dry_run: bool, cache: Path, as_json: bool) -> None:
+    """Compare ways to choose attention heads, over prompt families and ratios.
+
+    RECIPE is a study's recipe; or the JSON of a study that was made, whose report is then written again. A study that
+    was killed goes on where it was.
+    """
+    from slipcast.progress import Stages
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.study import run
+    from slipcast_compiler.study.cases import make_study
+    from slipcast_compiler.study.recipe import read_study
+
+    if recipe.suffix == ".json":
+        document, output = run.read(recipe), output or recipe.parent
+    else:
+        output = output or Path("artifacts/study")
+        study = make_study(read_study(recipe), recipe.parent)
+        if dry_run:
+            summary = run.estimate(study)
+            emit(summary, run.describe(summary), as_json)
+            return
+        document = run.run_study(study, recipe, output, Cache(cache), Stages())
+    files = [str(file) for file in run.write(document, output)]
+    emit({"files": files}, "\n".join(files), as_json)
 
 
 @click.command("bench", epilog="Peers: " + ", ".join(PEERS) + ", or the path of another bundle.")

@@ -12,9 +12,13 @@ from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import build_target
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
+from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.profile import make_profile
+from slipcast_compiler.stages import cached_stages
 from slipcast_compiler.timesteps import choose_timesteps
 
 
@@ -36,8 +40,6 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     # What the family asks of the denoiser, and the denoiser rewritten for it.
     profile = None
     if needs_profile(plan):
-        from slipcast_compiler.profile import make_profile
-
         with stages.stage("profile") as advance:
             profile = make_profile(plan, cache, advance)
     rewritten = apply_passes(plan, profile, cache, stages)
@@ -54,12 +56,25 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache, rewritten.rewrite)
 
+    # What does not depend on the latent leaves the sampling loop.
+    if plan.recipe.staging:
+        with stages.stage("stage denoiser"):
+            exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
+
+    # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
+    quantized = None
+    if options := plan.recipe.passes.quantize:
+        with stages.stage("calibrate") as advance:
+            samples = calibration_samples(plan, exported, options.samples, cache, advance)
+        with stages.stage("quantize denoiser") as advance:
+            quantized = quantize(plan, exported["denoiser"], samples, cache, advance)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
         targets = []
         for table in plan.recipe.targets:
             with stages.stage(f"build {table.engine}-{table.precision}") as advance:
-                targets.append(build_target(table, exported, folder, cache, advance))
+                targets.append(build_target(table, exported, folder, cache, advance, quantized))
         fields = package.describe(plan, exported, folder) | rewritten.manifest_fields()
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
@@ -78,8 +93,9 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         fields |= {"targets": tuple(judged), "quality": judged[0].quality, "performance": judged[0].performance}
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        record = report.make_record(plan, fields, gates, stages.seconds, rewritten.reports, timesteps)
-        report.write(folder, record, originals, runs)
+        told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
+        record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps)
+        report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"
             raise CheckFailed(

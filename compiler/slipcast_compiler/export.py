@@ -22,6 +22,7 @@ from slipcast.errors import ArtifactError
 from slipcast.manifest import Component, TensorSpec
 from slipcast_compiler.architectures import ComponentSource
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.hygiene import tidy
 from slipcast_compiler.model import Checkpoint, Weight, empty_module, find_weight
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.quiet import quiet
@@ -54,9 +55,15 @@ def export_component(
     _transpose_weights(model.graph)
     with quiet():
         optimize(model)
+    tidy(model.graph)
     _name_dimensions(model, source, sizes)
     _strip(model)
     ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    return contract_of(model)
+
+
+def contract_of(model: ir.Model) -> Component:
+    """What every engine of a graph takes and returns."""
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
 
 

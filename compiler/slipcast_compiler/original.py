@@ -94,14 +94,21 @@ def draw(
     """One image per prompt and seed, all in one batch: float32 [n, h, w, c] in [0, 1]; size is (width, height)."""
     import torch
 
-    factor = getattr(pipe, "vae_scale_factor", 1)
-    shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    noise, generators = draw_noise(pipe, size, seeds)
     text = [prompt for prompt in prompts if prompt is not None] or None
     run = _with_diffusers if text is not None and has_scheduler(sampling) else _with_our_sampler
     with torch.no_grad():
         return run(pipe, sampling, text, noise, generators).astype(np.float32)
+
+
+def draw_noise(pipe: Any, size: tuple[int, int], seeds: Sequence[int]) -> tuple[Any, list[Any]]:
+    """Initial noise, float32 [n, c, h, w] in latent cells, and the generators it came from; size in pixels."""
+    import torch
+
+    factor = getattr(pipe, "vae_scale_factor", 1)
+    shape = (1, pipe.unet.config.in_channels, size[1] // factor, size[0] // factor)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randn(shape, generator=generator) for generator in generators]), generators
 
 
 def has_scheduler(sampling: Sampling) -> bool:
@@ -165,6 +172,19 @@ def _with_diffusers(pipe: Any, sampling: Sampling, prompts: list[str] | None, no
 def _with_our_sampler(pipe: Any, sampling: Sampling, prompts: list[str] | None, noise: Any, generators: Any) -> Any:
     """The original modules under slipcast's sampler: for schedules that diffusers lacks, and for models without text,
     whose pipelines in diffusers know their own scheduler alone."""
+    x = sample_latents(pipe, sampling, prompts, noise, generators)
+    if hasattr(pipe, "vae"):
+        config = pipe.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        x = pipe.vae.decode((x / config.scaling_factor + shift).to(pipe.dtype), return_dict=False)[0].float()
+    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def sample_latents(pipe: Any, sampling: Sampling, prompts: list[str] | None, noise: Any, generators: Any) -> Any:
+    """Clean latents, float32 [n, c, h, w], by the original denoiser under slipcast's sampler.
+
+    Where guidance takes two predictions, they are one batch: all unconditional rows, then all conditional ones.
+    """
     import torch
 
     evaluate = bind(pipe, prompts)
@@ -176,12 +196,7 @@ def _with_our_sampler(pipe: Any, sampling: Sampling, prompts: list[str] | None, 
         noise=lambda: torch.cat([torch.randn((1, *noise.shape[1:]), generator=each) for each in generators]),
     )  # fmt: skip
     *_, x = steps
-    x = x * final_scale(process, schedule)
-    if hasattr(pipe, "vae"):
-        config = pipe.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        x = pipe.vae.decode((x / config.scaling_factor + shift).to(pipe.dtype), return_dict=False)[0].float()
-    return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return x * final_scale(process, schedule)
 
 
 def bind(pipe: Any, prompts: list[str] | None) -> Evaluate:

@@ -25,14 +25,15 @@ from slipcast.manifest import (
 )
 from slipcast_compiler.model import tokenizer_file
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.stages import write_step_table
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
 
 
 @contextlib.contextmanager
-def staging(output: Path) -> Iterator[Path]:
+def staging(output: Path, index: str = MANIFEST_NAME) -> Iterator[Path]:
     """An empty directory on the output's file system; gone afterwards, unless it was published."""
-    check_output(output)
+    check_output(output, index)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
@@ -44,11 +45,13 @@ def staging(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_output(output: Path) -> None:
-    """RecipeError where the output cannot be made, or is not a bundle, and so not ours to replace."""
-    occupied = output.exists() and not (output / MANIFEST_NAME).is_file() and _any_inside(output)
+def check_output(output: Path, index: str = MANIFEST_NAME) -> None:
+    """RecipeError where the output cannot be made, or is not a bundle (or what else has this index file), and so not
+    ours to replace."""
+    occupied = output.exists() and not (output / index).is_file() and _any_inside(output)
     if output.is_symlink() or occupied:
-        raise RecipeError(f"{output} exists and is not a bundle", expected="a new directory, or a bundle to replace")
+        kind = Path(index).stem.replace("manifest", "bundle")
+        raise RecipeError(f"{output} exists and is not a {kind}", expected=f"a new directory, or a {kind} to replace")
     parent = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
     try:  # and not os.access, which promises root everything, /proc too
         tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent).cleanup()
@@ -95,8 +98,9 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
             held_out=len(family.held_out),
         ),
         "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
-        "reference": plan.reference, "requires": plan.sampling.requires,
+        "reference": plan.reference, "requires": plan.sampling.requires + (("staging",) if plan.recipe.staging else ()),
         "not_compiled": plan.checkpoint.not_compiled,
+        **(write_step_table(exported["denoiser"], plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip
 
 
@@ -108,13 +112,13 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def publish(folder: Path, output: Path) -> None:
+def publish(folder: Path, output: Path, index: str = MANIFEST_NAME) -> None:
     """Make the finished directory the output, in one rename: whoever looks sees the old bundle or the new one."""
     os.chmod(folder, 0o755)  # mkdtemp makes it private
     for path in sorted(folder.rglob("*"), reverse=True):
         _sync(path)
     _sync(folder)
-    check_output(output)
+    check_output(output, index)
     if output.exists():
         _exchange(folder, output)  # the old bundle is removed with the staging directory
     else:

@@ -70,7 +70,11 @@ class Plan:
         }
         total = sum(parameters.values())
         targets = [f"{target.engine}-cpu-{target.precision}" for target in self.recipe.targets]
-        bundle = sum(total * BYTES[target.precision] for target in self.recipe.targets)
+        bundle = sum(
+            count * (BYTES[target.precision] if target.precision != "int8" or name == "denoiser" else BYTES["fp32"])
+            for target in self.recipe.targets
+            for name, count in parameters.items()
+        )  # the denoiser alone is int8, and fp32 is the most that the rest can be
         return {
             "name": self.recipe.name,
             "model": self.checkpoint.name,

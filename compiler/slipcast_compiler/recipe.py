@@ -125,6 +125,24 @@ class DecodeTable(Strict):
         return self
 
 
+class ProfileTable(Strict):
+    """What is measured on calibration prompts, and on how much of it."""
+
+    prompts: Annotated[int, Field(ge=1)] = 16
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # images of each prompt
+    states: Annotated[int, Field(ge=1)] = 16  # points of the trajectories for taylor and leave_one_out, the dear part
+    # Each head by itself, or all at once by random projections; auto: exact where the model is small.
+    leave_one_out: Literal["auto", "exact", "projected"] = "auto"
+    batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
+    seed: Annotated[int, Field(ge=0, lt=1000)] = 0  # another one, other noise
+
+
+class StagingTable(Strict):
+    """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
+
+    general: bool = False
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
@@ -182,7 +200,9 @@ class Recipe(Strict):
     reference: ReferenceTable = ReferenceTable()
     timesteps: TimestepsTable | None = None
     decode: DecodeTable = DecodeTable()
+    profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
+    staging: StagingTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -199,6 +219,9 @@ class Recipe(Strict):
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
+        wanted = any(target.precision == "int8" for target in self.targets)
+        if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
+            raise ValueError(problem)
         return self
 
     def asked_of_original(self) -> ReferenceTable:
@@ -218,36 +241,51 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError with all problems at once, each as file:line: key: problem.
     """
+    text = read_text(path, "write one with `slipcast init MODEL_DIR PROMPTS.txt`")
+    return parse_recipe(text, str(path), overrides)
+
+
+def read_text(path: Path, hint: str) -> str:
+    """A recipe's text; RecipeError, with the hint, where there is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(
-            f"{path}: no such recipe", hint="write one with `slipcast init MODEL_DIR PROMPTS.txt`"
-        ) from None
+        raise RecipeError(f"{path}: no such recipe", hint=hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read", expected="a UTF-8 TOML file", got=str(error)) from None
-    return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As read_recipe, from text; `name` stands for the file in messages."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+    document = parse_toml(text, name)
     forced = {_override(document, override): override for override in overrides}
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        lines = key_lines(text)
-        found = list(problems(error, Recipe)) + list(_hidden_contradictions(error, document))
-        messages = []
-        for where, what in found:
-            place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
-            place = place or f"{name}:{_line(lines, where)}"
-            messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
-        listing = "\n  ".join(message for _, message in sorted(messages))
-        raise RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}") from None
+        found = [*problems(error, Recipe), *_hidden_contradictions(error, document)]
+        raise refusal(found, text, name, forced) from None
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """The TOML text's tables; RecipeError, naming `name`, where it is none."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+
+
+def refusal(
+    found: Sequence[tuple[Location, str]], text: str, name: str, forced: Mapping[Location, str] | None = None
+) -> RecipeError:
+    """All problems at once, each with the line it stands on, or the override in `forced` that it came from."""
+    lines, forced = key_lines(text), forced or {}
+    messages = []
+    for where, what in found:
+        place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
+        place = place or f"{name}:{_line(lines, where)}"
+        messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
+    listing = "\n  ".join(message for _, message in sorted(messages))
+    return RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}")
 
 
 def slots_of(template: str) -> list[str]:
@@ -327,3 +365,14 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
     for limit, needed in NEEDS.items():
         if not {"gate", "evaluate"} & bad and limit in gate and needed not in evaluate:
             yield ("gate", limit), f"gate.{limit} needs evaluate.{needed}"
+    if not {"targets", "passes"} & bad:
+        wanted = any(target.get("precision") == "int8" for target in document.get("targets", []))
+        if problem := _int8_contradiction(wanted, "quantize" in document.get("passes", {})):
+            yield ("passes", "quantize") if not wanted else ("targets",), problem
+
+
+def _int8_contradiction(target: bool, table: bool) -> str | None:
+    """What is wrong with a target in int8 and [passes.quantize], one without the other."""
+    if target == table:
+        return None
+    return "a target in int8 needs [passes.quantize]" if target else "no target has precision int8: [passes.quantize]"

@@ -23,6 +23,8 @@ from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
 from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.profile import Profile
+from slipcast_compiler.profile_page import figures, mask_map
 from slipcast_compiler.recipe import SamplingTable
 
 SHOWN_PICTURES = 8
@@ -132,7 +134,9 @@ def picture_width(natural: int, runs: int) -> int:
     return room // natural * natural or room
 
 
-def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run]) -> None:
+def write(
+    folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run], profile: Profile | None
+) -> None:
     """Write report.json and report.html into `folder`."""
     (folder / "report.json").write_text(
         json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
@@ -153,13 +157,28 @@ def write(folder: Path, record: dict[str, Any], originals: Originals, runs: dict
         ]
 
     page = render(
-        "report.html", {"shown": shown}, record=record, run_ids=list(runs), gain=DIFFERENCE_GAIN,
+        "report.html", {"shown": shown, "figure": figure}, record=record, run_ids=list(runs), gain=DIFFERENCE_GAIN,
         rows=rows(range(min(held_out, SHOWN_PICTURES))), width=width, natural=natural, metrics=METRICS,
         strangers=rows(range(held_out, min(len(originals.prompts), held_out + SHOWN_STRANGERS))),
         gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
-        recipe=dump_toml(record["recipe"]),
+        recipe=dump_toml(record["recipe"]), profile=profile and figures(profile.file), **_passes(record["passes"]),
     )  # fmt: skip
     (folder / "report.html").write_text(page, "utf-8")
+
+
+def figure(value: Any) -> str:
+    """A cell of a pass's table."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _passes(reports: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of each pass's table, and the picture of the heads that are kept."""
+    tables = {name: told["layers"] for name, told in reports.items() if isinstance(told.get("layers"), dict)}
+    columns = {name: list(dict.fromkeys(key for row in rows.values() for key in row)) for name, rows in tables.items()}
+    heads = reports.get("prune_heads")
+    return {"columns": columns, "masks": heads and mask_map(heads["layers"])}
 
 
 def keep(folder: Path, output: Path) -> Path:

@@ -102,9 +102,12 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def load(module: nn.Module, weights: Mapping[str, Weight]) -> None:
     """Fit a module that holds the checkpoint's weights to the changed ones, and give it those."""
+    before = module.state_dict()
     fit(module, {name: tuple(weight.entry.shape) for name, weight in weights.items()})
     like = next(p for p in module.parameters() if p.device.type != "meta")
-    state = {name: torch.from_numpy(weight.read()).to(like) for name, weight in weights.items()}
+    # The bias of a layer that was made anew is in no file of changes where only its matrix changed.
+    state = {name: before[name] for name, p in module.named_parameters() if p.device.type == "meta" and name in before}
+    state |= {name: torch.from_numpy(weight.read()).to(like) for name, weight in weights.items()}
     module.load_state_dict(state, strict=False, assign=True)
     left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
     assert not left, left

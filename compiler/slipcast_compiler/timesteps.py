@@ -266,9 +266,10 @@ def search(model: Model, method: str, fine_steps: int, advance: Advance) -> dict
     if method == "direct":
         least, sigmas = descend(error_of, min(compared.values())[1], fine.sigmas[0], advance)
         compared["direct"] = least, sigmas
-    least, sigmas = compared[method]
+    chosen = min(compared, key=lambda name: compared[name])  # dynamic programming may not beat a usual list
+    least, sigmas = compared[chosen]
     return {
-        "method": method, "fine_steps": fine_steps, "error": least, "sigmas": list(sigmas),
+        "method": method, "chosen": chosen, "fine_steps": fine_steps, "error": least, "sigmas": list(sigmas),
         "timesteps": list(from_sigmas(settings.noise, sigmas, settings.sampler).timesteps),
         "compared": {name: {"error": found, "sigmas": list(listed)} for name, (found, listed) in compared.items()},
     }  # fmt: skip

@@ -156,9 +156,14 @@ def profile_run(
 @unlisted_option
 @json_option
 def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
-    """Show what a bundle holds, without hashing its files."""
+    """Show what a bundle holds, without hashing its files; or what a profile says."""
     from slipcast.bundle import open_bundle
+    from slipcast.profiles import is_profile, open_profile_file, render_summary, summarise
 
+    if is_profile(bundle):
+        summary = summarise(open_profile_file(bundle))
+        emit(summary, render_summary(summary), as_json)
+        return
     manifest = open_bundle(bundle, allow_unlisted=allow_unlisted).manifest
     emit(manifest.model_dump(mode="json"), _inspect_text(manifest), as_json)
 

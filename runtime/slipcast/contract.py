@@ -16,17 +16,34 @@ def check_contract(manifest: Manifest) -> None:
     image = manifest.image
     latent = ("float32", (None, image.channels, image.height // image.factor, image.width // image.factor))
     conditioning = {name for text in manifest.text for name in text.outputs.values()}
-    _compare(
-        manifest, "denoiser",
-        {"sample": latent, "timestep": ("float32", (1,)), **dict.fromkeys(conditioning, ("float32", None))},
-        {"prediction": latent},
-    )  # fmt: skip
+    fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **dict.fromkeys(conditioning, ("float32", None))}
+    _compare(manifest, "denoiser", _fed_when_staged(manifest, fed) if manifest.staging else fed, {"prediction": latent})
     for text in manifest.text:
         inputs: Wanted = {"input_ids": ("int64", (None, text.max_length))}
         _compare(manifest, text.component, inputs, dict.fromkeys(text.outputs, ("float32", None)))
     if "vae_decoder" in manifest.components:
         tile = ("float32", (None, image.channels, None, None))
         _compare(manifest, "vae_decoder", {"latent": tile}, {"image": ("float32", (None, None, None, None))})
+
+
+def _fed_when_staged(manifest: Manifest, fed: Wanted) -> Wanted:
+    """What the denoiser takes of what there is: the pipeline's inputs, and what is computed of them beforehand."""
+    assert manifest.staging
+    ready = {**fed, **_wanted(manifest.staging.rows)}
+    if prompt := manifest.components.get("denoiser_prompt"):
+        inputs = {spec.name for spec in prompt.inputs}
+        _compare(
+            manifest, "denoiser_prompt", {k: v for k, v in fed.items() if k in inputs - {"sample", "timestep"}}, {}
+        )
+        ready |= _wanted(prompt.outputs)
+    if "denoiser_step" in manifest.components:
+        _compare(manifest, "denoiser_step", {"timestep": fed["timestep"]}, _wanted(manifest.staging.rows))
+    taken = {"sample", *(spec.name for spec in manifest.components["denoiser"].inputs)}
+    return {name: wanted for name, wanted in ready.items() if name in taken}
+
+
+def _wanted(specs: Iterable[TensorSpec]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    return {spec.name: (spec.dtype, tuple(d if isinstance(d, int) else None for d in spec.shape)) for spec in specs}
 
 
 def _compare(manifest: Manifest, name: str, inputs: Wanted, outputs: Wanted) -> None:

@@ -28,10 +28,12 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
-FEATURES = frozenset({"guidance_interval", "guidance_reuse"})  # what Manifest.requires may name, so far
+FEATURES = frozenset({"guidance_interval", "guidance_reuse", "staging"})  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
-ComponentName = Literal["text_encoder", "text_encoder_2", "denoiser", "vae_decoder", "vae_encoder"]
+ComponentName = Literal[
+    "text_encoder", "text_encoder_2", "denoiser", "denoiser_prompt", "denoiser_step", "vae_decoder", "vae_encoder"
+]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0)]
@@ -224,6 +226,19 @@ class Performance(Strict):
     components_s: dict[str, float] = Field(default_factory=dict)
 
 
+class Staging(Strict):
+    """A denoiser whose early parts have left the sampling loop.
+
+    `step_table`: safetensors with, for each of `rows`, the value at each of `timesteps`, in their order, along a new
+    first axis. The component `denoiser_step` computes the same rows for any timestep; without it, other timesteps are
+    refused. The component `denoiser_prompt` turns what the text encoders give into what the denoiser takes.
+    """
+
+    step_table: BundlePath
+    timesteps: Annotated[tuple[float, ...], Field(min_length=1)]
+    rows: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+
+
 class EngineFiles(Strict):
     """The files of one engine; `weights` where the format keeps them apart."""
 
@@ -266,11 +281,12 @@ class HeadMask(Strict):
 
 
 class LowRankLayer(Strict):
-    """A factorised layer."""
+    """A factorised layer; `speedup`: its time before / after, alone in the first target's engine."""
 
     layer: Name
     rank: Positive
     energy_retained: float
+    speedup: float | None = None
 
 
 class Manifest(Strict):
@@ -299,6 +315,7 @@ class Manifest(Strict):
     ffn_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     low_rank_layers: tuple[LowRankLayer, ...] = ()
     not_compiled: tuple[str, ...] = ()
+    staging: Staging | None = None
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     quality: Quality | None = None
     performance: Performance | None = None
@@ -314,6 +331,8 @@ class Manifest(Strict):
                 raise ValueError(f"{path!r} is used but not listed under files")
         if missing := [name for name in self.sampling.requires if name not in self.requires]:
             raise ValueError(f"{missing[0]} has to be named under requires")
+        if ("staging" in self.requires) != (self.staging is not None):
+            raise ValueError("staging has to be named under requires")
         if "denoiser" not in self.components:
             raise ValueError("components: no denoiser")
         for target in self.targets:
@@ -327,7 +346,7 @@ class Manifest(Strict):
         return self
 
     def _referenced(self) -> list[str]:
-        paths = [text.tokenizer for text in self.text]
+        paths = [text.tokenizer for text in self.text] + ([self.staging.step_table] if self.staging else [])
         for target in self.targets:
             for engine in target.components.values():
                 paths += [engine.model, *([engine.weights] if engine.weights else [])]

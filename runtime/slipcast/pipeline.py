@@ -28,6 +28,7 @@ from slipcast.residency import Policy, Residency
 from slipcast.samplers import SAMPLERS, sample
 from slipcast.schedules import SCHEDULES, Schedule
 from slipcast.seeds import TorchGenerator, batch_noise
+from slipcast.staging import Row, evaluated_timesteps, read_step_table, told
 from slipcast.tiling import decode_tiled
 from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
 
@@ -82,6 +83,8 @@ class Pipeline:
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
+        staging = self.manifest.staging
+        self._step_table = read_step_table(bundle.path(staging.step_table), staging) if staging else None
         self.residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
 
@@ -161,8 +164,26 @@ class Pipeline:
             with self.residency.use(text.component) as encoder:
                 outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
-                parts.setdefault(denoiser_input, []).append(outputs[output][places])
-        return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
+                parts.setdefault(denoiser_input, []).append(outputs[output])
+        ready = {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
+        if prompt_part := self.manifest.components.get("denoiser_prompt"):
+            with self.residency.use("denoiser_prompt") as engine:
+                given = {spec.name: ready[spec.name] for spec in prompt_part.inputs}
+                ready |= _timed(engine, given, seconds, "denoiser_prompt")
+        return {name: values[places] for name, values in ready.items()}
+
+    def _rows(self, request: _Request, seconds: dict[str, float]) -> dict[float, Row]:
+        """By timestep, what was computed beforehand of it; empty where nothing was."""
+        if self._step_table is None:
+            return {}
+        rows = dict(self._step_table)
+        asked = evaluated_timesteps(self.manifest.sampling, request.schedule)
+        if others := [timestep for timestep in asked if timestep not in rows]:
+            with self.residency.use("denoiser_step") as engine:
+                for timestep in others:
+                    given = {"timestep": np.array([timestep], np.float32)}
+                    rows[timestep] = _timed(engine, given, seconds, "denoiser_step")
+        return rows
 
     def _denoise(
         self, request: _Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
@@ -172,15 +193,26 @@ class Pipeline:
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self._latent_shape)
         at_once = self._at_once(len(request.seeds))
+        rows = self._rows(request, seconds)
+        wanted = {spec.name for spec in self.manifest.components["denoiser"].inputs}
+        chunks = [slice(i, i + at_once) for i in range(0, len(request.seeds), at_once)]
+        # Taken apart once: an engine knows an array that it was given before, and need not read it again.
+        of_prompt = {
+            both: [
+                {name: _chosen_rows(array, len(request.seeds), chunk, both) for name, array in conditioning.items()}
+                for chunk in chunks
+            ]
+            for both in (False, True)
+        }
         with self.residency.use("denoiser") as engine:
 
             def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
+                of_step = {"timestep": np.array([timestep], np.float32)} | rows.get(told(timestep), {})
                 parts = []
-                for i in range(0, len(x), at_once):
-                    chosen = slice(i, i + at_once)
-                    batch = np.concatenate([x[chosen], x[chosen]]) if both else x[chosen]
-                    given = {name: _rows(array, len(x), chosen, both) for name, array in conditioning.items()}
-                    inputs = {"sample": batch, "timestep": np.array([timestep], np.float32), **given}
+                for chunk, given in zip(chunks, of_prompt[both], strict=True):
+                    batch = np.concatenate([x[chunk], x[chunk]]) if both else x[chunk]
+                    known = {"sample": batch} | of_step | given
+                    inputs = {name: value for name, value in known.items() if name in wanted}
                     output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
                     parts.append(np.split(output, 2) if both else [output])
                 *unconditional, conditional = [np.concatenate(part) for part in zip(*parts, strict=True)]
@@ -313,7 +345,16 @@ class Pipeline:
         settings = self.manifest.sampling
         if steps is not None:
             _integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
-        return settings.lay(steps)
+        schedule = settings.lay(steps)
+        if self._step_table is not None and "denoiser_step" not in self.manifest.components:
+            asked = evaluated_timesteps(settings, schedule)
+            if others := [f"{timestep:g}" for timestep in asked if timestep not in self._step_table]:
+                raise RequestError(
+                    f"num_inference_steps is fixed in this bundle: {settings.steps}",
+                    expected="timesteps " + ", ".join(f"{timestep:g}" for timestep in self._step_table),
+                    got=", ".join(others), hint="compile a bundle with --set staging.general=true",
+                )  # fmt: skip
+        return schedule
 
 
 def load(
@@ -335,7 +376,8 @@ def load(
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
     engines = chosen.components.values()
     tokenizers = [text.tokenizer for text in bundle.manifest.text]
-    check_digests(bundle, [*tokenizers, *(file for e in engines for file in (e.model, e.weights) if file)])
+    tables = [bundle.manifest.staging.step_table] if bundle.manifest.staging else []
+    check_digests(bundle, [*tokenizers, *tables, *(file for e in engines for file in (e.model, e.weights) if file)])
     return Pipeline(bundle, chosen, residency)
 
 
@@ -365,7 +407,7 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _rows(array: Floats, images: int, chosen: slice, both: bool) -> Floats:
+def _chosen_rows(array: Floats, images: int, chosen: slice, both: bool) -> Floats:
     """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
     rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
     return rows.reshape(-1, *array.shape[1:])

@@ -120,7 +120,7 @@ def test_a_place_that_can_no_longer_be_made(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package, "check_output", lambda _: None)
+    monkeypatch.setattr(package, "check_output", lambda *_: None)
     monkeypatch.setattr(*((Path, call) if call == "mkdir" else (package.tempfile, call)), full)
     with pytest.raises(RecipeError, match="No space left"), staging(tmp_path / "bundle"):
         pass

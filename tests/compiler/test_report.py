@@ -160,6 +160,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
     return {
         "name": "x", "compiled_at": "2026", "base_model": "m", "source_sha256": "0", "pipeline": "P", "family": None,
         "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
+        "passes": {},
         "tools": {}, "original": "something <drawn>", "recipe": _resolved("", schedule="leading", steps=20),
         "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0}, "timesteps": None,
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
@@ -171,7 +172,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
 def _page(folder: Path, record: dict[str, Any], width: int = 8) -> str:
     images = np.random.default_rng(0).random((1, width, width, 3), np.float32)
     run = Run(images, (1.0,), 0.1, 1.0, {})
-    report.write(folder, record, Originals((None,), (1,), images, images, images), {"t-cpu-fp32": run})
+    report.write(folder, record, Originals((None,), (1,), images, images, images), {"t-cpu-fp32": run}, None)
     return (folder / "report.html").read_text("utf-8")
 
 
@@ -252,7 +253,7 @@ def test_a_picture_that_is_not_finite(tmp_path: Path) -> None:
     record["targets"][0]["quality"]["psnr_worst"] = float("nan")
     images = np.full((1, 8, 8, 3), np.nan, np.float32)
     run, drawn = Run(images, (1.0,), 0.1, 1.0, {}), np.zeros_like(images)
-    report.write(tmp_path, record, Originals((None,), (1,), drawn, drawn, drawn), {"t-cpu-fp32": run})
+    report.write(tmp_path, record, Originals((None,), (1,), drawn, drawn, drawn), {"t-cpu-fp32": run}, None)
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["gate"]["t-cpu-fp32"][0]["value"] == "NaN"
     plain = re.sub(r"<[^>]*>|\s+", " ", (tmp_path / "report.html").read_text("utf-8"))
     assert "The gate was missed" in plain
@@ -282,7 +283,7 @@ def test_prompts_are_escaped(shapes_bundle: Path, tmp_path: Path) -> None:
     record["name"] = record["family"]["held_out_prompts"][0] = record["recipe"]["name"] = HOSTILE
     images = np.zeros((1, 8, 8, 3), np.float32)
     run = Run(images, (1.0,), 0.1, 1.0, {})
-    report.write(tmp_path, record, Originals((HOSTILE,), (1,), images, images, images), {"a": run})
+    report.write(tmp_path, record, Originals((HOSTILE,), (1,), images, images, images), {"a": run}, None)
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;document.title" in text

@@ -65,8 +65,8 @@ class TestRegistry:
             open_engine("onnxruntime", add, None, "fp32", component(ADD))
 
     def test_precision_of_a_newer_runtime(self, add: Path) -> None:
-        with pytest.raises(HostError, match=r"add.onnx: this runtime does not run onnxruntime in int8\n.*fp32"):
-            open_engine("onnxruntime", add, None, "int8", component(ADD))
+        with pytest.raises(HostError, match=r"add.onnx: this runtime does not run onnxruntime in bf16\n.*fp32"):
+            open_engine("onnxruntime", add, None, "bf16", component(ADD))
 
     def test_threads_are_those_of_this_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cpu_threads() >= 1

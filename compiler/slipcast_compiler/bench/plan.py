@@ -188,7 +188,12 @@ def _bytes_to_run(bundle: Bundle, target: str) -> int:
     """Manifest, tokenizers and one target's engines: what a host needs of the bundle."""
     manifest = bundle.manifest
     engines = next(t for t in manifest.targets if t.id == target).components.values()
-    names = [*(text.tokenizer for text in manifest.text), *(f for e in engines for f in (e.model, e.weights) if f)]
+    tables = [manifest.staging.step_table] if manifest.staging else []
+    names = [
+        *tables,
+        *(text.tokenizer for text in manifest.text),
+        *(f for e in engines for f in (e.model, e.weights) if f),
+    ]
     return (bundle.root / "manifest.json").stat().st_size + sum(bundle.entry(name).size for name in set(names))
 
 

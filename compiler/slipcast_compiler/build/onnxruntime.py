@@ -9,9 +9,10 @@ from slipcast.manifest import EngineFiles
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
-    """Copy the graph and its weights; fp32 alone, as the graph is."""
-    assert precision == "fp32", precision
+    """Copy the graph and its weights: what is int8 is so in the graph, the rest is fp32."""
+    assert precision in ("fp32", "int8"), precision
     weights = model.with_name(f"{model.name}.data")
-    for file in (model, weights):
+    files = [file for file in (model, weights) if file.is_file()]  # a stage may have no weights to speak of
+    for file in files:
         shutil.copyfile(file, out / file.name)
-    return EngineFiles(model=model.name, weights=weights.name)
+    return EngineFiles(model=model.name, weights=weights.name if weights in files else None)

@@ -8,7 +8,8 @@ from slipcast.manifest import EngineFiles
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
-    """Convert a graph. For bf16 the weights are kept in fp16, which halves the file; the host rounds them further."""
+    """Convert a graph. But for fp32, its fp32 weights are kept in fp16, which halves the file; the host rounds them
+    further. What is int8 stays so."""
     from slipcast.engines.openvino import openvino
 
     target = out / f"{model.stem}.xml"

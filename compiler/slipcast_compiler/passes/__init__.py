@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slipcast.validation import Strict
-from slipcast_compiler.passes import prune_ffn, prune_heads
+from slipcast_compiler.passes import low_rank, prune_ffn, prune_heads, recover
 from slipcast_compiler.passes.context import Context, Result
+from slipcast_compiler.passes.low_rank import LowRank
 from slipcast_compiler.passes.prune_ffn import PruneFFN
 from slipcast_compiler.passes.prune_heads import PruneHeads
+from slipcast_compiler.passes.quantize import QuantizeOptions
+from slipcast_compiler.passes.recover import Recover
 
 if TYPE_CHECKING:
     from slipcast_compiler.plan import Plan
@@ -27,6 +30,9 @@ class PassesTable(Strict):
 
     prune_heads: PruneHeads | None = None
     prune_ffn: PruneFFN | None = None
+    low_rank: LowRank | None = None
+    recover: Recover | None = None
+    quantize: QuantizeOptions | None = None  # after the export, on the graph: not one of PASSES
 
     def chosen(self) -> list[tuple[str, Any]]:
         """(name, options) of the passes that are on, in their order."""
@@ -47,4 +53,6 @@ class Pass:
 PASSES: dict[str, Pass] = {
     "prune_heads": Pass(prune_heads.run, prune_heads.needs_profile),
     "prune_ffn": Pass(prune_ffn.run, prune_ffn.needs_profile),
+    "low_rank": Pass(low_rank.run, low_rank.needs_profile, low_rank.reads),
+    "recover": Pass(recover.run, recover.needs_profile, recover.reads),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipcast.manifest import HeadMask
+from slipcast.manifest import HeadMask, LowRankLayer
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
@@ -42,6 +42,11 @@ class Rewritten:
             }
         if ffn:
             fields["ffn_retention_ratio"] = ffn["retention"]
+        if factorised := self.reports.get("low_rank"):
+            fields["low_rank_layers"] = tuple(
+                LowRankLayer(layer=name, rank=m["rank"], energy_retained=m["energy"], speedup=m["speedup"])
+                for name, m in factorised["layers"].items() if m["kept"]
+            )  # fmt: skip
         return fields
 
 

@@ -112,6 +112,6 @@ def _report(
     every = {layer.name: kept.get(layer.name, tuple(range(layer.heads))) for layer in layers}
     total, stay = sum(layer.heads for layer in layers), sum(map(len, every.values()))
     return {
-        "options": options.model_dump(mode="json"), "retention": stay / total,
+        "options": options.model_dump(mode="json"), "retention": stay / total if total else 1.0,
         "layers": {layer.name: {"heads": layer.heads, "kept": list(every[layer.name])} for layer in layers},
     }  # fmt: skip

@@ -23,12 +23,18 @@ def select(
 ) -> dict[str, tuple[int, ...]]:
     """Units that stay, by layer: the lowest scores of all layers together go, but `floor` of each layer stay.
 
-    Layers that match a pattern in `protect` keep all. RecipeError where the ratio cannot be reached, or none matches.
+    Layers that match a pattern in `protect` keep all. RecipeError where the ratio cannot be reached, or none matches;
+    NumericalError where scores are not finite.
     """
     if unknown := [pattern for pattern in protect if not any(fnmatchcase(name, pattern) for name in scores)]:
         raise RecipeError(f"{where}.protect: no layer matches", expected=", ".join(scores), got=", ".join(unknown))
+    for name, units in scores.items():
+        if not np.isfinite(units).all():
+            raise NumericalError(
+                f"{name}: the importance of its units is not finite", expected="finite numbers", got="NaN or infinity"
+            )
     total = sum(map(len, scores.values()))
-    budget = round(ratio * total)
+    wanted = budget = round(ratio * total)
     order = sorted(
         (float(score), name, unit) for name, units in scores.items() for unit, score in enumerate(units)
         if not any(fnmatchcase(name, pattern) for pattern in protect)
@@ -39,7 +45,7 @@ def select(
             gone[name].add(unit)
             budget -= 1
     if budget:
-        most = (total * ratio - budget) / total
+        most = (wanted - budget) / total
         raise RecipeError(
             f"{where}.ratio cannot be reached", expected=f"at most {most:.2f} with these floors and protected layers",
             got=ratio,

@@ -88,8 +88,8 @@ class EngineKind:
 
 # In order of preference for target="auto".
 ENGINES: dict[str, EngineKind] = {
-    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16")),
-    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32",)),
+    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8")),
+    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
 }
 
 

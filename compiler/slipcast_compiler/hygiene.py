@@ -1,0 +1,90 @@
+"""Graphs in the form that the engines read and fuse best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+
+def tidy(graph: ir.Graph) -> None:
+    """Rewrite in place: what an engine refuses, and what it runs slowly. What the graph computes stays."""
+    for node in list(graph):
+        if node.op_type in _REWRITES:
+            _REWRITES[node.op_type](graph, node)
+
+
+def _drop_idle_squeeze(graph: ir.Graph, node: ir.Node) -> None:
+    """torch's squeeze leaves an axis that is not 1 alone; ONNX's refuses it."""
+    before, after = node.inputs[0], node.outputs[0]
+    if before.shape and before.shape == after.shape:
+        after.replace_all_uses_with(before)
+        graph.remove(node, safe=True)
+
+
+def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
+    """A mask that is the same for all queries: ONNX lets it broadcast, ONNX Runtime asks for a row per query."""
+    query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is None or mask.shape is None or mask.shape[-2] != 1 or query.shape is None or query.shape[-2] == 1:
+        return
+    rows = query.shape[-2]
+    assert isinstance(rows, int), "a denoiser's sizes are fixed"
+    wide = ir.node("Expand", [mask, constant(graph, f"rows_{rows}", np.array([rows, 1]))])
+    _describe(wide, mask, [*mask.shape[:-2], rows, mask.shape[-1]])
+    graph.insert_before(node, wide)
+    node.replace_input_with(3, wide.outputs[0])
+
+
+def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """As instance normalisation of [batch, groups, rest], then scale and shift.
+
+    ONNX Runtime's operator is slower than these five, and OpenVINO breaks it up into them itself, with arithmetic on
+    shapes at run time where the batch is free. Left alone where other sizes than the batch are free.
+    """
+    x, scale, bias = node.inputs
+    static = x.shape is not None and all(isinstance(d, int) for d in x.shape[1:])
+    if not static or any(len(weight.uses()) > 1 for weight in (scale, bias)):
+        return
+    groups, epsilon = node.attributes.get_int("num_groups"), node.attributes.get_float("epsilon", 1e-5)
+    sizes = list(x.shape[1:])
+    for weight in (scale, bias):
+        values = weight.const_value.numpy().reshape(-1, *(1 for _ in sizes[1:]))
+        weight.const_value, weight.shape = ir.tensor(values, name=weight.name), ir.Shape(values.shape)
+    name = f"groups_{groups}"
+    ones = constant(graph, f"{name}_ones", np.ones(groups, np.float32))
+    zeros = constant(graph, f"{name}_zeros", np.zeros(groups, np.float32))
+    grouped = ir.node("Reshape", [x, constant(graph, name, np.array([0, groups, -1]))])
+    normal = ir.node("InstanceNormalization", [*grouped.outputs, ones, zeros], {"epsilon": epsilon})
+    target = constant(graph, "sizes_" + "_".join(map(str, sizes)), np.array([0, *sizes]))
+    again = ir.node("Reshape", [*normal.outputs, target])
+    scaled = ir.node("Mul", [*again.outputs, scale])
+    shifted = ir.node("Add", [*scaled.outputs, bias])
+    rest = int(np.prod(sizes)) // groups
+    for each in (grouped, normal):
+        _describe(each, x, [x.shape[0], groups, rest])
+    for each in (again, scaled, shifted):
+        _describe(each, x, x.shape)
+    graph.insert_before(node, [grouped, normal, again, scaled, shifted])
+    node.outputs[0].replace_all_uses_with(shifted.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def constant(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
+    """An initialiser of the graph, the same for all who ask for it by name."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(values, name=name)
+        shape = ir.Shape(values.shape)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _describe(node: ir.Node, like: ir.Value, shape: Sequence[int | ir.SymbolicDim]) -> None:
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), like.type
+
+
+_REWRITES = {
+    "Squeeze": _drop_idle_squeeze, "Attention": _widen_mask, "GroupNormalization": _spell_out_group_norm,
+}  # fmt: skip

@@ -1,0 +1,233 @@
+"""INT8 for the denoiser: one ONNX graph with QuantizeLinear and DequantizeLinear, which every engine reads.
+
+ONNX Runtime's quantiser does the mechanics, since it writes one graph that both engines read alike and that can be cut
+back layer by layer without calibrating again. Relative error of the prediction, and of the guided one, against fp32:
+the reference model, 32 samples to calibrate, 12 others to measure (onnxruntime 1.31, openvino 2026.4, NNCF 3.4):
+
+    quantiser, activations                                     in ONNX Runtime    in OpenVINO
+    ONNX Runtime, int8, as it writes it                        0.034  0.102       0.240  0.507
+    ONNX Runtime, int8, outputs of layers left in fp32         0.031  0.087       0.246  0.505
+    the same, and read by nothing but layers (qdq.select)      0.030  0.083       0.030  0.083
+    ONNX Runtime, uint8, as it writes it                       0.034  0.102       0.033  0.103
+    ONNX Runtime, uint8, outputs in fp32, select (used here)   0.028  0.069       0.028  0.069
+    NNCF on ONNX, its preset for transformers                  0.082  0.121       0.137  0.473
+    NNCF on the OpenVINO model, likewise                       -                  0.082  0.121
+
+So what OpenVINO gets wrong is a tensor in *signed* 8 bits that something besides layers reads too. Here it is the
+joined skip connections, which a norm reads beside the shortcut convolution. The mistake is in its low-precision
+transformations: with them switched off (LP_TRANSFORMS_MODE=NO) a signed graph is as good as in ONNX Runtime. Unsigned
+activations, and a Q/DQ pair that none but layers read, are each a cure; both are taken. Engines are checked all the
+same (Quantized.check). ONNX Runtime 1.31 in turn refuses signed activations from opset 21 on, unless the session says
+session.qdqisint8allowed.
+
+SmoothQuant brings the guided error from 0.079 to 0.076 here. What errors mean in pictures, on OpenVINO with bf16 for
+the rest (8 held-out prompts, 10 steps), and where the default of `max_error` comes from:
+
+    kept of 169 layers    guided error    PSNR mean, worst    CLIP mean, worst
+    none                  0.076           43.0  38.2          -0.60 %  -2.26 %
+    5                     0.049           43.1  29.7          -0.05 %  -0.55 %
+    15                    0.026           46.9  37.1          -0.01 %  -0.26 %
+    30                    0.013           48.1  36.8          +0.01 %  -0.33 %
+    weights alone int8    0.008           50.3  44.8          +0.05 %  -0.16 %
+    all (bf16)            0.017           55.4  50.9          +0.02 %  -0.03 %
+
+In time, the reference model gains nothing: 27.6 ms against 28.4 ms for OpenVINO in bf16; and ONNX Runtime is slower,
+74 ms against 53 ms (medians, interleaved, on a busy machine). In memory, ONNX Runtime needs 68 MB (weights alone: 66)
+where fp32 needs 88; OpenVINO needs 132 (weights alone: 144) where bf16 needs 133.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from slipcast.errors import CheckFailed, RecipeError
+from slipcast.manifest import Component, EngineFiles
+from slipcast.progress import Advance
+from slipcast.validation import Strict
+from slipcast_compiler.passes.options import Texts
+from slipcast_compiler.passes.sensitivity import prediction_error, search
+
+if TYPE_CHECKING:
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.plan import Plan
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
+
+
+class QuantizeOptions(Strict):
+    """[passes.quantize]: how the denoiser of targets in int8 is quantised.
+
+    `weights_only`: weights alone are int8, for hosts with little memory or disk; activations are not.
+    `smooth_quant_alpha`: how much of the outliers moves from activations into weights, 0 for nothing.
+    `samples`: evaluations of the denoiser that ranges are taken from. `max_error`: the most that the guided prediction
+    may be off on them, as a relative L2 norm against fp32; the layers that do most damage are kept in higher precision
+    until it holds. `protect`: patterns of layers that are kept in any case, such as "up_blocks.2.*".
+    """
+
+    weights_only: bool = False
+    smooth_quant_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    samples: Annotated[int, Field(ge=1, le=9999)] = 32
+    max_error: Annotated[float, Field(gt=0)] = 0.03
+    protect: Texts = ()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A directory with denoiser.onnx, its weights, and quantize.json, the `report`; and what engines are checked by."""
+
+    folder: Path
+    samples: Path
+    guidance: float
+    max_error: float
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Layers quantised and kept, with the reason, and errors as measured; plain JSON."""
+        found: dict[str, Any] = json.loads((self.folder / "quantize.json").read_text())
+        return found
+
+    def check(self, engine: str, folder: Path, files: EngineFiles) -> None:
+        """CheckFailed where an engine is further off than quantisation may be: it reads the graph in its own way.
+
+        The rest of the engine runs in fp32 here, so that nothing else is measured.
+        """
+        from slipcast_compiler.isolate import run_isolated
+
+        contract = Component.model_validate_json((self.folder / "denoiser.json").read_text())
+        paths = folder / files.model, folder / files.weights if files.weights else None
+        error = run_isolated(engine_error, engine, *paths, contract, self.samples, self.guidance).result
+        if error > self.max_error * ENGINE_MARGIN:
+            raise CheckFailed(
+                f"{engine} gives other numbers for the INT8 denoiser than its graph says",
+                expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm", got=f"{error:.4f}",
+                hint="name the layers it gets wrong in passes.quantize.protect, or take another engine or precision",
+            )  # fmt: skip
+
+
+def quantize(plan: Plan, exported: Path, samples: Path, cache: Cache, advance: Advance) -> Quantized:
+    """The denoiser in `exported`, quantised on `samples` (see calibration.py); from the cache, or made in a process of
+    its own. Raises RecipeError where a pattern of `protect` fits no layer."""
+    from slipcast_compiler.isolate import run_isolated
+
+    options = plan.recipe.passes.quantize
+    assert options is not None
+    guidance = plan.sampling.guidance_scale if plan.family else 1.0
+
+    def make(out: Path) -> None:
+        source = exported / "denoiser.onnx"
+        run_isolated(quantize_graph, source, samples, options, guidance, out, advance=advance)
+        shutil.copyfile(exported / "denoiser.json", out / "denoiser.json")
+
+    # Both directories are named by the hash of all that they were made from.
+    inputs = {"source": exported.name, "samples": samples.name, "options": options.model_dump(), "guidance": guidance}
+    return Quantized(cache.get("quantized", inputs, make), samples, guidance, options.max_error)
+
+
+def quantize_graph(
+    source: Path, samples: Path, options: QuantizeOptions, guidance: float, out: Path, advance: Advance
+) -> None:
+    """Write out/denoiser.onnx, out/denoiser.onnx.data and out/quantize.json."""
+    import onnx
+
+    from slipcast_compiler.passes import qdq
+
+    with tempfile.TemporaryDirectory(prefix="slipcast-quantize-", dir=out.parent) as name:
+        work = Path(name)
+        model = onnx.load(source)
+        layers = qdq.layers_of(model.graph)
+        protected = _protected(options.protect, layers)
+        free = [layer for layer in layers if layer not in protected]
+        nodes = {node for layer in free for node in layers[layer]}
+        smoothed = 0
+        if options.smooth_quant_alpha and not options.weights_only:
+            smoothed = qdq.smooth(model, nodes, options.smooth_quant_alpha, partial(_peaks, source, samples, work))
+        qdq.save(model, work / "fp32.onnx")
+        del model
+        qdq.insert(work / "fp32.onnx", sorted(nodes), _read(samples), work / "int8.onnx")
+        original, full = (onnx.load(work / file, load_external_data=False) for file in ("fp32.onnx", "int8.onnx"))
+
+        def write(chosen: frozenset[str]) -> Path:
+            quantised = {node for layer in chosen for node in layers[layer]}
+            onnx.save(qdq.select(full, original, quantised, options.weights_only), work / "chosen.onnx")
+            return work / "chosen.onnx"
+
+        def error(chosen: frozenset[str], count: int) -> float:
+            return prediction_error(qdq.session(write(chosen)), samples, guidance, count)
+
+        found = search(frozenset(free), error, options.max_error, advance)
+        qdq.pack(write(found.quantised), out / "denoiser.onnx")
+    kept = dict.fromkeys(sorted(protected), "protected") | dict.fromkeys(found.kept, "damage")
+    report = {
+        "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,
+        "error_all": found.error_all, "errors": found.errors, "smoothed_norms": smoothed, "guidance_scale": guidance,
+        "options": options.model_dump(mode="json"),
+    }  # fmt: skip
+    (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+
+
+def engine_error(
+    engine: str,
+    model: Path,
+    weights: Path | None,
+    contract: Component,
+    samples: Path,
+    guidance: float,
+    advance: Advance,
+) -> float:
+    """prediction_error of an engine's files, with all that is not int8 in fp32."""
+    from slipcast.engines import open_engine
+
+    with open_engine(engine, model, weights, "fp32", contract) as run:
+        return prediction_error(run, samples, guidance)
+
+
+def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        if not (fitting := fnmatch.filter(layers, pattern)):
+            raise RecipeError(
+                f"passes.quantize.protect: {pattern!r} fits no layer", expected=f"a pattern such as {min(layers)!r}",
+                got=f"{len(layers)} layers with other names",
+            )  # fmt: skip
+        found.update(fitting)
+    return found
+
+
+def _read(samples: Path) -> Iterator[Arrays]:
+    """What the denoiser reads, one evaluation at a time."""
+    for file in sorted(samples.glob("*.npz")):
+        with np.load(file) as arrays:
+            yield {name: arrays[name] for name in arrays if name != "prediction"}
+
+
+def _peaks(source: Path, samples: Path, work: Path, tensors: list[str]) -> Arrays:
+    """max|x| over all samples of each tensor, per channel, which is its last axis."""
+    import onnx
+
+    from slipcast_compiler.passes import qdq
+
+    model = onnx.load(source)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
+    qdq.save(model, work / "peaks.onnx")
+    run, found = qdq.session(work / "peaks.onnx"), Arrays()
+    for inputs in _read(samples):
+        outputs = run(inputs)
+        for name in tensors:
+            peak = np.abs(outputs[name]).max(axis=tuple(range(outputs[name].ndim - 1)))
+            found[name] = np.maximum(found.get(name, 0), peak)
+    (work / "peaks.onnx.data").unlink()  # as large as the model
+    return found

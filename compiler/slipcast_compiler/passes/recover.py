@@ -1,0 +1,193 @@
+"""A short distillation of the rewritten denoiser against the original, on the family's own trajectories.
+
+The teacher is the unchanged denoiser; the student starts as earlier passes left it. States x_t come from the teacher's
+sampling of the images that the profile is made of. Some of their prompts are set aside, and the error on their states
+decides when to stop and which weights are kept. Held-out prompts are never read.
+
+With `fake_quant` the student computes with weights and inputs rounded to 8 bits (Jacob et al., arXiv 1712.05877), so
+that it comes to weights that INT8 harms less. What is returned is not rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from slipcast.denoiser import guide
+from slipcast.errors import NumericalError, RecipeError
+from slipcast.validation import Strict
+from slipcast_compiler.passes.context import Context, Result
+
+if TYPE_CHECKING:
+    import torch
+
+    from slipcast.manifest import Sampling
+    from slipcast_compiler.passes.trajectories import Image, States
+    from slipcast_compiler.plan import Plan
+    from slipcast_compiler.rewrite import Denoiser
+
+VALIDATION = 0.25  # of the prompts
+CHECKS = 20  # how often the error on them is taken
+CHECKED = 64  # states that it is taken on, at most, evenly over steps and prompts
+PATIENCE = 10  # checks without a smaller one, after which it stops
+WARM_UP = 0.1  # of the steps, over which the learning rate rises; from then on it falls as a cosine
+LARGEST_GRADIENT = 1.0
+
+
+class Recover(Strict):
+    """`steps` of AdamW on `batch` states each. "full" trains all weights, "lora" a low-rank change of each linear
+    layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
+
+    steps: Annotated[int, Field(ge=0)] = 300
+    method: Literal["full", "lora"] = "full"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
+    batch: Annotated[int, Field(ge=1)] = 8
+    fake_quant: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+def needs_profile(options: Recover) -> bool:
+    """It samples for itself."""
+    return False
+
+
+def reads(plan: Plan) -> dict[str, Any]:
+    """What the trajectories depend on besides the checkpoint."""
+    training, validation = split(plan)
+    return {
+        "sampling": plan.sampling.model_dump(mode="json"), "size": list(plan.size), "training": training,
+        "validation": validation,
+    }  # fmt: skip
+
+
+def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
+    """See the module's docstring. The report has the error of the guided prediction before and after.
+
+    NumericalError where the teacher's prediction, naming the layer, or the loss is not finite.
+    """
+    report: dict[str, Any] = {"options": options.model_dump(mode="json")}
+    if options.steps == 0:
+        return Result(report=report)
+    import torch
+
+    from slipcast_compiler.original import open_pipeline
+    from slipcast_compiler.passes.trajectories import record
+    from slipcast_compiler.profiling import evaluated_sigmas
+    from slipcast_compiler.quiet import quiet
+
+    plan, device = context.plan, "cuda" if torch.cuda.is_available() else "cpu"
+    images = split(plan)
+    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(plan.sampling)) + options.steps
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        context.advance(done, total)
+
+    with quiet():
+        pipe = open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
+    training, validation = (record(pipe, plan, part, advance).to(device) for part in images)
+    student = denoiser.load(pipe).to(device)
+    del pipe
+    tensors, found = train(student, training, validation, plan.sampling, options, advance)
+    return Result(tensors, {**report, **found, "device": device})
+
+
+def split(plan: Plan) -> tuple[list[Image], list[Image]]:
+    """(training, validation) images of the calibration prompts, no prompt in both; RecipeError where there is one."""
+    from slipcast_compiler.profile import calibration_images
+
+    images = list(zip(*calibration_images(plan), strict=True))
+    keys = list(dict.fromkeys(image[0] or image[1] for image in images))  # without prompts, seeds are told apart
+    if len(keys) < 2:
+        raise RecipeError(
+            "passes.recover has too few calibration prompts", expected="at least two different ones", got=len(keys),
+            hint="add prompts to the family, or raise profile.prompts",
+        )  # fmt: skip
+    apart = set(keys[-max(1, round(VALIDATION * len(keys))) :])
+    validation = [image for image in images if (image[0] or image[1]) in apart]
+    return [image for image in images if image not in validation], validation
+
+
+def train(
+    student: Any, training: States, validation: States, sampling: Sampling, options: Recover,
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """(changed parameters float32, what the report says); the student is changed in place.
+
+    The loss is the squared error of the guided prediction, relative to the teacher's.
+    """
+    import torch
+
+    from slipcast_compiler.passes.trainable import prepare, weights
+
+    before = weights(student)
+    parameters = prepare(student, options.method == "lora", options.fake_quant, options.seed)
+    optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / options.steps))
+    generator = torch.Generator("cpu").manual_seed(options.seed)
+    errors, best, every = [error(student, validation, sampling, options.batch)], before, -(-options.steps // CHECKS)
+    for step in range(1, options.steps + 1):
+        chosen = torch.randint(len(training), (options.batch,), generator=generator).to(training.image.device)
+        loss = squared_error(student, training, sampling, chosen)
+        _check(float(loss.detach()), step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+        advance(1)
+        if step % every == 0 or step == options.steps:
+            errors.append(_check(error(student, validation, sampling, options.batch), step))
+            if errors[-1] == min(errors):
+                best = weights(student)
+            if errors.index(min(errors)) + PATIENCE < len(errors):
+                break
+    changed = {name: value.numpy() for name, value in best.items() if not torch.equal(value, before[name])}
+    return changed, {"steps": step, "error_before": errors[0], "error_after": min(errors), "errors": errors}
+
+
+def squared_error(module: Any, states: States, sampling: Sampling, chosen: torch.Tensor) -> torch.Tensor:
+    """|g - g'|^2 / |g'|^2 of the guided predictions of the states `chosen`, where g' is the teacher's."""
+    found, wanted = _guided(states.predict(module, chosen), sampling), _guided(states.prediction[chosen], sampling)
+    return (found - wanted).square().sum() / wanted.square().sum()
+
+
+def error(module: Any, states: States, sampling: Sampling, batch: int) -> float:
+    """The relative L2 error of the guided prediction over the states, or over CHECKED of them."""
+    import torch
+
+    places = torch.linspace(0, len(states) - 1, min(len(states), CHECKED)).round().long().to(states.image.device)
+    with torch.no_grad():
+        total = size = 0.0
+        for chosen in places.split(batch):
+            wanted = _guided(states.prediction[chosen], sampling)
+            total += float((_guided(states.predict(module, chosen), sampling) - wanted).square().sum())
+            size += float(wanted.square().sum())
+    return math.sqrt(total / size)
+
+
+def _check(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"recover: the loss is not finite at step {step}", expected="a finite loss", got=loss,
+            hint="lower passes.recover.learning_rate",
+        )  # fmt: skip
+    return loss
+
+
+def _rate(done: float) -> float:
+    """The learning rate, relative to its peak, at this part of the steps."""
+    return min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+
+
+def _guided(prediction: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """[n, rows, ...] -> [n, ...]."""
+    if prediction.shape[1] == 1:
+        return prediction[:, 0]
+    unconditional, conditional = prediction.unbind(1)
+    guided: torch.Tensor = guide(conditional, unconditional, sampling.guidance_scale, sampling.guidance_rescale)
+    return guided

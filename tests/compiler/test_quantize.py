@@ -1,0 +1,246 @@
+"""INT8: options, the graph that holds it, the limit, protection, and what happens to a graph that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from slipcast.engines import ENGINES
+from slipcast.errors import CheckFailed, NumericalError, RecipeError
+from slipcast.manifest import Component, TensorSpec
+from slipcast_compiler.build import BUILDERS
+from slipcast_compiler.passes import qdq
+from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions, quantize_graph
+from slipcast_compiler.passes.sensitivity import prediction_error, search
+from slipcast_compiler.recipe import parse_recipe
+
+CHANNELS, CELLS = 16, 4
+GUIDANCE = 4.0
+LAYERS = {"conv_in", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "conv_out"}
+CONTRACT = Component(
+    inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", 4, CELLS, CELLS)),),
+    outputs=(TensorSpec(name="prediction", dtype="float32", shape=("batch", 4, CELLS, CELLS)),),
+)
+
+
+def tiny_denoiser() -> Any:
+    """conv -> norm -> attention with one head -> residual -> conv, as a U-Net has them; one channel is an outlier."""
+    rng = np.random.default_rng(0)
+    linear = {f"attn.to_{name}": (CHANNELS, CHANNELS) for name in ("q", "k", "v", "out")}
+    shapes = {"conv_in": (CHANNELS, 4, 3, 3), **linear, "conv_out": (4, CHANNELS, 3, 3)}
+    weights = {name: rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:])) for name, shape in shapes.items()}
+    gamma = np.ones(CHANNELS)
+    gamma[3] = 30  # what SmoothQuant is for
+    tensors = {f"model.{name}.weight": array for name, array in weights.items()}
+    tensors |= {"model.norm.weight": gamma, "model.norm.bias": np.zeros(CHANNELS)}
+    initializers = [numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()]
+    for name, shape in (("tokens", [0, CHANNELS, -1]), ("cells", [0, CHANNELS, CELLS, CELLS])):
+        initializers.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+
+    def node(kind: str, inputs: list[str], output: str, **attributes: Any) -> Any:
+        return helper.make_node(kind, inputs, [output], f"node_{output}", **attributes)
+
+    nodes = [
+        node("Conv", ["sample", "model.conv_in.weight"], "features", pads=[1, 1, 1, 1]),
+        node("Reshape", ["features", "tokens"], "rows"),
+        node("Transpose", ["rows"], "x", perm=[0, 2, 1]),
+        node("LayerNormalization", ["x", "model.norm.weight", "model.norm.bias"], "normed"),
+        *(node("MatMul", ["normed", f"model.attn.to_{name}.weight"], name) for name in "qkv"),
+        node("Transpose", ["k"], "kt", perm=[0, 2, 1]),
+        node("MatMul", ["q", "kt"], "scores"),
+        node("Softmax", ["scores"], "shares"),
+        node("MatMul", ["shares", "v"], "mixed"),
+        node("MatMul", ["mixed", "model.attn.to_out.weight"], "attended"),
+        node("Add", ["attended", "x"], "sum"),
+        node("Transpose", ["sum"], "turned", perm=[0, 2, 1]),
+        node("Reshape", ["turned", "cells"], "grid"),
+        node("Conv", ["grid", "model.conv_out.weight"], "prediction", pads=[1, 1, 1, 1]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4, CELLS, CELLS])
+        for n in ("sample", "prediction")
+    ]
+    graph = helper.make_graph(nodes, "tiny", ends[:1], ends[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "denoiser.onnx"
+    qdq.save(tiny_denoiser(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(source: Path) -> Path:
+    folder = source.parent / "samples"
+    folder.mkdir()
+    rng, run = np.random.default_rng(1), qdq.session(source)
+    for i in range(12):
+        sample = rng.standard_normal((2, 4, CELLS, CELLS)).astype(np.float32)
+        np.savez(folder / f"{i:04}.npz", sample=sample, prediction=run({"sample": sample})["prediction"])
+    return folder
+
+
+def quantise(source: Path, samples: Path, out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
+    out.mkdir()
+    quantize_graph(source, samples, QuantizeOptions(**options), GUIDANCE, out, lambda done, total: None)
+    (out / "denoiser.json").write_text(CONTRACT.model_dump_json())
+    return out / "denoiser.onnx", json.loads((out / "quantize.json").read_text())
+
+
+def int8_weights(model: Path) -> dict[str, tuple[int, ...]]:
+    graph = onnx.load(model).graph
+    types = {tensor.name: tensor for tensor in graph.initializer}
+    read = [
+        types[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in types
+    ]
+    return {tensor.name: tuple(tensor.dims) for tensor in read if tensor.data_type == TensorProto.INT8}
+
+
+class TestRecipe:
+    GOOD = 'name = "x"\n[model]\npath = "m"\n[[targets]]\nengine = "openvino"\nprecision = "int8"\n[passes.quantize]\n'
+
+    def test_good(self) -> None:
+        parsed = parse_recipe(self.GOOD + 'protect = ["conv_*"]', "r.toml")
+        assert parsed.passes.quantize == QuantizeOptions(protect=("conv_*",))
+
+    @pytest.mark.parametrize(
+        "line", ["samples = 0", "smooth_quant_alpha = 1.5", "max_error = 0", "weights_only = 1", "bits = 4"]
+    )
+    def test_options_have_lines(self, line: str) -> None:
+        with pytest.raises(RecipeError, match=rf"r\.toml:8: passes\.quantize\.{line.split()[0]}"):
+            parse_recipe(self.GOOD + line, "r.toml")
+
+    def test_target_without_table(self) -> None:
+        with pytest.raises(RecipeError, match=r"a target in int8 needs \[passes\.quantize\]"):
+            parse_recipe(self.GOOD.replace("[passes.quantize]", ""), "r.toml")
+
+    def test_table_without_target(self) -> None:
+        with pytest.raises(RecipeError, match="no target has precision int8"):
+            parse_recipe(self.GOOD.replace('"int8"', '"bf16"'), "r.toml")
+        with pytest.raises(RecipeError, match=r"(?s)2 problems.*r\.toml:7: passes.quantize: no target has precision"):
+            parse_recipe(self.GOOD.replace('"int8"', '"bf16"') + "[decode]\ntile = 1", "r.toml")
+
+
+class TestGraph:
+    def test_all_layers_are_int8_and_nothing_else(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "out", max_error=1.0)
+        assert (report["layers"], report["quantised"], report["kept"]) == (6, 6, {})
+        weights = int8_weights(model)
+        assert len(weights) == len(LAYERS)
+        assert sorted(weights.values()) == sorted(
+            [(CHANNELS, 4, 3, 3), (4, CHANNELS, 3, 3), *[(CHANNELS, CHANNELS)] * 4]
+        )
+        graph = onnx.load(model).graph
+        types = {output: node.op_type for node in graph.node for output in node.output}
+        for node in graph.node:
+            fed = [types.get(name) == "DequantizeLinear" for name in node.input]
+            quantised = node.op_type in qdq.WEIGHTED and node.name not in ("node_scores", "node_mixed")
+            # "x" is read by a quantised layer's norm and by the residual sum, which must not lose precision
+            assert all(fed) if quantised else not any(fed), node.name
+        assert 0 < report["error"] < 0.2
+        assert (model.with_name("denoiser.onnx.data")).stat().st_size < source.with_name(
+            "denoiser.onnx.data"
+        ).stat().st_size
+
+    def test_smoothing_is_exact_and_helps(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        _, plain = quantise(source, samples, tmp_path / "plain", max_error=10.0, smooth_quant_alpha=0.0)
+        _, smoothed = quantise(source, samples, tmp_path / "smooth", max_error=10.0, smooth_quant_alpha=0.5)
+        assert (plain["smoothed_norms"], smoothed["smoothed_norms"]) == (0, 1)
+        assert smoothed["error"] < plain["error"]
+        model = onnx.load(source)
+        nodes = {name for names in qdq.layers_of(model.graph).values() for name in names}
+        peak = np.linspace(0.0, 5.0, CHANNELS, dtype=np.float32)
+        assert qdq.smooth(model, nodes, 0.5, lambda names: dict.fromkeys(names, peak)) == 1
+        qdq.save(model, tmp_path / "exact.onnx")
+        assert prediction_error(qdq.session(tmp_path / "exact.onnx"), samples, GUIDANCE) < 1e-5
+
+    def test_weights_only(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "weights", weights_only=True, max_error=1.0)
+        kinds = [node.op_type for node in onnx.load(model).graph.node]
+        assert (kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")) == (0, 6)
+        _, both = quantise(source, samples, tmp_path / "both", max_error=1.0, smooth_quant_alpha=0.0)
+        assert 0 < report["error"] < both["error"]
+
+    def test_the_limit_holds(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        _, free = quantise(source, samples, tmp_path / "free", max_error=1.0)
+        limit = free["error"] / 2
+        model, report = quantise(source, samples, tmp_path / "bound", max_error=limit)
+        assert report["error_all"] == pytest.approx(free["error"])
+        assert report["error"] <= limit
+        assert prediction_error(qdq.session(model), samples, GUIDANCE) == pytest.approx(report["error"])
+        assert set(report["errors"]) == LAYERS
+        assert 0 < report["quantised"] < 6
+        assert set(report["kept"].values()) == {"damage"}
+        worst = sorted(report["errors"], key=lambda layer: -report["errors"][layer])
+        assert set(report["kept"]) == set(worst[: len(report["kept"])])
+
+    def test_protected_layers_stay(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "out", protect=("conv_*",), max_error=1.0)
+        assert report["kept"] == {"conv_in": "protected", "conv_out": "protected"}
+        assert not any("conv" in name for name in int8_weights(model))
+        assert len(int8_weights(model)) == 4
+        with pytest.raises(RecipeError, match=r"'convv\*' fits no layer"):
+            quantise(source, samples, tmp_path / "none", protect=("convv*",))
+
+    def test_zero_strength_changes_nothing(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "out", protect=("*",))
+        assert (report["quantised"], report["error"], report["smoothed_norms"]) == (0, 0.0, 0)
+        assert prediction_error(qdq.session(model), samples, GUIDANCE) == 0.0
+
+
+class TestSearch:
+    def test_errors_that_add_up(self) -> None:
+        alone = {"a": 0.3, "b": 0.1, "c": 0.4, "d": 0.0}
+        found = search(frozenset(alone), lambda chosen, _: sum(alone[x] ** 2 for x in chosen) ** 0.5, 0.35, _ignore)
+        assert (found.kept, found.error) == (("c",), pytest.approx(0.1**0.5))
+
+    def test_errors_that_do_not(self) -> None:
+        found = search(frozenset("abcd"), lambda chosen, _: 0.0 if len(chosen) < 2 else 1.0, 0.5, _ignore)
+        assert len(found.quantised) < 2 and found.error == 0.0
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if "int8" in ENGINES[name].precisions])
+class TestEngines:
+    def built(self, engine: str, model: Path, out: Path) -> Any:
+        if not ENGINES[engine].available():
+            pytest.skip(ENGINES[engine].why_not())
+        out.mkdir()
+        return BUILDERS[engine](model, "int8", out)
+
+    def test_an_engine_that_reads_the_graph_right(
+        self, engine: str, source: Path, samples: Path, tmp_path: Path
+    ) -> None:
+        model, report = quantise(source, samples, tmp_path / "quantized", max_error=1.0)
+        files = self.built(engine, model, tmp_path / "engine")
+        quantized = Quantized(model.parent, samples, GUIDANCE, report["error"])
+        quantized.check(engine, tmp_path / "engine", files)
+
+    def test_a_wrong_graph_is_caught(self, engine: str, source: Path, samples: Path, tmp_path: Path) -> None:
+        path, report = quantise(source, samples, tmp_path / "quantized", max_error=1.0)
+        model = onnx.load(path)
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        weights = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+        scale = tensors[weights[-1].input[1]]
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
+        (tmp_path / "wrong").mkdir()
+        qdq.save(model, tmp_path / "wrong" / "denoiser.onnx")
+        files = self.built(engine, tmp_path / "wrong" / "denoiser.onnx", tmp_path / "engine")
+        with pytest.raises(CheckFailed, match=f"{engine} gives other numbers"):
+            Quantized(path.parent, samples, GUIDANCE, report["error"]).check(engine, tmp_path / "engine", files)
+
+
+def test_predictions_that_are_not_finite(samples: Path) -> None:
+    with pytest.raises(NumericalError, match="not finite"):
+        prediction_error(lambda inputs: {"prediction": inputs["sample"] * np.nan}, samples, GUIDANCE)

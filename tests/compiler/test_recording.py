@@ -1,0 +1,35 @@
+"""What INT8 is calibrated on: real evaluations of the denoiser, over all timesteps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from slipcast.bundle import open_bundle
+from slipcast.engines import open_engine
+from slipcast_compiler.recording import record_denoiser
+
+PROMPTS = ("a small red circle on a white background", "a large blue circle on a navy background", "a circle")
+
+
+def test_samples_are_the_denoisers_own_and_cover_the_schedule(shapes_bundle: Path, tmp_path: Path) -> None:
+    record_denoiser(shapes_bundle, PROMPTS, 20, tmp_path, lambda done, total: None)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"{i:04}.npz" for i in range(20)]
+    samples = [dict(np.load(file)) for file in files]
+    bundle = open_bundle(shapes_bundle)
+    schedule = bundle.manifest.sampling.lay().timesteps
+    seen = {float(sample["timestep"][0]) for sample in samples}
+    assert seen <= {np.float32(t) for t in schedule}
+    assert len(seen) > 14  # each of three images gives six or seven of twenty steps, and not the same ones
+    assert max(seen) >= sorted(schedule)[-3] and min(seen) <= sorted(schedule)[2]
+
+    target = bundle.manifest.targets[0]
+    files_of, contract = target.components["denoiser"], bundle.manifest.components["denoiser"]
+    weights = bundle.path(files_of.weights) if files_of.weights else None
+    with open_engine(target.engine, bundle.path(files_of.model), weights, target.precision, contract) as engine:
+        for sample in samples[::7]:
+            expected = sample.pop("prediction")
+            assert sample["sample"].shape[0] == 2  # unconditional and conditional
+            np.testing.assert_array_equal(engine(sample)["prediction"], expected)

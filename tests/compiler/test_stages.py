@@ -1,0 +1,71 @@
+"""A staged denoiser as a bundle has it, beside the whole one: the table, the packed row, and what ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from denoisers import DENOISERS, export_denoiser
+
+from slipcast.engines.onnxruntime import open_engine
+from slipcast.manifest import Component, Sampling
+from slipcast.schedules import NoiseProcess
+from slipcast.staging import read_step_table
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.recipe import StagingTable
+from slipcast_compiler.stages import STEP_TABLE, cached_stages, write_step_table
+
+SAMPLING = Sampling(
+    sampler="heun", schedule="leading", steps=3, guidance_scale=1.0, noise=NoiseProcess(prediction="epsilon")
+)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    export_denoiser(DENOISERS[request.param], folder)
+    return folder
+
+
+def _run(file: Path, arrays: dict[str, Any]) -> dict[str, Any]:
+    with open_engine(file, None, "fp32") as engine:
+        return engine({spec.name: arrays[spec.name] for spec in engine.inputs})
+
+
+def test_table_and_parts_make_what_the_whole_makes(exported: Path, tmp_path: Path) -> None:
+    parts = cached_stages(exported, StagingTable(), Cache(tmp_path / "cache"))
+    assert list(parts) == ["denoiser", "denoiser_prompt"]
+    fields = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
+    rows = read_step_table(tmp_path / STEP_TABLE, fields["staging"])
+    assert len(rows) >= 3
+    contract = Component.model_validate_json((parts["denoiser"] / "denoiser.json").read_text())
+    assert [spec.name for spec in contract.inputs][-1] == "row"
+    with open_engine(exported / "denoiser.onnx", None, "fp32") as whole:
+        random = np.random.default_rng(0)
+        arrays: dict[str, Any] = {
+            spec.name: random.standard_normal([d if isinstance(d, int) else 2 for d in spec.shape], np.float32)
+            for spec in whole.inputs
+        }
+        arrays |= _run(parts["denoiser_prompt"] / "denoiser_prompt.onnx", arrays)
+        predictions = []
+        for timestep, row in rows.items():
+            arrays["timestep"] = np.array([timestep], np.float32)
+            wanted = whole({spec.name: arrays[spec.name] for spec in whole.inputs})["prediction"]
+            found = _run(parts["denoiser"] / "denoiser.onnx", arrays | row)["prediction"]
+            assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+            predictions.append(found)
+    assert np.linalg.norm(predictions[0] - predictions[1]) > 1e-4 * np.linalg.norm(predictions[0])
+
+
+def test_general_ships_what_makes_rows(exported: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    parts = cached_stages(exported, StagingTable(general=True), cache)
+    assert list(parts) == ["denoiser", "denoiser_prompt", "denoiser_step"]
+    assert cached_stages(exported, StagingTable(), cache)["denoiser"] == parts["denoiser"]  # the same work
+    fields = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
+    for timestep, row in read_step_table(tmp_path / STEP_TABLE, fields["staging"]).items():
+        made = _run(parts["denoiser_step"] / "denoiser_step.onnx", {"timestep": np.array([timestep], np.float32)})
+        assert made.keys() == row.keys()
+        np.testing.assert_array_equal(made["row"], row["row"])

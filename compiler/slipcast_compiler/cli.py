@@ -187,12 +187,16 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def _plan_text(summary: dict[str, Any]) -> str:
     sampling, family, components = summary["sampling"], summary["family"], summary["components"]
+    reference = summary["reference"]
     lines = [
         f"{summary['name']}: {summary['model']} -> {summary['output']}",
         f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts",
         f"  judged on  {summary['judged_on']} images",
         f"  sampling   {sampling['sampler']}, {sampling['steps']} steps, {sampling.get('schedule', 'explicit list')}, "
         f"guidance {sampling['guidance_scale']}, {summary['image']}",
+        f"  reference  {reference['sampler']}, {reference['steps']} steps, "
+        f"{reference.get('schedule', 'explicit list')}, guidance {reference['guidance_scale']}",
+        *(["  few steps  the checkpoint is distilled to few steps, without guidance"] * summary["few_step"]),
         *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in components.items()),
         *(f"  left out   {name}" for name in summary["not_compiled"]),
         *(f"  target     {target}" for target in summary["targets"]),

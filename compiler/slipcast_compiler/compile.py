@@ -19,6 +19,7 @@ from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import make_profile
 from slipcast_compiler.stages import cached_stages
+from slipcast_compiler.timesteps import choose_timesteps
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage("profile") as advance:
             profile = make_profile(plan, cache, advance)
     rewritten = apply_passes(plan, profile, cache, stages)
+
+    # The noise levels to sample at: the recipe's, or found on the family.
+    timesteps = None
+    if plan.recipe.timesteps:
+        with stages.stage("timesteps") as advance:
+            plan, timesteps = choose_timesteps(plan, rewritten.rewrite, cache, advance)
 
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
@@ -86,7 +93,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
-        record = report.make_record(plan, fields, gates, stages.seconds, told, not_run)
+        record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run)
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -109,7 +109,7 @@ def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
 def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
     """Time and memory of the original in fp32, measured now: pictures may come from a cache, figures may not."""
     prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
-    arguments = (plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, "float32")
+    arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, "float32")
     isolated = run_isolated(original.make_images, *arguments, advance=advance)
     return _run(isolated.result, isolated.peak_memory_mb)
 
@@ -240,12 +240,12 @@ def _original(
     plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
 ) -> Floats:
     inputs: dict[str, Any] = {
-        "checkpoint": plan.checkpoint.sha256, "sampling": plan.sampling.model_dump(mode="json"), "size": plan.size,
+        "checkpoint": plan.checkpoint.sha256, "sampling": plan.reference.model_dump(mode="json"), "size": plan.size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,
     }  # fmt: skip
 
     def build(folder: Path) -> None:
-        arguments = (plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, dtype)
+        arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, dtype)
         made = run_isolated(original.make_images, *arguments, advance=advance)
         np.save(folder / "images.npy", made.result["images"])
 

@@ -31,6 +31,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.to_v\.", ".value."),
     (r"\.to_out\.0\.", ".proj_attn."),
 )
+_FEW_STEP_EULER = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,23 @@ class Checkpoint:
     @property
     def usual_schedule(self) -> str | None:
         """The schedule that the scheduler's config asks for, if it does."""
+        if self.few_step_sampler == "lcm":
+            return "lcm"
         flags = (name for name in ("karras", "exponential", "beta") if self._scheduler.get(f"use_{name}_sigmas"))
         return next(flags, self.process.timestep_spacing)
+
+    @property
+    def few_step_sampler(self) -> str | None:
+        """The sampler of a checkpoint that was distilled to few steps without guidance; None if it was not, it seems.
+
+        LCM is published with a scheduler of its own, Turbo and Lightning with Euler's on trailing timesteps. Other
+        models are on trailing timesteps for their zero terminal SNR, and say so.
+        """
+        name, euler = self._scheduler.get("_class_name"), _FEW_STEP_EULER
+        if name == "LCMScheduler":
+            return "lcm"
+        distilled = self.process.timestep_spacing == "trailing" and not self.process.rescale_betas_zero_snr
+        return euler.get(str(name)) if distilled and self.process.prediction == "epsilon" else None
 
     @cached_property
     def _scheduler(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.denoiser import Evaluate, Guided, final_scale, initial_scale
 from slipcast.errors import ArtifactError
 from slipcast.manifest import Sampling
 from slipcast.progress import Advance
@@ -112,8 +112,9 @@ def draw_noise(pipe: Any, size: tuple[int, int], seeds: Sequence[int]) -> tuple[
 
 
 def has_scheduler(sampling: Sampling) -> bool:
-    """Whether diffusers has this sampler with this schedule; tests show that the two then agree."""
-    return sampling.sampler in SCHEDULERS and sampling.schedule in SCHEDULERS[sampling.sampler][2]
+    """Whether diffusers has this sampler with this schedule and guidance; tests show that the two then agree."""
+    known = sampling.sampler in SCHEDULERS and sampling.schedule in SCHEDULERS[sampling.sampler][2]
+    return known and not sampling.requires  # its pipelines guide every step
 
 
 def describe(sampling: Sampling, conditional: bool) -> str:
@@ -186,25 +187,30 @@ def sample_latents(pipe: Any, sampling: Sampling, prompts: list[str] | None, noi
     """
     import torch
 
-    guided = prompts is not None and sampling.guidance_scale > 1
-    text = {}
-    if prompts is not None:
-        found = pipe.encode_prompt(prompts, "cpu", 1, guided)
-        text = {"encoder_hidden_states": torch.cat(found[1::-1]) if guided else found[0]}
-
-    def predict(x: Any, timestep: float) -> Any:
-        batch = torch.cat([x, x]) if guided else x
-        output = pipe.unet(batch.to(pipe.dtype), torch.tensor(timestep), return_dict=False, **text)[0].float()
-        if not guided:
-            return output
-        unconditional, conditional = output.chunk(2)
-        return guide(conditional, unconditional, sampling.guidance_scale, sampling.guidance_rescale)
-
+    evaluate = bind(pipe, prompts)
     process, schedule = sampling.noise, sampling.lay()
+    guidance = sampling.guidance(1.0 if prompts is None else None)
     x = noise * initial_scale(process, schedule, sampling.sampler)
     steps = sample(
-        sampling.sampler, Denoiser(process, schedule, predict), x, schedule.sigmas, eta=sampling.eta,
+        sampling.sampler, Guided(process, schedule, evaluate, guidance), x, schedule.sigmas, eta=sampling.eta,
         noise=lambda: torch.cat([torch.randn((1, *noise.shape[1:]), generator=each) for each in generators]),
     )  # fmt: skip
     *_, x = steps
     return x * final_scale(process, schedule)
+
+
+def bind(pipe: Any, prompts: list[str] | None) -> Evaluate:
+    """The denoiser with these prompts, or as many images as x has, as Guided takes it; outputs in float32."""
+    import torch
+
+    text = {}
+    if prompts is not None:
+        text = {"encoder_hidden_states": torch.cat(pipe.encode_prompt(prompts, "cpu", 1, True)[1::-1])}
+
+    def evaluate(x: Any, timestep: float, both: bool) -> Any:
+        batch = torch.cat([x, x]) if both else x
+        given = {name: rows[-len(batch) :] for name, rows in text.items()}
+        output = pipe.unet(batch.to(pipe.dtype), torch.tensor(timestep), return_dict=False, **given)[0].float()
+        return output.chunk(2)[::-1] if both else (output, None)
+
+    return evaluate

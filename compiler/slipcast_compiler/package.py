@@ -98,6 +98,7 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
             held_out=len(family.held_out),
         ),
         "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
+        "reference": plan.reference, "requires": plan.sampling.requires + (("staging",) if plan.recipe.staging else ()),
         "not_compiled": plan.checkpoint.not_compiled,
         **(write_step_table(exported["denoiser"], plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip

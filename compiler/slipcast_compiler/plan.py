@@ -6,22 +6,24 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.manifest import ImageGeometry, Sampling
-from slipcast.samplers import find_sampler
+from slipcast.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.family import Family, expand, outside
 from slipcast_compiler.lpips import SMALLEST, find_weights
 from slipcast_compiler.model import Checkpoint, open_checkpoint, tokenizer_file
-from slipcast_compiler.recipe import Recipe
+from slipcast_compiler.recipe import Recipe, ReferenceTable
 from slipcast_compiler.scorer import find_scorer
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
-DEFAULT_STEPS = 20
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
+FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
@@ -30,7 +32,10 @@ logger = logging.getLogger("slipcast")
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with everything that it leaves open resolved against its checkpoint. `sizes`: see Architecture.sizes."""
+    """A recipe with everything that it leaves open resolved against its checkpoint. `sizes`: see Architecture.sizes.
+
+    `sampling` is the bundle's.
+    """
 
     recipe: Recipe
     folder: Path
@@ -40,6 +45,11 @@ class Plan:
     image: ImageGeometry
     sizes: dict[str, int]
     out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
+
+    @cached_property
+    def reference(self) -> Sampling:
+        """The sampling of the original that the bundle is judged against: guidance at every step, no schedule found."""
+        return _sampling(self.recipe.asked_of_original(), self.checkpoint)
 
     @property
     def prompts(self) -> Prompts:
@@ -73,6 +83,8 @@ class Plan:
                 "held_out": len(self.family.held_out) if self.family else 0,
             },
             "sampling": self.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
+            "reference": self.reference.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
+            "few_step": self.checkpoint.few_step_sampler is not None,
             "image": f"{self.image.width}x{self.image.height}",
             "components": {name: {"parameters": count} for name, count in parameters.items()},
             "not_compiled": list(self.checkpoint.not_compiled),
@@ -123,7 +135,8 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
                 "evaluate.lpips: the pictures are too small", expected=f"{SMALLEST} pixels",
                 got=f"{image.width}x{image.height}",
             )  # fmt: skip
-    sampling = _sampling(recipe, checkpoint)
+    sampling = _sampling(recipe.sampling, checkpoint)
+    _check_sampling(recipe, checkpoint, sampling)
     sizes = {
         **checkpoint.sizes,
         "latent_height": image.height // image.factor,
@@ -132,7 +145,9 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     for text in checkpoint.architecture.text:  # a tokenizer may stop before its encoder would
         sizes["text_length"] = min(sizes["text_length"], tokenizer_file(checkpoint, text.tokenizer)[1])
     strangers = outside(recipe.evaluate, family, folder) if family else ()
-    return Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
+    plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
+    plan.reference.lay()
+    return plan
 
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
@@ -154,21 +169,63 @@ def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
     )  # fmt: skip
 
 
-def _sampling(recipe: Recipe, checkpoint: Checkpoint) -> Sampling:
+def _sampling(asked: ReferenceTable, checkpoint: Checkpoint) -> Sampling:
     """The schedule in full, tried out once, so that a run can only fail on what it asks for itself."""
-    asked = recipe.sampling
     explicit = asked.timesteps or (asked.sigmas and asked.sigmas[:-1])
-    usual = checkpoint.usual_schedule or find_sampler(asked.sampler).grid.spacing
+    few_step, prompted = checkpoint.few_step_sampler, bool(checkpoint.architecture.text)
+    sampler = asked.sampler or few_step or DEFAULT_SAMPLER
+    usual = checkpoint.usual_schedule or find_sampler(sampler).grid.spacing
+    scale = asked.guidance_scale
+    if scale is None:
+        scale = DEFAULT_GUIDANCE if prompted and not few_step else 1.0
     process = checkpoint.process
-    if checkpoint.architecture.text:
+    if prompted:
         process = dataclasses.replace(
             process, clip_sample=None
         )  # latents have no bounds; nor do diffusers' pipelines clip
+    if asked.eta and find_sampler(sampler).eta is None:
+        raise RecipeError(f"eta belongs to the sampler ddim, not to {sampler}", expected="no eta", got=asked.eta)
     sampling = Sampling(
-        sampler=asked.sampler, schedule=None if explicit else asked.schedule or usual, timesteps=asked.timesteps,
-        sigmas=asked.sigmas, steps=len(explicit) if explicit else asked.steps or DEFAULT_STEPS,
-        guidance_scale=asked.guidance_scale, guidance_rescale=asked.guidance_rescale, eta=asked.eta,
-        noise=process,
+        sampler=sampler, schedule=None if explicit else asked.schedule or usual, timesteps=asked.timesteps,
+        sigmas=asked.sigmas, guidance_scale=scale, guidance_rescale=asked.guidance_rescale or 0.0,
+        steps=len(explicit) if explicit else asked.steps or (FEW_STEPS if few_step else DEFAULT_STEPS),
+        guidance_interval=getattr(asked, "guidance_interval", None), eta=asked.eta or 0.0,
+        guidance_reuse=getattr(asked, "guidance_reuse", 0), noise=process,
     )  # fmt: skip
     sampling.lay()
     return sampling
+
+
+def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) -> None:
+    """RecipeError for what this sampling has no use for."""
+    why = " (it is distilled to few steps)" if checkpoint.few_step_sampler else ""
+    if sampling.requires and sampling.guidance_scale <= 1:
+        raise RecipeError(
+            f"sampling.{sampling.requires[0]}: there is no guidance to leave out{why}",
+            expected="a guidance_scale above 1, or neither guidance_interval nor guidance_reuse",
+            got=f"guidance_scale {sampling.guidance_scale:g}",
+        )  # fmt: skip
+    if not recipe.timesteps:
+        return
+    if checkpoint.few_step_sampler:
+        raise RecipeError(
+            "[timesteps]: the checkpoint seems to be distilled to few steps, and knows no other timesteps",
+            expected="no [timesteps]", got=f"a scheduler for {checkpoint.few_step_sampler}",
+        )  # fmt: skip
+    sampler = find_sampler(sampling.sampler)
+    if sampler.stochastic or sampling.eta:
+        known = ", ".join(name for name, each in SAMPLERS.items() if not each.stochastic)
+        raise RecipeError(
+            f"[timesteps]: {sampling.sampler} draws noise, so it has no trajectory to come near to",
+            expected=f"{known}, without eta", got=sampling.sampler,
+        )  # fmt: skip
+    if sampler.evaluations > 1 and not sampler.flow:  # dpm2; Heun's second evaluation is at a level of the list
+        raise RecipeError(
+            f"[timesteps]: {sampling.sampler} evaluates between its levels, where the fine trajectory is not known",
+            expected="another sampler", got=sampling.sampler,
+        )  # fmt: skip
+    if recipe.timesteps.fine_steps <= sampling.steps:
+        raise RecipeError(
+            "timesteps.fine_steps is no finer", expected=f"more than sampling.steps = {sampling.steps}",
+            got=recipe.timesteps.fine_steps,
+        )  # fmt: skip

@@ -62,19 +62,18 @@ class FamilyTable(Strict):
         return self
 
 
-class SamplingTable(Strict):
-    """The sampling schedule: a named one, or explicit timesteps or sigmas. Sizes in pixels."""
+class ReferenceTable(Strict):
+    """[reference]: the sampling of the original that the bundle is judged against. A named schedule, or explicit
+    timesteps or sigmas. What is not given is as in [sampling]."""
 
-    sampler: Literal[tuple(SAMPLERS)] = "dpmpp_2m"  # type: ignore[valid-type]
+    sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
     schedule: Literal[tuple(SCHEDULES)] | None = None  # type: ignore[valid-type]
     timesteps: Numbers | None = None
     sigmas: Numbers | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 5.0
-    guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    width: Annotated[int, Field(ge=8)] | None = None
-    height: Annotated[int, Field(ge=8)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
@@ -83,9 +82,34 @@ class SamplingTable(Strict):
             raise ValueError("give at most one of schedule, timesteps and sigmas")
         if explicit and self.steps is not None:
             raise ValueError(f"steps contradicts {explicit[0]}: the list has its own length")
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler}")
         return self
+
+
+class SamplingTable(ReferenceTable):
+    """[sampling]: what the bundle runs. `guidance_interval` (sigmas, low and high) and `guidance_reuse` (evaluations)
+    say where the unconditional branch is left out: see slipcast.denoiser.Guidance. Sizes in pixels."""
+
+    guidance_interval: Annotated[Numbers, Field(min_length=2, max_length=2)] | None = None
+    guidance_reuse: Annotated[int, Field(ge=0)] = 0
+    width: Annotated[int, Field(ge=8)] | None = None
+    height: Annotated[int, Field(ge=8)] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler or 'the default one'}")
+        if self.guidance_interval and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("guidance_interval is [low, high] in sigma, rising, neither below 0")
+        return self
+
+
+class TimestepsTable(Strict):
+    """[timesteps]: noise levels found for sampling.steps on calibration prompts, against a trajectory of `fine_steps`;
+    see timesteps.py. `dp` takes that trajectory's time, `direct` starts there and takes a multiple of it."""
+
+    method: Literal["dp", "direct"] = "direct"
+    prompts: Annotated[int, Field(ge=1)] = 16
+    fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
 
 class DecodeTable(Strict):
@@ -202,6 +226,8 @@ class Recipe(Strict):
     model: ModelTable
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
+    reference: ReferenceTable = ReferenceTable()
+    timesteps: TimestepsTable | None = None
     decode: DecodeTable = DecodeTable()
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
@@ -217,6 +243,8 @@ class Recipe(Strict):
         for limit, needed in NEEDS.items():
             if getattr(self.gate, limit) is not None and getattr(self.evaluate, needed) is None:
                 raise ValueError(f"gate.{limit} needs evaluate.{needed}")
+        if self.timesteps and (self.sampling.timesteps or self.sampling.sigmas):
+            raise ValueError("[timesteps] looks for what sampling.timesteps or sampling.sigmas gives: give one of them")
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
@@ -224,6 +252,17 @@ class Recipe(Strict):
         if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
             raise ValueError(problem)
         return self
+
+    def asked_of_original(self) -> ReferenceTable:
+        """[reference], completed by [sampling]; a schedule of its own replaces that of [sampling] altogether."""
+        given = self.reference.model_dump(exclude_none=True)
+        rest = self.sampling.model_dump(include=set(ReferenceTable.model_fields), exclude_none=True)
+        if {"timesteps", "sigmas", "schedule", "steps"} & set(given):
+            taken = {"timesteps", "sigmas"} | ({"schedule", "steps"} if {"timesteps", "sigmas"} & set(given) else set())
+            rest = {key: value for key, value in rest.items() if key not in taken}
+        if "sampler" in given:
+            rest.pop("eta", None)
+        return ReferenceTable(**{**rest, **given})
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

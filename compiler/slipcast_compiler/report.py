@@ -52,6 +52,7 @@ def make_record(
     gates: dict[str, tuple[GateRow, ...]],
     seconds: dict[str, float],
     passes: Mapping[str, Any],
+    timesteps: dict[str, Any] | None = None,
     not_run: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Everything that report.json holds; plain JSON. `not_run`: target -> why it could not be run here."""
@@ -78,7 +79,9 @@ def make_record(
         "passes": dict(passes),
         "recipe": resolve(plan),
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
-        "original": original.describe(plan.sampling, plan.family is not None),
+        "reference": plan.reference.model_dump(mode="json", exclude_none=True),
+        "timesteps": timesteps,
+        "original": original.describe(plan.reference, plan.family is not None),
         "tools": {tool: tool_versions()[tool] for tool in TOOLS},
     }
 
@@ -89,8 +92,13 @@ def resolve(plan: Plan) -> dict[str, Any]:
     for table in {"family", "evaluate"} & set(recipe):
         recipe[table] = {key: value for key, value in recipe[table].items() if value not in ([], {})}
     sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
-    if not plan.sampling.schedule:
-        del sampling["steps"]  # an explicit list has its own length
+    if not plan.sampling.schedule:  # an explicit list has its own length
+        for given in (sampling, recipe["sampling"]):
+            for key in {"steps", "schedule"} & set(given):
+                del given[key]
+    if recipe.pop("timesteps", None) or recipe.pop("reference"):  # what it inherited was not a list that was found
+        explicit = {"noise", "guidance_interval", "guidance_reuse"} | (set() if plan.reference.schedule else {"steps"})
+        recipe["reference"] = plan.reference.model_dump(mode="json", exclude=explicit, exclude_none=True)
     chosen = recipe["sampling"] | sampling | {"width": plan.image.width, "height": plan.image.height}
     recipe["sampling"] = dict(sorted(chosen.items(), key=lambda item: list(SamplingTable.model_fields).index(item[0])))
     recipe["decode"] |= {"tile": plan.image.tile, "overlap": plan.image.overlap}

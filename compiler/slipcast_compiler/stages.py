@@ -74,4 +74,4 @@ def write_step_table(stages: Path, sampling: Sampling, folder: Path) -> dict[str
         rows = [engine({"timestep": np.array([timestep], np.float32)}) for timestep in timesteps]
     (folder / STEP_TABLE).write_bytes(save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
     staging = Staging(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)
-    return {"staging": staging, "requires": ("staging",)}
+    return {"staging": staging}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from slipcast.denoiser import PREDICTIONS
+from slipcast.denoiser import PREDICTIONS, Guidance
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import (
@@ -28,7 +28,7 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
-FEATURES = frozenset({"staging"})  # what Manifest.requires may name, so far
+FEATURES = frozenset({"guidance_interval", "guidance_reuse", "staging"})  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
 ComponentName = Literal[
@@ -98,7 +98,10 @@ class ImageGeometry(Strict):
 
 
 class Sampling(Strict):
-    """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance."""
+    """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.
+
+    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance.
+    """
 
     sampler: Name
     schedule: Name | None = None
@@ -107,6 +110,8 @@ class Sampling(Strict):
     steps: Positive
     guidance_scale: float
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None
+    guidance_reuse: Count = 0
     eta: float = 0.0
     noise: NoiseProcess
 
@@ -129,6 +134,23 @@ class Sampling(Strict):
         if self.eta and known and known.eta is None:
             raise ValueError(f"the sampler {self.sampler} takes no eta")
         return self
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> Self:
+        if self.guidance_interval and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError("guidance_interval is [low, high] in sigma, rising, neither below 0")
+        return self
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What a reader has to know, to make these pictures and no others."""
+        asked = {"guidance_interval": self.guidance_interval, "guidance_reuse": self.guidance_reuse}
+        return tuple(name for name, value in asked.items() if value)
+
+    def guidance(self, scale: float | None = None) -> Guidance:
+        """Its guidance, with another scale if one is given."""
+        chosen = self.guidance_scale if scale is None else scale
+        return Guidance(chosen, self.guidance_rescale, self.guidance_interval, self.guidance_reuse)
 
     def lay(self, steps: int | None = None) -> Schedule:
         """The schedule in full, with `steps` in place of its own number; RequestError where that cannot be."""
@@ -278,7 +300,8 @@ class LowRankLayer(Strict):
 
 
 class Manifest(Strict):
-    """See the module's docstring. `quality` and `performance` repeat those of the first target that was judged.
+    """See the module's docstring. `reference`: how the original was sampled that quality was measured against (null: as
+    `sampling`). `quality` and `performance` repeat those of the first target that was judged.
 
     `requires` names what a reader has to know to make the right pictures. A newer minor version may add keys that can
     be ignored; those that cannot come with a name here.
@@ -295,6 +318,7 @@ class Manifest(Strict):
     text: tuple[TextInput, ...]
     image: ImageGeometry
     sampling: Sampling
+    reference: Sampling | None = None
     head_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     pruning_strategy: str | None = None
     head_masks: tuple[HeadMask, ...] = ()
@@ -315,6 +339,8 @@ class Manifest(Strict):
         for path in self._referenced():
             if path not in listed:
                 raise ValueError(f"{path!r} is used but not listed under files")
+        if missing := [name for name in self.sampling.requires if name not in self.requires]:
+            raise ValueError(f"{missing[0]} has to be named under requires")
         if ("staging" in self.requires) != (self.staging is not None):
             raise ValueError("staging has to be named under requires")
         if "denoiser" not in self.components:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.contract import check_contract
-from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.engines import Engine, open_engine, refusal
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
@@ -197,27 +197,29 @@ class Pipeline:
         wanted = {spec.name for spec in self.manifest.components["denoiser"].inputs}
         chunks = [slice(i, i + at_once) for i in range(0, len(request.seeds), at_once)]
         # Taken apart once: an engine knows an array that it was given before, and need not read it again.
-        of_prompt = [
-            {name: _chosen_rows(array, len(request.seeds), chunk) for name, array in conditioning.items()}
-            for chunk in chunks
-        ]
+        of_prompt = {
+            both: [
+                {name: _chosen_rows(array, len(request.seeds), chunk, both) for name, array in conditioning.items()}
+                for chunk in chunks
+            ]
+            for both in (False, True)
+        }
         with self.residency.use("denoiser") as engine:
 
-            def predict(x: Floats, timestep: float) -> Floats:
+            def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
                 of_step = {"timestep": np.array([timestep], np.float32)} | rows.get(told(timestep), {})
                 parts = []
-                for chunk, given in zip(chunks, of_prompt, strict=True):
-                    batch = np.concatenate([x[chunk], x[chunk]]) if request.guided else x[chunk]
+                for chunk, given in zip(chunks, of_prompt[both], strict=True):
+                    batch = np.concatenate([x[chunk], x[chunk]]) if both else x[chunk]
                     known = {"sample": batch} | of_step | given
                     inputs = {name: value for name, value in known.items() if name in wanted}
                     output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
-                    if request.guided:
-                        unconditional, conditional = np.split(output, 2)
-                        output = guide(conditional, unconditional, request.guidance_scale, settings.guidance_rescale)
-                    parts.append(output)
-                return np.concatenate(parts)
+                    parts.append(np.split(output, 2) if both else [output])
+                *unconditional, conditional = [np.concatenate(part) for part in zip(*parts, strict=True)]
+                return conditional, unconditional[0] if both else None
 
-            denoise = Denoiser(settings.noise, schedule, predict)
+            guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
+            denoise = Guided(settings.noise, schedule, evaluate, guidance)
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -408,9 +410,10 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _chosen_rows(array: Floats, images: int, chosen: slice) -> Floats:
-    """Rows of the chosen images, where each image has one row or, unconditional rows first, two."""
-    return array.reshape(-1, images, *array.shape[1:])[:, chosen].reshape(-1, *array.shape[1:])
+def _chosen_rows(array: Floats, images: int, chosen: slice, both: bool) -> Floats:
+    """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
+    rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
+    return rows.reshape(-1, *array.shape[1:])
 
 
 def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:

@@ -159,6 +159,7 @@ def with_sampling(shapes_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
         root = Path(shutil.copytree(shapes_bundle, tmp_path / "copy"))
         manifest = json.loads((root / "manifest.json").read_text())
         manifest["sampling"] |= changes
+        manifest["requires"] += [name for name in ("guidance_interval", "guidance_reuse") if changes.get(name)]
         (root / "manifest.json").write_text(json.dumps(manifest))
         return root
 
@@ -187,6 +188,18 @@ class TestDeterminism:
             assert len(images) == batch
             for found, expected in zip(images, alone, strict=False):
                 np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_of_a_batch_where_guidance_is_left_out(self, with_sampling: Callable[..., Path], target: str) -> None:
+        """Evaluations then have one row an image or two; some engines choose kernels by the number of rows."""
+        root = with_sampling(guidance_interval=[0.5, 20.0], guidance_reuse=1)
+        with slipcast.load(root, target=target) as pipe:
+            alone = [self.make(pipe, seed=20 + i)[0] for i in range(5)]
+            plain = self.make(pipe, seed=20, guidance_scale=1.0)[0]
+            assert not np.array_equal(alone[0], plain)
+            for batch in (2, 3, 5):
+                images = self.make(pipe, seed=20, num_images_per_prompt=batch)
+                np.testing.assert_array_equal(images, alone[:batch])
 
     @pytest.mark.parametrize("at_once", [1, 2])
     def test_chunks_of_a_batch(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:

@@ -71,6 +71,11 @@ engine = "tensorrt-rxt"
         ("[sampling]\nsteps = 3\ntimesteps = [999.0, 500.0, 1.0]\n", "steps contradicts timesteps"),
         ('[sampling]\nschedule = "karras"\nsigmas = [14.0, 1.0, 0.0]\n', "at most one of schedule"),
         ("[sampling]\neta = 0.5\n", "eta belongs to the sampler ddim"),
+        ("[sampling]\nguidance_interval = [5.0, 0.3]\n", "rising"),
+        ("[sampling]\nguidance_interval = [0.3]\n", "at least 2 items"),
+        ("[sampling]\nsigmas = [14.0, 1.0, 0.0]\n[timesteps]\n", "give one of them"),
+        ("[reference]\nguidance_reuse = 2\n", "unknown key 'guidance_reuse'"),
+        ("[timesteps]\nmethod = 'guess'\n", "timesteps.method"),
         ("[decode]\ntile = 16\noverlap = 12\n", "overlap"),
         ('[[targets]]\nengine = "onnxruntime"\n', "two targets with the same engine and precision"),
         ("[search]\nbudget_minutes = 10\n", "unknown key 'search'"),
@@ -107,6 +112,23 @@ def test_overrides_are_toml_values_and_are_named_in_errors() -> None:
     for nonsense in ("steps", "=3", "targets.9.engine=openvino", "name.x=1"):
         with pytest.raises(RecipeError, match="--set"):
             parse_recipe(GOOD, "r.toml", [nonsense])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[sampling]\nsteps = 8\nguidance_interval = [0.3, 5.0]\nguidance_reuse = 1", {"steps": 8}),
+        ("[sampling]\nsteps = 8\nschedule = 'karras'\n[reference]\nsteps = 50", {"steps": 50, "schedule": "karras"}),
+        ("[sampling]\nsigmas = [9.0, 1.0, 0.0]\n[reference]\nguidance_scale = 3.0",
+         {"sigmas": (9.0, 1.0, 0.0), "guidance_scale": 3.0}),
+        ("[sampling]\nsigmas = [9.0, 1.0, 0.0]\n[reference]\nsteps = 50", {"steps": 50}),
+        ("[sampling]\nsteps = 8\nschedule = 'beta'\n[reference]\ntimesteps = [9.0, 1.0]", {"timesteps": (9.0, 1.0)}),
+        ("[sampling]\nsampler = 'ddim'\neta = 0.5\n[reference]\nsampler = 'euler'", {"sampler": "euler"}),
+    ],
+)  # fmt: skip
+def test_what_the_original_is_asked_for(text: str, expected: dict[str, object]) -> None:
+    asked = parse_recipe(f"{GOOD}{text}\n", "r.toml").asked_of_original()
+    assert asked.model_dump(exclude_none=True) == expected
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

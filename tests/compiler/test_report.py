@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from slipcast.manifest import ImageGeometry, Metrics, Sampling
 from slipcast.schedules import NoiseProcess
 from slipcast_compiler import report
 from slipcast_compiler.evaluate import GateRow, Originals, Run
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,22 @@ def test_the_resolved_recipe_can_be_pasted(asked: str, laid: dict[str, Any]) -> 
     assert (recipe.sampling.sampler, recipe.sampling.schedule) == ("euler", laid.get("schedule"))
     assert recipe.sampling.steps == (20 if "schedule" in laid else None)
     assert "noise" not in resolved["sampling"]
+
+
+def test_a_list_that_was_found_is_pasted_with_its_reference() -> None:
+    """And without the [timesteps] that found it, which contradicts it; the reference stays what it was."""
+    text = (
+        'name = "x"\nmodel.path = "models/shapes"\nfamily.prompts = ["a", "b"]\n'
+        'targets = [{ engine = "onnxruntime" }]\ntimesteps = { method = "dp" }\n'
+        "sampling = { steps = 3, guidance_interval = [0.3, 5.0] }\nreference.steps = 12\n"
+    )
+    before = make_plan(parse_recipe(text, "x.toml"), ROOT / "recipes")
+    found = before.sampling.model_copy(update={"schedule": None, "sigmas": (9.0, 2.0, 0.5, 0.0)})
+    pasted = report.dump_toml(report.resolve(dataclasses.replace(before, sampling=found)))
+    after = make_plan(parse_recipe(pasted, "pasted"), ROOT / "recipes")
+    assert after.recipe.timesteps is None
+    assert (after.sampling, after.reference) == (found, before.reference)
+    assert after.reference.steps == 12
 
 
 @pytest.mark.parametrize(
@@ -145,7 +162,8 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
         "passes": {},
         "tools": {}, "original": "something <drawn>", "recipe": _resolved("", schedule="leading", steps=20),
-        "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0},
+        "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0}, "timesteps": None,
+        "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
         "not_run": {},
@@ -176,6 +194,22 @@ def test_a_target_that_could_not_be_run_is_said(tmp_path: Path) -> None:
     assert "The gate holds on every target that was run." in text
     assert re.search(r"gpu-cuda-fp16: +not run here, not judged : no GPU &lt;here&gt;", text)
     assert re.search(r"targets +gpu-cuda-fp16, t-cpu-fp32", text)
+
+
+def test_what_it_was_judged_against_and_which_steps_were_found(tmp_path: Path) -> None:
+    record = _record()
+    page = _page(tmp_path, record)
+    assert "heun, 50 steps, schedule as listed, guidance 7.0: something &lt;drawn&gt;, in fp32" in page
+    assert "<h2>Timesteps</h2>" not in page
+    assert "guidance 4.0</td>" in page
+    record["timesteps"] = {
+        "method": "dp", "fine_steps": 60, "compared": {"karras": {"error": 0.25, "sigmas": [14.6, 0.0]}},
+    }  # fmt: skip
+    record["sampling"] |= {"guidance_interval": [0.3, 5.0], "guidance_reuse": 2}
+    text = re.sub(r"<[^>]*>|\s+", " ", _page(tmp_path, record))
+    assert "Found by dp on calibration prompts" in text and "the end of 60 steps" in text
+    assert "karras 0.2500 14.600 0.000" in re.sub(r"\s+", " ", text)
+    assert "guidance 4.0 for sigma in 0.3 to 5.0, its gap reused 2 times" in text
 
 
 def test_a_missed_gate_shows_by_how_much(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_table_and_parts_make_what_the_whole_makes(exported: Path, tmp_path: Pat
     assert list(parts) == ["denoiser", "denoiser_prompt"]
     fields = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
     rows = read_step_table(tmp_path / STEP_TABLE, fields["staging"])
-    assert fields["requires"] == ("staging",) and len(rows) >= 3
+    assert len(rows) >= 3
     contract = Component.model_validate_json((parts["denoiser"] / "denoiser.json").read_text())
     assert [spec.name for spec in contract.inputs][-1] == "row"
     with open_engine(exported / "denoiser.onnx", None, "fp32") as whole:

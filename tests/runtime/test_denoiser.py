@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from slipcast.denoiser import PREDICTIONS, Denoiser, final_scale, guide, initial_scale, input_scale
+from slipcast.denoiser import (
+    PREDICTIONS,
+    Denoiser,
+    Guidance,
+    Guided,
+    final_scale,
+    guide,
+    initial_scale,
+    input_scale,
+)
+from slipcast.samplers import sample
 from slipcast.schedules import NoiseProcess, from_sigmas, make_schedule
 
 RANDOM = np.random.default_rng(0)
@@ -81,6 +91,83 @@ def test_rescale_is_diffusers(rescale: float) -> None:
 def test_full_rescale_gives_each_sample_the_conditional_deviation() -> None:
     guided = guide(COND, UNCOND, 7.5, 1.0)
     np.testing.assert_allclose(guided.std(axis=(1, 2, 3)), COND.std(axis=(1, 2, 3)), rtol=1e-5)
+
+
+class Recorder:
+    """A model of two branches that depend on x and time, row by row; which of them were asked for is recorded."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def __call__(self, x, timestep: float, both: bool):
+        self.asked.append(both)
+        cond = 0.8 * x + timestep / 1e4
+        return cond, 0.7 * x * x / (1 + x * x) if both else None
+
+
+def draw(guidance: Guidance, x=COND, sampler: str = "dpmpp_2m"):
+    """The end of 8 steps, and the branches that were asked for; plain guidance where it is a float."""
+    process, model = NoiseProcess(), Recorder()
+    schedule = make_schedule(process, "karras", 8, sampler)
+    *_, end = sample(sampler, Guided(process, schedule, model, guidance), x * 10, schedule.sigmas)
+    return end, model.asked, schedule
+
+
+def plain(scale: float, rescale: float, sampler: str):
+    process, model = NoiseProcess(), Recorder()
+    schedule = make_schedule(process, "karras", 8, sampler)
+    denoiser = Denoiser(process, schedule, lambda x, t: guide(*model(x, t, True), scale, rescale))
+    return [*sample(sampler, denoiser, COND * 10, schedule.sigmas)][-1]
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("settings", [{}, {"interval": (0.0, 1e9)}, {"reuse": 0}])
+def test_guidance_everywhere_and_fresh_is_plain_guidance(settings, rescale: float, sampler: str) -> None:
+    end, asked, _ = draw(Guidance(3.0, rescale, **settings), sampler=sampler)
+    np.testing.assert_array_equal(end, plain(3.0, rescale, sampler))
+    assert all(asked)
+
+
+@pytest.mark.parametrize("settings", [{}, {"interval": (0.5, 5.0)}, {"reuse": 3}, {"rescale": 0.7}])
+def test_scale_one_never_asks_for_the_unconditional_branch(settings) -> None:
+    end, asked, _ = draw(Guidance(1.0, **settings))
+    np.testing.assert_array_equal(end, plain(1.0, 0.0, "dpmpp_2m"))
+    assert not any(asked)
+
+
+def test_outside_the_interval_the_conditional_branch_is_alone() -> None:
+    end, asked, schedule = draw(Guidance(3.0, interval=(0.5, 5.0)))
+    assert asked == [0.5 <= sigma <= 5.0 for sigma in schedule.sigmas[:-1]]
+    assert 0 < sum(asked) < 8
+    assert not np.array_equal(end, plain(3.0, 0.0, "dpmpp_2m"))
+    both_ends = (schedule.sigmas[4], schedule.sigmas[2])  # they belong to it
+    assert draw(Guidance(3.0, interval=both_ends))[1] == [False, False, True, True, True, False, False, False]
+
+
+def test_the_last_gap_is_added_to_the_conditional_branch() -> None:
+    process, schedule = NoiseProcess(), make_schedule(NoiseProcess(), "karras", 8)
+    guided = Guided(process, schedule, model := Recorder(), Guidance(3.0, reuse=2))
+    outputs = [guided(COND * sigma, sigma) for sigma in schedule.sigmas[:5]]
+    assert model.asked == [True, False, False, True, False]
+    for i, fresh in enumerate((0, 0, 0, 3, 3)):
+        sigma, at = schedule.sigmas[i], schedule.sigmas[fresh]
+        then = model(COND * at / math.hypot(1, at), schedule.timesteps[fresh], True)
+        now = model(COND * sigma / math.hypot(1, sigma), schedule.timesteps[i], True)[0]
+        expected = COND * sigma - sigma * (now + 2.0 * (then[0] - then[1]))
+        np.testing.assert_allclose(outputs[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gap_of_one_run_is_not_that_of_the_next() -> None:
+    settings = Guidance(3.0, 0.5, (0.2, 8.0), 2)
+    end, asked, _ = draw(settings)
+    again, asked_again, _ = draw(settings)
+    assert asked == asked_again
+    np.testing.assert_array_equal(end, again)
+    tensors, *_ = draw(settings, torch.from_numpy(COND))
+    np.testing.assert_allclose(tensors.numpy(), end, rtol=1e-4, atol=1e-5)
+    for i in range(len(COND)):  # and rows do not see each other
+        np.testing.assert_array_equal(draw(settings, COND[i : i + 1])[0][0], end[i])
 
 
 def test_starting_noise() -> None:

@@ -75,10 +75,27 @@ def test_row_10_newer_minor_loads_with_a_warning(where: tuple[str | int, ...]):
     assert manifest.name == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("guidance_interval", [0.3, 5.0]), ("guidance_reuse", 2)], ids=lambda value: str(value)
+)
+def test_left_out_guidance_has_to_be_required(key: str, value: Any) -> None:
+    asked = json.loads(changed(value, "sampling", key))
+    assert f"{key} has to be named under requires" in refusal(json.dumps(asked).encode())
+    sampling = read_manifest(changed([key], "requires", base=asked)).sampling
+    assert sampling.requires == (key,)
+    assert getattr(sampling.guidance(7.0), key.removeprefix("guidance_")) == getattr(sampling, key)
+    assert (sampling.guidance(7.0).scale, sampling.guidance().scale) == (7.0, 1.0)
+
+
+@pytest.mark.parametrize("interval", [[5.0, 0.3], [-1.0, 2.0], [1.0, 1.0]])
+def test_an_interval_that_is_none(interval: list[float]) -> None:
+    assert "rising" in refusal(changed(interval, "sampling", "guidance_interval"))
+
+
 def test_row_10_a_feature_that_pictures_depend_on_is_not_ignored():
-    assert "newer runtime" in refusal(changed(["guidance_interval"], "requires"))
+    assert "newer runtime" in refusal(changed(["colour_of_tomorrow"], "requires"))
     assert "requires" in refusal(changed([[]], "requires"))
-    assert "requires" in refusal(changed("guidance_interval", "requires"))
+    assert "requires" in refusal(changed("colour_of_tomorrow", "requires"))
 
 
 def test_row_10_same_version_does_not_warn():

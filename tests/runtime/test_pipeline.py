@@ -143,6 +143,29 @@ class TestWhatEnginesAreAsked:
         rescaled = load(edit(root, tmp_path / "b", sampling={"guidance_rescale": 0.7}))
         assert not np.array_equal(latents(rescaled), latents(load(root)))
 
+    def test_guidance_in_an_interval_and_gaps_used_again(self, root: Path, tmp_path: Path, engines: Fakes) -> None:
+        plain = load(root)
+        expected, levels = latents(plain), plain._schedule(None).sigmas
+        full = {"guidance_interval": [0.0, 1e9], "guidance_reuse": 0}
+        np.testing.assert_array_equal(latents(self.leaving_out(root, tmp_path / "full", **full)), expected)
+        part = self.leaving_out(root, tmp_path / "part", guidance_interval=[levels[4], levels[1]], guidance_reuse=1)
+        engines.calls.clear()
+        changed = latents(part, num_images_per_prompt=2)
+        given = [given for name, given in engines.calls if name == "denoiser"]
+        assert [len(each.sample) for each in given] == [2, 4, 2, 4, 2, 2]
+        for each in given:  # without the unconditional branch, the context is the prompt's
+            np.testing.assert_array_equal(each.context[-2:], given[1].context[-2:])
+        assert not np.array_equal(given[1].context[0], given[1].context[2])
+        assert not np.array_equal(changed[0], expected[0])
+        np.testing.assert_array_equal(latents(part, guidance_scale=1.0), latents(plain, guidance_scale=1.0))
+        for i in range(2):
+            np.testing.assert_array_equal(latents(part, seed=1 + i)[0], changed[i])
+
+    @staticmethod
+    def leaving_out(root: Path, into: Path, **sampling: Any) -> Pipeline:
+        named = [name for name, value in sampling.items() if value]
+        return load(edit(root, into, sampling=sampling, requires=named))
+
     def test_unconditional(self, tmp_path: Path, engines: Fakes) -> None:
         engines.functions["denoiser"] = lambda arrays: {"prediction": 0.5 * arrays["sample"]}
         pipe = load(unconditional(tmp_path / "b"))

@@ -84,7 +84,8 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     bundle, record = _open(path)
     manifest = bundle.manifest
     manifest.sampling.lay(options.steps)  # refuses steps that the bundle cannot take
-    sampling = manifest.sampling.model_copy(update={"steps": options.steps} if options.steps else {})
+    usual = manifest.reference or manifest.sampling  # of the peers: what the bundle was judged against
+    sampling = usual.model_copy(update={"steps": options.steps} if options.steps else {})
     check_names(options.against)
     target = choose_target(manifest, options.target).id
     missing = _missing(options, sampling, bool(manifest.text))

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before any test imports them: ONNX Runtime shall not report home, and torch's threads shall not spin while they wait,
 # which makes a busy machine many times slower.
@@ -27,12 +29,18 @@ def run_cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess
     )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares the compiled bundle is run by one worker, which compiles it once; else a file is a worker's."""
-    for item in items:
-        shares = {"workspace", "shapes_bundle"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("bundle" if shares else str(item.path)))
+class _Files(LoadScopeScheduling):  # type: ignore[misc]
+    """A file's tests stay in one process; and so do all files that use the compiled bundle, which is made once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        text = (ROOT / file).read_text("utf-8")
+        return "bundle" if "shapes_bundle" in text or "workspace" in text else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Files:
+    """The one above."""
+    return _Files(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ def calibration_samples(plan: Plan, exported: dict[str, Path], count: int, cache
     graphs give them in the runtime. Of every trajectory other steps are kept, so that together they cover all of them.
     Images never held out: image i is drawn from calibration prompt i with seed i.
     """
+    plan = dataclasses.replace(plan, sampling=plan.measuring)
     prompts = plan.family.calibration if plan.family else (None,)
     trajectories = min(count, max(TRAJECTORIES, math.ceil(count / plan.sampling.steps)))
     chosen = tuple(prompts[i % len(prompts)] for i in range(trajectories))

@@ -52,6 +52,11 @@ class Plan:
         return _sampling(self.recipe.asked_of_original(), self.checkpoint)
 
     @property
+    def measuring(self) -> Sampling:
+        """`sampling` with guidance in every evaluation: what is measured on the denoiser needs both branches of it."""
+        return self.sampling.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
+
+    @property
     def prompts(self) -> Prompts:
         """The held-out prompts that the gate is measured on, one image each."""
         count = self.recipe.evaluate.images

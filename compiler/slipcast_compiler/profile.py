@@ -114,14 +114,14 @@ def make_profile(plan: Plan, cache: Cache, advance: Advance) -> Profile:
     if (samples := len(set(prompts)) if plan.family else len(seeds)) < FEW_SAMPLES:
         logger.warning("the profile is made from %d calibration prompts only: what it ranks is uncertain", samples)
     inputs: dict[str, Any] = {
-        "checkpoint": plan.checkpoint.sha256, "sampling": plan.sampling.model_dump(mode="json"),
+        "checkpoint": plan.checkpoint.sha256, "sampling": plan.measuring.model_dump(mode="json"),
         "size": list(plan.size), "prompts": list(prompts), "seeds": list(seeds),
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
 
     def build(folder: Path) -> None:
         begin = time.perf_counter()
-        job = Job(plan.checkpoint.root, plan.sampling, plan.size, prompts, seeds, options.states,
+        job = Job(plan.checkpoint.root, plan.measuring, plan.size, prompts, seeds, options.states,
                   options.leave_one_out, options.batch)  # fmt: skip
         done = run_isolated(measure, job, folder / TENSORS_NAME, advance=advance)
         record = ProfileRecord(

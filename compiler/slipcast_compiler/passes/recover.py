@@ -58,7 +58,7 @@ def reads(plan: Plan) -> dict[str, Any]:
     """What the trajectories depend on besides the checkpoint."""
     training, validation = split(plan)
     return {
-        "sampling": plan.sampling.model_dump(mode="json"), "size": list(plan.size), "training": training,
+        "sampling": plan.measuring.model_dump(mode="json"), "size": list(plan.size), "training": training,
         "validation": validation,
     }  # fmt: skip
 
@@ -80,7 +80,7 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
 
     plan, device = context.plan, "cuda" if torch.cuda.is_available() else "cpu"
     images = split(plan)
-    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(plan.sampling)) + options.steps
+    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(plan.measuring)) + options.steps
 
     def advance(count: int) -> None:
         nonlocal done
@@ -88,11 +88,11 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
         context.advance(done, total)
 
     with quiet():
-        pipe = open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
+        pipe = open_pipeline(plan.checkpoint.root, plan.measuring, "float32")
     training, validation = (record(pipe, plan, part, advance).to(device) for part in images)
     student = denoiser.load(pipe).to(device)
     del pipe
-    tensors, found = train(student, training, validation, plan.sampling, options, advance)
+    tensors, found = train(student, training, validation, plan.measuring, options, advance)
     return Result(tensors, {**report, **found, "device": device})
 
 

@@ -78,7 +78,7 @@ def _record(pipe: Any, plan: Plan, images: Sequence[Image], first: int, advance:
         with torch.no_grad():
             noise, generators = draw_noise(pipe, plan.size, [seed for _, seed in images])
             prompts = [prompt for prompt, _ in images if prompt is not None] or None
-            sample_latents(pipe, plan.sampling, prompts, noise, generators)
+            sample_latents(pipe, plan.measuring, prompts, noise, generators)
     finally:
         handle.remove()
     image = torch.arange(first, first + count).repeat(len(samples))

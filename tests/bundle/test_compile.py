@@ -42,7 +42,7 @@ def test_the_manifest_says_where_it_comes_from(shapes_bundle: Path) -> None:
     assert manifest.quality == manifest.targets[0].quality
     assert manifest.performance
     assert 0 < manifest.performance.peak_memory_bundle_mb < manifest.performance.peak_memory_full_mb
-    assert set(manifest.performance.components_s) == {"text_encoder", "denoiser", "vae_decoder"}
+    assert set(manifest.performance.components_s) == {"text_encoder", "denoiser_prompt", "denoiser", "vae_decoder"}
     assert (manifest.head_retention_ratio, manifest.low_rank_layers, manifest.not_compiled) == (1.0, (), ())
     leaks = [f.name for f in shapes_bundle.rglob("*") if f.is_file() and str(Path.cwd()).encode() in f.read_bytes()]
     assert leaks == []

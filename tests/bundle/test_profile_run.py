@@ -41,7 +41,7 @@ def test_profile(shapes_bundle: Path, tmp_path: Path, target: str) -> None:
     assert "circle" in found["prompt"]
     assert len(found["steps"]) == 3
     assert {each["name"]: each["calls"] for each in found["components"]} == {
-        "text_encoder": 1, "denoiser": 3, "vae_decoder": 1,
+        "text_encoder": 1, "denoiser_prompt": 1, "denoiser_step": 3, "denoiser": 3, "vae_decoder": 1,
     }  # fmt: skip
     assert sum(each["seconds"] for each in found["components"]) + found["host_s"] == pytest.approx(found["seconds"])
     for component in found["components"]:

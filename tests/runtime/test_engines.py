@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,27 +169,32 @@ def opened(shapes_bundle: Path, manifest: Manifest) -> Iterator[dict[str, dict[s
             engine.__exit__(None, None, None)
 
 
-def feed(component: str, batch: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    match component:
-        case "text_encoder":
-            return {"input_ids": rng.integers(0, 600, (8, 32))[:batch]}
-        case "denoiser":
-            return {
-                "sample": rng.standard_normal((8, 4, 16, 16)).astype(np.float32)[:batch],
-                "timestep": np.array([481], np.float32),
-                "encoder_hidden_states": rng.standard_normal((8, 32, 128)).astype(np.float32)[:batch],
-            }
-    return {"latent": rng.standard_normal((8, 4, 16, 16)).astype(np.float32)[:batch]}
+@pytest.fixture(scope="module")
+def feed(opened: dict[str, dict[str, Engine]]) -> Feed:
+    """Inputs of a component for up to 8 rows; the denoiser's are what its other parts make of a prompt and a timestep."""
+    rng, exact = np.random.default_rng(0), opened["onnxruntime-cpu-fp32"]
+    timestep = {"timestep": np.array([481], np.float32)}
+    text = {"encoder_hidden_states": rng.standard_normal((8, 32, 128)).astype(np.float32)}
+    latent = rng.standard_normal((8, 4, 16, 16)).astype(np.float32)
+    rows = {"input_ids": rng.integers(0, 600, (8, 32)), "sample": latent, "latent": latent, **text}
+    rows |= exact["denoiser_prompt"](text)
+    known = timestep | exact["denoiser_step"](timestep)
+
+    def make(component: str, batch: int) -> dict[str, Any]:
+        names = [spec.name for spec in exact[component].inputs]
+        return {name: rows[name][:batch] if name in rows else known[name] for name in names}
+
+    return make
 
 
 TARGETS = ("openvino-cpu-bf16", "onnxruntime-cpu-fp32")
-COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
+COMPONENTS = ("text_encoder", "denoiser_prompt", "denoiser", "vae_decoder")
+Feed = Callable[[str, int], dict[str, Any]]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 class TestCompiled:
-    def test_targets_agree(self, opened: dict[str, dict[str, Engine]], component: str) -> None:
+    def test_targets_agree(self, opened: dict[str, dict[str, Engine]], feed: Feed, component: str) -> None:
         results = [opened[target][component](feed(component, 2)) for target in TARGETS]
         assert results[0].keys() == results[1].keys()
         for name in results[0]:
@@ -199,7 +204,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_rows_do_not_depend_on_the_batch(
-        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+        self, opened: dict[str, dict[str, Engine]], feed: Feed, component: str, target: str
     ) -> None:
         engine = opened[target][component]
         whole = engine(feed(component, 8))
@@ -211,7 +216,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_results_outlive_the_next_call(
-        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+        self, opened: dict[str, dict[str, Engine]], feed: Feed, component: str, target: str
     ) -> None:
         engine = opened[target][component]
         first = engine(feed(component, 2))
@@ -223,7 +228,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_inputs_are_left_alone_and_need_not_be_contiguous(
-        self, opened: dict[str, dict[str, Engine]], component: str, target: str
+        self, opened: dict[str, dict[str, Engine]], feed: Feed, component: str, target: str
     ) -> None:
         engine, given = opened[target][component], feed(component, 2)
         expected = engine(given)

@@ -37,7 +37,7 @@ def build_targets(
     folder: Path,
     cache: Cache,
     stages: Stages,
-    quantized: Quantized | None,
+    quantized: Quantized | None = None,
 ) -> list[Target]:
     """All targets, in the bundle at `folder`. One that fails does not keep the others from being built.
 

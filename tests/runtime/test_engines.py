@@ -171,7 +171,7 @@ def opened(shapes_bundle: Path, manifest: Manifest) -> Iterator[dict[str, dict[s
 
 @pytest.fixture(scope="module")
 def feed(opened: dict[str, dict[str, Engine]]) -> Feed:
-    """Inputs of a component for up to 8 rows; the denoiser's are what its other parts make of a prompt and a timestep."""
+    """Inputs of up to 8 rows; the denoiser takes what its other parts make of a prompt and a timestep."""
     rng, exact = np.random.default_rng(0), opened["onnxruntime-cpu-fp32"]
     timestep = {"timestep": np.array([481], np.float32)}
     text = {"encoder_hidden_states": rng.standard_normal((8, 32, 128)).astype(np.float32)}

@@ -19,28 +19,30 @@ from slipcast_compiler.recording import record_denoiser
 TRAJECTORIES = 8  # at least so many, with as many prompts and seeds, where samples are few
 
 
-def calibration_samples(plan: Plan, exported: dict[str, Path], count: int, cache: Cache, advance: Advance) -> Path:
+def calibration_samples(
+    plan: Plan, exported: dict[str, Path], prompts: Path | None, count: int, cache: Cache, advance: Advance
+) -> Path:
     """A directory with `count` evaluations of the denoiser, 0000.npz and so on, from the cache or made.
 
     Each holds the denoiser's inputs by name, with guidance in the batch, and its `prediction` in fp32, as the exported
     graphs give them in the runtime. Of every trajectory other steps are kept, so that together they cover all of them.
-    Images never held out: image i is drawn from calibration prompt i with seed i.
+    Images never held out: image i is drawn from calibration prompt i with seed i. `prompts`: see package.describe.
     """
     plan = dataclasses.replace(plan, sampling=plan.measuring)
-    prompts = plan.family.calibration if plan.family else (None,)
+    texts = plan.family.calibration if plan.family else (None,)
     trajectories = min(count, max(TRAJECTORIES, math.ceil(count / plan.sampling.steps)))
-    chosen = tuple(prompts[i % len(prompts)] for i in range(trajectories))
+    chosen = tuple(texts[i % len(texts)] for i in range(trajectories))
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="slipcast-calibration-") as name:
             folder = Path(name)
             table = TargetTable(engine="onnxruntime")
             target = build_target(table, exported, plan.image, folder, cache, lambda done, total: None)
-            package.write_manifest(folder, {**package.describe(plan, exported, folder), "targets": (target,)})
+            package.write_manifest(folder, {**package.describe(plan, exported, prompts, folder), "targets": (target,)})
             run_isolated(record_denoiser, folder, chosen, count, out, advance=advance)
 
     inputs = {
         "exported": {component: source.name for component, source in exported.items()}, "prompts": chosen,
-        "sampling": plan.sampling.model_dump(mode="json"), "count": count,
+        "table": prompts and prompts.parent.name, "sampling": plan.sampling.model_dump(mode="json"), "count": count,
     }  # fmt: skip
     return cache.get("calibration", inputs, make)

@@ -187,7 +187,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def _plan_text(summary: dict[str, Any]) -> str:
     sampling, family, components = summary["sampling"], summary["family"], summary["components"]
-    reference = summary["reference"]
+    reference, table = summary["reference"], summary["prompt_table"]
     lines = [
         f"{summary['name']}: {summary['model']} -> {summary['output']}",
         f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts",
@@ -199,6 +199,8 @@ def _plan_text(summary: dict[str, Any]) -> str:
         *(["  few steps  the checkpoint is distilled to few steps, without guidance"] * summary["few_step"]),
         *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in components.items()),
         *(f"  left out   {name}" for name in summary["not_compiled"]),
+        *(f"  table      in place of {name}: {table['prompts']} prompts" for name in summary["not_shipped"]),
+        *([f"             {table['bytes'] / 1e6:.1f} MB"] if table["prompts"] else []),
         *(f"  target     {target}" for target in summary["targets"]),
         f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
         f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",

@@ -13,6 +13,7 @@ from slipcast_compiler import evaluate, package, report
 from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
+from slipcast_compiler.closed import cached_prompts
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
@@ -61,18 +62,25 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage("stage denoiser"):
             exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
 
+    # All prompts of a closed family are known: a table takes the place of the text encoders.
+    prompts = None
+    if plan.closed_prompts:
+        with stages.stage("tabulate prompts") as advance:
+            prompts = cached_prompts(plan, exported, cache, advance)
+        exported = {name: source for name, source in exported.items() if name not in plan.not_shipped}
+
     # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
     quantized = None
     if options := plan.recipe.passes.quantize:
         with stages.stage("calibrate") as advance:
-            samples = calibration_samples(plan, exported, options.samples, cache, advance)
+            samples = calibration_samples(plan, exported, prompts, options.samples, cache, advance)
         with stages.stage("quantize denoiser") as advance:
             quantized = quantize(plan, exported["denoiser"], samples, cache, advance)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
         targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
-        fields = package.describe(plan, exported, folder) | rewritten.manifest_fields()
+        fields = package.describe(plan, exported, prompts, folder) | rewritten.manifest_fields()
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle through the runtime, as a host would run it, against the original: what can run here.

@@ -23,6 +23,7 @@ from slipcast.manifest import (
     Manifest,
     TextInput,
 )
+from slipcast_compiler.closed import describe_prompts
 from slipcast_compiler.model import tokenizer_file
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.stages import write_step_table
@@ -70,13 +71,16 @@ def _any_inside(path: Path) -> bool:
     return not path.is_dir() or next(path.iterdir(), None) is not None
 
 
-def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """The manifest's fields that do not depend on targets; writes the tokenizers they name."""
+def describe(plan: Plan, exported: dict[str, Path], prompts: Path | None, folder: Path) -> dict[str, Any]:
+    """The manifest's fields that do not depend on targets; writes the tokenizers and tables they name.
+
+    `prompts`: a closed family's table, in place of tokenizers and text encoders.
+    """
     components = {
         name: Component.model_validate_json((source / f"{name}.json").read_text()) for name, source in exported.items()
     }
     texts = []
-    for text in plan.checkpoint.architecture.text:
+    for text in plan.checkpoint.architecture.text if prompts is None else ():
         data, _, pad = tokenizer_file(plan.checkpoint, text.tokenizer)
         (folder / f"{text.tokenizer}.json").write_bytes(data)
         texts.append(
@@ -88,7 +92,10 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
                 outputs=dict(text.outputs),
             )
         )
-    family = plan.family
+    closed, family = prompts and describe_prompts(plan, prompts), plan.family
+    if prompts and closed:
+        shutil.copyfile(prompts, folder / closed.table)
+    named = {"staging": plan.recipe.staging, "closed_family": closed}
     return {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)), "slipcast_version": slipcast.__version__,
         "name": plan.recipe.name,
@@ -97,8 +104,9 @@ def describe(plan: Plan, exported: dict[str, Path], folder: Path) -> dict[str, A
             name=family.name, hash=family.hash, closed=family.closed, calibration=len(family.calibration),
             held_out=len(family.held_out),
         ),
-        "components": components, "text": tuple(texts), "image": plan.image, "sampling": plan.sampling,
-        "reference": plan.reference, "requires": plan.sampling.requires + (("staging",) if plan.recipe.staging else ()),
+        "components": components, "text": tuple(texts), "prompts": closed, "image": plan.image,
+        "sampling": plan.sampling, "reference": plan.reference,
+        "requires": (*plan.sampling.requires, *(name for name, record in named.items() if record)),
         "not_compiled": plan.checkpoint.not_compiled,
         **(write_step_table(exported["denoiser"], plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,9 +24,6 @@ Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an uncond
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
-
-
-logger = logging.getLogger("slipcast")
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,30 @@ class Plan:
         """(width, height) in pixels."""
         return self.image.width, self.image.height
 
+    @property
+    def closed_prompts(self) -> tuple[str, ...]:
+        """All prompts that the bundle takes, the empty negative one first; none of an open family, which takes any."""
+        if not (self.family and self.family.closed):
+            return ()
+        return tuple(dict.fromkeys(("", *self.family.calibration, *self.family.held_out)))
+
+    @property
+    def not_shipped(self) -> tuple[str, ...]:
+        """The components that a table takes the place of: the text encoders, for a closed family."""
+        return tuple(text.component for text in self.checkpoint.architecture.text) if self.closed_prompts else ()
+
+    @property
+    def prompt_table_bytes(self) -> int:
+        """Of the table for a closed family's prompts, without the header."""
+        texts, denoiser = self.checkpoint.architecture.text, self.checkpoint.architecture.components["denoiser"]
+        names = {name for text in texts for _, name in text.outputs}
+        row = sum(
+            math.prod(d if isinstance(d, int) else self.sizes[d] for d in given.shape[1:])
+            for given in denoiser.inputs
+            if given.name in names
+        )
+        return len(self.closed_prompts) * row * BYTES["fp32"]
+
     def summary(self) -> dict[str, Any]:
         """What --dry-run prints. Bytes are estimates from the numbers of parameters."""
         parameters = {
@@ -79,6 +99,7 @@ class Plan:
             count * (BYTES[target.precision] if target.precision != "int8" or name == "denoiser" else BYTES["fp32"])
             for target in self.recipe.targets
             for name, count in parameters.items()
+            if name not in self.not_shipped
         )  # the denoiser alone is int8, and fp32 is the most that the rest can be
         return {
             "name": self.recipe.name,
@@ -93,10 +114,12 @@ class Plan:
             "image": f"{self.image.width}x{self.image.height}",
             "components": {name: {"parameters": count} for name, count in parameters.items()},
             "not_compiled": list(self.checkpoint.not_compiled),
+            "not_shipped": list(self.not_shipped),
+            "prompt_table": {"prompts": len(self.closed_prompts), "bytes": self.prompt_table_bytes},
             "targets": targets,
             "judged_on": len(self.prompts),
             "out_of_family": len(self.out_of_family),
-            "disk_bytes": {"bundle": bundle, "cache": bundle + total * 4},
+            "disk_bytes": {"bundle": bundle + self.prompt_table_bytes, "cache": bundle + total * 4},
             # The original in fp32 is the largest thing that is ever in memory; 0.6 GB is torch itself.
             "memory_bytes": 600_000_000 + total * 4 * 2,
         }
@@ -130,8 +153,6 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     if recipe.evaluate.scorer:
         find_scorer(recipe.evaluate.scorer, folder)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
-    if family and family.closed:
-        logger.warning("closed families are not made use of yet: the text encoder is shipped all the same")
     image = _geometry(recipe, checkpoint)
     if recipe.evaluate.lpips:
         find_weights(folder / recipe.evaluate.lpips)
@@ -150,6 +171,11 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     for text in checkpoint.architecture.text:  # a tokenizer may stop before its encoder would
         sizes["text_length"] = min(sizes["text_length"], tokenizer_file(checkpoint, text.tokenizer)[1])
     strangers = outside(recipe.evaluate, family, folder) if family else ()
+    if strangers and family and family.closed:
+        raise RecipeError(
+            "evaluate.out_of_family: a closed family's bundle takes no other prompts",
+            expected="none, or an open family", got=f"{len(strangers)} prompts",
+        )  # fmt: skip
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
     plan.reference.lay()
     return plan

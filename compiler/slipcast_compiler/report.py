@@ -70,6 +70,8 @@ def make_record(
             "calibration_examples": list(plan.family.calibration[:SHOWN_PROMPTS]),
             "held_out_prompts": list(plan.prompts),
             "out_of_family_prompts": list(plan.out_of_family),
+            "not_shipped": list(plan.not_shipped),
+            "prompt_table_bytes": plan.prompt_table_bytes,
         },
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},

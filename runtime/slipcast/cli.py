@@ -98,7 +98,7 @@ def run(
 
     if output:
         _check_output(output)
-    if prompt is None and open_bundle(bundle, allow_unlisted=allow_unlisted).manifest.text:
+    if prompt is None and open_bundle(bundle, allow_unlisted=allow_unlisted).manifest.takes_prompt:
         raise click.UsageError("--prompt is missing: this bundle draws what a text says")
     stages = Stages()
     with stages.stage("load"):
@@ -354,6 +354,9 @@ def _inspect_text(manifest: Manifest) -> str:
         for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
             lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
     sizes = {entry.path: entry.size for entry in manifest.files}
+    if closed := manifest.prompts:
+        size = sizes[closed.table] / 1e6
+        lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
     for target in manifest.targets:
         used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
         lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB{_bound(target)}")

@@ -15,8 +15,11 @@ def check_contract(manifest: Manifest) -> None:
     """ArtifactError where a call could only fail at its first step: a manifest whose parts do not go together."""
     image = manifest.image
     latent = ("float32", (None, image.channels, image.height // image.factor, image.width // image.factor))
-    conditioning = {name for text in manifest.text for name in text.outputs.values()}
-    fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **dict.fromkeys(conditioning, ("float32", None))}
+    conditioning: Wanted = {name: ("float32", None) for text in manifest.text for name in text.outputs.values()}
+    if manifest.prompts:
+        rows = _wanted(manifest.prompts.outputs)
+        conditioning = {name: (dtype, (None, *shape)) for name, (dtype, shape) in rows.items()}
+    fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **conditioning}
     _compare(manifest, "denoiser", _fed_when_staged(manifest, fed) if manifest.staging else fed, {"prediction": latent})
     for text in manifest.text:
         inputs: Wanted = {"input_ids": ("int64", (None, text.max_length))}

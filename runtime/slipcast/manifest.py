@@ -28,7 +28,9 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
-FEATURES = frozenset({"guidance_interval", "guidance_reuse", "staging"})  # what Manifest.requires may name
+FEATURES = frozenset(
+    {"closed_family", "guidance_interval", "guidance_reuse", "staging"}
+)  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
 ComponentName = Literal[
@@ -239,6 +241,27 @@ class Staging(Strict):
     rows: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
 
 
+class ClosedPrompts(Strict):
+    """All that a bundle of a closed family can be asked for: it has no text encoder.
+
+    `table`: safetensors with, for each of `outputs` (what text encoders would give, by input of the denoiser), the
+    value at each of `prompts`, in their order, along a new first axis. The empty negative prompt is one of them.
+    """
+
+    table: BundlePath
+    prompts: Annotated[tuple[str, ...], Field(min_length=2)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+
+    @field_validator("prompts")
+    @classmethod
+    def _distinct(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(prompts)) != len(prompts):
+            raise ValueError("a prompt is listed twice")
+        if "" not in prompts:
+            raise ValueError("the empty prompt is missing")
+        return prompts
+
+
 class EngineFiles(Strict):
     """The files of one engine; `weights` where the format keeps them apart."""
 
@@ -316,6 +339,7 @@ class Manifest(Strict):
     family: FamilyRecord | None
     components: dict[ComponentName, Component]
     text: tuple[TextInput, ...]
+    prompts: ClosedPrompts | None = None
     image: ImageGeometry
     sampling: Sampling
     reference: Sampling | None = None
@@ -343,6 +367,10 @@ class Manifest(Strict):
             raise ValueError(f"{missing[0]} has to be named under requires")
         if ("staging" in self.requires) != (self.staging is not None):
             raise ValueError("staging has to be named under requires")
+        if ("closed_family" in self.requires) != (self.prompts is not None):
+            raise ValueError("closed_family has to be named under requires")
+        if self.prompts and self.text:
+            raise ValueError("prompts come from a table or through text encoders, not both")
         if "denoiser" not in self.components:
             raise ValueError("components: no denoiser")
         for target in self.targets:
@@ -355,8 +383,20 @@ class Manifest(Strict):
             raise ValueError(f"quality and performance differ from those of the default target {default.id}")
         return self
 
+    @property
+    def takes_prompt(self) -> bool:
+        """Whether it draws what a text says."""
+        return bool(self.text or self.prompts)
+
+    @property
+    def shared_files(self) -> list[str]:
+        """What is read whatever the target: tokenizers and tables."""
+        tables = [self.staging.step_table] if self.staging else []
+        tables += [self.prompts.table] if self.prompts else []
+        return [*(text.tokenizer for text in self.text), *tables]
+
     def _referenced(self) -> list[str]:
-        paths = [text.tokenizer for text in self.text] + ([self.staging.step_table] if self.staging else [])
+        paths = self.shared_files
         for target in self.targets:
             for engine in target.components.values():
                 paths += [engine.model, *([engine.weights] if engine.weights else [])]

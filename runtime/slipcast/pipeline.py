@@ -1,4 +1,4 @@
-"""Load a bundle and make images: prompt -> text encoder -> sampling loop -> decoder -> pictures. No torch."""
+"""Load a bundle and make images: prompt -> text encoder or table -> sampling loop -> decoder -> pictures. No torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from slipcast.bundle import Bundle, check_digests, open_bundle
+from slipcast.closed import PromptTable
 from slipcast.contract import check_contract
 from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.engines import Engine, open_engine, refusal
@@ -83,7 +84,8 @@ class Pipeline:
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
-        staging = self.manifest.staging
+        staging, closed = self.manifest.staging, self.manifest.prompts
+        self._prompt_table = PromptTable(bundle.path(closed.table), closed) if closed else None
         self._step_table = read_step_table(bundle.path(staging.step_table), staging) if staging else None
         self.residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
@@ -157,20 +159,29 @@ class Pipeline:
         texts = [*request.negative, *request.prompts] if request.guided else request.prompts
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         places = [distinct[text] for text in texts]
+        if self._prompt_table:
+            ready = self._prompt_table(list(distinct))
+        else:
+            ready = self._encode_texts(list(distinct), request.on_long_prompt, seconds)
+        if prompt_part := self.manifest.components.get("denoiser_prompt"):
+            with self.residency.use("denoiser_prompt") as engine:
+                given = {spec.name: ready[spec.name] for spec in prompt_part.inputs}
+                ready |= _timed(engine, given, seconds, "denoiser_prompt")
+        return {name: values[places] for name, values in ready.items()}
+
+    def _encode_texts(
+        self, texts: list[str], on_long_prompt: OnLongPrompt, seconds: dict[str, float]
+    ) -> dict[str, Floats]:
+        """What the text encoders give for them, by input of the denoiser."""
         # All prompts are cut into tokens, and refused where too long, before the first encoder runs.
-        tokens = [tokenizer(list(distinct), request.on_long_prompt) for tokenizer in self._tokenizers]
+        tokens = [tokenizer(texts, on_long_prompt) for tokenizer in self._tokenizers]
         parts: dict[str, list[Floats]] = {}
         for text, ids in zip(self.manifest.text, tokens, strict=True):
             with self.residency.use(text.component) as encoder:
                 outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
                 parts.setdefault(denoiser_input, []).append(outputs[output])
-        ready = {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
-        if prompt_part := self.manifest.components.get("denoiser_prompt"):
-            with self.residency.use("denoiser_prompt") as engine:
-                given = {spec.name: ready[spec.name] for spec in prompt_part.inputs}
-                ready |= _timed(engine, given, seconds, "denoiser_prompt")
-        return {name: values[places] for name, values in ready.items()}
+        return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
 
     def _rows(self, request: _Request, seconds: dict[str, float]) -> dict[float, Row]:
         """By timestep, what was computed beforehand of it; empty where nothing was."""
@@ -305,7 +316,7 @@ class Pipeline:
             if value not in legal:
                 raise RequestError(f"{name} is not usable", expected=" or ".join(legal), got=repr(value))
         prompts: list[str] = []
-        if self.manifest.text:
+        if self.manifest.takes_prompt:
             prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(images_per_prompt)]
         elif prompt is not None or negative_prompt:
             raise RequestError(
@@ -315,6 +326,9 @@ class Pipeline:
         if self._target.built:
             _integer(f"the number of images in one call of {self.target}", count, 1, self._target.built.max_images)
         negative = check_prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if self._prompt_table:
+            self._prompt_table.check("prompt", prompts)
+            self._prompt_table.check("negative_prompt", negative)
         if len(negative) == 1:
             negative *= count
         elif len(negative) * images_per_prompt == count:
@@ -378,9 +392,8 @@ def load(
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
     engines = chosen.components.values()
-    tokenizers = [text.tokenizer for text in bundle.manifest.text]
-    tables = [bundle.manifest.staging.step_table] if bundle.manifest.staging else []
-    check_digests(bundle, [*tokenizers, *tables, *(file for e in engines for file in (e.model, e.weights) if file)])
+    used = [*bundle.manifest.shared_files, *(file for e in engines for file in (e.model, e.weights) if file)]
+    check_digests(bundle, used)
     return Pipeline(bundle, chosen, residency)
 
 

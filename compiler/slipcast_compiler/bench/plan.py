@@ -88,7 +88,7 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     sampling = usual.model_copy(update={"steps": options.steps} if options.steps else {})
     check_names(options.against)
     target = choose_target(manifest, options.target).id
-    missing = _missing(options, sampling, bool(manifest.text))
+    missing = _missing(options, sampling, manifest.takes_prompt)
     if options.against and len(missing) == len(options.against):
         lines = [f"  {name}: {why['reason']}; {why['install']}" for name, why in missing.items()]
         raise HostError("every peer asked for is missing:\n" + "\n".join(lines), hint="install one of them")
@@ -185,24 +185,18 @@ def _bundle_side(name: str, title: str, bundle: Bundle, target: str, steps: int 
 
 
 def _bytes_to_run(bundle: Bundle, target: str) -> int:
-    """Manifest, tokenizers and one target's engines: what a host needs of the bundle."""
+    """Manifest, tokenizers, tables and one target's engines: what a host needs of the bundle."""
     manifest = bundle.manifest
     engines = next(t for t in manifest.targets if t.id == target).components.values()
-    tables = [manifest.staging.step_table] if manifest.staging else []
-    names = [
-        *tables,
-        *(text.tokenizer for text in manifest.text),
-        *(f for e in engines for f in (e.model, e.weights) if f),
-    ]
+    names = [*manifest.shared_files, *(f for e in engines for f in (e.model, e.weights) if f)]
     return (bundle.root / "manifest.json").stat().st_size + sum(bundle.entry(name).size for name in set(names))
 
 
 def _other_bundle(name: str, bundle: Bundle, options: Options) -> Side:
     other = open_bundle(name)
     mine, theirs = bundle.manifest.image, other.manifest.image
-    if (mine.width, mine.height) != (theirs.width, theirs.height) or bool(other.manifest.text) != bool(
-        bundle.manifest.text
-    ):
+    prompted = bundle.manifest.takes_prompt
+    if (mine.width, mine.height) != (theirs.width, theirs.height) or other.manifest.takes_prompt != prompted:
         raise RequestError(
             f"{name}: makes other pictures",
             expected=f"{mine.width}x{mine.height}",

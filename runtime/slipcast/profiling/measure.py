@@ -100,12 +100,14 @@ def _report_prompt(path: Path, allow_unlisted: bool) -> str | None:
         return [entry.path for entry in manifest.files if entry.path == "report.json"]
 
     bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=report)
-    if not bundle.manifest.text:
+    if not bundle.manifest.takes_prompt:
         return None
+    closed = bundle.manifest.prompts
+    usual = next(prompt for prompt in closed.prompts if prompt) if closed else PROMPT
     if not report(bundle.manifest):
-        return PROMPT
+        return usual
     record: Any = parse_json(bundle.path("report.json").read_bytes(), "report.json")
-    prompts = (record.get("family") or {}).get("held_out_prompts") or [PROMPT]
+    prompts = (record.get("family") or {}).get("held_out_prompts") or [usual]
     return str(prompts[0])
 
 

@@ -84,7 +84,12 @@ def _recovered(data: Data) -> str:
         "CLIP change before",
         "PSNR before, dB",
     ]
-    return f"\n\nAfter recovery, of the family's leave_one_out masks with correction:\n\n{table(head, rows)}"
+    said = f"\n\nAfter recovery, of the family's leave_one_out masks with correction:\n\n{table(head, rows)}"
+    if all(row[3:5] == row[5:7] for row in rows):
+        said += (
+            "\n\nRecovery changed nothing: no step was better, on its validation prompts, than no step."
+        )
+    return said
 
 
 def _unrecovered(data: Data, mask: Mask, ratio: float, name: str) -> list[str]:

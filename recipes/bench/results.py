@@ -17,6 +17,7 @@ README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
 TITLES = {
     "shapes-circles": "The reference model",
+    "shapes-circles-fast": "The same, made fast (recipes/shapes-circles-fast.toml)",
     "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",
     "sd15-shaped-512": "The shapes of Stable Diffusion 1.5, random weights, 512x512",
 }

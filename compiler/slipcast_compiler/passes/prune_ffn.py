@@ -9,7 +9,7 @@ from pydantic import Field
 
 from slipcast.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.options import Texts
+from slipcast_compiler.passes.options import Texts, prunes_by_profile
 from slipcast_compiler.passes.units import corrected, damped, select
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class PruneFFN(Strict):
 
 def needs_profile(options: PruneFFN) -> bool:
     """Whether the criterion or the correction reads the profile."""
-    return options.ratio > 0 and (options.correct or options.criterion not in ("magnitude", "random"))
+    return prunes_by_profile(options.ratio, options.criterion, options.correct)
 
 
 def run(denoiser: Denoiser, context: Context, options: PruneFFN) -> Result:

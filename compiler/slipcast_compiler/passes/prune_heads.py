@@ -9,7 +9,7 @@ from pydantic import Field
 
 from slipcast.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.options import Texts
+from slipcast_compiler.passes.options import Texts, prunes_by_profile
 from slipcast_compiler.passes.units import columns, corrected, removal_costs, select
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class PruneHeads(Strict):
 
 def needs_profile(options: PruneHeads) -> bool:
     """Whether the criterion or the correction reads the profile."""
-    return options.ratio > 0 and (options.correct or options.criterion not in ("magnitude", "random"))
+    return prunes_by_profile(options.ratio, options.criterion, options.correct)
 
 
 def run(denoiser: Denoiser, context: Context, options: PruneHeads) -> Result:

@@ -86,9 +86,7 @@ def _recovered(data: Data) -> str:
     ]
     said = f"\n\nAfter recovery, of the family's leave_one_out masks with correction:\n\n{table(head, rows)}"
     if all(row[3:5] == row[5:7] for row in rows):
-        said += (
-            "\n\nRecovery changed nothing: no step was better, on its validation prompts, than no step."
-        )
+        said += "\n\nRecovery changed nothing: no step was better, on its validation prompts, than no step."
     return said
 
 

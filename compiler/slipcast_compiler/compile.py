@@ -19,6 +19,7 @@ from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import make_profile
+from slipcast_compiler.search.run import choose_by_search
 from slipcast_compiler.stages import cached_stages
 from slipcast_compiler.timesteps import choose_timesteps
 
@@ -34,6 +35,11 @@ class Compiled:
 
 def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Compiled:
     """Make the bundle at `output`. Raises CheckFailed, with the report written beside it, where the gate is missed."""
+    # The point of the recipe's space that is best within the gate, on calibration prompts.
+    searched = None
+    if plan.recipe.search:
+        plan, searched = choose_by_search(plan, cache, stages)
+
     # The original: the pictures to compare with, and the noise floors below which no difference means anything.
     with stages.stage("originals") as advance:
         originals = evaluate.run_originals(plan, cache, advance)
@@ -101,7 +107,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
-        record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run)
+        record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run, searched)
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -100,7 +100,7 @@ def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
             advance(before + i, total)
 
         if prompts:
-            runs.append(_original(plan, prompts, chosen, dtype, cache, report))
+            runs.append(draw_original(plan, prompts, chosen, dtype, cache, report))
         done += len(prompts)
     fp32, bf16, other_seeds, *rest = runs
     return Originals((*plan.prompts, *strangers), seeds + last, np.concatenate([fp32, *rest]), bf16, other_seeds)
@@ -236,9 +236,10 @@ def missed(gates: dict[str, tuple[GateRow, ...]]) -> list[str]:
     return lines
 
 
-def _original(
+def draw_original(
     plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
 ) -> Floats:
+    """The original's pictures, by plan.reference, float32 [n, h, w, 3]; from the cache, or drawn."""
     inputs: dict[str, Any] = {
         "checkpoint": plan.checkpoint.sha256, "sampling": plan.reference.model_dump(mode="json"), "size": plan.size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,

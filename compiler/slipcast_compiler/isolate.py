@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
@@ -57,6 +57,56 @@ def run_isolated(function: Callable[..., Any], *arguments: Any, advance: Advance
         here.close()
 
 
+class Remote:
+    """An object that `make()` makes in a process of its own, which stays until `close`, or until it dies.
+
+    A call after it has died starts another one. Errors come through as they do in run_isolated.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """object.method(*arguments); both ways by pickle. ResourceError where the process died of it."""
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((method, arguments))
+            return _listen(self._pipe, None).result
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            code = self._process.exitcode
+            self.close()
+            raise ResourceError(
+                f"{method}: its process died", expected="an answer", got=f"exit code {code}",
+                hint="exit code -9 means that memory ran out: close other programs",
+            ) from None  # fmt: skip
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, self._make), daemon=True)
+        with _interrupts_ignored():
+            self._process.start()
+        there.close()
+
+
 def _listen(pipe: Connection, advance: Advance | None) -> Isolated:
     while True:
         kind, content = pipe.recv()
@@ -82,15 +132,35 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if not _tied_to_parent():
+        return
+    with contextlib.suppress(BrokenPipeError):  # nobody is left to tell
+        pipe.send(_outcome(pipe, function, arguments))
+
+
+def _serve(pipe: Connection, make: Callable[[], Any]) -> None:
+    made: list[Any] = []
+
+    def call(method: str, arguments: tuple[Any, ...], _: Advance) -> Any:
+        if not made:
+            made.append(make())
+        return getattr(made[0], method)(*arguments)
+
+    if not _tied_to_parent():
+        return
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send(_outcome(pipe, call, pipe.recv()))
+
+
+def _tied_to_parent() -> bool:
+    """Make this process end with its parent; False where that is gone already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         # The locks of this kind leave no name behind that would be reported as leaked where this process is killed.
         multiprocessing.set_start_method("fork", force=True)
     parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():  # it died before it could be asked to take this process along
-        return
-    with contextlib.suppress(BrokenPipeError):  # nobody is left to tell
-        pipe.send(_outcome(pipe, function, arguments))
+    return not parent or parent.is_alive()  # it may have died before it could be asked to take this process along
 
 
 def _outcome(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:

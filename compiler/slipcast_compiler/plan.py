@@ -49,8 +49,9 @@ class Plan:
 
     @property
     def measuring(self) -> Sampling:
-        """`sampling` with guidance in every evaluation: what is measured on the denoiser needs both branches of it."""
-        return self.sampling.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
+        """The sampling of what is measured on the denoiser: guidance in every evaluation, as it needs both branches."""
+        chosen = self.reference if self.recipe.profile.sampling == "reference" else self.sampling
+        return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
 
     @property
     def prompts(self) -> Prompts:
@@ -179,6 +180,13 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
     plan.reference.lay()
     return plan
+
+
+def replan(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of a recipe that differs in sampling, passes and precisions alone; RecipeError where they contradict."""
+    sampling = _sampling(recipe.sampling, plan.checkpoint)
+    _check_sampling(recipe, plan.checkpoint, sampling)
+    return dataclasses.replace(plan, recipe=recipe, sampling=sampling)
 
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:

@@ -20,6 +20,7 @@ from slipcast.schedules import SCHEDULES
 from slipcast.validation import Strict, dotted, problems
 from slipcast_compiler.passes import PassesTable
 from slipcast_compiler.passes.options import Texts
+from slipcast_compiler.search.options import SearchTable
 
 Location = tuple[str | int, ...]
 
@@ -135,6 +136,7 @@ class ProfileTable(Strict):
     leave_one_out: Literal["auto", "exact", "projected"] = "auto"
     batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
     seed: Annotated[int, Field(ge=0, lt=1000)] = 0  # another one, other noise
+    sampling: Literal["bundle", "reference"] = "bundle"  # whose trajectories
 
 
 class StagingTable(Strict):
@@ -232,6 +234,7 @@ class Recipe(Strict):
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
     staging: StagingTable | None = None
+    search: SearchTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -248,6 +251,8 @@ class Recipe(Strict):
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")
+        if self.search and not self.gate.model_dump(exclude_none=True):
+            raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
         wanted = any(target.precision == "int8" for target in self.targets)
         if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
             raise ValueError(problem)
@@ -287,7 +292,7 @@ def read_text(path: Path, hint: str) -> str:
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As read_recipe, from text; `name` stands for the file in messages."""
     document = parse_toml(text, name)
-    forced = {_override(document, override): override for override in overrides}
+    forced = {parse_override(document, override): override for override in overrides}
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -365,23 +370,28 @@ def _line(lines: dict[Location, int], where: Location) -> int:
     return lines.get(where, 1)
 
 
-def _override(document: dict[str, Any], override: str) -> Location:
+def parse_override(document: dict[str, Any], override: str) -> Location:
     """Put "a.b=value" into the document; returns the key's location."""
     key, equals, value = override.partition("=")
-    location: Location = tuple(int(p) if p.isascii() and p.isdigit() else p for p in key.strip().split("."))
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: not usable", expected="--set key.in.recipe=value", got=override)
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is text
+    return put(document, key, parsed, f"--set {override}")
+
+
+def put(document: dict[str, Any], key: str, value: Any, named: str) -> Location:
+    """Put a value at the dotted key; `named` is what messages call it. Returns the key's location."""
+    location: Location = tuple(int(p) if p.isascii() and p.isdigit() else p for p in key.strip().split("."))
     current: Any = document
     try:
         for part in location[:-1]:
             current = current[part] if isinstance(part, int) else current.setdefault(part, {})
-        current[location[-1]] = parsed
+        current[location[-1]] = value
     except (TypeError, IndexError, KeyError, AttributeError):
-        raise RecipeError(f"--set {override}: the recipe has no such place", got=key) from None
+        raise RecipeError(f"{named}: the recipe has no such place", got=key) from None
     return location
 
 

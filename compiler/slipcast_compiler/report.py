@@ -27,6 +27,7 @@ from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import Profile
 from slipcast_compiler.profile_page import figures, mask_map
 from slipcast_compiler.recipe import SamplingTable
+from slipcast_compiler.search import plots
 
 SHOWN_PICTURES = 8
 ROW_WIDTH = 960  # CSS pixels for the pictures of one prompt; the page is bounded too, to about 10 MB
@@ -54,6 +55,7 @@ def make_record(
     passes: Mapping[str, Any],
     timesteps: dict[str, Any] | None = None,
     not_run: Mapping[str, str] = MappingProxyType({}),
+    searched: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that report.json holds; plain JSON. `not_run`: target -> why it could not be run here."""
     return {
@@ -83,6 +85,7 @@ def make_record(
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
         "reference": plan.reference.model_dump(mode="json", exclude_none=True),
         "timesteps": timesteps,
+        "search": searched,
         "original": original.describe(plan.reference, plan.family is not None),
         "tools": {tool: tool_versions()[tool] for tool in TOOLS},
     }
@@ -166,7 +169,9 @@ def write(
         rows=rows(range(min(held_out, SHOWN_PICTURES))), width=width, natural=natural, metrics=METRICS,
         strangers=rows(range(held_out, min(len(originals.prompts), held_out + SHOWN_STRANGERS))),
         gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
-        recipe=dump_toml(record["recipe"]), profile=profile and figures(profile.file), **_passes(record["passes"]),
+        recipe=dump_toml(record["recipe"]), profile=profile and figures(profile.file),
+        search_plots=plots.figures(record["search"]) if record["search"] else [], figure=figure,
+        **_passes(record["passes"]),
     )  # fmt: skip
     (folder / "report.html").write_text(page, "utf-8")
 

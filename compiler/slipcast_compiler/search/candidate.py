@@ -1,0 +1,113 @@
+"""From a point to something that runs: the recipe with its overrides, and engines for the target that is measured.
+
+Stages are those of compile.py, in its order, and their results are in the same cache: what is chosen is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from slipcast.errors import RecipeError
+from slipcast.progress import Advance, Stages
+from slipcast.validation import dotted, problems
+from slipcast_compiler import package
+from slipcast_compiler.build import build_target
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.calibration import calibration_samples
+from slipcast_compiler.closed import cached_prompts
+from slipcast_compiler.export import cached_export
+from slipcast_compiler.passes.apply import apply_passes, needs_profile
+from slipcast_compiler.passes.quantize import quantize
+from slipcast_compiler.plan import Plan, replan
+from slipcast_compiler.profile import make_profile
+from slipcast_compiler.recipe import Recipe, StagingTable, put
+from slipcast_compiler.rewrite import Rewrite
+from slipcast_compiler.search.measuring import Variant
+from slipcast_compiler.search.space import measured_target
+from slipcast_compiler.stages import cached_stages
+from slipcast_compiler.timesteps import choose_timesteps
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Engines of all components in a bundle's folder; `stages`: see Variant; `target`: its id."""
+
+    folder: Path
+    rewrite: Rewrite
+    stages: Path | None
+    target: str
+
+
+class Silent(Stages):
+    """Stages of a trial, of which there are too many to tell."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Advance]:
+        """Shows nothing."""
+        yield silent
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+def apply(plan: Plan, overrides: Mapping[str, Any]) -> Plan:
+    """The plan of the recipe with these overrides and without [search]; RecipeError where they contradict."""
+    document = plan.recipe.model_dump(mode="json", exclude_none=True)
+    document.pop("search", None)
+    for key, value in overrides.items():
+        put(document, key, value, "a trial")
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        found = "; ".join(f"{dotted(where)}: {what}" for where, what in problems(error, Recipe))
+        raise RecipeError(f"the trial contradicts itself: {found}") from None
+    return replan(plan, recipe)
+
+
+def engine_key(plan: Plan) -> str:
+    """What decides its engines; plans that differ in the rest share them."""
+    recipe = plan.recipe
+    decides = {
+        "passes": recipe.passes.model_dump(mode="json"),
+        "target": recipe.targets[measured_target(plan)].model_dump(mode="json"),
+        "measuring": plan.measuring.model_dump(mode="json"),  # what profiles and calibration are taken from
+    }
+    return json.dumps(decides, sort_keys=True)
+
+
+def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
+    """Engines for the plan's measured target, in `folder`, which is new: a bundle of its own, with its sampling."""
+    profile = make_profile(plan, cache, silent) if needs_profile(plan) else None
+    rewritten = apply_passes(plan, profile, cache, Silent())
+    exported = {
+        name: cached_export(plan, name, cache, rewritten.rewrite) for name in plan.checkpoint.architecture.components
+    }
+    if plan.recipe.staging:
+        exported |= cached_stages(exported["denoiser"], StagingTable(general=True), cache)
+    prompts = cached_prompts(plan, exported, cache, silent) if plan.closed_prompts else None
+    exported = {name: source for name, source in exported.items() if name not in plan.not_shipped}
+    quantized = None
+    if options := plan.recipe.passes.quantize:
+        samples = calibration_samples(plan, exported, prompts, options.samples, cache, silent)
+        quantized = quantize(plan, exported["denoiser"], samples, cache, silent)
+    table = plan.recipe.targets[measured_target(plan)]
+    folder.mkdir()
+    target = build_target(table, exported, plan.image, folder, cache, silent, quantized)
+    fields = package.describe(plan, exported, prompts, folder)
+    package.write_manifest(folder, {**fields, "targets": (target,)})
+    return Engine(folder, rewritten.rewrite, exported["denoiser"] if plan.recipe.staging else None, target.id)
+
+
+def variant_of(plan: Plan, engine: Engine, cache: Cache) -> Variant:
+    """How the plan samples with its engine, with a list of noise levels that is found first where it asks for one."""
+    if plan.recipe.timesteps:
+        plan, _ = choose_timesteps(plan, engine.rewrite, cache, silent)
+    return Variant(engine.folder, plan.sampling, engine.stages)

@@ -1,0 +1,112 @@
+"""The journal of a search: Optuna's, on disk, for one process at a time. Finished trials outlive any end of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slipcast.errors import ArtifactError, ResourceError
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+JOURNAL, LOCK = "journal.log", "lock"
+FOUND = "found"  # the attribute with all that is known of a finished trial
+STUDY = "search"
+
+
+@contextlib.contextmanager
+def open_journal(folder: Path) -> Iterator[Study]:
+    """The study in `folder`, which minimises two values. ResourceError where another process has it.
+
+    Of a process that was killed, the line that it was writing is cut off, and the trial that it was in has failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / LOCK), warnings.catch_warnings():
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+        _cut(folder / JOURNAL)
+        try:
+            lock: Any = _Held()
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL), lock_obj=lock))
+            study = optuna.create_study(
+                storage=storage, study_name=STUDY, directions=["minimize", "minimize"], load_if_exists=True
+            )
+        except (ValueError, KeyError) as error:
+            raise ArtifactError(
+                f"{folder / JOURNAL}: damaged", expected="Optuna's journal", got=str(error),
+                hint="remove the directory: the search begins anew",
+            ) from None  # fmt: skip
+        for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        yield study
+
+
+def finished(study: Study) -> list[FrozenTrial]:
+    """Trials that came to an end, with values or, where something is wrong with the point, without."""
+    return [
+        trial for trial in study.get_trials(deepcopy=False) if FOUND in trial.user_attrs and trial.state.is_finished()
+    ]
+
+
+def seconds_spent(study: Study) -> float:
+    """What finished trials took, in all runs of the search; what was killed does not count."""
+    return float(sum(trial.user_attrs[FOUND]["took_s"] for trial in finished(study)))
+
+
+def told(trial: FrozenTrial) -> dict[str, Any]:
+    """All that is known of a finished trial; see evaluate.py, and `error` of those that have no values."""
+    found: dict[str, Any] = trial.user_attrs[FOUND]
+    return found
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """A lock that ends with its process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nobody else is assumed
+        yield
+        return
+    with file.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            raise ResourceError(
+                f"{file.parent}: the same search is running", got=f"process {stream.read().strip() or 'unknown'}",
+                hint="wait for it: its result is taken from there",
+            ) from None  # fmt: skip
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield
+
+
+class _Held:
+    """In place of Optuna's locks, files that whoever is killed leaves behind: the folder is locked already."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _cut(journal: Path) -> None:
+    """Drop what stands behind the last whole line."""
+    if journal.exists():
+        data = journal.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with journal.open("r+b") as stream:
+                stream.truncate(whole)

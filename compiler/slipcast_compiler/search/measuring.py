@@ -1,0 +1,111 @@
+"""What a trial's engines do, through the runtime, in a process that keeps them open; imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle import Bundle
+from slipcast.manifest import MANIFEST_NAME, Sampling, read_manifest
+from slipcast.pipeline import Pipeline
+from slipcast_compiler.stages import write_step_table
+
+Floats = npt.NDArray[np.float32]
+Prompts = tuple[str | None, ...]
+
+PAIRS = 5  # images of a trial and of the baseline, in turn
+PAUSE_S = 0.02  # between two runs: thread pools spin for a while after their work
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Engines and a way to sample with them. `folder`: a bundle with its first target. `stages`: where the denoiser's
+    step graph is, with which a table is made for the schedule; None where it was not staged."""
+
+    folder: Path
+    sampling: Sampling
+    stages: Path | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """`latents`: a file with the original's at the end, float32 [n, c, h, w], of `prompts` and `seeds`."""
+
+    baseline: Variant
+    prompts: Prompts
+    seeds: tuple[int, ...]
+    latents: Path
+
+
+class Measuring:
+    """Two sets of engines are open: the baseline's, and those of the last variant."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._open = job, dict[Path, Pipeline]()
+        self._latents: Floats = np.load(job.latents)
+        self._baseline = self._pipeline(job.baseline)
+
+    def measure(self, variant: Variant) -> dict[str, float]:
+        """distance: RMS over the cells of each image, mean over images, to the original's latents. ratio: median of
+        seconds of one image / the baseline's, pair by pair, and so free of what the machine does besides; seconds: the
+        median itself."""
+        job, pipe = self._job, self._pipeline(variant)
+        found = _run(pipe, job.prompts, job.seeds, "latent")
+        squares = ((found - self._latents) ** 2).reshape(len(found), -1).mean(1)
+        pairs = [self._pair(pipe, turn) for turn in range(-1, PAIRS)][1:]  # the first is warm-up
+        return {
+            "distance": float(np.sqrt(squares).mean()), "ratio": statistics.median(own / base for own, base in pairs),
+            "seconds": statistics.median(own for own, _ in pairs),
+        }  # fmt: skip
+
+    def draw(self, variant: Variant, prompts: Prompts, seeds: tuple[int, ...]) -> Floats:
+        """float32 [n, h, w, 3] in [0, 1]."""
+        return _run(self._pipeline(variant), prompts, seeds, "np")
+
+    def _pair(self, pipe: Pipeline, turn: int) -> tuple[float, float]:
+        """Seconds of one image by `pipe` and by the baseline, who take turns in being first."""
+        image, seconds = turn % len(self._job.prompts), dict[Pipeline, float]()
+        for each in (pipe, self._baseline)[:: 1 if turn % 2 else -1]:
+            time.sleep(PAUSE_S)
+            begin = time.perf_counter()
+            _run(each, self._job.prompts[image : image + 1], self._job.seeds[image : image + 1], "np")
+            seconds[each] = time.perf_counter() - begin
+        return seconds[pipe], seconds[self._baseline]
+
+    def _pipeline(self, variant: Variant) -> Pipeline:
+        """A pipeline on the engines of the variant's folder, with its sampling in place of the manifest's."""
+        engines = self._engines(variant.folder)
+        manifest, target = engines.manifest, engines.manifest.targets[0]
+        others = [name for name in manifest.requires if not name.startswith("guidance")]
+        fields: dict[str, Any] = {
+            "sampling": variant.sampling, "requires": (*others, *variant.sampling.requires),
+        }  # fmt: skip
+        if variant.stages:
+            fields |= write_step_table(variant.stages, variant.sampling, variant.folder)
+        bundle = dataclasses.replace(engines.bundle, manifest=manifest.model_copy(update=fields))
+        pipe = Pipeline(bundle, target, "sequential")  # which opens none
+        pipe.residency = engines.residency
+        return pipe
+
+    def _engines(self, folder: Path) -> Pipeline:
+        if folder not in self._open:
+            for other in [path for path in self._open if path != self._job.baseline.folder]:
+                self._open.pop(other).close()
+            # Ours, and just made; only its step table is written again and again.
+            manifest = read_manifest((folder / MANIFEST_NAME).read_bytes())
+            self._open[folder] = Pipeline(Bundle(folder, manifest), manifest.targets[0])
+        return self._open[folder]
+
+
+def _run(pipe: Pipeline, prompts: Prompts, seeds: tuple[int, ...], output: str) -> Floats:
+    count = {} if pipe.manifest.takes_prompt else {"num_images_per_prompt": len(seeds)}
+    text = list(cast(Any, prompts)) if pipe.manifest.takes_prompt else None
+    images: Floats = pipe(text, seed=list(seeds), output_type=cast(Any, output), **count).images
+    return images

@@ -1,0 +1,164 @@
+"""Which levers there are for a recipe, and what their points are as overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from explored import RECIPE, planned
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.plan import Plan, make_plan
+from slipcast_compiler.recipe import parse_recipe, read_recipe
+from slipcast_compiler.search.candidate import apply, engine_key
+from slipcast_compiler.search.space import LEVERS, Space, as_arguments
+
+SHAPES = Path("recipes/models/shapes").resolve()
+FEW_STEPS = """
+name = "x"
+model.path = "model"
+family.prompts = ["a red circle", "a blue star"]
+targets = [{ engine = "onnxruntime" }]
+gate.psnr = 20.0
+search.budget_minutes = 1
+"""
+
+
+def distilled(folder: Path, scheduler: str) -> Plan:
+    """The reference model under the scheduler's config of one that was distilled to few steps."""
+    model = folder / "model"
+    (model / "scheduler").mkdir(parents=True)
+    for part in SHAPES.iterdir():
+        if part.name != "scheduler":
+            (model / part.name).symlink_to(part)
+    config = json.loads((SHAPES / "scheduler/scheduler_config.json").read_text())
+    config |= {"_class_name": scheduler, "timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+    (model / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    return make_plan(parse_recipe(FEW_STEPS, "x.toml"), folder)
+
+
+def moved(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """Every value of every dimension, the others as they are in the recipe."""
+    space = Space(plan)
+    return [
+        (name, space.own | {name: value})
+        for name, each in space.dimensions.items() for value in each.values if value != each.own
+    ]  # fmt: skip
+
+
+def test_every_lever_applies_to_the_shipped_recipe() -> None:
+    space = Space(planned())
+    assert space.levers == tuple(LEVERS)
+    assert all(len(each.values) > 1 and each.own in each.values for each in space.dimensions.values())
+    assert space.dimensions["steps"].values[0] == 3 and space.dimensions["steps"].own == 6
+
+
+def test_the_recipe_is_the_point_without_overrides() -> None:
+    plan = planned()
+    space = Space(plan)
+    assert space.overrides(space.own) == space.pins
+    same = apply(plan, space.pins)
+    assert (same.sampling, same.reference, same.recipe.passes) == (plan.sampling, plan.reference, plan.recipe.passes)
+    assert same.recipe.search is None
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Path("recipes/shapes-circles.toml")])
+def test_a_point_by_set_is_the_point(recipe: Path) -> None:
+    plan = make_plan(read_recipe(recipe, ["search.budget_minutes=1"]), recipe.parent)
+    space = Space(plan)
+    for name, point in moved(plan):
+        words = shlex.split(as_arguments(space.overrides(point)))
+        assert words[::2] == ["--set"] * (len(words) // 2)
+        by_hand = make_plan(read_recipe(recipe, words[1::2]), recipe.parent)
+        tried = apply(plan, space.overrides(point))
+        assert tried.recipe == by_hand.recipe, name
+        assert (tried.sampling, tried.reference) == (by_hand.sampling, by_hand.reference)
+        assert tried.reference == plan.reference  # which the trial is judged against
+        assert tried.recipe != apply(plan, space.pins).recipe
+
+
+def test_engines_are_shared_by_points_that_differ_in_sampling() -> None:
+    plan = planned()
+    space, own = Space(plan), engine_key(apply(plan, Space(plan).pins))
+    engines = {dimension for name in LEVERS if LEVERS[name].engine for dimension in LEVERS[name].dimensions(plan)}
+    for name, point in moved(plan):
+        assert (engine_key(apply(plan, space.overrides(point))) != own) == (name in engines), name
+        kept = space.own | space.cheap(point)
+        assert engine_key(apply(plan, space.overrides(kept))) == engine_key(apply(plan, space.overrides(point)))
+        assert kept["timesteps"] not in ("dp", "direct")
+
+
+def test_levers_that_are_named_are_turned_and_no_others() -> None:
+    space = Space(planned('search.levers=["heads", "steps"]'))
+    assert list(space.dimensions) == ["steps", "heads"]
+    assert Space(planned('search.objective="memory"')).levers == ("heads", "ffn", "low_rank", "precision")
+
+
+def test_values_of_the_recipe_are_among_those_that_are_tried() -> None:
+    plan = planned("passes.prune_heads.ratio=0.33", "sampling.steps=9", "sampling.schedule=beta")
+    space = Space(plan)
+    own = {name: space.own[name] for name in ("heads", "steps", "timesteps")}
+    assert own == {"heads": 0.33, "steps": 9, "timesteps": "beta"}
+
+
+def test_lists_that_are_given_or_looked_for_stay() -> None:
+    listed = Space(planned("sampling={sampler='euler', sigmas=[14.0, 3.0, 1.0, 0.0], guidance_scale=4.0}"))
+    assert not {"steps", "timesteps"} & set(listed.dimensions)
+    found = Space(planned("timesteps.method=dp"))
+    assert found.dimensions["timesteps"].values == ("dp", "direct")
+
+
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "EulerDiscreteScheduler"])
+def test_few_step_checkpoints_have_fewer_levers(scheduler: str, tmp_path: Path) -> None:
+    plan = distilled(tmp_path, scheduler)
+    space = Space(plan)
+    assert not {"sampler", "timesteps", "guidance_low", "guidance_high"} & set(space.dimensions)
+    assert space.dimensions["steps"].values == (1, 2, 3, 4)
+    assert "heads" not in space.dimensions  # two prompts are too few to choose by
+    table = plan.recipe.search
+    assert table
+    for lever in ("sampler", "timesteps", "guidance_interval", "heads"):
+        recipe = plan.recipe.model_copy(update={"search": table.model_copy(update={"levers": (lever,)})})
+        with pytest.raises(RecipeError, match=f"{lever}: this recipe and its checkpoint have no use for it"):
+            Space(dataclasses.replace(plan, recipe=recipe))
+
+
+def test_int8_brings_its_table_and_keeps_it() -> None:
+    plan = planned()
+    space = Space(plan)
+    tried = apply(plan, space.overrides(space.own | {"precision": "int8"}))
+    assert tried.recipe.targets[0].precision == "int8" and tried.recipe.passes.quantize
+    quantised = planned("targets=[{engine='openvino', precision='int8'}]", "passes.quantize.max_error=0.05")
+    assert "precision" not in Space(quantised).dimensions
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ('search.levers=["heds"]', "search.levers.*'sampler'.*'precision'"),
+        ("search.budget_minutes=0", "search.budget_minutes.*greater than 0"),
+        ("search.budget_minutes=-3", "search.budget_minutes.*greater than 0"),
+        ('search.objective="speed"', "search.objective.*'latency' or 'memory'"),
+        ("search.budget=3", "did you mean 'budget_minutes'"),
+        ("gate={}", r"\[search\] needs a limit in \[gate\]"),
+    ],
+)
+def test_wrong_input(override: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        planned(override)
+
+
+def test_nothing_to_choose_between() -> None:
+    with pytest.raises(RecipeError, match="nothing to choose between"):
+        Space(planned('search.levers=["steps"]', "sampling.steps=3", "reference.steps=3"))
+
+
+def test_overrides_are_plain_json() -> None:
+    plan = planned()
+    for _, point in moved(plan):
+        overrides = Space(plan).overrides(point)
+        assert json.loads(json.dumps(overrides)) == overrides

@@ -185,6 +185,11 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, sizes)))
 
 
+def _search_text(search: dict[str, Any]) -> list[str]:
+    first = f"  search     least {search['objective']} within the gate, {search['budget_minutes']:g} minutes of trials"
+    return [first, *(f"    {name:14} {', '.join(map(str, values))}" for name, values in search["values"].items())]
+
+
 def _plan_text(summary: dict[str, Any]) -> str:
     sampling, family, components = summary["sampling"], summary["family"], summary["components"]
     reference, table = summary["reference"], summary["prompt_table"]
@@ -202,6 +207,7 @@ def _plan_text(summary: dict[str, Any]) -> str:
         *(f"  table      in place of {name}: {table['prompts']} prompts" for name in summary["not_shipped"]),
         *([f"             {table['bytes'] / 1e6:.1f} MB"] if table["prompts"] else []),
         *(f"  target     {target}" for target in summary["targets"]),
+        *(_search_text(summary["search"]) if summary["search"] else []),
         f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
         f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",
         f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, while the original runs",

@@ -18,6 +18,7 @@ from slipcast_compiler.lpips import SMALLEST, find_weights
 from slipcast_compiler.model import Checkpoint, open_checkpoint, tokenizer_file
 from slipcast_compiler.recipe import Recipe, ReferenceTable
 from slipcast_compiler.scorer import find_scorer
+from slipcast_compiler.search.space import Space
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
@@ -118,6 +119,7 @@ class Plan:
             "not_shipped": list(self.not_shipped),
             "prompt_table": {"prompts": len(self.closed_prompts), "bytes": self.prompt_table_bytes},
             "targets": targets,
+            "search": Space(self).summary() if self.recipe.search else None,
             "judged_on": len(self.prompts),
             "out_of_family": len(self.out_of_family),
             "disk_bytes": {"bundle": bundle + self.prompt_table_bytes, "cache": bundle + total * 4},
@@ -179,6 +181,8 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
         )  # fmt: skip
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
     plan.reference.lay()
+    if recipe.search:
+        Space(plan)  # what it may turn is refused now
     return plan
 
 

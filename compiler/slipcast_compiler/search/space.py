@@ -216,6 +216,13 @@ class Space:
                     kept[name] = next((value for value in (each.own, *each.values) if value not in each.dear), each.own)
         return kept
 
+    def summary(self) -> dict[str, Any]:
+        """What --dry-run prints: the objective, minutes, and the values of every dimension."""
+        table = self.plan.recipe.search
+        assert table
+        values = {name: list(each.values) for name, each in self.dimensions.items()}
+        return {"objective": table.objective, "budget_minutes": table.budget_minutes, "values": values}
+
     def _pins(self) -> Overrides:
         """What has to be the same for all points: the original, and the trajectories that are measured."""
         plan, given = self.plan, self.plan.recipe.reference.model_dump(exclude_none=True)

@@ -24,7 +24,7 @@ STUDY = "search"
 def open_journal(folder: Path) -> Iterator[Study]:
     """The study in `folder`, which minimises two values. ResourceError where another process has it.
 
-    Of a process that was killed, the line that it was writing is cut off, and the trial that it was in has failed.
+    It holds finished trials alone, a line each; one that a killed process was about to write is cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / LOCK), warnings.catch_warnings():
@@ -46,16 +46,25 @@ def open_journal(folder: Path) -> Iterator[Study]:
                 f"{folder / JOURNAL}: damaged", expected="Optuna's journal", got=str(error),
                 hint="remove the directory: the search begins anew",
             ) from None  # fmt: skip
-        for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         yield study
 
 
+def keep(study: Study, params: dict[str, Any], distributions: dict[str, Any], found: dict[str, Any]) -> None:
+    """Write a finished trial. Its values are `objective` and `distance`; one with an `error` has none."""
+    from optuna.trial import TrialState, create_trial
+
+    values = None if "error" in found else [found["objective"], found["distance"]]
+    state = TrialState.FAIL if "error" in found else TrialState.COMPLETE
+    study.add_trial(
+        create_trial(
+            state=state, values=values, params=params, distributions=distributions, user_attrs={FOUND: found}
+        )
+    )  # fmt: skip
+
+
 def finished(study: Study) -> list[FrozenTrial]:
-    """Trials that came to an end, with values or, where something is wrong with the point, without."""
-    return [
-        trial for trial in study.get_trials(deepcopy=False) if FOUND in trial.user_attrs and trial.state.is_finished()
-    ]
+    """Trials in their order, with values or, where something is wrong with the point, without."""
+    return list(study.get_trials(deepcopy=False))
 
 
 def seconds_spent(study: Study) -> float:

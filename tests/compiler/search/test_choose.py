@@ -1,4 +1,4 @@
-"""The whole way on a small checkpoint with random weights: search, Ctrl-C, again from the journal, bundle and report."""
+"""The whole way on a small checkpoint with random weights: search, Ctrl-C, from the journal, bundle and report."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from slipcast.errors import ArtifactError, NumericalError, ResourceError
 from slipcast_compiler.search import plots
 from slipcast_compiler.search.explore import choose, explore, front, survives
 from slipcast_compiler.search.journal import JOURNAL, finished, open_journal, seconds_spent, told
+from slipcast_compiler.search.propose import parting_distance
 from slipcast_compiler.search.record import describe
 from slipcast_compiler.search.space import Space
 
@@ -132,6 +133,17 @@ def test_engines_take_no_more_than_their_share(tmp_path: Path) -> None:
     evaluate = Dear()
     search(tmp_path / "a", evaluate, 1.6, 'search.levers=["steps", "heads", "guidance_interval"]')
     assert len(evaluate.engines) <= 3
+
+
+def test_the_distance_that_parts_what_holds() -> None:
+    def judged(*rows: tuple[float, bool]) -> list[dict[str, Any]]:
+        return [{"distance": distance, "holds": holds} for distance, holds in rows]
+
+    assert parting_distance([]) is None
+    assert parting_distance(judged((0.1, False))) is None
+    assert parting_distance(judged((0.1, True), (0.2, True), (0.3, False))) == 0.2
+    # One that was lucky does not decide alone.
+    assert parting_distance(judged((0.1, True), (0.2, True), (0.3, False), (0.4, False), (0.5, True))) == 0.2
 
 
 def test_what_survives() -> None:

@@ -218,7 +218,7 @@ def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
         record = parse_json(opened.path("report.json").read_bytes(), "report.json")
     except ArtifactError as error:
         raise ArtifactError(f"{bundle}: holds no report", hint="compile the bundle again") from error
-    emit(record, _report_text(opened.manifest, opened.path("report.html")), as_json)
+    emit(record, _report_text(opened.manifest, record, opened.path("report.html")), as_json)
 
 
 @cli.command()
@@ -374,8 +374,10 @@ def _bound(target: Target) -> str:
     return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
 
 
-def _report_text(manifest: Manifest, page: Path) -> str:
+def _report_text(manifest: Manifest, record: Any, page: Path) -> str:
     lines = [manifest.name]
+    if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
+        lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")
     for target in manifest.targets:
         quality, speed = target.quality, target.performance
         other = quality and quality.out_of_family

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = dict[str, Any]
 Found: TypeAlias = dict[str, Any]
 
-ATTEMPTS = 8  # of Optuna, to name a point that was not tried; then chance does
+ATTEMPTS = 3  # of Optuna, to name a point that was not tried; then chance does
 TOO_FAR = 4.0  # how steeply distance beyond the gate counts, against the logarithm of the objective
 
 

@@ -84,6 +84,8 @@ def test_what_was_found_is_taken_from_the_journal_and_compiled(folder: Path) -> 
     ffn = by_hand.recipe.passes.prune_ffn
     assert (manifest.ffn_retention_ratio < 1) == bool(ffn and ffn.ratio)
     assert "search" not in record["recipe"]  # the resolved recipe makes this bundle, and does not search again
+    shown = run_cli("report", "artifacts/tiny", cwd=folder).stdout
+    assert f"found by search: {found['arguments']}" in shown
     page = (folder / "artifacts" / "tiny" / "report.html").read_text()
     assert '<code id="chosen">' in page and page.count("<circle") >= len(found["front"])
 

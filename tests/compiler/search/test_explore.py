@@ -22,7 +22,7 @@ from slipcast_compiler.search.propose import parting_distance
 from slipcast_compiler.search.record import describe
 from slipcast_compiler.search.space import Space
 
-FEW = ('search.levers=["steps", "heads"]',)
+FEW = ('search.levers=["steps", "heads"]', "reference.steps=7")
 
 
 def search(folder: Path, evaluate: Any, budget_s: float = 60.0, *overrides: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def search(folder: Path, evaluate: Any, budget_s: float = 60.0, *overrides: str)
 def test_every_point_is_tried_once_and_the_best_that_holds_is_chosen(tmp_path: Path) -> None:
     record = search(tmp_path / "a", Formula(tmp_path / "log"))
     lines = (tmp_path / "log").read_text().splitlines()
-    assert len(lines) == len(set(lines)) == len(record["trials"]) == 10 * 5
+    assert len(lines) == len(set(lines)) == len(record["trials"]) == 5 * 5
     assert "sampling.steps" not in lines[0]  # the recipe itself comes first
     holding = [trial for trial in record["trials"] if trial.get("holds")]
     assert holding
@@ -46,11 +46,9 @@ def test_every_point_is_tried_once_and_the_best_that_holds_is_chosen(tmp_path: P
     # The best of all points that hold, and not only of those that were judged.
     every = [(Formula().measure(t["overrides"]), Formula().judge(t["overrides"])["holds"]) for t in record["trials"]]
     assert chosen["objective"] == min(found["objective"] for found, holds in every if holds)
-    values = [
-        (trial["objective"], trial["distance"]) for trial in record["trials"] if trial["number"] in record["front"]
-    ]
-    assert values == sorted(values)
-    assert [distance for _, distance in values] == sorted((distance for _, distance in values), reverse=True)
+    on_front = {(t["objective"], t["distance"]) for t in record["trials"] if t["number"] in record["front"]}
+    distances = [distance for _, distance in sorted(on_front)]
+    assert len(distances) > 3 and distances == sorted(distances, reverse=True)
     again = search(tmp_path / "a", Formula(tmp_path / "log"))
     assert again == record
     assert (tmp_path / "log").read_text().splitlines() == lines
@@ -64,7 +62,7 @@ def test_optuna_finds_more_than_chance_would(tmp_path: Path) -> None:
         best = choose(study)
         assert best
         assert told(best)["objective"] < 0.85  # 4 or 5 steps; the recipe's own 6 are 1
-        assert 3.0 <= seconds_spent(study) < 4.0
+        assert seconds_spent(study) >= 3.0
 
 
 def test_finished_trials_outlive_sigkill(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.search.explore import choose, finished, front
-from slipcast_compiler.search.journal import seconds_spent, told
+from slipcast_compiler.search.explore import choose, front
+from slipcast_compiler.search.journal import finished, seconds_spent, told
 from slipcast_compiler.search.judge import limits
 from slipcast_compiler.search.space import Space, as_arguments
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slipcast.errors import CheckFailed, SlipcastError
 from slipcast.progress import Stages
@@ -25,6 +25,9 @@ from slipcast_compiler.search.journal import open_journal, seconds_spent, told
 from slipcast_compiler.search.record import describe
 from slipcast_compiler.search.space import Space
 
+if TYPE_CHECKING:
+    from optuna.study import Study
+
 PROFILED = {"heads", "ffn", "low_rank"}  # levers whose passes read the profile
 
 
@@ -37,19 +40,10 @@ def choose_by_search(plan: Plan, cache: Cache, stages: Stages) -> tuple[Plan, di
     space, table = Space(plan), plan.recipe.search
     assert table
     folder = cache.root.parent / "search" / f"{plan.recipe.name}-{_hash(plan)}"
-    budget_s = table.budget_minutes * 60
     with open_journal(folder) as study:
-        if seconds_spent(study) < budget_s:
+        if seconds_spent(study) < table.budget_minutes * 60:
             with _said_on_interrupt(folder, stages), _scratch(folder) as work:
-                _profile(plan, space, cache, stages)
-                with (
-                    Evaluator(plan, space.pins, cache, work, stages) as evaluator,
-                    stages.stage("choose by search") as advance,
-                ):
-                    explore(
-                        study, space, _Watched(evaluator), budget_s, table.seed,
-                        lambda text, spent: (stages.say(text), advance(min(int(spent), int(budget_s)), int(budget_s))),
-                    )  # fmt: skip
+                _go_on(study, plan, space, work, cache, stages)
         best, record = choose(study), describe(study, plan, space)
     if best is None:
         raise CheckFailed(
@@ -59,6 +53,22 @@ def choose_by_search(plan: Plan, cache: Cache, stages: Stages) -> tuple[Plan, di
         )  # fmt: skip
     stages.say(f"  chosen: {record['arguments'] or 'the recipe as it is'}")
     return apply(plan, told(best)["overrides"]), record
+
+
+def _go_on(study: Study, plan: Plan, space: Space, work: Path, cache: Cache, stages: Stages) -> None:
+    """Until the budget is spent; what trials share comes before, and does not count."""
+    assert plan.recipe.search
+    base, budget_s = apply(plan, space.pins), plan.recipe.search.budget_minutes * 60
+    if needs_profile(base) or PROFILED & set(space.levers):
+        with stages.stage("profile") as advance:
+            make_profile(base, cache, advance)
+    with Evaluator(plan, space.pins, cache, work, stages) as evaluator, stages.stage("choose by search") as advance:
+
+        def tell(text: str, spent: float) -> None:
+            stages.say(text)
+            advance(min(int(spent), int(budget_s)), int(budget_s))
+
+        explore(study, space, _Watched(evaluator), budget_s, plan.recipe.search.seed, tell)
 
 
 class _Watched:
@@ -76,14 +86,6 @@ class _Watched:
 
 class CodeChanged(SlipcastError):  # noqa: N818 - named for what happened
     """Trials before and after it cannot be compared."""
-
-
-def _profile(plan: Plan, space: Space, cache: Cache, stages: Stages) -> None:
-    """What passes will read, once and under a name, before a trial needs it."""
-    base = apply(plan, space.pins)
-    if needs_profile(base) or PROFILED & set(space.levers):
-        with stages.stage("profile") as advance:
-            make_profile(base, cache, advance)
 
 
 def _hash(plan: Plan) -> str:

@@ -64,6 +64,8 @@ class Evaluator:
     """Measures points of a plan's space. Two engines are kept, in `work`: the recipe's own and the last point's."""
 
     def __init__(self, plan: Plan, pins: Overrides, cache: Cache, work: Path, stages: Stages) -> None:
+        assert plan.recipe.search
+        self._objective = plan.recipe.search.objective
         self._plan, self._cache, self._work = plan, cache, work
         self._engines: dict[str, Engine] = {}
         self._memory: dict[str, float] = {}
@@ -90,9 +92,11 @@ class Evaluator:
         variant = self._variant(plan)
         memory, prepare_s = self._memory[engine_key(plan)], time.perf_counter() - begin
         found = self._remote.call("measure", variant)
-        objective, shown = found["ratio"], f"{found['ratio']:.3f} of the recipe's latency"
-        if plan_objective(self._plan) == "memory":
-            objective, shown = memory, f"{memory:.0f} MB"
+        objectives = {
+            "latency": (found["ratio"], f"{found['ratio']:.3f} of the recipe's latency"),
+            "memory": (memory, f"{memory:.0f} MB"),
+        }
+        objective, shown = objectives[self._objective]
         return {"objective": objective, "shown": shown, **found, "memory_mb": memory, "prepare_s": round(prepare_s, 3)}
 
     def judge(self, overrides: Overrides) -> dict[str, Any]:
@@ -116,12 +120,6 @@ class Evaluator:
                 peak = run_isolated(bundled.make_images, folder, made.target, *image).peak_memory_mb
                 self._memory[key] = round(peak, 1)
         return self._engines[key]
-
-
-def plan_objective(plan: Plan) -> str:
-    """What the plan's search minimises."""
-    assert plan.recipe.search
-    return plan.recipe.search.objective
 
 
 def _original_latents(plan: Plan, images: Images, cache: Cache, advance: Advance) -> Path:

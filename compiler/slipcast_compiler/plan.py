@@ -11,6 +11,7 @@ from typing import Any
 
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
+from slipcast.guard import FALLBACK, NEIGHBOURS
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.family import Family, expand, outside
@@ -22,6 +23,7 @@ from slipcast_compiler.scorer import find_scorer
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
+MOST_GUARDED = 4096
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -71,6 +73,11 @@ class Plan:
         return tuple(dict.fromkeys(("", *self.family.calibration, *self.family.held_out)))
 
     @property
+    def guarded_prompts(self) -> tuple[str, ...]:
+        """The calibration prompts that a guard compares others with: no more, as all of them are compared in pairs."""
+        return self.family.calibration[:MOST_GUARDED] if self.family else ()
+
+    @property
     def not_shipped(self) -> tuple[str, ...]:
         """The components that a table takes the place of: the text encoders, for a closed family."""
         return tuple(text.component for text in self.checkpoint.architecture.text) if self.closed_prompts else ()
@@ -93,6 +100,8 @@ class Plan:
             name: sum(math.prod(weight.entry.shape) for weight in self.checkpoint.weights(source.folder).values())
             for name, source in self.checkpoint.architecture.components.items()
         }
+        if self.recipe.guard and self.recipe.guard.policy == "fallback":
+            parameters[FALLBACK] = parameters["denoiser"]
         total = sum(parameters.values())
         targets = [f"{t.engine}-{ENGINES[t.engine].device}-{t.precision}" for t in self.recipe.targets]
         bundle = sum(
@@ -177,8 +186,22 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             expected="none, or an open family", got=f"{len(strangers)} prompts",
         )  # fmt: skip
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
+    _check_guard(plan)
     plan.reference.lay()
     return plan
+
+
+def _check_guard(plan: Plan) -> None:
+    """RecipeError where there are too few calibration prompts to tell so rare a distance from."""
+    if not (guard := plan.recipe.guard):
+        return
+    needed = max(NEIGHBOURS + 1, math.ceil(1 / guard.false_alarms - 1e-9) - 1)
+    if len(plan.guarded_prompts) < needed:
+        raise RecipeError(
+            f"guard.false_alarms = {guard.false_alarms:g}: the family is too small for a threshold",
+            expected=f"{needed} calibration prompts", got=len(plan.guarded_prompts),
+            hint="add prompts, or allow more false alarms",
+        )  # fmt: skip
 
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:

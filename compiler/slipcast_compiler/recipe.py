@@ -143,6 +143,14 @@ class StagingTable(Strict):
     general: bool = False
 
 
+class GuardTable(Strict):
+    """[guard]: what becomes of prompts out of an open family: see slipcast.guard. `false_alarms`: the share of the
+    family's own prompts that may be taken for strangers."""
+
+    policy: Literal["warn", "refuse", "fallback"] = "warn"
+    false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+
 class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
@@ -232,6 +240,7 @@ class Recipe(Strict):
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
     staging: StagingTable | None = None
+    guard: GuardTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -245,6 +254,12 @@ class Recipe(Strict):
                 raise ValueError(f"gate.{limit} needs evaluate.{needed}")
         if self.timesteps and (self.sampling.timesteps or self.sampling.sigmas):
             raise ValueError("[timesteps] looks for what sampling.timesteps or sampling.sigmas gives: give one of them")
+        if self.guard and (not self.family or self.family.closed):
+            raise ValueError(
+                "[guard] is for an open family: a closed one refuses all other prompts by name"
+                if self.family
+                else "[guard] is for a model with prompts"
+            )
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")

@@ -77,6 +77,7 @@ def make_record(
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
         "passed": _verdict(gates),
         "not_run": dict(not_run),
+        "guard": None,
         "stages_s": seconds,
         "passes": dict(passes),
         "recipe": resolve(plan),

@@ -57,7 +57,7 @@ def left_out(embeddings: Floats) -> list[float]:
 
 def choose_threshold(distances: list[float], false_alarms: float) -> float:
     """The distance that a new prompt of the family exceeds with at most that probability, if it is as these are."""
-    rank = math.ceil((len(distances) + 1) * (1 - false_alarms))
+    rank = math.ceil((len(distances) + 1) * (1 - false_alarms) - 1e-9)
     return sorted(distances)[rank - 1]
 
 

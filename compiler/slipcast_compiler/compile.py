@@ -14,6 +14,7 @@ from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
+from slipcast_compiler.early_exit import choose_exit
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
@@ -51,6 +52,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     if plan.recipe.timesteps:
         with stages.stage("timesteps") as advance:
             plan, timesteps = choose_timesteps(plan, rewritten.rewrite, cache, advance)
+
+    # How little an image has to change, from one step to the next, to be taken for finished.
+    exits = None
+    if plan.recipe.early_exit:
+        with stages.stage("early exit") as advance:
+            plan, exits = choose_exit(plan, rewritten.rewrite, cache, advance)
 
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
@@ -111,7 +118,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
         record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run)
-        record["guard"] = count_alarms(plan, fields.get("guard"), runs)
+        record |= {"guard": count_alarms(plan, fields.get("guard"), runs), "early_exit": exits}
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -24,6 +24,7 @@ Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an uncond
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 MOST_GUARDED = 4096
+LEAST_TO_EXIT = 3
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -52,7 +53,7 @@ class Plan:
     @property
     def measuring(self) -> Sampling:
         """`sampling` with guidance in every evaluation: what is measured on the denoiser needs both branches of it."""
-        return self.sampling.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
+        return self.sampling.model_copy(update={"guidance_interval": None, "guidance_reuse": 0, "early_exit": None})
 
     @property
     def prompts(self) -> Prompts:
@@ -258,6 +259,11 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
             f"sampling.{sampling.requires[0]}: there is no guidance to leave out{why}",
             expected="a guidance_scale above 1, or neither guidance_interval nor guidance_reuse",
             got=f"guidance_scale {sampling.guidance_scale:g}",
+        )  # fmt: skip
+    if recipe.early_exit and sampling.steps < LEAST_TO_EXIT:
+        raise RecipeError(
+            f"[early_exit]: of {sampling.steps} steps none can be left out: a change is seen after the second{why}",
+            expected=f"sampling.steps of {LEAST_TO_EXIT} or more, or no [early_exit]", got=sampling.steps,
         )  # fmt: skip
     if not recipe.timesteps:
         return

@@ -112,6 +112,14 @@ class TimestepsTable(Strict):
     fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
 
+class EarlyExitTable(Strict):
+    """[early_exit]: images stop where their clean image has stopped changing: see slipcast.early_exit. `max_error`: how
+    far the latents of calibration prompts may be from those of all steps, on the mean, as a relative L2 norm."""
+
+    max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    prompts: Annotated[int, Field(ge=1)] = 16
+
+
 class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
 
@@ -236,6 +244,7 @@ class Recipe(Strict):
     sampling: SamplingTable = SamplingTable()
     reference: ReferenceTable = ReferenceTable()
     timesteps: TimestepsTable | None = None
+    early_exit: EarlyExitTable | None = None
     decode: DecodeTable = DecodeTable()
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()

@@ -119,7 +119,7 @@ def run(
     document = {
         "files": [str(file) for file in files], "seeds": list(result.seeds), "target": result.target,
         "seconds": {name: round(s, 4) for name, s in result.seconds.items()},
-        "guard": [vars(verdict) for verdict in result.guard],
+        "steps": list(result.steps), "guard": [vars(verdict) for verdict in result.guard],
     }  # fmt: skip
     emit(document, "\n".join(map(str, files)), as_json)
 

@@ -30,7 +30,7 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
 FEATURES = frozenset(
-    {"closed_family", "guard", "guidance_interval", "guidance_reuse", "staging"}
+    {"closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "staging"}
 )  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
@@ -109,7 +109,8 @@ class ImageGeometry(Strict):
 class Sampling(Strict):
     """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.
 
-    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance.
+    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance. `early_exit`: see
+    early_exit.EarlyExit.
     """
 
     sampler: Name
@@ -121,6 +122,7 @@ class Sampling(Strict):
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     guidance_reuse: Count = 0
+    early_exit: Annotated[float, Field(gt=0)] | None = None
     eta: float = 0.0
     noise: NoiseProcess
 
@@ -153,7 +155,11 @@ class Sampling(Strict):
     @property
     def requires(self) -> tuple[str, ...]:
         """What a reader has to know, to make these pictures and no others."""
-        asked = {"guidance_interval": self.guidance_interval, "guidance_reuse": self.guidance_reuse}
+        asked = {
+            "guidance_interval": self.guidance_interval,
+            "guidance_reuse": self.guidance_reuse,
+            "early_exit": self.early_exit,
+        }
         return tuple(name for name, value in asked.items() if value)
 
     def guidance(self, scale: float | None = None) -> Guidance:

@@ -20,6 +20,7 @@ from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.closed import PromptTable
 from slipcast.contract import check_contract
 from slipcast.denoiser import Guided, final_scale, initial_scale
+from slipcast.early_exit import EarlyExit
 from slipcast.engines import Engine, open_engine, refusal
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.guard import FALLBACK, Guard, Verdict
@@ -37,6 +38,7 @@ from slipcast.tokenizer import OnLongPrompt, PromptTokenizer
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int_]
 ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
@@ -47,7 +49,8 @@ class PipelineOutput:
     """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
 
     `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
-    `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard.
+    `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard. `steps[i]`: how many
+    image i took, fewer than asked for where it stopped early.
     """
 
     images: Any
@@ -55,6 +58,7 @@ class PipelineOutput:
     target: str
     seconds: dict[str, float] = field(default_factory=dict)
     guard: tuple[Verdict, ...] = ()
+    steps: tuple[int, ...] = ()
 
 
 class Pipeline:
@@ -143,15 +147,15 @@ class Pipeline:
         conditioning, verdicts = self._encode(request, seconds)
         strangers = [i for i, verdict in enumerate(verdicts) if verdict.fallback]
         if not strangers:
-            latents = self._denoise(request, conditioning, callback, seconds)
+            latents, steps = self._denoise(request, conditioning, callback, seconds)
         else:
-            latents = self._denoise_apart(request, strangers, conditioning, callback, seconds)
+            latents, steps = self._denoise_apart(request, strangers, conditioning, callback, seconds)
         images: Any = latents
         if request.output_type != "latent":
             pictures = self._decode(latents, seconds)
             images = pictures if request.output_type == "np" else [to_pil(picture) for picture in pictures]
         seconds["total"] = time.perf_counter() - clock
-        return PipelineOutput(images, request.seeds, self.target, seconds, tuple(verdicts))
+        return PipelineOutput(images, request.seeds, self.target, seconds, tuple(verdicts), tuple(steps.tolist()))
 
     def _denoise_apart(
         self,
@@ -160,16 +164,17 @@ class Pipeline:
         conditioning: dict[str, Floats],
         callback: OnStepEnd | None,
         seconds: dict[str, float],
-    ) -> Floats:
+    ) -> tuple[Floats, Indices]:
         """As _denoise, with each image by the denoiser that it belongs to."""
         assert request.fallback
         family = [i for i in range(len(request.seeds)) if i not in strangers]
-        latents = np.empty((len(request.seeds), *self.manifest.image.latent_shape), np.float32)
+        count = len(request.seeds)
+        latents, steps = np.empty((count, *self.manifest.image.latent_shape), np.float32), np.zeros(count, int)
         for each, images in ((request, family), (request.fallback, strangers)):
             if images:
                 rows = {k: _chosen_rows(v, len(request.seeds), images, both=True) for k, v in conditioning.items()}
-                latents[images] = self._denoise(each.only(images), rows, callback, seconds)
-        return latents
+                latents[images], steps[images] = self._denoise(each.only(images), rows, callback, seconds)
+        return latents, steps
 
     def _encode(self, request: Request, seconds: dict[str, float]) -> tuple[dict[str, Floats], list[Verdict]]:
         """Denoiser inputs that depend on the prompt, unconditional rows first where guided; and what the guard says.
@@ -226,39 +231,48 @@ class Pipeline:
 
     def _denoise(
         self, request: Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
-    ) -> Floats:
-        """The sampling loop; float32 latents [n, c, h, w] of the clean picture."""
+    ) -> tuple[Floats, Indices]:
+        """The sampling loop; float32 latents [n, c, h, w] of the clean pictures, and how many steps each took."""
         settings, schedule = request.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self.manifest.image.latent_shape)
         at_once = self._at_once(len(request.seeds))
         rows = self._rows(request, seconds)
         wanted = {spec.name for spec in self.manifest.components[request.component].inputs}
-        chunks = [slice(i, i + at_once) for i in range(0, len(request.seeds), at_once)]
-        # Taken apart once: an engine knows an array that it was given before, and need not read it again.
-        of_prompt = {
-            both: [
-                {name: _chosen_rows(array, len(request.seeds), chunk, both) for name, array in conditioning.items()}
-                for chunk in chunks
-            ]
-            for both in (False, True)
-        }
+        taken_apart: dict[bool, tuple[int, list[tuple[Indices, Row]]]] = {}
+
+        def of_prompt(left: Indices, both: bool) -> list[tuple[Indices, Row]]:
+            """The images of each call, and what is given of their prompts."""
+            # Once for as long as they are the same: an engine knows an array that it was given before.
+            count, groups = taken_apart.get(both, (0, []))
+            if count != len(left):
+                groups = [
+                    (each, {k: _chosen_rows(v, len(request.seeds), each, both) for k, v in conditioning.items()})
+                    for each in np.split(left, range(at_once, len(left), at_once))
+                ]
+                taken_apart[both] = len(left), groups
+            return groups
+
         with self.residency.use(request.component) as engine:
 
             def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
                 of_step = {"timestep": np.array([timestep], np.float32)} | rows.get(told(timestep), {})
-                parts = []
-                for chunk, given in zip(chunks, of_prompt[both], strict=True):
-                    batch = np.concatenate([x[chunk], x[chunk]]) if both else x[chunk]
+                conditional, unconditional = x.copy(), x.copy() if both else None
+                for images, given in of_prompt(denoise.left, both):
+                    batch = np.concatenate([x[images], x[images]]) if both else x[images]
                     known = {"sample": batch} | of_step | given
                     inputs = {name: value for name, value in known.items() if name in wanted}
                     output: Floats = _timed(engine, inputs, seconds, request.component)["prediction"]
-                    parts.append(np.split(output, 2) if both else [output])
-                *unconditional, conditional = [np.concatenate(part) for part in zip(*parts, strict=True)]
-                return conditional, unconditional[0] if both else None
+                    conditional[images] = output[-len(images) :]
+                    if unconditional is not None:
+                        unconditional[images] = output[: len(images)]
+                return conditional, unconditional
 
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
-            denoise = Guided(settings.noise, schedule, evaluate, guidance)
+            guided = Guided(settings.noise, schedule, evaluate, guidance)
+            # The threshold is one of changes between these steps: between others, images change more or less.
+            own = len(schedule.timesteps) == settings.steps
+            denoise = EarlyExit(guided, settings.early_exit if own else None, len(request.seeds))
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -271,8 +285,9 @@ class Pipeline:
                     if changed and "latents" in changed:
                         x[...] = check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
                     _check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
-            latents: Floats = x * final_scale(settings.noise, schedule)
-        return latents
+                if not denoise.end_step():
+                    break
+        return denoise.results(x * final_scale(settings.noise, schedule)), denoise.steps
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""
@@ -366,7 +381,7 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _chosen_rows(array: Floats, images: int, chosen: slice | list[int], both: bool) -> Floats:
+def _chosen_rows(array: Floats, images: int, chosen: Indices | list[int], both: bool) -> Floats:
     """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
     rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
     return rows.reshape(-1, *array.shape[1:])

@@ -15,8 +15,9 @@ MEMBER, STRANGER = "a small red circle on a white background", "a pink cross to 
 RECIPE = f"""
 name = "guarded"
 model.path = "{ROOT / "recipes/models/shapes"}"
-sampling = {{ sampler = "dpmpp_2m", steps = 2, guidance_scale = 4.0 }}
+sampling = {{ sampler = "dpmpp_2m", steps = 4, guidance_scale = 4.0 }}
 reference.steps = 3
+early_exit = {{ max_error = 0.3, prompts = 2 }}
 staging = {{}}
 passes.prune_heads = {{ ratio = 0.5, criterion = "magnitude" }}
 guard = {{ policy = "fallback", false_alarms = 0.1 }}
@@ -52,14 +53,15 @@ def test_strangers_get_the_originals_picture(folder: Path) -> None:
 
 def test_a_batch_of_both(folder: Path) -> None:
     with slipcast.load(folder / "bundle") as pipe:
-        assert pipe.manifest.requires == ("staging", "guard")
+        assert pipe.manifest.requires == ("early_exit", "staging", "guard")
         prompts = [MEMBER, STRANGER, MEMBER, STRANGER]
         out = pipe(prompts, seed=5, output_type="np")
         assert [verdict.fallback for verdict in out.guard] == [False, True, False, True]
         for i, prompt in enumerate(prompts):
             alone = pipe(prompt, seed=5 + i, output_type="np")
             np.testing.assert_array_equal(alone.images[0], out.images[i])
-            assert alone.guard[0] == out.guard[i]
+            assert (alone.guard[0], alone.steps[0]) == (out.guard[i], out.steps[i])
+        assert out.steps[1] == out.steps[3] == 3 and max(out.steps[0], out.steps[2]) <= 4
 
 
 def test_wrong_input_for_a_guard(folder: Path) -> None:

@@ -17,29 +17,36 @@ from slipcast.progress import Advance
 
 
 def make_images(
-    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], advance: Advance
+    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], held_out: int, advance: Advance
 ) -> dict[str, Any]:
     """One image per prompt and seed, one at a time; the first is drawn once before, as warm-up.
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, load_s, and median seconds by component.
+    The first `held_out` are drawn by the bundle's specialised denoiser whatever its guard says; of the others, those
+    that it takes for strangers are drawn by what is there for them.
+
+    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each of the held-out, load_s, median seconds by
+    component, and the guard's distances.
     """
     begin = time.perf_counter()
     import slipcast
 
     with slipcast.load(root, target=target) as pipe:
         load_s = time.perf_counter() - begin
-        pipe(prompts[0], seed=seeds[0], output_type="np")
-        pictures, seconds = [], []
+        pipe(prompts[0], seed=seeds[0], output_type="np", guard="warn")
+        pictures, seconds, distances = [], [], []
+        guard = pipe.manifest.guard
+        for_strangers: Any = "fallback" if guard and guard.policy == "fallback" else "warn"
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))
-            output = pipe(prompt, seed=seed, output_type="np")
-            seconds.append(output.seconds)
+            output = pipe(prompt, seed=seed, output_type="np", guard="warn" if i < held_out else for_strangers)
+            seconds += [output.seconds] if i < held_out else []
+            distances += [verdict.distance for verdict in output.guard]
             pictures.append(output.images[0])
         used = [name for name in pipe.manifest.components if name in seconds[0]]
         components = {name: statistics.median(each[name] for each in seconds) for name in used}
     return {
         "images": np.stack(pictures), "seconds": [each["total"] for each in seconds], "load_s": load_s,
-        "components_s": components,
+        "components_s": components, "distances": distances,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Stable Diffusion 1.5), but are 32 times larger there (7.7 MB a prompt against 0.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +32,7 @@ def cached_prompts(plan: Plan, exported: dict[str, Path], cache: Cache, advance:
     `plan.closed_prompts`: evaluated in fp32 by ONNX Runtime, or from the cache."""
 
     def make(out: Path) -> None:
-        parts: dict[str, list[npt.NDArray[np.float32]]] = {}
-        for place, text in enumerate(plan.checkpoint.architecture.text):
-            ids = _tokens(plan, text.tokenizer)
-            with open_engine(exported[text.component] / f"{text.component}.onnx", None, "fp32") as engine:
-                rows = []
-                for done, row in enumerate(ids):  # one by one: memory does not grow with their number
-                    advance(place * len(ids) + done, len(plan.checkpoint.architecture.text) * len(ids))
-                    rows.append(engine({"input_ids": row[None]}))
-            for output, denoiser_input in text.outputs:
-                parts.setdefault(denoiser_input, []).append(np.concatenate([row[output] for row in rows]))
-        save_file({name: np.concatenate(found, axis=-1) for name, found in parts.items()}, out / PROMPT_TABLE)
+        save_file(encode(plan, plan.closed_prompts, exported, advance)[1], out / PROMPT_TABLE)
 
     inputs = {
         "encoders": {name: exported[name].name for name in plan.not_shipped}, "prompts": plan.closed_prompts,
@@ -50,12 +41,32 @@ def cached_prompts(plan: Plan, exported: dict[str, Path], cache: Cache, advance:
     return cache.get("prompts", inputs, make) / PROMPT_TABLE
 
 
-def _tokens(plan: Plan, folder: str) -> npt.NDArray[np.int64]:
+def encode(
+    plan: Plan, prompts: Sequence[str], exported: dict[str, Path], advance: Advance
+) -> tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[np.float32]]]:
+    """Tokens of the first tokenizer, int64 [prompts, length], and what text encoders give, float32 [prompts, ...] by
+    input of the denoiser: in fp32 by ONNX Runtime."""
+    texts = plan.checkpoint.architecture.text
+    tokens = [tokenizer_of(plan, text.tokenizer)(prompts) for text in texts]
+    parts: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for place, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
+        with open_engine(exported[text.component] / f"{text.component}.onnx", None, "fp32") as engine:
+            rows = []
+            for done, row in enumerate(ids):  # one by one: memory does not grow with their number
+                advance(place * len(ids) + done, len(texts) * len(ids))
+                rows.append(engine({"input_ids": row[None]}))
+        for output, denoiser_input in text.outputs:
+            parts.setdefault(denoiser_input, []).append(np.concatenate([row[output] for row in rows]))
+    return tokens[0], {name: np.concatenate(found, axis=-1) for name, found in parts.items()}
+
+
+def tokenizer_of(plan: Plan, folder: str) -> PromptTokenizer:
+    """The checkpoint's, as the runtime has it."""
     data, _, pad = tokenizer_file(plan.checkpoint, folder)
     with tempfile.TemporaryDirectory(prefix="slipcast-tokenizer-") as name:
         file = Path(name) / "tokenizer.json"
         file.write_bytes(data)
-        return PromptTokenizer(file, plan.sizes["text_length"], pad)(plan.closed_prompts)
+        return PromptTokenizer(file, plan.sizes["text_length"], pad)
 
 
 def describe_prompts(plan: Plan, table: Path) -> ClosedPrompts:

@@ -14,7 +14,9 @@ from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
+from slipcast_compiler.early_exit import choose_exit
 from slipcast_compiler.export import cached_export
+from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
@@ -57,6 +59,12 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage("timesteps") as advance:
             plan, timesteps = choose_timesteps(plan, rewritten.rewrite, cache, advance)
 
+    # How little an image has to change, from one step to the next, to be taken for finished.
+    exits = None
+    if plan.recipe.early_exit:
+        with stages.stage("early exit") as advance:
+            plan, exits = choose_exit(plan, rewritten.rewrite, cache, advance)
+
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
     for name in plan.checkpoint.architecture.components:
@@ -83,10 +91,18 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         with stages.stage("quantize denoiser") as advance:
             quantized = quantize(plan, exported["denoiser"], samples, cache, advance)
 
+    # How a runtime tells prompts out of the family, and what draws those.
+    guard = None
+    if plan.recipe.guard:
+        with stages.stage("guard") as advance:
+            guard = cached_guard(plan, exported, cache, advance)
+            exported |= fallbacks(plan, cache)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with package.staging(output) as folder:
         targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
         fields = package.describe(plan, exported, prompts, folder) | rewritten.manifest_fields()
+        fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
         package.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle through the runtime, as a host would run it, against the original: what can run here.
@@ -108,6 +124,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
         record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run, searched)
+        record |= {"guard": count_alarms(plan, fields.get("guard"), runs), "early_exit": exits}
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -50,6 +50,7 @@ class Run:
     load_s: float
     peak_memory_mb: float
     components_s: dict[str, float]
+    distances: tuple[float, ...] = ()  # of the prompts from the family, where the bundle has a guard
 
     @property
     def latency_s(self) -> float:
@@ -135,7 +136,8 @@ def measure_memory(root: Path, target: Target) -> dict[str, float]:
 
 def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
     """The same prompts and seeds through the runtime, in a process of its own."""
-    isolated = run_isolated(bundled.make_images, root, target.id, originals.prompts, originals.seeds, advance=advance)
+    arguments = (root, target.id, originals.prompts, originals.seeds, len(originals.bf16))
+    isolated = run_isolated(bundled.make_images, *arguments, advance=advance)
     return _run(isolated.result, isolated.peak_memory_mb)
 
 
@@ -261,6 +263,7 @@ def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
         float(made["load_s"]),
         peak_memory_mb,
         made.get("components_s", {}),
+        tuple(made.get("distances", ())),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
+from slipcast.guard import FALLBACK, NEIGHBOURS
 from slipcast.manifest import ImageGeometry, Sampling
 from slipcast.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.family import Family, expand, outside
@@ -23,6 +24,8 @@ from slipcast_compiler.search.space import Space
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
+MOST_GUARDED = 4096
+LEAST_TO_EXIT = 3
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
@@ -52,7 +55,7 @@ class Plan:
     def measuring(self) -> Sampling:
         """The sampling of what is measured on the denoiser: guidance in every evaluation, as it needs both branches."""
         chosen = self.reference if self.recipe.profile.sampling == "reference" else self.sampling
-        return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
+        return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0, "early_exit": None})
 
     @property
     def prompts(self) -> Prompts:
@@ -71,6 +74,11 @@ class Plan:
         if not (self.family and self.family.closed):
             return ()
         return tuple(dict.fromkeys(("", *self.family.calibration, *self.family.held_out)))
+
+    @property
+    def guarded_prompts(self) -> tuple[str, ...]:
+        """The calibration prompts that a guard compares others with: no more, as all of them are compared in pairs."""
+        return self.family.calibration[:MOST_GUARDED] if self.family else ()
 
     @property
     def not_shipped(self) -> tuple[str, ...]:
@@ -95,6 +103,8 @@ class Plan:
             name: sum(math.prod(weight.entry.shape) for weight in self.checkpoint.weights(source.folder).values())
             for name, source in self.checkpoint.architecture.components.items()
         }
+        if self.recipe.guard and self.recipe.guard.policy == "fallback":
+            parameters[FALLBACK] = parameters["denoiser"]
         total = sum(parameters.values())
         targets = [f"{t.engine}-{ENGINES[t.engine].device}-{t.precision}" for t in self.recipe.targets]
         bundle = sum(
@@ -180,6 +190,7 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             expected="none, or an open family", got=f"{len(strangers)} prompts",
         )  # fmt: skip
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
+    _check_guard(plan)
     plan.reference.lay()
     if recipe.search:
         Space(plan)  # what it may turn is refused now
@@ -191,6 +202,19 @@ def replan(plan: Plan, recipe: Recipe) -> Plan:
     sampling = _sampling(recipe.sampling, plan.checkpoint)
     _check_sampling(recipe, plan.checkpoint, sampling)
     return dataclasses.replace(plan, recipe=recipe, sampling=sampling)
+
+
+def _check_guard(plan: Plan) -> None:
+    """RecipeError where there are too few calibration prompts to tell so rare a distance from."""
+    if not (guard := plan.recipe.guard):
+        return
+    needed = max(NEIGHBOURS + 1, math.ceil(1 / guard.false_alarms - 1e-9) - 1)
+    if len(plan.guarded_prompts) < needed:
+        raise RecipeError(
+            f"guard.false_alarms = {guard.false_alarms:g}: the family is too small for a threshold",
+            expected=f"{needed} calibration prompts", got=len(plan.guarded_prompts),
+            hint="add prompts, or allow more false alarms",
+        )  # fmt: skip
 
 
 def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
@@ -247,6 +271,11 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
             f"sampling.{sampling.requires[0]}: there is no guidance to leave out{why}",
             expected="a guidance_scale above 1, or neither guidance_interval nor guidance_reuse",
             got=f"guidance_scale {sampling.guidance_scale:g}",
+        )  # fmt: skip
+    if recipe.early_exit and sampling.steps < LEAST_TO_EXIT:
+        raise RecipeError(
+            f"[early_exit]: of {sampling.steps} steps none can be left out: a change is seen after the second{why}",
+            expected=f"sampling.steps of {LEAST_TO_EXIT} or more, or no [early_exit]", got=sampling.steps,
         )  # fmt: skip
     if not recipe.timesteps:
         return

@@ -113,6 +113,14 @@ class TimestepsTable(Strict):
     fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
 
+class EarlyExitTable(Strict):
+    """[early_exit]: images stop where their clean image has stopped changing: see slipcast.early_exit. `max_error`: how
+    far the latents of calibration prompts may be from those of all steps, on the mean, as a relative L2 norm."""
+
+    max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    prompts: Annotated[int, Field(ge=1)] = 16
+
+
 class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
 
@@ -143,6 +151,14 @@ class StagingTable(Strict):
     """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
 
     general: bool = False
+
+
+class GuardTable(Strict):
+    """[guard]: what becomes of prompts out of an open family: see slipcast.guard. `false_alarms`: the share of the
+    family's own prompts that may be taken for strangers."""
+
+    policy: Literal["warn", "refuse", "fallback"] = "warn"
+    false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
 
 class EvaluateTable(Strict):
@@ -230,11 +246,13 @@ class Recipe(Strict):
     sampling: SamplingTable = SamplingTable()
     reference: ReferenceTable = ReferenceTable()
     timesteps: TimestepsTable | None = None
+    early_exit: EarlyExitTable | None = None
     decode: DecodeTable = DecodeTable()
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
     staging: StagingTable | None = None
     search: SearchTable | None = None
+    guard: GuardTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
     targets: Annotated[
@@ -248,6 +266,12 @@ class Recipe(Strict):
                 raise ValueError(f"gate.{limit} needs evaluate.{needed}")
         if self.timesteps and (self.sampling.timesteps or self.sampling.sigmas):
             raise ValueError("[timesteps] looks for what sampling.timesteps or sampling.sigmas gives: give one of them")
+        if self.guard and (not self.family or self.family.closed):
+            raise ValueError(
+                "[guard] is for an open family: a closed one refuses all other prompts by name"
+                if self.family
+                else "[guard] is for a model with prompts"
+            )
         ids = [(target.engine, target.precision) for target in self.targets]
         if len(set(ids)) < len(ids):
             raise ValueError("two targets with the same engine and precision")

@@ -208,15 +208,22 @@ def _find(plan: Plan, rewrite: Rewrite, prompts: Prompts, advance: Advance) -> d
     import torch
 
     with quiet(), torch.no_grad():
-        pipe = original.open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
-        Denoiser(plan.checkpoint, rewrite).load(pipe)
-        cells = (plan.image.channels, plan.image.height // plan.image.factor, plan.image.width // plan.image.factor)
-        draws = [torch.randn((1, *cells), generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))]
-        at_once = max(1, CELLS_AT_ONCE // (cells[1] * cells[2]))
-        model = Model(plan.sampling, _bind(pipe, prompts, at_once), torch.cat(draws))
+        model = Model(plan.sampling, *bind(plan, rewrite, prompts))
         table = plan.recipe.timesteps
         assert table
         return search(model, table.method, table.fine_steps, advance)
+
+
+def bind(plan: Plan, rewrite: Rewrite, prompts: Prompts) -> tuple[Evaluate, Array]:
+    """The rewritten denoiser, in torch, with the prompts; and initial noise of seed i for prompt i."""
+    import torch
+
+    pipe = original.open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
+    Denoiser(plan.checkpoint, rewrite).load(pipe)
+    shape = plan.image.latent_shape
+    draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))]
+    at_once = max(1, CELLS_AT_ONCE // (shape[1] * shape[2]))
+    return _bind(pipe, prompts, at_once), torch.cat(draws)
 
 
 def _bind(pipe: Any, prompts: Prompts, at_once: int) -> Evaluate:

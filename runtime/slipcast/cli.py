@@ -74,6 +74,10 @@ def cli(debug: bool) -> None:
 @click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
 @unlisted_option
 @click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
+@click.option(
+    "--guard", type=click.Choice(["warn", "refuse", "fallback"]),
+    help="What becomes of a prompt out of the family.  [default: what the bundle says]",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture, or a directory for one each.")
 @json_option
 def run(
@@ -88,6 +92,7 @@ def run(
     residency: Any,
     allow_unlisted: bool,
     on_long_prompt: Any,
+    guard: Any,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -103,16 +108,18 @@ def run(
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
+    usual = steps or pipe.manifest.sampling.steps  # the unspecialised denoiser may take more
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
         result = pipe(
             prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images,
             num_inference_steps=steps, guidance_scale=guidance_scale, on_long_prompt=on_long_prompt,
-            callback_on_step_end=lambda _, step, __, ___: advance(step + 1, steps or pipe.manifest.sampling.steps),
+            guard=guard, callback_on_step_end=lambda _, step, __, ___: advance(step + 1, max(usual, step + 1)),
         )  # fmt: skip
     files = _save(result.images, result.seeds, output or Path(f"{pipe.manifest.name}-{result.seeds[0]}.png"))
     document = {
         "files": [str(file) for file in files], "seeds": list(result.seeds), "target": result.target,
         "seconds": {name: round(s, 4) for name, s in result.seconds.items()},
+        "steps": list(result.steps), "guard": [vars(verdict) for verdict in result.guard],
     }  # fmt: skip
     emit(document, "\n".join(map(str, files)), as_json)
 
@@ -357,6 +364,10 @@ def _inspect_text(manifest: Manifest) -> str:
     if closed := manifest.prompts:
         size = sizes[closed.table] / 1e6
         lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
+    if guard := manifest.guard:
+        lines.append(
+            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
+        )
     for target in manifest.targets:
         used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
         lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB{_bound(target)}")

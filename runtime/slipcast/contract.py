@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from slipcast.errors import ArtifactError
+from slipcast.guard import FALLBACK, GuardRecord
 from slipcast.manifest import Manifest, TensorSpec
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
@@ -21,9 +22,13 @@ def check_contract(manifest: Manifest) -> None:
         conditioning = {name: (dtype, (None, *shape)) for name, (dtype, shape) in rows.items()}
     fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **conditioning}
     _compare(manifest, "denoiser", _fed_when_staged(manifest, fed) if manifest.staging else fed, {"prediction": latent})
+    if FALLBACK in manifest.components:
+        _compare(manifest, FALLBACK, fed, {"prediction": latent})
     for text in manifest.text:
         inputs: Wanted = {"input_ids": ("int64", (None, text.max_length))}
         _compare(manifest, text.component, inputs, dict.fromkeys(text.outputs, ("float32", None)))
+    if manifest.guard:
+        _check_guard(manifest, manifest.guard)
     if "vae_decoder" in manifest.components:
         tile = ("float32", (None, image.channels, None, None))
         _compare(manifest, "vae_decoder", {"latent": tile}, {"image": ("float32", (None, None, None, None))})
@@ -43,6 +48,21 @@ def _fed_when_staged(manifest: Manifest, fed: Wanted) -> Wanted:
         _compare(manifest, "denoiser_step", {"timestep": fed["timestep"]}, _wanted(manifest.staging.rows))
     taken = {"sample", *(spec.name for spec in manifest.components["denoiser"].inputs)}
     return {name: wanted for name, wanted in ready.items() if name in taken}
+
+
+def _check_guard(manifest: Manifest, guard: GuardRecord) -> None:
+    """Its embeddings are as wide as what the encoders give, joined, and there is one of each token."""
+    shapes = [
+        spec.shape
+        for text in manifest.text
+        for spec in manifest.components[text.component].outputs
+        if text.outputs.get(spec.name) == guard.input
+    ]
+    if any(len(shape) != 3 for shape in shapes):
+        raise _refuse(f"guard.input: {guard.input}", "an embedding of each token", f"shapes {shapes}")
+    width = sum(shape[-1] for shape in shapes if isinstance(shape[-1], int))
+    if width and width != guard.shape[1]:
+        raise _refuse("guard.shape", f"embeddings {width} wide", str(guard.shape[1]))
 
 
 def _wanted(specs: Iterable[TensorSpec]) -> dict[str, tuple[str, tuple[int | None, ...]]]:

@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator,
 
 from slipcast.denoiser import PREDICTIONS, Guidance
 from slipcast.errors import ArtifactError, RequestError
+from slipcast.guard import FALLBACK, GuardRecord
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import (
     BETA_SCHEDULES,
@@ -29,13 +30,14 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
 FEATURES = frozenset(
-    {"closed_family", "guidance_interval", "guidance_reuse", "staging"}
+    {"closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "staging"}
 )  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
 ComponentName = Literal[
-    "text_encoder", "text_encoder_2", "denoiser", "denoiser_prompt", "denoiser_step", "vae_decoder", "vae_encoder"
-]
+    "text_encoder", "text_encoder_2", "denoiser", "denoiser_prompt", "denoiser_step", "denoiser_fallback",
+    "vae_decoder", "vae_encoder",
+]  # fmt: skip
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0)]
@@ -107,7 +109,8 @@ class ImageGeometry(Strict):
 class Sampling(Strict):
     """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.
 
-    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance.
+    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance. `early_exit`: see
+    early_exit.EarlyExit.
     """
 
     sampler: Name
@@ -119,6 +122,7 @@ class Sampling(Strict):
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     guidance_reuse: Count = 0
+    early_exit: Annotated[float, Field(gt=0)] | None = None
     eta: float = 0.0
     noise: NoiseProcess
 
@@ -151,7 +155,11 @@ class Sampling(Strict):
     @property
     def requires(self) -> tuple[str, ...]:
         """What a reader has to know, to make these pictures and no others."""
-        asked = {"guidance_interval": self.guidance_interval, "guidance_reuse": self.guidance_reuse}
+        asked = {
+            "guidance_interval": self.guidance_interval,
+            "guidance_reuse": self.guidance_reuse,
+            "early_exit": self.early_exit,
+        }
         return tuple(name for name, value in asked.items() if value)
 
     def guidance(self, scale: float | None = None) -> Guidance:
@@ -345,6 +353,7 @@ class Manifest(Strict):
     components: dict[ComponentName, Component]
     text: tuple[TextInput, ...]
     prompts: ClosedPrompts | None = None
+    guard: GuardRecord | None = None
     image: ImageGeometry
     sampling: Sampling
     reference: Sampling | None = None
@@ -376,6 +385,12 @@ class Manifest(Strict):
             raise ValueError("closed_family has to be named under requires")
         if self.prompts and self.text:
             raise ValueError("prompts come from a table or through text encoders, not both")
+        if self.guard and self.guard.input not in {name for text in self.text for name in text.outputs.values()}:
+            raise ValueError(f"guard: no text encoder gives the denoiser {self.guard.input!r}")
+        if ("guard" in self.requires) != bool(self.guard and self.guard.policy != "warn"):
+            raise ValueError("a guard that does more than to warn has to be named under requires")
+        if (FALLBACK in self.components) != bool(self.guard and self.guard.policy == "fallback"):
+            raise ValueError(f"the component {FALLBACK} belongs to a guard with the policy fallback")
         if "denoiser" not in self.components:
             raise ValueError("components: no denoiser")
         for target in self.targets:
@@ -398,6 +413,7 @@ class Manifest(Strict):
         """What is read whatever the target: tokenizers and tables."""
         tables = [self.staging.step_table] if self.staging else []
         tables += [self.prompts.table] if self.prompts else []
+        tables += [self.guard.table] if self.guard else []
         return [*(text.tokenizer for text in self.text), *tables]
 
     def _referenced(self) -> list[str]:

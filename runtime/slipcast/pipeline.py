@@ -20,8 +20,11 @@ from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.closed import PromptTable
 from slipcast.contract import check_contract
 from slipcast.denoiser import Guided, final_scale, initial_scale
+from slipcast.early_exit import EarlyExit
 from slipcast.engines import Engine, open_engine, refusal
 from slipcast.errors import HostError, NumericalError, RequestError
+from slipcast.guard import FALLBACK, Guard, Verdict
+from slipcast.guard import Policy as GuardPolicy
 from slipcast.manifest import Manifest, Target
 from slipcast.request import OutputType, Request, check_latents, check_request
 from slipcast.residency import Policy, Residency
@@ -35,6 +38,7 @@ from slipcast.tokenizer import OnLongPrompt, PromptTokenizer
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int_]
 ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
@@ -45,12 +49,16 @@ class PipelineOutput:
     """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
 
     `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
+    `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard. `steps[i]`: how many
+    image i took, fewer than asked for where it stopped early.
     """
 
     images: Any
     seeds: tuple[int, ...]
     target: str
     seconds: dict[str, float] = field(default_factory=dict)
+    guard: tuple[Verdict, ...] = ()
+    steps: tuple[int, ...] = ()
 
 
 class Pipeline:
@@ -67,7 +75,9 @@ class Pipeline:
         staging, closed = self.manifest.staging, self.manifest.prompts
         self._prompt_table = PromptTable(bundle.path(closed.table), closed) if closed else None
         self._step_table = read_step_table(bundle.path(staging.step_table), staging) if staging else None
-        self.residency = Residency({name: partial(self._open, name) for name in target.components}, residency)
+        self._guard = self._open_guard()
+        openers = {str(name): partial(self._open, str(name)) for name in target.components}
+        self.residency = Residency(openers, residency, rare={FALLBACK})
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
 
     def __call__(
@@ -84,6 +94,7 @@ class Pipeline:
         latents: Floats | None = None,
         output_type: OutputType = "pil",
         on_long_prompt: OnLongPrompt = "warn",
+        guard: GuardPolicy | None = None,
         callback_on_step_end: OnStepEnd | None = None,
     ) -> PipelineOutput:
         """Make images; arguments as in diffusers, defaults as the bundle was compiled.
@@ -92,16 +103,17 @@ class Pipeline:
         seed, whatever the batch. `latents`: unit noise, float32 [n, c, h, w], instead of the seeds' initial noise.
         `callback_on_step_end(pipeline, step, timestep, {"latents": x})` may return {"latents": ...} to go on with, or
         raise `slipcast.Cancelled` to stop; x is x0 + sigma * noise (not scaled), float32. Calls from several threads
-        take turns.
+        take turns. `guard`: what becomes of prompts out of the family, in place of the bundle's own policy; with
+        "fallback" they are drawn after the others, and the callback sees the two groups one after the other.
 
-        Raises RequestError (a ValueError) with the legal range before any engine runs; NumericalError where a step or
-        the decoder yields NaN or infinity.
+        Raises RequestError (a ValueError) with the legal range before any engine runs, or for a prompt that a guard
+        refuses; NumericalError where a step or the decoder yields NaN or infinity.
         """
         request = check_request(
             self.manifest, self._target, self._prompt_table,
             prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, width=width, height=height,
-            latents=latents, output_type=output_type, on_long_prompt=on_long_prompt,
+            latents=latents, output_type=output_type, on_long_prompt=on_long_prompt, guard=guard,
         )  # fmt: skip
         with self._one_call_at_a_time:
             return self._run(request, callback_on_step_end)
@@ -125,36 +137,74 @@ class Pipeline:
         contract = self.manifest.components[name]
         return open_engine(self._target.engine, model, weights, precision or self._target.precision, contract)
 
+    def _open_guard(self) -> Guard | None:
+        if not (record := self.manifest.guard):
+            return None
+        return Guard(self.bundle.path(record.table), record, special=np.unique(self._tokenizers[0]([""])))
+
     def _run(self, request: Request, callback: OnStepEnd | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
-        conditioning = self._encode(request, seconds)
-        latents = self._denoise(request, conditioning, callback, seconds)
+        conditioning, verdicts = self._encode(request, seconds)
+        strangers = [i for i, verdict in enumerate(verdicts) if verdict.fallback]
+        if not strangers:
+            latents, steps = self._denoise(request, conditioning, callback, seconds)
+        else:
+            latents, steps = self._denoise_apart(request, strangers, conditioning, callback, seconds)
         images: Any = latents
         if request.output_type != "latent":
             pictures = self._decode(latents, seconds)
             images = pictures if request.output_type == "np" else [to_pil(picture) for picture in pictures]
         seconds["total"] = time.perf_counter() - clock
-        return PipelineOutput(images, request.seeds, self.target, seconds)
+        return PipelineOutput(images, request.seeds, self.target, seconds, tuple(verdicts), tuple(steps.tolist()))
 
-    def _encode(self, request: Request, seconds: dict[str, float]) -> dict[str, Floats]:
-        """Denoiser inputs that depend on the prompt: unconditional rows first, where guided."""
-        texts = [*request.negative, *request.prompts] if request.guided else request.prompts
+    def _denoise_apart(
+        self,
+        request: Request,
+        strangers: list[int],
+        conditioning: dict[str, Floats],
+        callback: OnStepEnd | None,
+        seconds: dict[str, float],
+    ) -> tuple[Floats, Indices]:
+        """As _denoise, with each image by the denoiser that it belongs to."""
+        assert request.fallback
+        family = [i for i in range(len(request.seeds)) if i not in strangers]
+        count = len(request.seeds)
+        latents, steps = np.empty((count, *self.manifest.image.latent_shape), np.float32), np.zeros(count, int)
+        for each, images in ((request, family), (request.fallback, strangers)):
+            if images:
+                rows = {k: _chosen_rows(v, len(request.seeds), images, both=True) for k, v in conditioning.items()}
+                latents[images], steps[images] = self._denoise(each.only(images), rows, callback, seconds)
+        return latents, steps
+
+    def _encode(self, request: Request, seconds: dict[str, float]) -> tuple[dict[str, Floats], list[Verdict]]:
+        """Denoiser inputs that depend on the prompt, unconditional rows first where guided; and what the guard says.
+
+        RequestError where it refuses a prompt.
+        """
+        guided = request.guided or bool(request.fallback and request.fallback.guided)
+        texts = [*request.negative, *request.prompts] if guided else request.prompts
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         places = [distinct[text] for text in texts]
         if self._prompt_table:
             ready = self._prompt_table(list(distinct))
         else:
-            ready = self._encode_texts(list(distinct), request.on_long_prompt, seconds)
+            tokens, ready = self._encode_texts(list(distinct), request.on_long_prompt, seconds)
+        verdicts: list[Verdict] = []
+        if self._guard:
+            asked = list(dict.fromkeys(request.prompts))
+            rows, hidden = [distinct[prompt] for prompt in asked], ready[self._guard.record.input]
+            found = self._guard.judge(asked, tokens[0][rows], hidden[rows], request.guard)
+            verdicts = [found[asked.index(prompt)] for prompt in request.prompts]
         if prompt_part := self.manifest.components.get("denoiser_prompt"):
             with self.residency.use("denoiser_prompt") as engine:
                 given = {spec.name: ready[spec.name] for spec in prompt_part.inputs}
                 ready |= _timed(engine, given, seconds, "denoiser_prompt")
-        return {name: values[places] for name, values in ready.items()}
+        return {name: values[places] for name, values in ready.items()}, verdicts
 
     def _encode_texts(
         self, texts: list[str], on_long_prompt: OnLongPrompt, seconds: dict[str, float]
-    ) -> dict[str, Floats]:
-        """What the text encoders give for them, by input of the denoiser."""
+    ) -> tuple[list[npt.NDArray[np.int64]], dict[str, Floats]]:
+        """Tokens by each tokenizer, and what the text encoders give for them, by input of the denoiser."""
         # All prompts are cut into tokens, and refused where too long, before the first encoder runs.
         tokens = [tokenizer(texts, on_long_prompt) for tokenizer in self._tokenizers]
         parts: dict[str, list[Floats]] = {}
@@ -163,11 +213,12 @@ class Pipeline:
                 outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
                 parts.setdefault(denoiser_input, []).append(outputs[output])
-        return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
+        ready = {name: np.concatenate(each, axis=-1) if len(each) > 1 else each[0] for name, each in parts.items()}
+        return tokens, ready
 
     def _rows(self, request: Request, seconds: dict[str, float]) -> dict[float, Row]:
         """By timestep, what was computed beforehand of it; empty where nothing was."""
-        if self._step_table is None:
+        if self._step_table is None or request.component != "denoiser":
             return {}
         rows = dict(self._step_table)
         asked = evaluated_timesteps(self.manifest.sampling, request.schedule)
@@ -180,39 +231,48 @@ class Pipeline:
 
     def _denoise(
         self, request: Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
-    ) -> Floats:
-        """The sampling loop; float32 latents [n, c, h, w] of the clean picture."""
-        settings, schedule = self.manifest.sampling, request.schedule
+    ) -> tuple[Floats, Indices]:
+        """The sampling loop; float32 latents [n, c, h, w] of the clean pictures, and how many steps each took."""
+        settings, schedule = request.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self.manifest.image.latent_shape)
         at_once = self._at_once(len(request.seeds))
         rows = self._rows(request, seconds)
-        wanted = {spec.name for spec in self.manifest.components["denoiser"].inputs}
-        chunks = [slice(i, i + at_once) for i in range(0, len(request.seeds), at_once)]
-        # Taken apart once: an engine knows an array that it was given before, and need not read it again.
-        of_prompt = {
-            both: [
-                {name: _chosen_rows(array, len(request.seeds), chunk, both) for name, array in conditioning.items()}
-                for chunk in chunks
-            ]
-            for both in (False, True)
-        }
-        with self.residency.use("denoiser") as engine:
+        wanted = {spec.name for spec in self.manifest.components[request.component].inputs}
+        taken_apart: dict[bool, tuple[int, list[tuple[Indices, Row]]]] = {}
+
+        def of_prompt(left: Indices, both: bool) -> list[tuple[Indices, Row]]:
+            """The images of each call, and what is given of their prompts."""
+            # Once for as long as they are the same: an engine knows an array that it was given before.
+            count, groups = taken_apart.get(both, (0, []))
+            if count != len(left):
+                groups = [
+                    (each, {k: _chosen_rows(v, len(request.seeds), each, both) for k, v in conditioning.items()})
+                    for each in np.split(left, range(at_once, len(left), at_once))
+                ]
+                taken_apart[both] = len(left), groups
+            return groups
+
+        with self.residency.use(request.component) as engine:
 
             def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
                 of_step = {"timestep": np.array([timestep], np.float32)} | rows.get(told(timestep), {})
-                parts = []
-                for chunk, given in zip(chunks, of_prompt[both], strict=True):
-                    batch = np.concatenate([x[chunk], x[chunk]]) if both else x[chunk]
+                conditional, unconditional = x.copy(), x.copy() if both else None
+                for images, given in of_prompt(denoise.left, both):
+                    batch = np.concatenate([x[images], x[images]]) if both else x[images]
                     known = {"sample": batch} | of_step | given
                     inputs = {name: value for name, value in known.items() if name in wanted}
-                    output: Floats = _timed(engine, inputs, seconds, "denoiser")["prediction"]
-                    parts.append(np.split(output, 2) if both else [output])
-                *unconditional, conditional = [np.concatenate(part) for part in zip(*parts, strict=True)]
-                return conditional, unconditional[0] if both else None
+                    output: Floats = _timed(engine, inputs, seconds, request.component)["prediction"]
+                    conditional[images] = output[-len(images) :]
+                    if unconditional is not None:
+                        unconditional[images] = output[: len(images)]
+                return conditional, unconditional
 
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
-            denoise = Guided(settings.noise, schedule, evaluate, guidance)
+            guided = Guided(settings.noise, schedule, evaluate, guidance)
+            # The threshold is one of changes between these steps: between others, images change more or less.
+            own = len(schedule.timesteps) == settings.steps
+            denoise = EarlyExit(guided, settings.early_exit if own else None, len(request.seeds))
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -225,8 +285,9 @@ class Pipeline:
                     if changed and "latents" in changed:
                         x[...] = check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
                     _check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
-            latents: Floats = x * final_scale(settings.noise, schedule)
-        return latents
+                if not denoise.end_step():
+                    break
+        return denoise.results(x * final_scale(settings.noise, schedule)), denoise.steps
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""
@@ -320,7 +381,7 @@ def to_pil(picture: Floats) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
 
 
-def _chosen_rows(array: Floats, images: int, chosen: slice, both: bool) -> Floats:
+def _chosen_rows(array: Floats, images: int, chosen: Indices | list[int], both: bool) -> Floats:
     """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
     rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
     return rows.reshape(-1, *array.shape[1:])

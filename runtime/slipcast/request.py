@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import secrets
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ import numpy.typing as npt
 
 from slipcast.closed import PromptTable
 from slipcast.errors import RequestError
-from slipcast.manifest import ImageGeometry, Manifest, Target
+from slipcast.guard import FALLBACK, Policy, choose_policy
+from slipcast.manifest import ImageGeometry, Manifest, Sampling, Target
 from slipcast.schedules import Schedule
 from slipcast.staging import evaluated_timesteps, told
 from slipcast.tokenizer import OnLongPrompt, check_prompts
@@ -24,7 +26,10 @@ OutputType = Literal["pil", "np", "latent"]
 
 @dataclass(frozen=True)
 class Request:
-    """A call's arguments, checked and resolved, before any engine runs."""
+    """A call's arguments, checked and resolved, before any engine runs: what a denoiser is to do.
+
+    `fallback`: the same for the bundle's unspecialised denoiser, sampled as the original, where there is one.
+    """
 
     prompts: list[str]
     negative: list[str]
@@ -34,10 +39,22 @@ class Request:
     latents: Floats | None
     output_type: OutputType
     on_long_prompt: OnLongPrompt
+    sampling: Sampling
+    component: Literal["denoiser", "denoiser_fallback"] = "denoiser"
+    guard: Policy = "warn"
+    fallback: Request | None = None
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0 and bool(self.prompts)
+
+    def only(self, images: Sequence[int]) -> Request:
+        """The same for some of the images."""
+        prompts, negative = ([texts[i] for i in images] if texts else [] for texts in (self.prompts, self.negative))
+        return dataclasses.replace(
+            self, prompts=prompts, negative=negative, seeds=tuple(self.seeds[i] for i in images),
+            latents=None if self.latents is None else self.latents[list(images)],
+        )  # fmt: skip
 
 
 def check_request(
@@ -56,6 +73,7 @@ def check_request(
     latents: Floats | None,
     output_type: OutputType,
     on_long_prompt: OnLongPrompt,
+    guard: Policy | None,
 ) -> Request:
     """The arguments of Pipeline.__call__, resolved. RequestError with the legal range for the first that is not."""
     check_integer("num_images_per_prompt", num_images_per_prompt, 1, 4096)
@@ -90,7 +108,8 @@ def check_request(
             expected="one text, or as many as prompts",
             got=str(len(negative)),
         )
-    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    settings = manifest.sampling
+    scale = settings.guidance_scale if guidance_scale is None else guidance_scale
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 <= scale <= 1000:
         raise RequestError("guidance_scale is not usable", expected="a number from 0 to 1000", got=repr(scale))
     if latents is not None:
@@ -98,7 +117,24 @@ def check_request(
         if not np.isfinite(latents).all():
             raise RequestError("latents are not usable", expected="finite numbers", got="NaN or infinity")
     schedule, seeds = _lay(manifest, num_inference_steps), _seeds(seed, count)
-    return Request(prompts, negative, seeds, schedule, float(scale), latents, output_type, on_long_prompt)
+    policy = choose_policy(manifest.guard, guard)
+    request = Request(
+        prompts, negative, seeds, schedule, float(scale), latents, output_type, on_long_prompt, settings, guard=policy
+    )
+    if policy == "fallback":
+        request = dataclasses.replace(
+            request, fallback=_unspecialised(request, manifest, num_inference_steps, guidance_scale)
+        )
+    return request
+
+
+def _unspecialised(request: Request, manifest: Manifest, steps: int | None, scale: float | None) -> Request:
+    """What is asked for, of the denoiser that was not specialised: the original's sampling is its default."""
+    settings = manifest.reference or manifest.sampling
+    return dataclasses.replace(
+        request, component=FALLBACK, sampling=settings, schedule=settings.lay(steps),
+        guidance_scale=settings.guidance_scale if scale is None else request.guidance_scale,
+    )  # fmt: skip
 
 
 def _check_size(image: ImageGeometry, width: int | None, height: int | None) -> None:

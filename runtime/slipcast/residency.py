@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
@@ -16,15 +16,17 @@ Policy = Literal["all", "sequential"]
 class Residency:
     """Opens engines on demand: `all` keeps every one open, `sequential` has one component in memory at a time."""
 
-    def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy) -> None:
+    def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy, rare: Collection[str] = ()) -> None:
+        """`rare`: components that are opened when they are first used, and not before."""
         if policy not in get_args(Policy):
             raise RequestError(f"unknown residency {policy!r}", expected=" or ".join(get_args(Policy)), got=policy)
         self._openers, self._stack = openers, ExitStack()
+        self._to_stay = set(rare) if policy == "all" else set[str]()
         self._open: dict[str, Engine] = {}
         if policy == "all":
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
             with ThreadPoolExecutor() as pool:
-                futures = {name: pool.submit(opener) for name, opener in openers.items()}
+                futures = {name: pool.submit(opener) for name, opener in openers.items() if name not in rare}
             for future in futures.values():
                 if not future.exception():
                     self._stack.enter_context(future.result())
@@ -37,6 +39,8 @@ class Residency:
     @contextmanager
     def use(self, component: str) -> Iterator[Engine]:
         """The component's engine, open within the block."""
+        if component in self._to_stay and component not in self._open:
+            self._open[component] = self._stack.enter_context(self._openers[component]())
         if component in self._open:
             yield self._open[component]
         else:
@@ -46,4 +50,5 @@ class Residency:
     def close(self) -> None:
         """Free every engine that stays loaded."""
         self._open.clear()
+        self._to_stay.clear()
         self._stack.close()

@@ -112,8 +112,12 @@ def decibel(value: float) -> str:
     return f"{value:.0f}"
 
 
-def figure(title: str, panels: Panels, label: Callable[[float], str]) -> str:
-    """SVG text; "" where no panel has a line. All panels share their axes."""
+def figure(
+    title: str, panels: Panels, label: Callable[[float], str], axis: str = "heads removed",
+    marked: Sequence[float] | None = None,
+) -> str:  # fmt: skip
+    """SVG text; "" where no panel has a line. All panels share their axes. `axis`: what the ratio is of; `marked`: at
+    which ratios it is written, if not at all of them."""
     lines = [line for panel in panels.values() for line in panel if line.points]
     if not lines:
         return ""
@@ -134,7 +138,7 @@ def figure(title: str, panels: Panels, label: Callable[[float], str]) -> str:
         left = LEFT + number * (WIDTH + GAP)
         x = _scale(min(ratios), max(ratios), left + 18, left + WIDTH - 18)
         y = _scale(ticks[0], ticks[-1], plotted, TOP + 24)
-        parts += _frame(family, left, plotted, ticks, sorted(set(ratios)), x, y, label, number == 0)
+        parts += _frame(family, left, plotted, ticks, marked or sorted(set(ratios)), x, y, label, number == 0, axis)
         parts += [part for line in panel for part in _curve(line, COLORS[names.index(line.name) % len(COLORS)], x, y)]
     parts += _legend(names, plotted + BOTTOM + 4, width)
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -152,6 +156,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 def _frame(
     family: str, left: float, bottom: float, ticks: Sequence[float], ratios: Sequence[float],
     x: Callable[[float], float], y: Callable[[float], float], label: Callable[[float], str], labelled: bool,
+    axis: str,
 ) -> list[str]:  # fmt: skip
     parts = [f'<text x="{left + 8}" y="{TOP + 16}" font-weight="bold">{escape(family)}</text>']
     for tick in ticks:
@@ -161,9 +166,7 @@ def _frame(
             parts.append(f'<text x="{left - 6}" y="{y(tick) + 4}" text-anchor="end">{label(tick)}</text>')
     for ratio in ratios:
         parts.append(f'<text x="{x(ratio)}" y="{bottom + 16}" text-anchor="middle">{ratio:.0%}</text>')
-    parts.append(
-        f'<text x="{left + WIDTH / 2}" y="{bottom + 30}" text-anchor="middle" fill="#555">heads removed</text>'
-    )
+    parts.append(f'<text x="{left + WIDTH / 2}" y="{bottom + 30}" text-anchor="middle" fill="#555">{axis}</text>')
     return parts
 
 

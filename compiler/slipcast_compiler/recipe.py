@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from slipcast.engines import ENGINES
 from slipcast.errors import RecipeError
+from slipcast.manifest import architectures
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import SCHEDULES
 from slipcast.validation import Strict, dotted, problems
@@ -204,6 +205,11 @@ class TargetTable(Strict):
     workspace_mb: Annotated[int, Field(ge=1)] | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
 
+    @property
+    def name(self) -> str:
+        """Of its directory in a bundle: tensorrt-rtx-fp16-sm86-sm89."""
+        return f"{self.engine}-{self.precision}{architectures(self.compute_capabilities or ())}"
+
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:
         offered = ENGINES[self.engine].precisions
@@ -245,9 +251,9 @@ class Recipe(Strict):
                 raise ValueError(f"gate.{limit} needs evaluate.{needed}")
         if self.timesteps and (self.sampling.timesteps or self.sampling.sigmas):
             raise ValueError("[timesteps] looks for what sampling.timesteps or sampling.sigmas gives: give one of them")
-        ids = [(target.engine, target.precision) for target in self.targets]
-        if len(set(ids)) < len(ids):
-            raise ValueError("two targets with the same engine and precision")
+        names = [target.name for target in self.targets]
+        if len(set(names)) < len(names):
+            raise ValueError("two targets with the same engine, precision and GPUs")
         wanted = any(target.precision == "int8" for target in self.targets)
         if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
             raise ValueError(problem)
@@ -293,6 +299,19 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         found = [*problems(error, Recipe), *_hidden_contradictions(error, document)]
         raise refusal(found, text, name, forced) from None
+
+
+def parse_target(wanted: str, overrides: Sequence[str] = ()) -> TargetTable:
+    """A target by itself, as "engine" or "engine:precision"; `overrides` are "key=value" as for recipes."""
+    engine, _, precision = wanted.partition(":")
+    document: dict[str, Any] = {"engine": engine, **({"precision": precision} if precision else {})}
+    for override in overrides:
+        _override(document, override)
+    try:
+        return TargetTable.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{dotted(where)}: {what}" for where, what in problems(error, TargetTable)]
+        raise RecipeError(f"--target {wanted} is not usable:\n  " + "\n  ".join(lines)) from None
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:

@@ -358,8 +358,8 @@ def _inspect_text(manifest: Manifest) -> str:
         size = sizes[closed.table] / 1e6
         lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
     for target in manifest.targets:
-        used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
-        lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB{_bound(target)}")
+        size = sum(sizes[path] for path in set(target.files)) / 1e6
+        lines.append(f"  target {target.id}  {size:.1f} MB{_bound(target)}")
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
 

@@ -391,9 +391,7 @@ def load(
             raise HostError(f"this runtime does not know the {kind} {name!r}", hint="pip install -U slipcast")
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
-    engines = chosen.components.values()
-    used = [*bundle.manifest.shared_files, *(file for e in engines for file in (e.model, e.weights) if file)]
-    check_digests(bundle, used)
+    check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])
     return Pipeline(bundle, chosen, residency)
 
 

@@ -1,6 +1,7 @@
 """TensorRT-RTX and TensorRT engines. One builder: the libraries share their API, so the library is a parameter.
 
-Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed. The build runs
+Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed, and one with
+INT8 in it has its activations in signed numbers besides. The build runs
 in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
 TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
 """
@@ -23,12 +24,12 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.manifest import Built, EngineFiles, ImageGeometry
 from slipcast.progress import Advance
-from slipcast_compiler.build.casting import DTYPES, cast_graph
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.recipe import TargetTable
 
 logger = logging.getLogger("slipcast")
 
+LIBRARIES = ("tensorrt-rtx", "tensorrt")  # the targets that are built here
 MAX_IMAGES = 4  # that one call can ask for, where the recipe does not say
 SMALLEST_TILE = 8  # latent cells
 SHOWN_LINES = 8
@@ -57,7 +58,7 @@ def built(table: TargetTable) -> Built:
     """What the manifest says of such a target: with which version of the library, and on which GPUs it runs."""
     kind = ENGINES[table.engine]
     capabilities: tuple[str, ...] = table.compute_capabilities or ()
-    if not kind.builds_anywhere and table.hardware_compatibility != "ampere_plus":
+    if kind.builds_with == "device" and table.hardware_compatibility != "ampere_plus":
         capabilities = (cuda.look().gpus[0].compute_capability,)  # it was built on, and for, this one
     return Built(
         library_version=importlib.metadata.version(kind.library),
@@ -96,6 +97,11 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
             done = run_isolated(_build, model, precision, engine, log, options)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
+    if done.result:
+        logger.warning(
+            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
+            "with passes.quantize.symmetric = true", model.stem, done.result, options.library,
+        )  # fmt: skip
     logger.info(
         "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
         time.perf_counter() - clock, done.peak_memory_mb, engine.stat().st_size / 1e6,
@@ -103,15 +109,12 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
     return EngineFiles(model=engine.name)
 
 
-def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> None:
+def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> int:
     """The child process."""
     with log.open("wb", buffering=0) as stream:  # of the operating system, so that a crash loses nothing of it
         for descriptor in (1, 2):  # the library, and those it calls, also write there
             os.dup2(stream.fileno(), descriptor)
-        if precision in DTYPES:
-            cast = log.with_name(model.name)
-            cast_graph(model, precision, cast)
-            model = cast
+        model, widened = _in_precision(model, precision, log.parent)
         trt = importlib.import_module(options.library)
         builder = trt.Builder(_make_logger(trt))
         network = _parse(trt, builder, model)
@@ -119,6 +122,27 @@ def _build(model: Path, precision: str, engine: Path, log: Path, options: Option
         if serialized is None:
             raise HostError("the library gave up")
         engine.write_bytes(serialized)
+    return widened
+
+
+def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]:
+    """The graph as the library shall read it, and how many ranges of activations had to be widened for it; `folder` is
+    for graphs on the way."""
+    # Here, so that targets of other engines can be built where these are not installed.
+    from slipcast_compiler.build.casting import cast_graph
+    from slipcast_compiler.passes.qdq import make_signed
+
+    widened = 0
+    if precision == "int8":
+        signed = folder / "signed" / model.name
+        signed.parent.mkdir()
+        widened = make_signed(model, signed)
+        model = signed
+    if precision == "fp32":
+        return model, 0
+    cast = folder / model.name
+    cast_graph(model, "fp16" if precision == "int8" else precision, cast)
+    return cast, widened
 
 
 def _make_logger(trt: Any) -> Any:

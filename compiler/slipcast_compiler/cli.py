@@ -53,6 +53,7 @@ def compile_command(
             f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
             f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
         )
+    lines += [f"  {name}: {note}" for name, note in made.record["host_notes"].items()]
     lines.append(f"look at {output / 'report.html'}; make pictures with `slipcast run {output}`")
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
 

@@ -180,7 +180,8 @@ NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "
 # Keys of TargetTable -> the engines they are for.
 ENGINE_KEYS = {
     "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
-    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "hardware_compatibility": ("tensorrt",),
+    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
+    "hardware_compatibility": ("tensorrt",),
 }  # fmt: skip
 
 
@@ -192,8 +193,9 @@ class TargetTable(Strict):
     """Where the bundle shall run.
 
     `compute_capabilities`: the GPUs that engines are built for; without, they are portable (Ampere and later).
-    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `hardware_compatibility`:
-    GPUs of the same compute capability as the one that is here, or all from Ampere on, and not this model alone.
+    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `weight_streaming`:
+    weights may stay on the host where the GPU's memory is short. `hardware_compatibility`: GPUs of the same compute
+    capability as the one that is here, or all from Ampere on, and not this model alone.
     """
 
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
@@ -204,6 +206,7 @@ class TargetTable(Strict):
     max_images: Annotated[int, Field(ge=1, le=4096)] | None = None
     workspace_mb: Annotated[int, Field(ge=1)] | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
+    weight_streaming: bool | None = None
 
     @property
     def name(self) -> str:

@@ -379,8 +379,13 @@ def _report_text(manifest: Manifest, page: Path) -> str:
     for target in manifest.targets:
         quality, speed = target.quality, target.performance
         other = quality and quality.out_of_family
-        if not quality:
-            lines.append(f"  {target.id}: not judged: the machine that compiled could not run it")
+        if found := target.addition:
+            lines.append(
+                f"  {target.id}: added later; against {found.against} PSNR worst {found.psnr_worst:.1f} dB, "
+                f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
+            )
+        elif not quality:
+            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
         if quality and speed:
             lines += [
                 f"  {target.id}: CLIP {_change(quality)}, "

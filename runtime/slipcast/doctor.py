@@ -69,7 +69,7 @@ def _engine(name: str) -> Finding:
     kind = ENGINES[name]
     if not kind.installed():
         return Finding(name, True, f"absent; {kind.why_not()}")
-    found = f"{_version(name) or 'installed'}; precisions {', '.join(kind.precisions)}"
+    found = f"{_version(kind.distribution or name) or 'installed'}; precisions {', '.join(kind.precisions)}"
     if not kind.available():
         found += f"; {'builds, but runs nothing here' if kind.can_build() else 'of no use here'}: {kind.why_not()}"
     return Finding(name, True, found)

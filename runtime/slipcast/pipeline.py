@@ -197,6 +197,10 @@ class Pipeline:
             ]
             for both in (False, True)
         }
+        if self._target.device != "cpu":  # an engine there keeps what cannot change, and need not be sent it again
+            for given in (*of_prompt[False], *of_prompt[True]):
+                for array in given.values():
+                    array.setflags(write=False)
         with self.residency.use("denoiser") as engine:
 
             def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:

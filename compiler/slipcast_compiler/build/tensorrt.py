@@ -52,6 +52,7 @@ class Options:
     compute_capabilities: tuple[str, ...] = ()
     workspace_mb: int | None = None
     hardware_compatibility: str | None = None
+    weight_streaming: bool = False
 
 
 def built(table: TargetTable) -> Built:
@@ -81,6 +82,7 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
         compute_capabilities=table.compute_capabilities or (),
         workspace_mb=table.workspace_mb,
         hardware_compatibility=table.hardware_compatibility,
+        weight_streaming=bool(table.weight_streaming),
     )
 
 
@@ -188,6 +190,8 @@ def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
     if options.hardware_compatibility:
         level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper())
         config.hardware_compatibility_level = level
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     profile, ranges = builder.create_optimization_profile(), dict(options.ranges)
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         free = [tensor.get_dimension_name(i) if size == -1 else "" for i, size in enumerate(tensor.shape)]

@@ -62,7 +62,7 @@ def add_target(
     bundle = open_bundle(path)
     _check_version(bundle.manifest)
     portable = find_portable(bundle.manifest, table.precision)
-    _check_new(bundle.manifest, declare(table), portable, replace)
+    _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
     publish.check_output(output)
     with stages.stage("verify") as advance:
         check_digests(bundle, "all", advance)

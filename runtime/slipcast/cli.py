@@ -23,7 +23,7 @@ import click
 from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
 
 if TYPE_CHECKING:
-    from slipcast.manifest import Comparison, Manifest, Quality, Target
+    from slipcast.manifest import Comparison, Manifest, Quality
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -333,6 +333,8 @@ def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Pat
 
 
 def _inspect_text(manifest: Manifest) -> str:
+    from slipcast.inspecting import bound_to, profile_lines
+
     sampling, image = manifest.sampling, manifest.image
     schedule = sampling.schedule or "explicit list"
     lines = [
@@ -359,19 +361,10 @@ def _inspect_text(manifest: Manifest) -> str:
         lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
     for target in manifest.targets:
         size = sum(sizes[path] for path in set(target.files)) / 1e6
-        lines.append(f"  target {target.id}  {size:.1f} MB{_bound(target)}")
+        lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
+        lines += [f"    {line}" for line in profile_lines(manifest, target)]
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
-
-
-def _bound(target: Target) -> str:
-    """What compiled engines are bound to."""
-    if not (built := target.built):
-        return ""
-    gpus = (
-        f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
-    )
-    return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
 
 
 def _report_text(manifest: Manifest, page: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -104,12 +104,12 @@ def build_target(
         entry = _cached(own, name, source, image, cache, None if rest else check)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
         engines[cast(ComponentName, name)] = pool.add(entry, files, table.name)
-    return declare(table).model_copy(update={"components": engines})
+    return declare(table, sources, image).model_copy(update={"components": engines})
 
 
-def declare(table: TargetTable) -> Target:
+def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Target:
     """The manifest's record of a target, before its engines are built."""
-    bound = tensorrt.built(table) if table.engine in tensorrt.LIBRARIES else None
+    bound = tensorrt.built(table, components, image) if table.engine in tensorrt.LIBRARIES else None
     device = ENGINES[table.engine].device
     return Target(engine=table.engine, device=device, precision=table.precision, components={}, built=bound)
 

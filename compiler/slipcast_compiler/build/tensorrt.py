@@ -15,14 +15,15 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slipcast import cuda
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, ResourceError, SlipcastError
-from slipcast.manifest import Built, EngineFiles, ImageGeometry
+from slipcast.manifest import Built, ComponentName, EngineFiles, ImageGeometry
 from slipcast.progress import Advance
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.recipe import TargetTable
@@ -55,8 +56,9 @@ class Options:
     weight_streaming: bool = False
 
 
-def built(table: TargetTable) -> Built:
-    """What the manifest says of such a target: with which version of the library, and on which GPUs it runs."""
+def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Built:
+    """What the manifest says of such a target: with which version of the library, on which GPUs and for which shapes it
+    runs."""
     kind = ENGINES[table.engine]
     capabilities: tuple[str, ...] = table.compute_capabilities or ()
     if kind.builds_with == "device" and table.hardware_compatibility != "ampere_plus":
@@ -65,6 +67,7 @@ def built(table: TargetTable) -> Built:
         library_version=importlib.metadata.version(kind.library),
         compute_capabilities=capabilities,
         max_images=table.max_images or MAX_IMAGES,
+        profiles={cast(ComponentName, name): dict(options(table, name, image).ranges) for name in components},
     )
 
 

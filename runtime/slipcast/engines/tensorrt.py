@@ -34,7 +34,8 @@ class TensorRtEngine:
     run on the host, where they are the same for every target.
     """
 
-    def __init__(self, library: str, model: Path) -> None:
+    def __init__(self, library: str, model: Path, capture: bool = True) -> None:
+        """`capture`: make CUDA graphs of calls, which costs the first ones and spares the others their launches."""
         self._trt: Any = importlib.import_module(library)
         self._log: list[str] = []
         self._name = model.name
@@ -47,10 +48,10 @@ class TensorRtEngine:
         self._logger = _make_logger(self._trt, self._log)
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._deserialize(model.read_bytes())
-        self._context = self._open_context()
+        self._context = self._open_context(capture)
         self._stream = checked(cuda.cudaStreamCreate())
         # TensorRT-RTX captures by itself, once per shape.
-        self._graphs = None if hasattr(self._trt, "CudaGraphStrategy") else Graphs(self._stream)
+        self._graphs = Graphs(self._stream) if capture and not hasattr(self._trt, "CudaGraphStrategy") else None
         specs = [self._spec(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
         is_input = {s.name: self._engine.get_tensor_mode(s.name) == self._trt.TensorIOMode.INPUT for s in specs}
         self.inputs = tuple(spec for spec in specs if is_input[spec.name])
@@ -121,12 +122,12 @@ class TensorRtEngine:
             hint="`slipcast doctor BUNDLE` compares them; use another target, or compile the bundle again",
         )  # fmt: skip
 
-    def _open_context(self) -> Any:
+    def _open_context(self, capture: bool) -> Any:
         if self._engine.streamable_weights_size:  # it was built to leave weights on the host where memory is short
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if hasattr(self._trt, "CudaGraphStrategy"):
+        if capture and hasattr(self._trt, "CudaGraphStrategy"):
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         context = self._engine.create_execution_context(config)
         if context is None:

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 from slipcast.manifest import EngineFiles
+from slipcast_compiler.build.needs import need_graph_libraries
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
     """Copy the graph and its weights: what is int8 is so in the graph, the rest is fp32; or cast it to fp16."""
     weights = model.with_name(f"{model.name}.data")
     if precision == "fp16":
+        need_graph_libraries()
         from slipcast_compiler.build.casting import cast_graph
 
         cast_graph(model, precision, out / model.name)

@@ -25,6 +25,7 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.manifest import Built, ComponentName, EngineFiles, ImageGeometry
 from slipcast.progress import Advance
+from slipcast_compiler.build.needs import need_graph_libraries
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.recipe import TargetTable
 
@@ -95,6 +96,8 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
     HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
     the component and what it was working on.
     """
+    if precision != "fp32":
+        need_graph_libraries()
     engine = out / f"{model.stem}.engine"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
         log, clock = Path(scratch) / "log.txt", time.perf_counter()
@@ -133,6 +136,8 @@ def _build(model: Path, precision: str, engine: Path, log: Path, options: Option
 def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]:
     """The graph as the library shall read it, and how many ranges of activations had to be widened for it; `folder` is
     for graphs on the way."""
+    if precision == "fp32":
+        return model, 0
     # Here, so that targets of other engines can be built where these are not installed.
     from slipcast_compiler.build.casting import cast_graph
     from slipcast_compiler.passes.qdq import make_signed
@@ -143,8 +148,6 @@ def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]
         signed.parent.mkdir()
         widened = make_signed(model, signed)
         model = signed
-    if precision == "fp32":
-        return model, 0
     cast = folder / model.name
     cast_graph(model, "fp16" if precision == "int8" else precision, cast)
     return cast, widened

@@ -39,8 +39,8 @@ class OnnxRuntimeEngine:
 
     def __init__(self, model: Path, trace: Path | None = None, providers: Sequence[str] = ()) -> None:
         """`providers`: for a GPU, in order of preference; HostError where the graph would not run on them."""
-        if missing := [name for name in providers if name not in onnxruntime.get_available_providers()]:
-            raise _fallen_back(model, f"{missing[0]} is not in this build", onnxruntime.get_available_providers())
+        if missing := [name for name in providers if name not in available_providers()]:
+            raise _fallen_back(model, f"{missing[0]} is not in this build", available_providers())
         options = onnxruntime.SessionOptions()
         if trace:
             options.enable_profiling = True
@@ -121,6 +121,11 @@ class ProfiledOnnxRuntimeEngine(OnnxRuntimeEngine):
 def open_engine(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
     """`weights` is found by the library beside the model, as the graph says; `precision` is in the graph."""
     return OnnxRuntimeEngine(model)
+
+
+def available_providers() -> list[str]:
+    """Those in the installed build; whether they load is another question."""
+    return list(onnxruntime.get_available_providers())
 
 
 def open_cuda(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:

@@ -8,11 +8,13 @@ import tempfile
 from pathlib import Path
 
 from slipcast.progress import Advance
-from slipcast_compiler import package
-from slipcast_compiler.build import build_target
+from slipcast_compiler.build import build_target, exported_sources
+from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.package import describe
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.publish import write_manifest
 from slipcast_compiler.recipe import TargetTable
 from slipcast_compiler.recording import record_denoiser
 
@@ -37,8 +39,9 @@ def calibration_samples(
         with tempfile.TemporaryDirectory(prefix="slipcast-calibration-") as name:
             folder = Path(name)
             table = TargetTable(engine="onnxruntime")
-            target = build_target(table, exported, plan.image, folder, cache, lambda done, total: None)
-            package.write_manifest(folder, {**package.describe(plan, exported, prompts, folder), "targets": (target,)})
+            sources, pool = exported_sources(exported), Pool(folder)
+            target = build_target(table, sources, plan.image, pool, cache, lambda done, total: None)
+            write_manifest(folder, {**describe(plan, exported, prompts, folder), "targets": (target,)})
             run_isolated(record_denoiser, folder, chosen, count, out, advance=advance)
 
     inputs = {

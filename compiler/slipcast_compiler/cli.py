@@ -26,8 +26,8 @@ def compile_command(
     recipe: Path, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path, as_json: bool
 ) -> None:
     """Compile a checkpoint for a prompt family into a bundle."""
-    from slipcast_compiler.package import check_output
     from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.publish import check_output
     from slipcast_compiler.recipe import read_recipe
 
     parsed = read_recipe(recipe, overrides)
@@ -53,8 +53,50 @@ def compile_command(
             f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
             f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
         )
+    lines += [f"  {name}: {note}" for name, note in made.record["host_notes"].items()]
     lines.append(f"look at {output / 'report.html'}; make pictures with `slipcast run {output}`")
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
+
+
+@click.command("build")
+@bundle_argument
+@click.option("--target", "wanted", required=True, metavar="ENGINE[:PRECISION]", help="Such as tensorrt-rtx:fp16.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of a recipe's target, such as max_images=8."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: BUNDLE itself]")
+@click.option("--images", type=click.IntRange(1), default=4, show_default=True, help="Pictures to compare, if it runs.")
+@click.option("--replace", is_flag=True, help="Build a target again that the bundle has.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=Path("artifacts/cache"), show_default=True, help="Build cache."
+)
+@json_option
+def build_command(
+    bundle: Path, wanted: str, overrides: tuple[str, ...], output: Path | None, images: int, replace: bool,
+    cache: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Add a target to a published bundle, from the ONNX in it: neither torch nor the checkpoint is needed.
+
+    What can run here is compared with the target whose graphs it was built from.
+    """
+    from slipcast.progress import Stages
+    from slipcast_compiler.add_target import add_target
+    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.recipe import parse_target
+
+    table = parse_target(wanted, overrides)
+    made = add_target(bundle, table, output or bundle, Cache(cache), Stages(), images, replace)
+    found, size = made.target.addition, sum(file.size for file in made.manifest.files) / 1e6
+    text = f"{made.output}: {made.target.id} added, {len(made.manifest.files)} files, {size:.1f} MB"
+    if found:
+        text += (
+            f"\n  {found.latency_s:.3f} s per image ({found.against}: {found.latency_against_s:.3f} s), "
+            f"PSNR {found.psnr_worst:.1f} dB against it on the worst of {found.images}"
+        )
+    else:
+        text += f"\n  not run here, not compared: {made.not_run}"
+    emit({"output": str(made.output), "target": made.target.id, "not_run": made.not_run,
+          "addition": found and found.model_dump(mode="json")}, text, as_json)  # fmt: skip
 
 
 @click.command("profile")
@@ -71,16 +113,16 @@ def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...
     """Measure what the denoiser does on calibration prompts, which passes choose by; `slipcast inspect` shows it."""
     from slipcast.profiles import RECORD_NAME, summarise
     from slipcast.progress import Stages
-    from slipcast_compiler import package
     from slipcast_compiler.cache import Cache
     from slipcast_compiler.plan import make_plan
     from slipcast_compiler.profile import make_profile
     from slipcast_compiler.profile_page import publish
+    from slipcast_compiler.publish import check_output
     from slipcast_compiler.recipe import read_recipe
 
     parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts/profiles") / parsed.name
-    package.check_output(output, RECORD_NAME)
+    check_output(output, RECORD_NAME)
     plan = make_plan(parsed, recipe.parent)
     with Stages().stage("profile") as advance:
         made = make_profile(plan, Cache(cache), advance)

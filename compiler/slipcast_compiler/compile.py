@@ -9,7 +9,7 @@ from typing import Any
 from slipcast.errors import CheckFailed
 from slipcast.manifest import Manifest
 from slipcast.progress import Stages
-from slipcast_compiler import evaluate, package, report
+from slipcast_compiler import evaluate, package, publish, report
 from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
@@ -99,11 +99,11 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             exported |= fallbacks(plan, cache)
 
     # Engines for every target: a bundle that is complete but for the evidence.
-    with package.staging(output) as folder:
+    with publish.staging(output) as folder:
         targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
         fields = package.describe(plan, exported, prompts, folder) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
-        package.write_manifest(folder, {**fields, "targets": tuple(targets)})
+        publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle through the runtime, as a host would run it, against the original: what can run here.
         with stages.stage("evaluate original") as advance:
@@ -133,6 +133,6 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
                 hint=f"look at {kept}, then change the recipe's targets, sampling or limits",
             )
         with stages.stage("publish"):
-            manifest = package.write_manifest(folder, fields)
-            package.publish(folder, output)
+            manifest = publish.write_manifest(folder, fields)
+            publish.publish(folder, output)
     return Compiled(output, manifest, record)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from slipcast.profiles import RECORD_NAME, TENSORS_NAME, Floats, ProfileFile, summarise
-from slipcast_compiler import package
+from slipcast_compiler import publish as publishing
 from slipcast_compiler.page import render
 
 CELL, LETTER = 14, 5.3  # in units of the heat map's view box
@@ -21,11 +21,11 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand t
 
 def publish(profile: ProfileFile, output: Path) -> None:
     """A copy of the profile with its page, in one rename."""
-    with package.staging(output, RECORD_NAME) as folder:
+    with publishing.staging(output, RECORD_NAME) as folder:
         for name in (RECORD_NAME, TENSORS_NAME):
             shutil.copyfile(profile.folder / name, folder / name)
         (folder / "profile.html").write_text(render_page(profile), encoding="utf-8")
-        package.publish(folder, output, RECORD_NAME)
+        publishing.publish(folder, output, RECORD_NAME)
 
 
 def render_page(profile: ProfileFile) -> str:

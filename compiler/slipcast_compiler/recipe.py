@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from slipcast.engines import ENGINES
 from slipcast.errors import RecipeError
+from slipcast.manifest import architectures
 from slipcast.samplers import SAMPLERS
 from slipcast.schedules import SCHEDULES
 from slipcast.validation import Strict, dotted, problems
@@ -197,7 +198,8 @@ NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "
 # Keys of TargetTable -> the engines they are for.
 ENGINE_KEYS = {
     "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
-    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "hardware_compatibility": ("tensorrt",),
+    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
+    "hardware_compatibility": ("tensorrt",),
 }  # fmt: skip
 
 
@@ -209,8 +211,9 @@ class TargetTable(Strict):
     """Where the bundle shall run.
 
     `compute_capabilities`: the GPUs that engines are built for; without, they are portable (Ampere and later).
-    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `hardware_compatibility`:
-    GPUs of the same compute capability as the one that is here, or all from Ampere on, and not this model alone.
+    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `weight_streaming`:
+    weights may stay on the host where the GPU's memory is short. `hardware_compatibility`: GPUs of the same compute
+    capability as the one that is here, or all from Ampere on, and not this model alone.
     """
 
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
@@ -221,6 +224,12 @@ class TargetTable(Strict):
     max_images: Annotated[int, Field(ge=1, le=4096)] | None = None
     workspace_mb: Annotated[int, Field(ge=1)] | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
+    weight_streaming: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its directory in a bundle: tensorrt-rtx-fp16-sm86-sm89."""
+        return f"{self.engine}-{self.precision}{architectures(self.compute_capabilities or ())}"
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:
@@ -272,9 +281,9 @@ class Recipe(Strict):
                 if self.family
                 else "[guard] is for a model with prompts"
             )
-        ids = [(target.engine, target.precision) for target in self.targets]
-        if len(set(ids)) < len(ids):
-            raise ValueError("two targets with the same engine and precision")
+        names = [target.name for target in self.targets]
+        if len(set(names)) < len(names):
+            raise ValueError("two targets with the same engine, precision and GPUs")
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
         wanted = any(target.precision == "int8" for target in self.targets)
@@ -322,6 +331,19 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         found = [*problems(error, Recipe), *_hidden_contradictions(error, document)]
         raise refusal(found, text, name, forced) from None
+
+
+def parse_target(wanted: str, overrides: Sequence[str] = ()) -> TargetTable:
+    """A target by itself, as "engine" or "engine:precision"; `overrides` are "key=value" as for recipes."""
+    engine, _, precision = wanted.partition(":")
+    document: dict[str, Any] = {"engine": engine, **({"precision": precision} if precision else {})}
+    for override in overrides:
+        parse_override(document, override)
+    try:
+        return TargetTable.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{dotted(where)}: {what}" for where, what in problems(error, TargetTable)]
+        raise RecipeError(f"--target {wanted} is not usable:\n  " + "\n  ".join(lines)) from None
 
 
 def parse_toml(text: str, name: str) -> dict[str, Any]:

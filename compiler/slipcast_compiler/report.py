@@ -22,6 +22,7 @@ from PIL import Image
 from slipcast_compiler import original
 from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
+from slipcast_compiler.host_notes import host_notes
 from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import Profile
@@ -81,6 +82,7 @@ def make_record(
         "not_run": dict(not_run),
         "guard": None,
         "early_exit": None,
+        "host_notes": host_notes(fields["targets"]),
         "stages_s": seconds,
         "passes": dict(passes),
         "recipe": resolve(plan),

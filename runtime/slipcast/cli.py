@@ -23,7 +23,7 @@ import click
 from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
 
 if TYPE_CHECKING:
-    from slipcast.manifest import Comparison, Manifest, Quality, Target
+    from slipcast.manifest import Comparison, Manifest, Quality
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -340,6 +340,8 @@ def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Pat
 
 
 def _inspect_text(manifest: Manifest) -> str:
+    from slipcast.inspecting import bound_to, profile_lines
+
     sampling, image = manifest.sampling, manifest.image
     schedule = sampling.schedule or "explicit list"
     lines = [
@@ -369,20 +371,11 @@ def _inspect_text(manifest: Manifest) -> str:
             f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
         )
     for target in manifest.targets:
-        used = [path for engine in target.components.values() for path in (engine.model, engine.weights) if path]
-        lines.append(f"  target {target.id}  {sum(sizes[path] for path in used) / 1e6:.1f} MB{_bound(target)}")
+        size = sum(sizes[path] for path in set(target.files)) / 1e6
+        lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
+        lines += [f"    {line}" for line in profile_lines(manifest, target)]
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
-
-
-def _bound(target: Target) -> str:
-    """What compiled engines are bound to."""
-    if not (built := target.built):
-        return ""
-    gpus = (
-        f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
-    )
-    return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
 
 
 def _report_text(manifest: Manifest, record: Any, page: Path) -> str:
@@ -392,8 +385,13 @@ def _report_text(manifest: Manifest, record: Any, page: Path) -> str:
     for target in manifest.targets:
         quality, speed = target.quality, target.performance
         other = quality and quality.out_of_family
-        if not quality:
-            lines.append(f"  {target.id}: not judged: the machine that compiled could not run it")
+        if found := target.addition:
+            lines.append(
+                f"  {target.id}: added later; against {found.against} PSNR worst {found.psnr_worst:.1f} dB, "
+                f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
+            )
+        elif not quality:
+            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
         if quality and speed:
             lines += [
                 f"  {target.id}: CLIP {_change(quality)}, "

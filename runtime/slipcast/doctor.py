@@ -13,9 +13,10 @@ from slipcast import cuda
 from slipcast.bundle import open_bundle
 from slipcast.engines import ENGINES, cpu_threads, refusal
 from slipcast.manifest import Manifest
+from slipcast.profiling.memory import available_mb
 
 # Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 RUNS = "runs here (structure checked, digests not)"
 
 
@@ -29,7 +30,7 @@ class Finding:
 
 
 def examine(bundle: Path | None = None) -> list[Finding]:
-    """Look, and import no engine library. Raises ArtifactError for a damaged bundle."""
+    """Look, and import no engine library but ONNX Runtime. Raises ArtifactError for a damaged bundle."""
     import slipcast
 
     manifest = open_bundle(bundle).manifest if bundle else None
@@ -47,6 +48,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         *_gpus(),
         *(_engine(name) for name in ENGINES),
         _clash(),
+        _providers(),
         Finding("compiler", True, _compiler()),
     ]
     return findings + (_targets(manifest) if manifest else [])
@@ -68,8 +70,9 @@ def _gpus() -> list[Finding]:
 def _engine(name: str) -> Finding:
     kind = ENGINES[name]
     if not kind.installed():
-        return Finding(name, True, f"absent; {kind.why_not()}")
-    found = f"{_version(name) or 'installed'}; precisions {', '.join(kind.precisions)}"
+        builds = "; targets for it can be built" * kind.can_build()
+        return Finding(name, True, f"absent{builds}; {kind.why_not()}")
+    found = f"{_version(kind.distribution or name) or 'installed'}; precisions {', '.join(kind.precisions)}"
     if not kind.available():
         found += f"; {'builds, but runs nothing here' if kind.can_build() else 'of no use here'}: {kind.why_not()}"
     return Finding(name, True, found)
@@ -82,6 +85,18 @@ def _clash() -> Finding:
     return Finding(
         "onnxruntime builds", len(both) < 2, "no clash" if len(both) < 2 else f"{' and '.join(both)} clash: {mend}"
     )
+
+
+def _providers() -> Finding:
+    """What the installed build of ONNX Runtime offers; whether one loads, a session tells (engines/onnxruntime.py)."""
+    name = "onnxruntime providers"
+    try:
+        from slipcast.engines.onnxruntime import available_providers
+
+        return Finding(name, True, ", ".join(available_providers()))
+    except Exception as error:  # whatever a broken installation raises
+        mend = "pip install --force-reinstall onnxruntime"
+        return Finding(name, False, f"it cannot be imported ({type(error).__name__}: {error}): {mend}")
 
 
 def _compiler() -> str:
@@ -119,13 +134,15 @@ def _cpu_flags() -> list[str]:
 
 def _vector_units(flags: list[str]) -> str:
     without = "" if {"avx512_bf16", "amx_bf16"} & set(flags) else "; no bf16: OpenVINO runs bf16 targets in fp32"
+    if not {"avx_vnni", "avx512_vnni", "amx_int8"} & set(flags):
+        without += "; no VNNI and no AMX: int8 targets gain no speed"
     return (", ".join(flags) or "no known vector units") + without * platform.machine().startswith(("x86", "AMD"))
 
 
 def _memory() -> str:
     try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total, free = (os.sysconf(name) * page / 1e9 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     except (ValueError, OSError, AttributeError):
         return "unknown"
-    return f"{total:.1f} GB, {free:.1f} GB free"
+    available = available_mb()
+    return f"{total:.1f} GB" + ("" if available is None else f", {available / 1e3:.1f} GB available")

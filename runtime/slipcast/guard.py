@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ Policy = Literal["warn", "refuse", "fallback"]
 
 NEIGHBOURS = 3
 EMBEDDINGS = "embeddings"  # the table's one tensor
-FALLBACK = "denoiser_fallback"  # the component that draws strangers
+FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers
 
 
 class GuardRecord(Strict):
@@ -128,7 +128,7 @@ def choose_policy(record: GuardRecord | None, asked: object) -> Policy:
             "guard is not usable", expected=" or ".join(legal), got=repr(asked),
             hint=f'compile a bundle with --set guard.policy="{asked}"' if asked in get_args(Policy) else None,
         )  # fmt: skip
-    return asked  # type: ignore[return-value, no-any-return]
+    return asked  # type: ignore[return-value]
 
 
 def shorten(prompt: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -284,15 +285,34 @@ class EngineFiles(Strict):
 
 class Built(Strict):
     """What compiled engines are bound to: this version of their library, GPUs with these compute capabilities, as
-    "8.9" (none: all from Ampere on), and at the most so many images in one call."""
+    "8.9" (none: all from Ampere on), and at the most so many images in one call.
+
+    `profiles`: by component, the least, the usual and the largest size of each dimension that is free in its graph.
+    """
 
     library_version: Name
     compute_capabilities: tuple[Name, ...] = ()
     max_images: Positive
+    profiles: dict[ComponentName, dict[Name, tuple[Positive, Positive, Positive]]] = Field(default_factory=dict)
+
+
+class Addition(Strict):
+    """How a target that was added to a published bundle compares with the bundle's target `against`, of which it was
+    built: pictures of the same prompts and noise, PSNR in dB on [0, 1], median seconds of one image."""
+
+    against: Name
+    images: Positive
+    psnr_mean: float
+    psnr_worst: float
+    latency_s: float
+    latency_against_s: float
 
 
 class Target(Strict):
-    """Where the bundle can run, with the evidence for it: none if the machine that compiled could not run it."""
+    """Where the bundle can run, with the evidence for it: none if the machine that built it could not run it.
+
+    `quality` is measured against the original, `addition` against another target, where the original was not at hand.
+    """
 
     engine: Name
     device: Name
@@ -301,11 +321,18 @@ class Target(Strict):
     built: Built | None = None
     quality: Quality | None = None
     performance: Performance | None = None
+    addition: Addition | None = None
 
     @property
     def id(self) -> str:
-        """For example openvino-cpu-bf16."""
-        return f"{self.engine}-{self.device}-{self.precision}"
+        """For example openvino-cpu-bf16; with the GPUs it was built for, tensorrt-rtx-cuda-fp16-sm86-sm89."""
+        bound = architectures(self.built.compute_capabilities) if self.built else ""
+        return f"{self.engine}-{self.device}-{self.precision}{bound}"
+
+    @property
+    def files(self) -> list[str]:
+        """Those that its engines are read from."""
+        return [file for engine in self.components.values() for file in (engine.model, engine.weights) if file]
 
 
 class FamilyRecord(Strict):
@@ -397,7 +424,7 @@ class Manifest(Strict):
             if set(target.components) != set(self.components):
                 raise ValueError(f"target {target.id}: engines for {sorted(target.components)}")
         if len({target.id for target in self.targets}) != len(self.targets):
-            raise ValueError("two targets with the same engine, device and precision")
+            raise ValueError("two targets with the same engine, device, precision and GPUs")
         default = next((target for target in self.targets if target.quality), self.targets[0])
         if (self.quality, self.performance) != (default.quality, default.performance):
             raise ValueError(f"quality and performance differ from those of the default target {default.id}")
@@ -419,13 +446,17 @@ class Manifest(Strict):
     def _referenced(self) -> list[str]:
         paths = self.shared_files
         for target in self.targets:
-            for engine in target.components.values():
-                paths += [engine.model, *([engine.weights] if engine.weights else [])]
+            paths += target.files
         return paths
 
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
         return (json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def architectures(compute_capabilities: Iterable[str]) -> str:
+    """What the names of targets end with that are built for these: "-sm86-sm89" for 8.6 and 8.9."""
+    return "".join(f"-sm{capability.replace('.', '')}" for capability in compute_capabilities)
 
 
 def read_manifest(data: bytes) -> Manifest:

@@ -250,6 +250,9 @@ class Pipeline:
                     (each, {k: _chosen_rows(v, len(request.seeds), each, both) for k, v in conditioning.items()})
                     for each in np.split(left, range(at_once, len(left), at_once))
                 ]
+                if self._target.device != "cpu":  # an engine there keeps what cannot change, and is sent it once
+                    for array in (array for _, given in groups for array in given.values()):
+                        array.setflags(write=False)
                 taken_apart[both] = len(left), groups
             return groups
 
@@ -349,9 +352,7 @@ def load(
             raise HostError(f"this runtime does not know the {kind} {name!r}", hint="pip install -U slipcast")
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
-    engines = chosen.components.values()
-    used = [*bundle.manifest.shared_files, *(file for e in engines for file in (e.model, e.weights) if file)]
-    check_digests(bundle, used)
+    check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])
     return Pipeline(bundle, chosen, residency)
 
 

@@ -94,6 +94,17 @@ def test_a_bundle_is_benchable_without_torch(thin: Path, shapes_bundle: Path, tm
     assert "diffusers: needs torch and diffusers and transformers; pip install 'slipcast[compiler]'" in done.stderr
 
 
+def test_a_target_is_added_without_torch(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
+    build = (thin / "slipcast", "build", shapes_bundle, "-o", tmp_path / "more", "--images", "1", "--json")
+    found = json.loads(succeed(*build, "--target", "openvino:fp32", cwd=tmp_path))
+    assert found["target"] == "openvino-cpu-fp32"
+    assert found["addition"]["psnr_worst"] > 60
+    assert "openvino-cpu-fp32" in succeed(thin / "slipcast", "report", tmp_path / "more", cwd=tmp_path)
+    done = run(*build, "--target", "onnxruntime-gpu:fp16", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "pip install 'slipcast[build]'" in done.stderr
+
+
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_torch_is_not_imported_where_it_is_installed(shapes_bundle: Path, tmp_path: Path, target: str) -> None:
     code = f"""

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError
-from slipcast.manifest import Component, TensorSpec
-from slipcast_compiler.build import BUILDERS
+from slipcast.manifest import Component, EngineFiles, TensorSpec
+from slipcast_compiler.build import BUILDERS, tensorrt
 from slipcast_compiler.passes import qdq
 from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions, quantize_graph
 from slipcast_compiler.passes.sensitivity import prediction_error, search
@@ -194,6 +194,42 @@ class TestGraph:
         model, report = quantise(source, samples, tmp_path / "out", protect=("*",))
         assert (report["quantised"], report["error"], report["smoothed_norms"]) == (0, 0.0, 0)
         assert prediction_error(qdq.session(model), samples, GUIDANCE) == 0.0
+
+
+class TestSigned:
+    """What TensorRT reads."""
+
+    def test_symmetric_ranges_are_the_same_numbers(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "out", max_error=1.0, symmetric=True)
+        signed = tmp_path / "signed" / "denoiser.onnx"
+        signed.parent.mkdir()
+        assert qdq.make_signed(model, signed) == 0
+        graph = onnx.load(signed).graph
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        zeros = [tensors[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+        assert {(zero.data_type, numpy_helper.to_array(zero).item()) for zero in zeros} == {(TensorProto.INT8, 0)}
+        (sample,) = ({"sample": arrays["sample"]} for arrays in [np.load(samples / "0003.npz")])
+        np.testing.assert_array_equal(*(qdq.session(path)(sample)["prediction"] for path in (model, signed)))
+        quantized = Quantized(model.parent, samples, GUIDANCE, report["error"])
+        quantized.check("tensorrt-rtx", tmp_path, EngineFiles(model="denoiser.engine"))
+
+    def test_other_ranges_are_widened(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        model, report = quantise(source, samples, tmp_path / "out", max_error=1.0)
+        assert qdq.make_signed(model, tmp_path / "signed.onnx") > 0
+        widened = prediction_error(qdq.session(tmp_path / "signed.onnx"), samples, GUIDANCE)
+        assert 0 < widened < report["error"] * 2.5
+
+    @pytest.mark.skipif(not ENGINES["tensorrt-rtx"].can_build(), reason="tensorrt-rtx is not installed")
+    @pytest.mark.parametrize("capabilities", [(), ("8.6", "8.9")])
+    def test_tensorrt_builds(
+        self, source: Path, samples: Path, tmp_path: Path, capabilities: tuple[str, ...], caplog: Any
+    ) -> None:
+        model, _ = quantise(source, samples, tmp_path / "out", max_error=1.0)
+        (tmp_path / "engine").mkdir()
+        options = tensorrt.Options("tensorrt_rtx", (("batch", (1, 2, 8)),), capabilities)
+        files = tensorrt.build(model, "int8", tmp_path / "engine", options)
+        assert (tmp_path / "engine" / files.model).stat().st_size > 0
+        assert "ranges of activations were widened" in caplog.text
 
 
 class TestSearch:

@@ -24,9 +24,10 @@ from slipcast.bundle import open_bundle
 from slipcast.cli import main
 from slipcast.engines import LayerTime, ProfiledEngine, open_engine
 from slipcast.errors import HostError, RequestError, ResourceError
+from slipcast.evidence import USUAL_PROMPT
 from slipcast.manifest import Component, TensorSpec
 from slipcast.profiling.flame import WIDTH, Block, draw
-from slipcast.profiling.measure import PROMPT, profile_run
+from slipcast.profiling.measure import profile_run
 from slipcast.profiling.memory import measure_memory
 from slipcast.profiling.page import render_page
 from slipcast.profiling.table import render_table
@@ -234,7 +235,7 @@ class TestDocument:
 class TestRequest:
     def test_the_prompt_is_the_reports(self, engines: Fakes, tmp_path: Path) -> None:
         bundle = write_fake(tmp_path / "bundle")
-        assert profiled(bundle)["prompt"] == PROMPT
+        assert profiled(bundle)["prompt"] == USUAL_PROMPT
         (bundle / "report.json").write_text(json.dumps({"family": {"held_out_prompts": ["a teal square", "b"]}}))
         (bundle / "manifest.json").write_text(json.dumps(fakes.document(bundle)))
         assert profiled(bundle)["prompt"] == "a teal square"

@@ -110,7 +110,7 @@ class TestBundle:
         host("8.9")
         with caplog.at_level(logging.WARNING):
             assert choose_target(open_bundle(bundle).manifest).id == "onnxruntime-cpu-fp32"
-        assert "tensorrt-rtx-cuda-fp16: built for compute capability 8.6, and Some GPU has 8.9" in caplog.text
+        assert "tensorrt-rtx-cuda-fp16-sm86: built for compute capability 8.6, and Some GPU has 8.9" in caplog.text
 
     def test_asked_for_it_is_refused(self, bundle: Path, host: Any) -> None:
         host("8.9")
@@ -119,13 +119,13 @@ class TestBundle:
 
     def test_auto_takes_the_gpu_where_it_fits(self, bundle: Path, host: Any) -> None:
         host("8.6")
-        assert choose_target(open_bundle(bundle).manifest).id == "tensorrt-rtx-cuda-fp16"
+        assert choose_target(open_bundle(bundle).manifest).id == "tensorrt-rtx-cuda-fp16-sm86"
 
     def test_doctor_tells_the_same(self, bundle: Path, host: Any) -> None:
         host("8.9")
         found = {finding.name: finding.detail for finding in examine(bundle)}
         assert found["GPU"] == "Some GPU, compute capability 8.9, 10.0 GB; driver for CUDA 13.0"
-        assert "built for compute capability 8.6, and Some GPU has 8.9" in found["target tensorrt-rtx-cuda-fp16"]
+        assert "built for compute capability 8.6, and Some GPU has 8.9" in found["target tensorrt-rtx-cuda-fp16-sm86"]
         assert found["target onnxruntime-cpu-fp32"].startswith("runs here")
 
     def test_a_tampered_engine_never_reaches_the_library(
@@ -154,7 +154,10 @@ class TestBundle:
 class Stand:
     """A library whose one engine computes y = x + t, on host memory that a stand-in for CUDA hands out."""
 
-    def __init__(self, valid: bool = True, opens: bool = True, runs: bool = True) -> None:
+    def __init__(self, valid: bool = True, opens: bool = True, runs: bool = True, captures: bool = True) -> None:
+        self.captures, self.graphs, self.capturing = captures, list[Any](), False
+        self.scratch, self.scratch_asked, self.copied = (0, 0), 64, list[int]()
+        self.streamable_weights_size = self.weight_streaming_budget_v2 = 0
         self.memory: dict[int, Any] = {}
         self.freed: list[int] = []
         self.opens, self.runs, self.strategy = opens, runs, ""
@@ -170,7 +173,9 @@ class Stand:
         trt.TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
         trt.EngineValidity = SimpleNamespace(VALID=0, INVALID=2)
         trt.EngineInvalidityDiagnostics = SimpleNamespace(VERSION_MISMATCH=1, UNSUPPORTED_CC=2, OLD_CUDA_DRIVER=4)
-        trt.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+        if self.captures:
+            trt.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+        trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="by the user")
         trt.Runtime = lambda logger: SimpleNamespace(
             get_engine_validity=lambda data: (0, 0) if self.valid else (2, 1 | 4),
             deserialize_cuda_engine=lambda data: self if data == b"good" else logger.log(1, "bad magic"),
@@ -193,11 +198,17 @@ class Stand:
         return [(1,)] * 3 if name == "t" else [(1, 4), (2, 4), (8, 4)]
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace()
+        config = SimpleNamespace(cuda_graph_strategy="", allocation="")
+        config.set_execution_context_allocation_strategy = lambda chosen: setattr(config, "allocation", chosen)
+        return config
 
     def create_execution_context(self, config: Any) -> Any:
         self.strategy = config.cuda_graph_strategy
+        assert config.allocation == "by the user"
         return self if self.opens else None
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return self.streamable_weights_size // 2
 
     # Its context; shapes are the engine's before one is set.
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -205,6 +216,12 @@ class Stand:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (1,) if name == "t" else self.shape.get("x", (-1, 4))
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.scratch_asked
+
+    def set_device_memory(self, pointer: int, size: int) -> None:
+        self.scratch = pointer, size
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -215,7 +232,14 @@ class Stand:
             buffer = (ctypes.c_float * int(np.prod(shape))).from_address(self.addresses[name])
             return np.frombuffer(buffer, np.float32).reshape(shape)
 
-        at("y")[:] = at("x") + at("t")
+        def compute() -> None:
+            ctypes.memset(self.scratch[0], 7, self.scratch[1])
+            at("y")[:] = at("x") + at("t")
+
+        if self.capturing:  # recorded, not run
+            self.graphs.append(compute)
+        else:
+            compute()
         return self.runs
 
     # CUDA.
@@ -232,6 +256,19 @@ class Stand:
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> tuple[Any]:  # noqa: N802
         ctypes.memmove(to, source, size)
+        self.copied.append(size)
+        return (self.status.cudaSuccess,)
+
+    def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[Any]:  # noqa: N802
+        self.capturing = True
+        return (self.status.cudaSuccess,)
+
+    def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, Any]:  # noqa: N802
+        self.capturing = False
+        return self.status.cudaSuccess, len(self.graphs) - 1
+
+    def cudaGraphLaunch(self, graph: int, stream: Any) -> tuple[Any]:  # noqa: N802
+        self.graphs[graph]()
         return (self.status.cudaSuccess,)
 
     @property
@@ -248,10 +285,15 @@ class TestEngine:
     def _install(self, stand: Stand, monkeypatch: pytest.MonkeyPatch) -> Stand:
         module = importlib.import_module("slipcast.engines.tensorrt")
         monkeypatch.setitem(sys.modules, "standing_trt", stand.module())
-        for name in ("cudaMalloc", "cudaFree", "cudaMemcpyAsync"):
+        monkeypatch.setattr(module, "SCRATCH", importlib.import_module("slipcast.engines.device").Scratch())
+        for name in (
+            "cudaMalloc", "cudaFree", "cudaMemcpyAsync", "cudaStreamBeginCapture", "cudaStreamEndCapture",
+            "cudaGraphLaunch",
+        ):  # fmt: skip
             monkeypatch.setattr(module.cuda, name, getattr(stand, name))
         monkeypatch.setattr(module.cuda, "cudaStreamCreate", lambda: (stand.status.cudaSuccess, 7))
-        for name in ("cudaStreamSynchronize", "cudaStreamDestroy"):
+        monkeypatch.setattr(module.cuda, "cudaGraphInstantiate", lambda graph, flags: (stand.status.cudaSuccess, graph))
+        for name in ("cudaStreamSynchronize", "cudaStreamDestroy", "cudaGraphDestroy", "cudaGraphExecDestroy"):
             monkeypatch.setattr(module.cuda, name, lambda stream: (stand.status.cudaSuccess,))
         return stand
 
@@ -277,6 +319,58 @@ class TestEngine:
             assert stand.addresses == kept  # what is large enough is used again
         assert stand.strategy == "whole"
         assert sorted(stand.freed) == sorted(stand.memory)  # each once
+
+    def test_engines_share_what_they_compute_in(self, stand: Stand, tmp_path: Path) -> None:
+        inputs = {"x": np.ones((2, 4), np.float32), "t": np.ones(1, np.float32)}
+        with self._open(tmp_path) as small, self._open(tmp_path) as large:
+            small(inputs)
+            first = stand.scratch
+            assert first[1] == 64
+            stand.scratch_asked = 640
+            large(inputs)
+            assert first[0] in stand.freed  # it grew, and nobody needs the old piece
+            grown = stand.scratch
+            assert grown[1] == 640
+            np.testing.assert_array_equal(small(inputs)["y"], np.full((2, 4), 2.0))
+            assert stand.scratch == (grown[0], 64)  # it was told of the new place
+        assert sorted(stand.freed) == sorted(stand.memory)
+
+    def test_what_cannot_change_stays_on_the_device(self, stand: Stand, tmp_path: Path) -> None:
+        x, t = np.ones((2, 4), np.float32), np.ones(1, np.float32)
+        with self._open(tmp_path) as engine:
+            engine({"x": x, "t": t})
+            t[:] = 2
+            np.testing.assert_array_equal(engine({"x": x, "t": t})["y"], np.full((2, 4), 3.0))  # writable: seen
+            fixed = np.full((2, 4), 5, np.float32)
+            fixed.setflags(write=False)
+            engine({"x": fixed, "t": t})
+            stand.copied.clear()
+            np.testing.assert_array_equal(engine({"x": fixed, "t": t})["y"], np.full((2, 4), 7.0))
+            assert stand.copied == [t.nbytes, x.nbytes]  # the latter is the result's
+            np.testing.assert_array_equal(engine({"x": x, "t": t})["y"], np.full((2, 4), 3.0))
+            np.testing.assert_array_equal(engine({"x": fixed, "t": t})["y"], np.full((2, 4), 7.0))
+
+    def test_calls_are_captured_where_the_library_does_not(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        stand = self._install(Stand(captures=False), monkeypatch)
+        t = np.array([0.5], np.float32)
+        with self._open(tmp_path) as engine:
+            for call in range(4):  # as it is, captured, launched twice
+                x = np.full((2, 4), call, np.float32)
+                np.testing.assert_array_equal(engine({"x": x, "t": t})["y"], x + 0.5)
+                assert len(stand.graphs) == min(call, 1)
+            large = np.ones((8, 4), np.float32)  # needs larger buffers, at other addresses
+            np.testing.assert_array_equal(engine({"x": large, "t": t})["y"], large + 0.5)
+            for _ in range(3):
+                np.testing.assert_array_equal(engine({"x": x, "t": t})["y"], x + 0.5)
+            assert len(stand.graphs) == 2
+        assert stand.strategy == ""
+
+    def test_weights_that_may_stay_on_the_host(self, stand: Stand, tmp_path: Path) -> None:
+        stand.streamable_weights_size = 1000
+        with self._open(tmp_path):
+            assert stand.weight_streaming_budget_v2 == 500
 
     @pytest.mark.parametrize("shape", [(0, 4), (9, 4), (2, 5), (2,), (2, 4, 1)])
     def test_a_shape_that_it_was_not_built_for(self, stand: Stand, tmp_path: Path, shape: tuple[int, ...]) -> None:

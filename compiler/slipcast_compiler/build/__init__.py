@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -14,20 +14,39 @@ from slipcast.errors import SlipcastError
 from slipcast.manifest import ComponentName, EngineFiles, ImageGeometry, Target
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.build import onnxruntime, openvino, tensorrt
+from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.passes.quantize import Quantized
 from slipcast_compiler.recipe import TargetTable
 
 logger = logging.getLogger("slipcast")
 
-# (component.onnx with its .data beside it, precision, directory to write to) -> names of the files written; those for
-# GPUs take tensorrt.Options besides
+# (component.onnx with its .data beside it, precision, directory to write to) -> names of the files written; those of
+# tensorrt.LIBRARIES take tensorrt.Options besides
 BUILDERS: dict[str, Callable[..., EngineFiles]] = {
     "onnxruntime": onnxruntime.build,
+    "onnxruntime-gpu": onnxruntime.build,
+    "onnxruntime-tensorrt": onnxruntime.build,
     "openvino": openvino.build,
     "tensorrt-rtx": tensorrt.build,
     "tensorrt": tensorrt.build,
 }
+# What the components of a target in int8 are in that are not the denoiser.
+REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A component's portable graph, with its weights beside it; `identity`: a hash of all that it was made from."""
+
+    model: Path
+    identity: str
+
+
+def exported_sources(exported: Mapping[str, Path], quantized: Quantized | None = None) -> dict[str, Source]:
+    """Of directories in the cache, which are named by such a hash; `quantized`: in place of the exported denoiser."""
+    folders = {**exported, **({"denoiser": quantized.folder} if quantized else {})}
+    return {name: Source(folder / f"{name}.onnx", folder.name) for name, folder in folders.items()}
 
 
 def build_targets(
@@ -44,15 +63,16 @@ def build_targets(
     Raises the first failure's class, with all of them, once every target was tried: a bundle has what its recipe asks
     for, or is not made. What was built is in the cache.
     """
-    targets, failures = [], dict[str, SlipcastError]()
+    pool, targets, failures = Pool(folder), [], dict[str, SlipcastError]()
     for table in tables:
-        name = f"{table.engine}-{table.precision}"
-        with stages.stage(f"build {name}") as advance:
+        chosen = quantized if table.precision == "int8" else None
+        sources, check = exported_sources(exported, chosen), chosen.check if chosen else None
+        with stages.stage(f"build {table.name}") as advance:
             try:
-                targets.append(build_target(table, exported, image, folder, cache, advance, quantized))
+                targets.append(build_target(table, sources, image, pool, cache, advance, check))
             except SlipcastError as error:
-                logger.warning("%s failed; going on with the others", name)
-                failures[name] = error
+                logger.warning("%s failed; going on with the others", table.name)
+                failures[table.name] = error
     if failures:
         first = next(iter(failures.values()))
         raise type(first)(
@@ -65,56 +85,53 @@ def build_targets(
 
 def build_target(
     table: TargetTable,
-    exported: dict[str, Path],
+    sources: Mapping[str, Source],
     image: ImageGeometry,
-    folder: Path,
+    pool: Pool,
     cache: Cache,
     advance: Advance,
-    quantized: Quantized | None = None,
+    check: Callable[[str, Path, EngineFiles], None] | None = None,
 ) -> Target:
-    """Every component's engine for a target, from the cache or built, copied into the bundle at `folder`.
+    """Every component's engine for a target, from the cache or built, put into the bundle.
 
-    A target in int8 has `quantized` for its denoiser; its other components are in the precision of the rest.
+    In int8 the denoiser's source is the quantised graph, and `check` sees whether the engine reads it right.
     """
     engines: dict[ComponentName, EngineFiles] = {}
-    if table.precision == "int8":
-        assert quantized
-        exported = exported | {"denoiser": quantized.folder}
-    place = f"{table.engine}-{table.precision}"
-    (folder / place).mkdir()
-    for done, (name, source) in enumerate(exported.items()):
-        advance(done, len(exported))
-        check = quantized.check if quantized and source == quantized.folder else None
-        built = _cached(table, name, source, image, cache, check)
-        files = EngineFiles.model_validate_json((built / "files.json").read_text())
-        named = {kind: f"{place}/{file}" for kind, file in files if file}
-        for file in named.values():
-            shutil.copyfile(built / Path(file).name, folder / file)
-        engines[cast(ComponentName, name)] = EngineFiles(**named)
+    for done, (name, source) in enumerate(sources.items()):
+        advance(done, len(sources))
+        rest = table.precision == "int8" and name != "denoiser"
+        own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
+        entry = _cached(own, name, source, image, cache, None if rest else check)
+        files = EngineFiles.model_validate_json((entry / "files.json").read_text())
+        engines[cast(ComponentName, name)] = pool.add(entry, files, table.name)
+    return declare(table, sources, image).model_copy(update={"components": engines})
+
+
+def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Target:
+    """The manifest's record of a target, before its engines are built."""
+    bound = tensorrt.built(table, components, image) if table.engine in tensorrt.LIBRARIES else None
     device = ENGINES[table.engine].device
-    bound = tensorrt.built(table) if device == "cuda" else None
-    return Target(engine=table.engine, device=device, precision=table.precision, components=engines, built=bound)
+    return Target(engine=table.engine, device=device, precision=table.precision, components={}, built=bound)
 
 
 def _cached(
     table: TargetTable,
     name: str,
-    source: Path,
+    source: Source,
     image: ImageGeometry,
     cache: Cache,
     check: Callable[[str, Path, EngineFiles], None] | None,
 ) -> Path:
-    options = [tensorrt.options(table, name, image)] if ENGINES[table.engine].device == "cuda" else []
+    options = [tensorrt.options(table, name, image)] if table.engine in tensorrt.LIBRARIES else []
 
     def make(out: Path) -> None:
-        files = BUILDERS[table.engine](source / f"{name}.onnx", table.precision, out, *options)
+        files = BUILDERS[table.engine](source.model, table.precision, out, *options)
         if check:
             check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())
 
-    # The export's directory is named by the hash of all that it was made from.
     inputs = {
-        "source": source.name, "component": name, "target": table.model_dump(),
+        "source": source.identity, "component": name, "target": table.model_dump(),
         "options": [dataclasses.asdict(o) for o in options],
     }  # fmt: skip
     return cache.get("engine", inputs, make)

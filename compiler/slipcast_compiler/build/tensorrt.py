@@ -1,6 +1,7 @@
 """TensorRT-RTX and TensorRT engines. One builder: the libraries share their API, so the library is a parameter.
 
-Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed. The build runs
+Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed, and one with
+INT8 in it has its activations in signed numbers besides. The build runs
 in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
 TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
 """
@@ -14,21 +15,23 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slipcast import cuda
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, ResourceError, SlipcastError
-from slipcast.manifest import Built, EngineFiles, ImageGeometry
+from slipcast.manifest import Built, ComponentName, EngineFiles, ImageGeometry
 from slipcast.progress import Advance
-from slipcast_compiler.build.casting import DTYPES, cast_graph
+from slipcast_compiler.build.needs import need_graph_libraries
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.recipe import TargetTable
 
 logger = logging.getLogger("slipcast")
 
+LIBRARIES = ("tensorrt-rtx", "tensorrt")  # the targets that are built here
 MAX_IMAGES = 4  # that one call can ask for, where the recipe does not say
 SMALLEST_TILE = 8  # latent cells
 SHOWN_LINES = 8
@@ -51,18 +54,21 @@ class Options:
     compute_capabilities: tuple[str, ...] = ()
     workspace_mb: int | None = None
     hardware_compatibility: str | None = None
+    weight_streaming: bool = False
 
 
-def built(table: TargetTable) -> Built:
-    """What the manifest says of such a target: with which version of the library, and on which GPUs it runs."""
+def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Built:
+    """What the manifest says of such a target: with which version of the library, on which GPUs and for which shapes it
+    runs."""
     kind = ENGINES[table.engine]
     capabilities: tuple[str, ...] = table.compute_capabilities or ()
-    if not kind.builds_anywhere and table.hardware_compatibility != "ampere_plus":
+    if kind.builds_with == "device" and table.hardware_compatibility != "ampere_plus":
         capabilities = (cuda.look().gpus[0].compute_capability,)  # it was built on, and for, this one
     return Built(
         library_version=importlib.metadata.version(kind.library),
         compute_capabilities=capabilities,
         max_images=table.max_images or MAX_IMAGES,
+        profiles={cast(ComponentName, name): dict(options(table, name, image).ranges) for name in components},
     )
 
 
@@ -80,6 +86,7 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
         compute_capabilities=table.compute_capabilities or (),
         workspace_mb=table.workspace_mb,
         hardware_compatibility=table.hardware_compatibility,
+        weight_streaming=bool(table.weight_streaming),
     )
 
 
@@ -89,6 +96,8 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
     HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
     the component and what it was working on.
     """
+    if precision != "fp32":
+        need_graph_libraries()
     engine = out / f"{model.stem}.engine"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
         log, clock = Path(scratch) / "log.txt", time.perf_counter()
@@ -96,6 +105,11 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
             done = run_isolated(_build, model, precision, engine, log, options)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
+    if done.result:
+        logger.warning(
+            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
+            "with passes.quantize.symmetric = true", model.stem, done.result, options.library,
+        )  # fmt: skip
     logger.info(
         "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
         time.perf_counter() - clock, done.peak_memory_mb, engine.stat().st_size / 1e6,
@@ -103,15 +117,12 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
     return EngineFiles(model=engine.name)
 
 
-def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> None:
+def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> int:
     """The child process."""
     with log.open("wb", buffering=0) as stream:  # of the operating system, so that a crash loses nothing of it
         for descriptor in (1, 2):  # the library, and those it calls, also write there
             os.dup2(stream.fileno(), descriptor)
-        if precision in DTYPES:
-            cast = log.with_name(model.name)
-            cast_graph(model, precision, cast)
-            model = cast
+        model, widened = _in_precision(model, precision, log.parent)
         trt = importlib.import_module(options.library)
         builder = trt.Builder(_make_logger(trt))
         network = _parse(trt, builder, model)
@@ -119,6 +130,27 @@ def _build(model: Path, precision: str, engine: Path, log: Path, options: Option
         if serialized is None:
             raise HostError("the library gave up")
         engine.write_bytes(serialized)
+    return widened
+
+
+def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]:
+    """The graph as the library shall read it, and how many ranges of activations had to be widened for it; `folder` is
+    for graphs on the way."""
+    if precision == "fp32":
+        return model, 0
+    # Here, so that targets of other engines can be built where these are not installed.
+    from slipcast_compiler.build.casting import cast_graph
+    from slipcast_compiler.passes.qdq import make_signed
+
+    widened = 0
+    if precision == "int8":
+        signed = folder / "signed" / model.name
+        signed.parent.mkdir()
+        widened = make_signed(model, signed)
+        model = signed
+    cast = folder / model.name
+    cast_graph(model, "fp16" if precision == "int8" else precision, cast)
+    return cast, widened
 
 
 def _make_logger(trt: Any) -> Any:
@@ -164,6 +196,8 @@ def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
     if options.hardware_compatibility:
         level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper())
         config.hardware_compatibility_level = level
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     profile, ranges = builder.create_optimization_profile(), dict(options.ranges)
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         free = [tensor.get_dimension_name(i) if size == -1 else "" for i, size in enumerate(tensor.shape)]

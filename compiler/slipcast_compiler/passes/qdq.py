@@ -78,9 +78,10 @@ def smooth(model: Any, nodes: set[str], alpha: float, peaks: Callable[[list[str]
     return len(norms)
 
 
-def insert(source: Path, nodes: list[str], samples: Iterable[Arrays], target: Path) -> None:
+def insert(source: Path, nodes: list[str], samples: Iterable[Arrays], target: Path, symmetric: bool) -> None:
     """Write `source` with `nodes` quantised, the mechanics being ONNX Runtime's: weights int8, symmetric, per channel;
-    activations uint8, per tensor, over the range seen in `samples`; biases and outputs stay in fp32."""
+    activations uint8, per tensor, over the range seen in `samples`, or that range made `symmetric` about zero, which is
+    then 128; biases and outputs stay in fp32."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -100,10 +101,46 @@ def insert(source: Path, nodes: list[str], samples: Iterable[Arrays], target: Pa
             use_external_data_format=True,
             extra_options={
                 "WeightSymmetric": True, "QuantizeBias": False, "OpTypesToExcludeOutputQuantization": list(WEIGHTED),
+                "ActivationSymmetric": symmetric,
             },
         )  # fmt: skip
     finally:
         chatter.setLevel(level)
+
+
+def make_signed(source: Path, target: Path) -> int:
+    """Write `source` with activations in int8 about zero, as TensorRT reads them, and return how many had to change.
+
+    uint8 about 128 is int8 about 0, number for number; about another zero it is widened to a range that is symmetric,
+    and loses up to one bit.
+    """
+    model = ir.load(source)
+    constants, widened = model.graph.initializers, set[str]()
+    for node in model.graph:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
+            continue
+        scale, zero = node.inputs[1], node.inputs[2]
+        assert scale is not None
+        assert zero is not None
+        assert scale.const_value is not None
+        assert zero.const_value is not None
+        if zero.const_value.dtype != ir.DataType.UINT8:
+            continue
+        middle = int(zero.const_value.numpy())
+        by = np.float32(max(middle / 128, (255 - middle) / 127))
+        if by != 1:
+            widened.add(str(scale.name))
+        arrays = ((1, scale, scale.const_value.numpy() * by), (2, zero, np.zeros((), np.int8)))
+        for place, value, array in arrays:
+            name = f"{value.name}.signed"
+            if name not in constants:
+                constants.add(ir.Value(name=name, const_value=ir.tensor(array, name=name)))
+            node.replace_input_with(place, constants[name])
+    for name, value in list(constants.items()):
+        if not value.uses():
+            del constants[name]
+    ir.save(model, target, external_data=f"{target.name}.data")
+    return len(widened)
 
 
 def select(quantised: Any, original: Any, nodes: set[str], weights_only: bool) -> Any:

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance, Stages
 from slipcast.validation import dotted, problems
-from slipcast_compiler import package
-from slipcast_compiler.build import build_target
+from slipcast_compiler import package, publish
+from slipcast_compiler.build import build_target, exported_sources
+from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
@@ -95,14 +96,15 @@ def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
     prompts = cached_prompts(plan, exported, cache, silent) if plan.closed_prompts else None
     exported = {name: source for name, source in exported.items() if name not in plan.not_shipped}
     quantized = None
-    if options := plan.recipe.passes.quantize:
+    table = plan.recipe.targets[measured_target(plan)]
+    if table.precision == "int8" and (options := plan.recipe.passes.quantize):
         samples = calibration_samples(plan, exported, prompts, options.samples, cache, silent)
         quantized = quantize(plan, exported["denoiser"], samples, cache, silent)
-    table = plan.recipe.targets[measured_target(plan)]
     folder.mkdir()
-    target = build_target(table, exported, plan.image, folder, cache, silent, quantized)
+    sources, check = exported_sources(exported, quantized), quantized.check if quantized else None
+    target = build_target(table, sources, plan.image, Pool(folder), cache, silent, check)
     fields = package.describe(plan, exported, prompts, folder)
-    package.write_manifest(folder, {**fields, "targets": (target,)})
+    publish.write_manifest(folder, {**fields, "targets": (target,)})
     return Engine(folder, rewritten.rewrite, exported["denoiser"] if plan.recipe.staging else None, target.id)
 
 

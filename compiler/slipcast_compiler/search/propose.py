@@ -43,9 +43,9 @@ def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, se
     for (params, _), value in zip(_sound(known), values(known), strict=True):
         study.add_trial(optuna.trial.create_trial(params=params, distributions=terms, values=value))
     for _ in range(ATTEMPTS):
-        params: Params = study.ask(terms).params
-        if key(params) not in tried:
-            return params
+        asked: Params = study.ask(terms).params
+        if key(asked) not in tried:
+            return asked
     for attempt in range(10**6):
         kept = keep if attempt < 100 else {}
         point = {name: each.values[random.integers(len(each.values))] for name, each in space.dimensions.items()}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -73,8 +73,8 @@ class ProfiledEngine(Engine, Protocol):
 class EngineKind:
     """Where an engine's code is, which distribution it needs, and what it runs on.
 
-    `index`: the package index that has the library, where the usual one has not. `builds_anywhere`: whether its engines
-    can be built where the device is missing.
+    `distribution`: what has to be installed, where the name that is imported does not tell. `note`: what to know
+    besides the usual command to install it. `builds_with`: what has to be here to build its engines.
     """
 
     module: str
@@ -83,12 +83,14 @@ class EngineKind:
     precisions: tuple[str, ...]
     device: str = "cpu"
     opener: str = "open_engine"
-    index: str = ""
-    builds_anywhere: bool = True
+    distribution: str = ""
+    note: str = ""
+    builds_with: Literal["nothing", "library", "device"] = "library"
 
     def installed(self) -> bool:
         """Whether the vendor's library is installed (it is not imported)."""
-        return importlib.util.find_spec(self.library) is not None
+        found = importlib.util.find_spec(self.library) is not None
+        return found and (not self.distribution or _installed(self.distribution))
 
     def available(self) -> bool:
         """Whether its engines can run here: the library is installed, and the device is there."""
@@ -96,28 +98,46 @@ class EngineKind:
 
     def can_build(self) -> bool:
         """Whether its engines can be built here."""
-        return self.installed() if self.builds_anywhere else self.available()
+        return {"nothing": True, "library": self.installed(), "device": self.available()}[self.builds_with]
 
     def why_not(self) -> str:
         """One line that says what to do where `available()` is false."""
         if self.device != "cpu" and self.installed():
             return cuda.look().problem or "no CUDA device"
         wanted = f"slipcast[{self.extra}]" if self.extra else "slipcast"
-        return f"{self.library} is not installed: pip install '{wanted}'" + (f", from {self.index}" * bool(self.index))
+        return f"{self.distribution or self.library} is not installed: pip install '{wanted}'{self.note}"
 
+
+REPLACES = " after pip uninstall -y onnxruntime, which has the same files"
 
 ENGINES: dict[str, EngineKind] = {
     "tensorrt": EngineKind(
-        "slipcast.engines.tensorrt", "tensorrt", "tensorrt", ("fp32", "fp16", "bf16"), "cuda", "open_tensorrt",
-        index="NVIDIA's own package index (--extra-index-url)", builds_anywhere=False,
+        "slipcast.engines.tensorrt", "tensorrt", "tensorrt", ("fp32", "fp16", "bf16", "int8"), "cuda", "open_tensorrt",
+        note=", from NVIDIA's own package index (--extra-index-url)", builds_with="device",
     ),
     "tensorrt-rtx": EngineKind(
-        "slipcast.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp32", "fp16", "bf16"), "cuda",
+        "slipcast.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp32", "fp16", "bf16", "int8"), "cuda",
         "open_tensorrt_rtx",
+    ),
+    "onnxruntime-tensorrt": EngineKind(
+        "slipcast.engines.onnxruntime", "onnxruntime", "cuda", ("fp32", "fp16"), "cuda", "open_tensorrt",
+        distribution="onnxruntime-gpu", note=REPLACES, builds_with="nothing",
+    ),
+    "onnxruntime-gpu": EngineKind(
+        "slipcast.engines.onnxruntime", "onnxruntime", "cuda", ("fp32", "fp16"), "cuda", "open_cuda",
+        distribution="onnxruntime-gpu", note=REPLACES, builds_with="nothing",
     ),
     "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8")),
     "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
 }  # fmt: skip
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def engine_kind(name: str) -> EngineKind:
@@ -181,7 +201,7 @@ def open_engine(
         raise HostError(
             f"engine {name} cannot run here", got=str(error), hint=f"reinstall {kind.library}: it cannot be imported"
         ) from error
-    opener = getattr(module, "open_profiled_engine", None) if profile else getattr(module, kind.opener)
+    opener = getattr(module, kind.opener.replace("open_", "open_profiled_") if profile else kind.opener, None)
     if opener is None:
         raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
     engine: Engine = opener(model, weights, precision)

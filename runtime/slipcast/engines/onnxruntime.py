@@ -1,22 +1,33 @@
-"""ONNX Runtime on the CPU: the portable target."""
+"""ONNX Runtime: on the CPU, the portable target; on an NVIDIA GPU, by its CUDA or TensorRT provider.
+
+The library goes on without a provider that it cannot have, on the CPU and almost silently: here that is an error.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from slipcast.engines import Array, LayerTime, cpu_threads
-from slipcast.errors import ArtifactError, ResourceError
+from slipcast.errors import ArtifactError, HostError, ResourceError
 from slipcast.manifest import TensorSpec
 
 # From 1.29 on, official builds write below HOME and report to Microsoft, unless told not to before they are imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
+
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+# What a provider for GPUs never leaves to the CPU on purpose, as it does with the arithmetic of shapes.
+HEAVY = frozenset(
+    ("Attention", "Conv", "ConvTranspose", "Gemm", "GroupNormalization", "InstanceNormalization", "LayerNormalization",
+     "MatMul", "Softmax")
+)  # fmt: skip
+PLACEMENT = "session.record_ep_graph_assignment_info"  # which since 1.24 keeps what get_provider_graph_... gives
 
 _DTYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32",
@@ -26,20 +37,29 @@ _DTYPES = {
 class OnnxRuntimeEngine:
     """One session; see slipcast.engines.Engine."""
 
-    def __init__(self, model: Path, trace: Path | None = None) -> None:
+    def __init__(self, model: Path, trace: Path | None = None, providers: Sequence[str] = ()) -> None:
+        """`providers`: for a GPU, in order of preference; HostError where the graph would not run on them."""
+        if missing := [name for name in providers if name not in available_providers()]:
+            raise _fallen_back(model, f"{missing[0]} is not in this build", available_providers())
         options = onnxruntime.SessionOptions()
         if trace:
             options.enable_profiling = True
             options.profile_file_prefix = str(trace)
         options.intra_op_num_threads = cpu_threads()
         options.log_severity_level = 3
+        if providers:
+            options.add_session_config_entry(PLACEMENT, "1")
         try:
-            self._session: Any = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session: Any = onnxruntime.InferenceSession(
+                model, options, providers=[*providers, CPU], enable_fallback=False
+            )
         except Exception as error:  # the library raises a dozen types of its own, all of which mean this
             raise ArtifactError(
                 f"{model.name}: ONNX Runtime {onnxruntime.__version__} cannot load it", got=str(error).strip(),
                 hint="run `slipcast verify`; where the digests hold, upgrade onnxruntime: it cannot read the graph",
             ) from error  # fmt: skip
+        if providers:
+            check_placement(model, self._session, providers)
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
 
@@ -101,6 +121,44 @@ class ProfiledOnnxRuntimeEngine(OnnxRuntimeEngine):
 def open_engine(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
     """`weights` is found by the library beside the model, as the graph says; `precision` is in the graph."""
     return OnnxRuntimeEngine(model)
+
+
+def available_providers() -> list[str]:
+    """Those in the installed build; whether they load is another question."""
+    return list(onnxruntime.get_available_providers())
+
+
+def open_cuda(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
+    """As open_engine, on a GPU by the CUDA provider."""
+    return OnnxRuntimeEngine(model, providers=(CUDA,))
+
+
+def open_tensorrt(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
+    """As open_engine, on a GPU by the TensorRT provider, and by CUDA where that has no kernel. It builds its engines
+    whenever a session is opened: nothing is written to disk."""
+    return OnnxRuntimeEngine(model, providers=(TENSORRT, CUDA))
+
+
+def check_placement(model: Path, session: Any, providers: Sequence[str]) -> None:
+    """HostError where a provider did not load, or a layer went to the CPU all the same."""
+    if missing := [name for name in providers if name not in session.get_providers()]:
+        raise _fallen_back(model, f"{missing[0]} did not load", session.get_providers())
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24 nobody tells
+        return
+    on_cpu = [part.get_nodes() for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
+    if layers := [node.name or node.op_type for nodes in on_cpu for node in nodes if node.op_type in HEAVY]:
+        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        raise _fallen_back(model, f"it leaves layers to the CPU: {shown}", providers)
+
+
+def _fallen_back(model: Path, problem: str, has: Iterable[str]) -> HostError:
+    return HostError(
+        f"{model.name}: ONNX Runtime {onnxruntime.__version__} would not run it on the GPU",
+        expected="a provider for GPUs",
+        got=f"{problem}; providers here: {', '.join(has)}",
+        hint="run `slipcast doctor`: pip uninstall -y onnxruntime onnxruntime-gpu, then install onnxruntime-gpu alone, "
+        "with the CUDA and cuDNN that it names",
+    )  # fmt: skip
 
 
 def open_profiled_engine(model: Path, weights: Path | None, precision: str) -> ProfiledOnnxRuntimeEngine:

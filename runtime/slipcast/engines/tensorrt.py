@@ -16,6 +16,7 @@ import numpy as np
 from cuda.bindings import runtime as cuda
 
 from slipcast.engines import Array
+from slipcast.engines.device import SCRATCH, Graphs, checked
 from slipcast.errors import HostError, RequestError, ResourceError
 from slipcast.manifest import TensorSpec
 
@@ -26,20 +27,31 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "in
 
 
 class TensorRtEngine:
-    """One engine with one execution context and a stream of its own; see slipcast.engines.Engine."""
+    """One engine with one execution context and a stream of its own; see slipcast.engines.Engine.
 
-    def __init__(self, library: str, model: Path) -> None:
+    Arrays come from the host and go back there. The latents of a step are tens of kilobytes, microseconds beside an
+    evaluation; what is large, the conditioning, stays on the device as long as the caller cannot change it. So samplers
+    run on the host, where they are the same for every target.
+    """
+
+    def __init__(self, library: str, model: Path, capture: bool = True) -> None:
+        """`capture`: make CUDA graphs of calls, which costs the first ones and spares the others their launches."""
         self._trt: Any = importlib.import_module(library)
         self._log: list[str] = []
         self._name = model.name
         self._buffers: dict[str, tuple[int, int]] = {}  # tensor -> (device pointer, bytes)
+        self._given: dict[str, Array] = {}  # what lies in them, and cannot change
+        self._shapes: dict[str, Shape] = {}
+        self._scratch_size = self._scratch = 0
         self._stream: Any = None
         # The library keeps a plain pointer to its logger.
         self._logger = _make_logger(self._trt, self._log)
         self._runtime = self._trt.Runtime(self._logger)
         self._engine = self._deserialize(model.read_bytes())
-        self._context = self._open_context()
-        self._stream = _checked(cuda.cudaStreamCreate())
+        self._context = self._open_context(capture)
+        self._stream = checked(cuda.cudaStreamCreate())
+        # TensorRT-RTX captures by itself, once per shape.
+        self._graphs = Graphs(self._stream) if capture and not hasattr(self._trt, "CudaGraphStrategy") else None
         specs = [self._spec(self._engine.get_tensor_name(i)) for i in range(self._engine.num_io_tensors)]
         is_input = {s.name: self._engine.get_tensor_mode(s.name) == self._trt.TensorIOMode.INPUT for s in specs}
         self.inputs = tuple(spec for spec in specs if is_input[spec.name])
@@ -48,39 +60,50 @@ class TensorRtEngine:
             spec.name: tuple(map(tuple, self._engine.get_tensor_profile_shape(spec.name, 0)))  # type: ignore[misc]
             for spec in self.inputs
         }
+        SCRATCH.join()
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Evaluate the graph; every input by name. RequestError for a shape that the engine was not built for."""
-        check_shapes(self._name, {name: array.shape for name, array in arrays.items()}, self._profiles)
-        given = {s.name: np.ascontiguousarray(arrays[s.name], s.dtype) for s in self.inputs}
-        for name, array in given.items():
-            self._context.set_input_shape(name, array.shape)
-            pointer, to_device = self._reserve(name, array.nbytes), cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-            _checked(cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, to_device, self._stream))
-        results: dict[str, Array] = {
-            spec.name: np.empty(tuple(self._context.get_tensor_shape(spec.name)), spec.dtype) for spec in self.outputs
-        }
-        for name, array in results.items():
-            self._reserve(name, array.nbytes)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise HostError(f"{self._name}: the engine failed", got=self._complaints(), hint="run `slipcast doctor`")
-        for name, array in results.items():
-            pointer, to_host = self._buffers[name][0], cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-            _checked(cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, to_host, self._stream))
-        _checked(cuda.cudaStreamSynchronize(self._stream))
+        """Evaluate the graph; every input by name. RequestError for a shape that the engine was not built for.
+
+        A read-only array that is the very one of the last call is not copied to the device again.
+        """
+        shapes = {name: array.shape for name, array in arrays.items()}
+        check_shapes(self._name, shapes, self._profiles)
+        with SCRATCH.turn:
+            self._shape(shapes)
+            for spec in self.inputs:
+                self._send(spec, arrays[spec.name])
+            results: dict[str, Array] = {
+                spec.name: np.empty(tuple(self._context.get_tensor_shape(spec.name)), spec.dtype)
+                for spec in self.outputs
+            }
+            for name, array in results.items():
+                self._reserve(name, array.nbytes)
+            if not self._enqueue():
+                raise HostError(
+                    f"{self._name}: the engine failed", got=self._complaints(), hint="run `slipcast doctor`"
+                )
+            for name, array in results.items():
+                pointer, to_host = self._buffers[name][0], cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+                checked(cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, to_host, self._stream))
+            checked(cuda.cudaStreamSynchronize(self._stream))
         return results
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._stream is not None:
-            cuda.cudaStreamSynchronize(self._stream)
-            cuda.cudaStreamDestroy(self._stream)
+        if self._stream is None:
+            return
+        cuda.cudaStreamSynchronize(self._stream)
+        if self._graphs:
+            self._graphs.clear()
+        cuda.cudaStreamDestroy(self._stream)
         for pointer, _ in self._buffers.values():
             cuda.cudaFree(pointer)
-        self._buffers, self._stream = {}, None
+        self._buffers, self._given, self._stream = {}, {}, None
         self._context = self._engine = self._runtime = None  # in this order: each uses the next
+        SCRATCH.leave()
 
     def _deserialize(self, data: bytes) -> Any:
         if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header only
@@ -99,9 +122,12 @@ class TensorRtEngine:
             hint="`slipcast doctor BUNDLE` compares them; use another target, or compile the bundle again",
         )  # fmt: skip
 
-    def _open_context(self) -> Any:
+    def _open_context(self, capture: bool) -> Any:
+        if self._engine.streamable_weights_size:  # it was built to leave weights on the host where memory is short
+            self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         config = self._engine.create_runtime_config()
-        if hasattr(self._trt, "CudaGraphStrategy"):  # TensorRT-RTX captures by itself, once per shape
+        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if capture and hasattr(self._trt, "CudaGraphStrategy"):
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         context = self._engine.create_execution_context(config)
         if context is None:
@@ -111,16 +137,49 @@ class TensorRtEngine:
             )  # fmt: skip
         return context
 
+    def _shape(self, shapes: dict[str, Shape]) -> None:
+        """Tell the context the shapes of a call, and where it may compute."""
+        if shapes != self._shapes:
+            for name, shape in shapes.items():
+                self._context.set_input_shape(name, shape)
+            self._shapes, self._scratch_size = shapes, self._context.update_device_memory_size_for_shapes()
+            self._scratch = -1  # the context wants to be told again
+        pointer = SCRATCH.reserve(self._scratch_size)
+        if self._scratch_size and pointer != self._scratch:
+            self._context.set_device_memory(pointer, self._scratch_size)
+            self._scratch = pointer
+
+    def _send(self, spec: TensorSpec, array: Array) -> None:
+        if self._given.get(spec.name) is array:
+            return
+        given = np.ascontiguousarray(array, spec.dtype)
+        pointer, to_device = self._reserve(spec.name, given.nbytes), cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        # From memory that is not page-locked: the call returns when the array has been read.
+        checked(cuda.cudaMemcpyAsync(pointer, given.ctypes.data, given.nbytes, to_device, self._stream))
+        self._given.pop(spec.name, None)
+        if not array.flags.writeable:
+            self._given[spec.name] = array
+
+    def _enqueue(self) -> bool:
+        def enqueue() -> bool:
+            return bool(self._context.execute_async_v3(int(self._stream)))
+
+        if self._graphs is None:
+            return enqueue()
+        return self._graphs.run((tuple(self._shapes.items()), self._scratch), enqueue)
+
     def _reserve(self, name: str, size: int) -> int:
         """The device buffer of a tensor, of at least `size` bytes; it is kept, so that captured graphs stay valid."""
         pointer, has = self._buffers.get(name, (0, 0))
         if has < size:
+            if self._graphs:
+                self._graphs.clear()
             if has:
-                _checked(cuda.cudaFree(pointer))
+                checked(cuda.cudaFree(pointer))
                 del self._buffers[name]
-            pointer = int(_checked(cuda.cudaMalloc(size)))
+            pointer = int(checked(cuda.cudaMalloc(size)))
             self._buffers[name] = pointer, size
-        self._context.set_tensor_address(name, pointer)
+            self._context.set_tensor_address(name, pointer)
         return pointer
 
     def _spec(self, name: str) -> TensorSpec:
@@ -174,13 +233,3 @@ def _make_logger(trt: Any, lines: list[str]) -> Any:
                 lines.append(message)
 
     return Log()
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """What a CUDA call returned after its status; ResourceError or HostError where that is none of success."""
-    status, *values = result
-    if status == cuda.cudaError_t.cudaErrorMemoryAllocation:
-        raise ResourceError("GPU memory ran out", hint='load with residency="sequential", or ask for fewer images')
-    if status != cuda.cudaError_t.cudaSuccess:
-        raise HostError("CUDA failed", got=status.name, hint="run `slipcast doctor`; a lost device needs a new process")
-    return values[0] if values else None

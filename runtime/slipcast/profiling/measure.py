@@ -12,15 +12,14 @@ from typing import Any, cast
 
 from slipcast.bundle import open_bundle
 from slipcast.engines import Array, Engine, LayerTime, ProfiledEngine, open_engine
-from slipcast.manifest import Manifest, Target
+from slipcast.evidence import held_out_prompts, report_files
+from slipcast.manifest import Target
 from slipcast.pipeline import Pipeline, load
 from slipcast.profiling.document import make_document
 from slipcast.profiling.memory import available_mb, measure_memory, status_mb
 from slipcast.progress import Stages
 from slipcast.residency import Residency
-from slipcast.validation import parse_json
 
-PROMPT = "a photograph"  # for a bundle without a report
 MOST_RUNS, ENOUGH_S = 5, 10.0  # what is quick is run several times
 
 
@@ -95,20 +94,8 @@ def profile_run(
 
 def _report_prompt(path: Path, allow_unlisted: bool) -> str | None:
     """None for a bundle that takes no text."""
-
-    def report(manifest: Manifest) -> list[str]:
-        return [entry.path for entry in manifest.files if entry.path == "report.json"]
-
-    bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=report)
-    if not bundle.manifest.takes_prompt:
-        return None
-    closed = bundle.manifest.prompts
-    usual = next(prompt for prompt in closed.prompts if prompt) if closed else PROMPT
-    if not report(bundle.manifest):
-        return usual
-    record: Any = parse_json(bundle.path("report.json").read_bytes(), "report.json")
-    prompts = (record.get("family") or {}).get("held_out_prompts") or [usual]
-    return str(prompts[0])
+    bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=report_files)
+    return next(iter(held_out_prompts(bundle)), None)
 
 
 def _measure(pipe: Pipeline, target: Target, request: dict[str, Any], stages: Stages) -> Measured:

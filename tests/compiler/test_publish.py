@@ -10,8 +10,8 @@ import pytest
 
 from slipcast.errors import RecipeError
 from slipcast.manifest import MANIFEST_NAME
-from slipcast_compiler import package
-from slipcast_compiler.package import check_output, publish, staging
+from slipcast_compiler import publish as publishing
+from slipcast_compiler.publish import check_output, publish, staging
 
 
 def test_staging_disappears_unless_published(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_what_is_not_a_bundle_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_failing_rename_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system cannot swap two directories at once, and the second of the renames instead of it fails."""
-    monkeypatch.setattr(package.ctypes, "CDLL", lambda *_, **__: None)
+    monkeypatch.setattr(publishing.ctypes, "CDLL", lambda *_, **__: None)
     output, new = tmp_path / "bundle", tmp_path / "new"
     for folder, text in ((output, "old"), (new, "new")):
         folder.mkdir()
@@ -120,7 +120,7 @@ def test_a_place_that_can_no_longer_be_made(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package, "check_output", lambda *_: None)
-    monkeypatch.setattr(*((Path, call) if call == "mkdir" else (package.tempfile, call)), full)
+    monkeypatch.setattr(publishing, "check_output", lambda *_: None)
+    monkeypatch.setattr(*((Path, call) if call == "mkdir" else (publishing.tempfile, call)), full)
     with pytest.raises(RecipeError, match="No space left"), staging(tmp_path / "bundle"):
         pass

@@ -1,0 +1,192 @@
+"""Add a target to a published bundle, on another machine: from the bundle's own ONNX, without torch or the checkpoint.
+
+The original is not there to judge by. What can run here is compared with the target that it was built from, whose own
+distance to the original the bundle knows; what cannot is added as it is, and said to be.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipcast.bundle import Bundle, check_digests, open_bundle
+from slipcast.engines import ENGINES, refusal
+from slipcast.errors import CheckFailed, HostError, RecipeError
+from slipcast.evidence import held_out_prompts
+from slipcast.manifest import SCHEMA_VERSION, Addition, Manifest, Target
+from slipcast.progress import Stages
+from slipcast_compiler import bundled, publish
+from slipcast_compiler.build import Source, build_target, declare
+from slipcast_compiler.build.pool import Pool
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.metrics import psnr
+from slipcast_compiler.recipe import TargetTable
+
+logger = logging.getLogger("slipcast")
+
+PORTABLE = "onnxruntime"  # the engine whose files are the graphs themselves
+# dB on the worst picture. Rounding stays above it (the reference model: bf16 at 48, INT8 at 37), and an engine that
+# reads its graph wrongly does not.
+LEAST_PSNR = 20.0
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Added:
+    """The published bundle and its new target; `not_run`: why it could not be compared with anything here."""
+
+    output: Path
+    manifest: Manifest
+    target: Target
+    not_run: str | None
+
+
+def add_target(
+    path: Path, table: TargetTable, output: Path, cache: Cache, stages: Stages, images: int = 4, replace: bool = False
+) -> Added:
+    """Publish the bundle at `path` with one target more at `output`, which may be the same place.
+
+    Either the new bundle is there, complete, or nothing has changed. `images`: pictures to compare. `replace`: a target
+    of this name that is there already. Raises RecipeError where the bundle has no graph to build from, HostError where
+    the engine cannot be built here, and CheckFailed where the pictures are far from those of the target it comes from.
+    """
+    if not ENGINES[table.engine].can_build():
+        raise HostError(f"target {table.engine} cannot be built here", hint=ENGINES[table.engine].why_not())
+    bundle = open_bundle(path)
+    _check_version(bundle.manifest)
+    portable = find_portable(bundle.manifest, table.precision)
+    _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
+    publish.check_output(output)
+    with stages.stage("verify") as advance:
+        check_digests(bundle, "all", advance)
+    with publish.staging(output) as folder:
+        digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
+        pool = Pool(folder)
+        for target in bundle.manifest.targets:
+            for files in target.components.values():
+                pool.know(files, digests)
+        with stages.stage("copy"):
+            _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
+        with stages.stage(f"build {table.name}") as advance:
+            sources = _sources(bundle, portable, digests)
+            target = build_target(table, sources, bundle.manifest.image, pool, cache, advance)
+        fields = _fields(bundle.manifest, target)
+        _remove_unused(folder, bundle.manifest, fields["targets"])
+        publish.write_manifest(folder, fields)
+        if not_run := refusal(target):
+            logger.warning("%s was not run here and is compared with nothing: %s", target.id, not_run)
+        else:
+            target = target.model_copy(update={"addition": _compare(folder, bundle, target, portable, images, stages)})
+            fields["targets"] = tuple(target if each.id == target.id else each for each in fields["targets"])
+        with stages.stage("publish"):
+            manifest = publish.write_manifest(folder, fields)
+            publish.publish(folder, output)
+    return Added(output, manifest, target, not_run)
+
+
+def find_portable(manifest: Manifest, precision: str) -> Target:
+    """The target whose graphs one in `precision` is built from: ONNX, in int8 where that is asked for, else in fp32."""
+    wanted = "int8" if precision == "int8" else "fp32"
+    for target in manifest.targets:
+        if (target.engine, target.precision) == (PORTABLE, wanted):
+            return target
+    raise RecipeError(
+        f"{manifest.name} has no portable graphs for a target in {precision}",
+        expected=f"a target {PORTABLE} in {wanted}", got=", ".join(target.id for target in manifest.targets),
+        hint=f'compile it with [[targets]] engine = "{PORTABLE}", precision = "{wanted}" beside the others',
+    )  # fmt: skip
+
+
+def _check_version(manifest: Manifest) -> None:
+    """What a newer version wrote would be lost here: this one reads what it knows, and writes what it read."""
+    if tuple(map(int, manifest.schema_version.split("."))) > SCHEMA_VERSION:
+        raise HostError(
+            f"{manifest.name} was made by a newer slipcast", expected="schema " + ".".join(map(str, SCHEMA_VERSION)),
+            got=f"schema {manifest.schema_version}", hint="pip install --upgrade slipcast",
+        )  # fmt: skip
+
+
+def _check_new(manifest: Manifest, target: Target, portable: Target, replace: bool) -> None:
+    if target.id == portable.id or (not replace and target.id in (each.id for each in manifest.targets)):
+        raise RecipeError(
+            f"{manifest.name} has a target {target.id} already", expected="another one",
+            hint="nothing to do" if target.id == portable.id else "give --replace to build it again",
+        )  # fmt: skip
+
+
+def _sources(bundle: Bundle, portable: Target, digests: dict[str, str]) -> dict[str, Source]:
+    return {
+        str(name): Source(bundle.path(files.model), digests[files.model] + (digests[files.weights or files.model]))
+        for name, files in portable.components.items()
+    }
+
+
+def _copy(bundle: Bundle, paths: Sequence[str], folder: Path) -> None:
+    for relative in paths:
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(bundle.path(relative), folder / relative)
+
+
+def _fields(manifest: Manifest, target: Target) -> dict[str, Any]:
+    """The manifest's, with the target in its place: a host takes the first that it can run.
+
+    Engines for GPUs, which run nowhere else, come before others, and those for some GPUs before portable ones; so no
+    host that the bundle served so far is given another target, unless it has such a GPU.
+    """
+    targets = list(manifest.targets)
+    ids = [each.id for each in targets]
+    if target.id in ids:
+        targets[ids.index(target.id)] = target
+    else:
+        before = [_rank(each) <= _rank(target) for each in targets]
+        targets.insert(before.index(False) if False in before else len(before), target)
+    first = next((each for each in targets if each.quality), targets[0])
+    kept = {name: getattr(manifest, name) for name in Manifest.model_fields if name != "files"}
+    return kept | {"targets": tuple(targets), "quality": first.quality, "performance": first.performance}
+
+
+def _rank(target: Target) -> int:
+    if target.device == "cpu":
+        return 2
+    return 0 if target.built and target.built.compute_capabilities else 1
+
+
+def _remove_unused(folder: Path, before: Manifest, targets: Sequence[Target]) -> None:
+    """What a replaced target alone had."""
+    used = {file for target in targets for file in target.files}
+    for file in {file for target in before.targets for file in target.files} - used:
+        (folder / file).unlink()
+
+
+def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, images: int, stages: Stages) -> Addition:
+    """Pictures of held-out prompts on both, with the same noise, each in a process of its own."""
+    prompts: Sequence[str | None] = held_out_prompts(bundle) or [None]
+    chosen, seeds = [prompts[i % len(prompts)] for i in range(images)], range(SEED, SEED + images)
+    made = []
+    for each in (portable, target):
+        with stages.stage(f"pictures on {each.id}") as advance:
+            made.append(run_isolated(bundled.make_images, folder, each.id, chosen, seeds, advance=advance).result)
+    reference, found = made
+    distances = [psnr(*pair) for pair in zip(reference["images"], found["images"], strict=True)]
+    worst = float(np.min(distances))
+    if not worst >= LEAST_PSNR:  # NaN too
+        raise CheckFailed(
+            f"{target.id} makes other pictures than {portable.id}, whose graphs it has; nothing was published",
+            expected=f"at least {LEAST_PSNR:g} dB PSNR on the worst of {images} pictures", got=f"{worst:.1f} dB",
+            hint="choose another precision or engine",
+        )  # fmt: skip
+    return Addition(
+        against=portable.id, images=images, psnr_mean=round(float(np.mean(distances)), 3), psnr_worst=round(worst, 3),
+        latency_s=_median(found), latency_against_s=_median(reference),
+    )  # fmt: skip
+
+
+def _median(made: dict[str, Any]) -> float:
+    return round(float(np.median(made["seconds"])), 4)

@@ -14,6 +14,7 @@ from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
+from slipcast_compiler.cost import cost
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
@@ -102,6 +103,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         # The report is written in any case; the bundle is published only if the gate holds.
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
         record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run)
+        record["cost"] = cost(exported["denoiser"] / "denoiser.onnx")
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

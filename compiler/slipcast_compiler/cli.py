@@ -145,7 +145,7 @@ def study_command(recipe: Path, output: Path | None, dry_run: bool, cache: Path,
 @click.option("--target", default="auto", show_default=True, help="An engine or target id of the bundle.")
 @click.option("--images", type=click.IntRange(1), default=8, show_default=True, help="Pictures of each side.")
 @click.option("--batch", default="1", show_default=True, metavar="N,N,...", help="Also so many pictures at once.")
-@click.option("--steps", type=int, help="Sampling steps of all sides but ddpm1000.  [default: the bundle's]")
+@click.option("--steps", type=int, help="Sampling steps of all sides but ddim50 and ddpm1000.  [default: the bundle's]")
 @click.option("--make-venvs", is_flag=True, help="Make environments for peers that need libraries of their own.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: artifacts/bench/NAME-DATE.json]")
 @json_option

@@ -98,6 +98,11 @@ class ImageGeometry(Strict):
             raise ValueError("overlap has to be smaller than the tile")
         return self
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[channels, height, width] of one image's latent."""
+        return self.channels, self.height // self.factor, self.width // self.factor
+
 
 class Sampling(Strict):
     """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import numbers
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,20 +23,20 @@ from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.engines import Engine, open_engine, refusal
 from slipcast.errors import HostError, NumericalError, RequestError
 from slipcast.manifest import Manifest, Target
+from slipcast.request import OutputType, Request, check_latents, check_request
 from slipcast.residency import Policy, Residency
 from slipcast.samplers import SAMPLERS, sample
-from slipcast.schedules import SCHEDULES, Schedule
+from slipcast.schedules import SCHEDULES
 from slipcast.seeds import TorchGenerator, batch_noise
 from slipcast.staging import Row, evaluated_timesteps, read_step_table, told
 from slipcast.tiling import decode_tiled
-from slipcast.tokenizer import OnLongPrompt, PromptTokenizer, check_prompts
+from slipcast.tokenizer import OnLongPrompt, PromptTokenizer
 
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
 ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
 
-OutputType = Literal["pil", "np", "latent"]
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
 
 
@@ -53,24 +51,6 @@ class PipelineOutput:
     seeds: tuple[int, ...]
     target: str
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A call's arguments, checked and resolved, before any engine runs."""
-
-    prompts: list[str]
-    negative: list[str]
-    seeds: tuple[int, ...]
-    schedule: Schedule
-    guidance_scale: float
-    latents: Floats | None
-    output_type: OutputType
-    on_long_prompt: OnLongPrompt
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1.0 and bool(self.prompts)
 
 
 class Pipeline:
@@ -117,9 +97,11 @@ class Pipeline:
         Raises RequestError (a ValueError) with the legal range before any engine runs; NumericalError where a step or
         the decoder yields NaN or infinity.
         """
-        request = self._check(
-            prompt, negative_prompt, seed, num_images_per_prompt, num_inference_steps, guidance_scale, width, height,
-            latents, output_type, on_long_prompt,
+        request = check_request(
+            self.manifest, self._target, self._prompt_table,
+            prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, width=width, height=height,
+            latents=latents, output_type=output_type, on_long_prompt=on_long_prompt,
         )  # fmt: skip
         with self._one_call_at_a_time:
             return self._run(request, callback_on_step_end)
@@ -143,7 +125,7 @@ class Pipeline:
         contract = self.manifest.components[name]
         return open_engine(self._target.engine, model, weights, precision or self._target.precision, contract)
 
-    def _run(self, request: _Request, callback: OnStepEnd | None) -> PipelineOutput:
+    def _run(self, request: Request, callback: OnStepEnd | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
         conditioning = self._encode(request, seconds)
         latents = self._denoise(request, conditioning, callback, seconds)
@@ -154,7 +136,7 @@ class Pipeline:
         seconds["total"] = time.perf_counter() - clock
         return PipelineOutput(images, request.seeds, self.target, seconds)
 
-    def _encode(self, request: _Request, seconds: dict[str, float]) -> dict[str, Floats]:
+    def _encode(self, request: Request, seconds: dict[str, float]) -> dict[str, Floats]:
         """Denoiser inputs that depend on the prompt: unconditional rows first, where guided."""
         texts = [*request.negative, *request.prompts] if request.guided else request.prompts
         distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
@@ -183,7 +165,7 @@ class Pipeline:
                 parts.setdefault(denoiser_input, []).append(outputs[output])
         return {name: np.concatenate(found, axis=-1) if len(found) > 1 else found[0] for name, found in parts.items()}
 
-    def _rows(self, request: _Request, seconds: dict[str, float]) -> dict[float, Row]:
+    def _rows(self, request: Request, seconds: dict[str, float]) -> dict[float, Row]:
         """By timestep, what was computed beforehand of it; empty where nothing was."""
         if self._step_table is None:
             return {}
@@ -197,12 +179,12 @@ class Pipeline:
         return rows
 
     def _denoise(
-        self, request: _Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
+        self, request: Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
     ) -> Floats:
         """The sampling loop; float32 latents [n, c, h, w] of the clean picture."""
         settings, schedule = self.manifest.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
-        noise = partial(batch_noise, generators, self._latent_shape)
+        noise = partial(batch_noise, generators, self.manifest.image.latent_shape)
         at_once = self._at_once(len(request.seeds))
         rows = self._rows(request, seconds)
         wanted = {spec.name for spec in self.manifest.components["denoiser"].inputs}
@@ -241,7 +223,7 @@ class Pipeline:
                 if callback:
                     changed = callback(self, step, timestep, {"latents": x})
                     if changed and "latents" in changed:
-                        x[...] = _check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
+                        x[...] = check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
                     _check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
             latents: Floats = x * final_scale(settings.noise, schedule)
         return latents
@@ -283,95 +265,10 @@ class Pipeline:
         go one by one: more at once are not faster there, and OpenVINO chooses other kernels for some batch sizes (3 of
         1 to 8, for a U-Net of Stable Diffusion 1.5), whose rounding would make pictures depend on the batch.
         """
-        _, height, width = self._latent_shape
+        _, height, width = self.manifest.image.latent_shape
         if self._target.device != "cpu":
             return images
         return min(images, max(1, ATTENTION_BYTES // (2 * 8 * 4 * (height * width) ** 2)))
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int]:
-        image = self.manifest.image
-        return image.channels, image.height // image.factor, image.width // image.factor
-
-    def _check(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        seed: int | Sequence[int] | None,
-        images_per_prompt: int,
-        steps: int | None,
-        guidance_scale: float | None,
-        width: int | None,
-        height: int | None,
-        latents: Floats | None,
-        output_type: OutputType,
-        on_long_prompt: OnLongPrompt,
-    ) -> _Request:
-        _integer("num_images_per_prompt", images_per_prompt, 1, 4096)
-        self._check_size(width, height)
-        for name, value, legal in (
-            ("output_type", output_type, ("pil", "np", "latent")),
-            ("on_long_prompt", on_long_prompt, ("warn", "error")),
-        ):
-            if value not in legal:
-                raise RequestError(f"{name} is not usable", expected=" or ".join(legal), got=repr(value))
-        prompts: list[str] = []
-        if self.manifest.takes_prompt:
-            prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(images_per_prompt)]
-        elif prompt is not None or negative_prompt:
-            raise RequestError(
-                "this bundle is unconditional: it takes no prompt", expected="None", got=repr(prompt or negative_prompt)
-            )
-        count = len(prompts) or images_per_prompt
-        if self._target.built:
-            _integer(f"the number of images in one call of {self.target}", count, 1, self._target.built.max_images)
-        negative = check_prompts("negative_prompt", "" if negative_prompt is None else negative_prompt)
-        if self._prompt_table:
-            self._prompt_table.check("prompt", prompts)
-            self._prompt_table.check("negative_prompt", negative)
-        if len(negative) == 1:
-            negative *= count
-        elif len(negative) * images_per_prompt == count:
-            negative = [text for text in negative for _ in range(images_per_prompt)]
-        else:
-            raise RequestError(
-                "negative_prompt does not go with prompt",
-                expected="one text, or as many as prompts",
-                got=str(len(negative)),
-            )
-        scale = self.manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 <= scale <= 1000:
-            raise RequestError("guidance_scale is not usable", expected="a number from 0 to 1000", got=repr(scale))
-        if latents is not None:
-            latents = _check_latents("latents", latents, (count, *self._latent_shape))
-            if not np.isfinite(latents).all():
-                raise RequestError("latents are not usable", expected="finite numbers", got="NaN or infinity")
-        schedule, seeds = self._schedule(steps), _seeds(seed, count)
-        return _Request(prompts, negative, seeds, schedule, float(scale), latents, output_type, on_long_prompt)
-
-    def _check_size(self, width: int | None, height: int | None) -> None:
-        image = self.manifest.image
-        for name, asked, built in (("width", width, image.width), ("height", height, image.height)):
-            if asked is not None and asked != built:
-                raise RequestError(
-                    f"{name} is fixed in this bundle", expected=str(built), got=repr(asked),
-                    hint=f"compile a bundle with --set sampling.{name}={asked!r}",
-                )  # fmt: skip
-
-    def _schedule(self, steps: int | None) -> Schedule:
-        settings = self.manifest.sampling
-        if steps is not None:
-            _integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
-        schedule = settings.lay(steps)
-        if self._step_table is not None and "denoiser_step" not in self.manifest.components:
-            asked = evaluated_timesteps(settings, schedule)
-            if others := [f"{timestep:g}" for timestep in asked if timestep not in self._step_table]:
-                raise RequestError(
-                    f"num_inference_steps is fixed in this bundle: {settings.steps}",
-                    expected="timesteps " + ", ".join(f"{timestep:g}" for timestep in self._step_table),
-                    got=", ".join(others), hint="compile a bundle with --set staging.general=true",
-                )  # fmt: skip
-        return schedule
 
 
 def load(
@@ -436,40 +333,9 @@ def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], na
     return outputs
 
 
-def _check_latents(name: str, latents: object, shape: tuple[int, ...]) -> Floats:
-    found: Floats = np.asarray(latents)
-    if found.shape != shape or found.dtype != np.float32:
-        raise RequestError(
-            f"{name} are not usable", expected=f"float32 {list(shape)}", got=f"{found.dtype} {list(found.shape)}"
-        )
-    return found
-
-
 def _check_finite(values: Floats, problem: str) -> None:
     if not np.isfinite(values).all():
         raise NumericalError(
             problem, expected="finite numbers", got="NaN or infinity",
             hint="try a target of higher precision, or a lower guidance_scale",
         )  # fmt: skip
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise RequestError(f"{name} is not usable", expected=f"an integer from {low} to {high}", got=repr(value))
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    if seed is None:
-        seed = secrets.randbits(32)
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise RequestError(
-                "seed does not go with the images asked for", expected=f"{count} seeds", got=str(len(seed))
-            )
-        seeds = tuple(seed)
-    else:
-        _integer("seed", seed, 0, 2**64 - count)
-        seeds = tuple(int(cast(int, seed)) + i for i in range(count))
-    for each in seeds:
-        _integer("seed", each, 0, 2**64 - 1)
-    return seeds

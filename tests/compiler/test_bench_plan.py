@@ -102,11 +102,16 @@ def test_same_prompts_and_seeds_for_all(shapes_bundle: Path) -> None:
     assert plan.sampling.steps == 3
 
 
-def test_ddpm_runs_in_1000_steps_on_few_images(shapes_bundle: Path) -> None:
-    plan = make_plan(shapes_bundle, Options(("ddpm1000",), SHAPES, steps=3))
-    ddpm = plan.sides[1]
-    assert ddpm.images == 2
-    assert (ddpm.job["sampling"]["sampler"], ddpm.job["sampling"]["steps"]) == ("ddpm", 1000)
+@pytest.mark.parametrize(
+    ("name", "sampler", "steps", "images"), [("ddpm1000", "ddpm", 1000, 2), ("ddim50", "ddim", 50, 4)]
+)
+def test_slow_peers_keep_their_steps_and_make_few_images(
+    shapes_bundle: Path, name: str, sampler: str, steps: int, images: int
+) -> None:
+    plan = make_plan(shapes_bundle, Options((name,), SHAPES, steps=3))
+    peer = plan.sides[1]
+    assert peer.images == images
+    assert (peer.job["sampling"]["sampler"], peer.job["sampling"]["steps"]) == (sampler, steps)
     assert plan.reference
     assert plan.reference.job["sampling"]["steps"] == 3
 

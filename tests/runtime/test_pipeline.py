@@ -73,7 +73,7 @@ class TestWhatEnginesAreAsked:
         out = pipe(PROMPT, negative_prompt="blue", seed=5, guidance_scale=2.5, output_type="np")
         tokens = PromptTokenizer(pipe.bundle.path("tokenizer.json"), fakes.LENGTH, 655)
         context = fakes.encode({"input_ids": tokens(["blue", PROMPT])})["hidden"]
-        settings, schedule = pipe.manifest.sampling, pipe._schedule(None)
+        settings, schedule = pipe.manifest.sampling, pipe.manifest.sampling.lay()
 
         def predict(x: Any, timestep: float) -> Any:
             rows = {"sample": np.concatenate([x, x]), "timestep": np.array([timestep]), "context": context}
@@ -145,7 +145,7 @@ class TestWhatEnginesAreAsked:
 
     def test_guidance_in_an_interval_and_gaps_used_again(self, root: Path, tmp_path: Path, engines: Fakes) -> None:
         plain = load(root)
-        expected, levels = latents(plain), plain._schedule(None).sigmas
+        expected, levels = latents(plain), plain.manifest.sampling.lay().sigmas
         full = {"guidance_interval": [0.0, 1e9], "guidance_reuse": 0}
         np.testing.assert_array_equal(latents(self.leaving_out(root, tmp_path / "full", **full)), expected)
         part = self.leaving_out(root, tmp_path / "part", guidance_interval=[levels[4], levels[1]], guidance_reuse=1)
@@ -379,7 +379,7 @@ class TestCallbacks:
         assert engines.count("denoiser") == 2 * STEPS - 1
         assert [arguments[0] for arguments in seen] == [pipe] * STEPS
         assert [arguments[1] for arguments in seen] == list(range(STEPS))
-        assert [arguments[2] for arguments in seen] == list(pipe._schedule(None).timesteps)
+        assert [arguments[2] for arguments in seen] == list(pipe.manifest.sampling.lay().timesteps)
         assert all(list(arguments[3]) == ["latents"] for arguments in seen)
         np.testing.assert_array_equal(seen[-1][3]["latents"], final)  # the terminal sigma is 0 here
         assert not np.array_equal(seen[0][3]["latents"], seen[1][3]["latents"])
@@ -387,7 +387,7 @@ class TestCallbacks:
     def test_may_replace_latents(self, pipe: Pipeline, engines: Fakes) -> None:
         wanted = np.full((1, *LATENT), 0.25, np.float32)
         out = latents(pipe, callback_on_step_end=lambda p, step, t, k: {"latents": wanted} if step == 2 else None)
-        schedule = pipe._schedule(None)
+        schedule = pipe.manifest.sampling.lay()
         given = [given for name, given in engines.calls if name == "denoiser"][3].sample[0]
         np.testing.assert_allclose(given, 0.25 / np.sqrt(1 + schedule.sigmas[3] ** 2), rtol=1e-6)
         assert not np.array_equal(out, latents(pipe))
@@ -447,7 +447,7 @@ class TestNumbersThatAreNone:
             return {"prediction": output}
 
         engines.functions["denoiser"] = broken
-        timestep = pipe._schedule(None).timesteps[2]
+        timestep = pipe.manifest.sampling.lay().timesteps[2]
         with pytest.raises(NumericalError, match=rf"after step 3 of 6 \(timestep {timestep:g}\)"):
             pipe(PROMPT, seed=1, output_type=output_type)
         assert (engines.count("denoiser"), engines.count("vae_decoder")) == (3, 0)

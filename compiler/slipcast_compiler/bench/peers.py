@@ -38,7 +38,9 @@ class Peer:
 
 
 _TORCH = ("torch", "diffusers", "transformers")
-_DDPM = {"sampler": "ddpm", "schedule": "trailing", "steps": 1000, "timesteps": None, "sigmas": None, "eta": 0.0}
+_EXPLICIT = {"timesteps": None, "sigmas": None, "eta": 0.0}  # in place of what the bundle's own schedule may have
+_DDPM = {"sampler": "ddpm", "schedule": "trailing", "steps": 1000, **_EXPLICIT}
+_DDIM = {"sampler": "ddim", "schedule": "leading", "steps": 50, **_EXPLICIT}
 
 PEERS: dict[str, Peer] = {
     "diffusers": Peer("diffusers, fp32", "diffusers.py", _TORCH, COMPILER, {"dtype": "float32"}),
@@ -64,6 +66,10 @@ PEERS: dict[str, Peer] = {
     "ddpm1000": Peer(
         "diffusers, fp32, DDPM in 1000 steps", "diffusers.py", _TORCH, COMPILER, {"dtype": "float32"},
         images=2, batches=False, sampling=_DDPM, pixels=False,
+    ),
+    "ddim50": Peer(
+        "diffusers, fp32, DDIM in 50 steps", "diffusers.py", _TORCH, COMPILER, {"dtype": "float32"},
+        images=4, batches=False, sampling=_DDIM, pixels=False,
     ),
 }  # fmt: skip
 

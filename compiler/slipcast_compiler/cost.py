@@ -22,7 +22,8 @@ def cost(model: Path) -> dict[str, int]:
 
 def _sizes(value: ir.Value | None) -> list[int]:
     """The dimensions, a batch that is free being 1."""
-    assert value is not None and value.shape is not None, value
+    assert value is not None
+    assert value.shape is not None, value.name
     return [size if isinstance(size, int) else 1 for size in value.shape]
 
 

@@ -147,9 +147,9 @@ def _components(measured: Measured) -> dict[str, float] | None:
 
 def _component_ratios(peer: Measured, bundle: Measured) -> dict[str, dict[str, float]]:
     """Of the components that both sides tell the time of: other bundles do, peers of other makers do not."""
-    sides = [[drawn.components_s for drawn in measured.drawn] for measured in (peer, bundle)]
-    shared = [name for name in sides[1][0] if name in sides[0][0]]
-    return {name: _ratios(*([float(parts[name]) for parts in side] for side in sides)) for name in shared}
+    theirs, ours = ([drawn.components_s or {} for drawn in measured.drawn] for measured in (peer, bundle))
+    shared = [name for name in ours[0] if name in theirs[0]]
+    return {name: _ratios([part[name] for part in theirs], [part[name] for part in ours]) for name in shared}
 
 
 def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict[str, Any]:

@@ -180,9 +180,7 @@ def _checkpoint(bundle: Bundle, model: Path | None, *, needed: bool) -> Checkpoi
     return checkpoint
 
 
-def _bundle_side(
-    name: str, title: str, bundle: Bundle, record: dict[str, Any], target: str, steps: int | None
-) -> Side:
+def _bundle_side(name: str, title: str, bundle: Bundle, record: dict[str, Any], target: str, steps: int | None) -> Side:
     job = {"side": "bundle.py", "bundle": str(bundle.root), "target": target, "steps": steps}
     return Side(name, title, sys.executable, job, disk_bytes=_bytes_to_run(bundle, target), cost=record.get("cost"))
 

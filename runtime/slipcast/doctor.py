@@ -40,7 +40,7 @@ def examine(bundle: Path | None = None) -> list[Finding]:
         Finding(
             "processor",
             True,
-            f"{cpu_threads()} cores for this process; {', '.join(_cpu_flags()) or 'no known vector units'}",
+            f"{cpu_threads()} cores for this process; {_vector_units(_cpu_flags())}",
         ),
         Finding("memory", True, _memory()),
         Finding("disk", True, f"{shutil.disk_usage('.').free / 1e9:.1f} GB free here"),
@@ -115,6 +115,11 @@ def _cpu_flags() -> list[str]:
         return [platform.machine()]
     present = set(next((line.split(":")[1].split() for line in text.splitlines() if line.startswith("flags")), []))
     return [flag for flag in FLAGS if flag in present]
+
+
+def _vector_units(flags: list[str]) -> str:
+    without = "" if {"avx512_bf16", "amx_bf16"} & set(flags) else "; no bf16: OpenVINO runs bf16 targets in fp32"
+    return (", ".join(flags) or "no known vector units") + without * platform.machine().startswith(("x86", "AMD"))
 
 
 def _memory() -> str:

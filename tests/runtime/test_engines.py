@@ -134,6 +134,20 @@ class TestOnnxRuntime:
 
 
 class TestOpenVino:
+    @pytest.mark.parametrize(("native", "hint"), [(True, "bf16"), (False, "f32")])
+    def test_bf16_is_not_emulated(self, native: bool, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = pytest.importorskip("slipcast.engines.openvino")
+        monkeypatch.setattr(module, "bf16_is_native", lambda: native)
+        assert [module._hint(precision) for precision in ("bf16", "int8", "fp32")] == [hint, hint, "f32"]
+
+    def test_a_processor_without_bf16_is_said_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        module = pytest.importorskip("slipcast.engines.openvino")
+        capabilities = module.openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        module.bf16_is_native.cache_clear()
+        assert module.bf16_is_native() is module.bf16_is_native() is ("BF16" in capabilities)
+        assert ("no bf16 instructions" in caplog.text) is ("BF16" not in capabilities)
+        assert len(caplog.records) <= 1
+
     @pytest.mark.parametrize("content", ["", "<net", "not a model", "<net name='x'><layers></net>"])
     def test_a_file_that_is_no_model(self, tmp_path: Path, content: str) -> None:
         pytest.importorskip("slipcast.engines.openvino")

@@ -193,6 +193,8 @@ def _notes(plan: BenchPlan, results: Results, load_before: float | None, no_clip
             notes.append(f"{name} ran one image at a time only")
         if not measured.side.pixels and results.reference is not None:
             notes.append(f"{name} takes another way to the picture: PSNR and SSIM would mean nothing and are not run")
+        if measured.about.get("bf16_is_native") is False:
+            notes.append(f"{name}: this processor has no bf16 instructions, so OpenVINO computed in fp32 instead")
         if measured.side.job.get("compile"):
             notes.append(f"{name}: the memory of torch's compile processes is not in its peak")
     if results.no_reference:

@@ -14,6 +14,10 @@ def open_side(job: dict[str, Any]) -> Any:
     pipe = slipcast.load(job["bundle"], target=job["target"])
     steps = job["steps"] or pipe.manifest.sampling.steps
     _about.update(target=pipe.target, slipcast=slipcast.__version__, steps=steps)
+    if pipe.target.startswith("openvino") and not pipe.target.endswith("fp32"):
+        from slipcast.engines.openvino import bf16_is_native
+
+        _about["bf16_is_native"] = bf16_is_native()
 
     def draw(prompts: list[str | None], seeds: list[int]) -> tuple[Any, dict[str, float]]:
         texts = [prompt for prompt in prompts if prompt is not None]

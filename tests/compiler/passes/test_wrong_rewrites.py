@@ -46,7 +46,7 @@ def mutated(rewrite: Rewrite, folder: Path) -> Rewrite:
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_one_wrong_weight_misses_the_gate(
+def test_row_34_one_wrong_weight_misses_the_gate(
     bench: Bench, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(micro, "measure", lambda *_: Gain(2.0, 1.0, 2.0, 2.0, 2000, 1000))

@@ -14,6 +14,7 @@ from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
+from slipcast_compiler.cost import cost
 from slipcast_compiler.early_exit import choose_exit
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
@@ -125,6 +126,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
         record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run, searched)
         record |= {"guard": count_alarms(plan, fields.get("guard"), runs), "early_exit": exits}
+        record["cost"] = cost(exported["denoiser"] / "denoiser.onnx")
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):
             kept = report.keep(folder, output) / "report.html"

@@ -58,6 +58,8 @@ def table(document: Document) -> str:
     scored = any(side["quality"] and side["quality"]["clip_delta_mean"] for side in document["sides"].values())
     heads = ["side", "s per image", "ratio", *(f"images/s, batch {size}" for size in sizes), "first image cold, s"]
     heads += ["peak MB (ratio)", "PSNR, dB", *(["CLIP change"] if scored else []), "break-even"]
+    bundles = bool(document.get("component_ratios"))  # with others, of which the time of the denoiser is known
+    heads += ["denoiser, ratio", "its multiply-adds, G (ratio)"] if bundles else []
     lines = [heads]
     for name, side in document["sides"].items():
         ratio, memory = document["ratios"].get(name), document["memory_ratios"].get(name)
@@ -72,9 +74,20 @@ def table(document: Document) -> str:
             _figure((quality.get("psnr_mean") or {}).get("value"), ".1f"),
             *([_figure((quality.get("clip_delta_mean") or {}).get("value"), "+.2%")] if scored else []),
             "" if not ratio else "never" if even is None else str(even),
+            *(denoiser(document, name) if bundles else []),
         ])  # fmt: skip
     first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
     return "".join([first, "|---" * len(heads) + "|\n", *rest])
+
+
+def denoiser(document: Document, name: str) -> list[str]:
+    """Its time beside what its multiply-adds promise, both as ratios to the bundle's."""
+    own, paper = (document["sides"][side].get("cost") for side in ("bundle", name))
+    ratio = document["component_ratios"].get(name, {}).get("denoiser")
+    said = f"{paper['multiply_adds'] / 1e9:.2f}" if paper else "not known"
+    if ratio and paper and own:
+        said += f" ({paper['multiply_adds'] / own['multiply_adds']:.2f})"
+    return [f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "", said]
 
 
 def faster(document: Document) -> str:

@@ -17,7 +17,7 @@ from slipcast.manifest import Component, EngineFiles, TensorSpec
 from slipcast_compiler.build import BUILDERS, tensorrt
 from slipcast_compiler.passes import qdq
 from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions, quantize_graph
-from slipcast_compiler.passes.sensitivity import prediction_error, search
+from slipcast_compiler.passes.sensitivity import Found, prediction_error, search
 from slipcast_compiler.recipe import parse_recipe
 
 CHANNELS, CELLS = 16, 4
@@ -176,11 +176,16 @@ class TestGraph:
         assert report["error_all"] == pytest.approx(free["error"])
         assert report["error"] <= limit
         assert prediction_error(qdq.session(model), samples, GUIDANCE) == pytest.approx(report["error"])
-        assert set(report["errors"]) == LAYERS
         assert 0 < report["quantised"] < 6
         assert set(report["kept"].values()) == {"damage"}
-        worst = sorted(report["errors"], key=lambda layer: -report["errors"][layer])
-        assert set(report["kept"]) == set(worst[: len(report["kept"])])
+        alone = {layer: error for layer, count, error in report["tried"] if count == 1}
+        others = [error for layer, error in alone.items() if layer not in report["kept"]]
+        assert all(alone[layer] >= max(others, default=0.0) for layer in report["kept"])
+
+    def test_a_limit_without_measurements(self, source: Path, samples: Path, tmp_path: Path) -> None:
+        _, report = quantise(source, samples, tmp_path / "out", max_error=1e-6, measurements=0)
+        assert (report["quantised"], report["tried"]) == (0, [])
+        assert report["error"] <= 1e-6  # smoothing rounds
 
     def test_protected_layers_stay(self, source: Path, samples: Path, tmp_path: Path) -> None:
         model, report = quantise(source, samples, tmp_path / "out", protect=("conv_*",), max_error=1.0)
@@ -233,13 +238,46 @@ class TestSigned:
 
 
 class TestSearch:
-    def test_errors_that_add_up(self) -> None:
-        alone = {"a": 0.3, "b": 0.1, "c": 0.4, "d": 0.0}
-        found = search(frozenset(alone), lambda chosen, _: sum(alone[x] ** 2 for x in chosen) ** 0.5, 0.35, _ignore)
+    """Errors that add up in squares, of layers that are named by their place."""
+
+    def found(self, alone: dict[str, float], limit: float, budget: int = 1000) -> tuple[Found, list[int]]:
+        sizes = []
+
+        def error(chosen: frozenset[str], samples: int) -> float:
+            sizes.append(len(chosen))
+            return float(sum(alone[layer] ** 2 for layer in chosen) ** 0.5)
+
+        return search(list(alone), error, limit, budget, _ignore), sizes
+
+    def test_the_worst_layer_is_kept(self) -> None:
+        found, _ = self.found({"a": 0.3, "b": 0.1, "c": 0.4, "d": 0.0}, 0.35)
         assert (found.kept, found.error) == (("c",), pytest.approx(0.1**0.5))
 
+    def test_few_bad_layers_are_found_without_trying_all(self) -> None:
+        alone = {f"layer{i}": 1.0 if i in (17, 200) else 1e-3 for i in range(256)}
+        found, sizes = self.found(alone, 0.1)
+        assert set(found.kept) == {"layer17", "layer200"}
+        assert len(sizes) < 40
+
+    @pytest.mark.parametrize("limit", [0.2, 0.5, 1.0, 1.5])
+    def test_the_same_as_by_trying_all(self, limit: float) -> None:
+        rng = np.random.default_rng(0)
+        alone = {f"layer{i}": float(error) for i, error in enumerate(rng.lognormal(-3, 1.5, 40))}
+        found, sizes = self.found(alone, limit)
+        worst = sorted(alone, key=lambda layer: -alone[layer])
+        assert set(found.kept) == set(worst[: len(found.kept)])
+        assert found.error <= limit < self.found({k: alone[k] for k in worst[len(found.kept) - 1 :]}, 99.0)[0].error
+        assert len(sizes) <= 2 * len(alone)
+
+    @pytest.mark.parametrize("budget", [0, 1, 2, 6, 12])
+    def test_a_budget_holds_and_costs_layers_only(self, budget: int) -> None:
+        found, sizes = self.found({f"layer{i}": 1.0 if i == 9 else 1e-3 for i in range(64)}, 0.1, budget)
+        assert len(found.tried) <= budget and len(sizes) <= budget + 2
+        assert found.error <= 0.1 and "layer9" in found.kept
+        assert len(found.kept) == 64 // 2 ** (budget // 2)
+
     def test_errors_that_do_not(self) -> None:
-        found = search(frozenset("abcd"), lambda chosen, _: 0.0 if len(chosen) < 2 else 1.0, 0.5, _ignore)
+        found = search(list("abcd"), lambda chosen, _: 0.0 if len(chosen) < 2 else 1.0, 0.5, 1000, _ignore)
         assert len(found.quantised) < 2 and found.error == 0.0
 
 

@@ -161,7 +161,7 @@ def test_heads_of_factorised_projections_are_counted(checkpoint: Checkpoint, rew
     assert next(layer.heads for layer in attention_layers(module) if layer.name == ATTENTION) == 2
 
 
-def test_a_weight_that_is_not_a_number_is_refused_by_name(tmp_path: Path) -> None:
+def test_row_33_a_weight_that_is_not_a_number_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(NumericalError, match=r"conv_in\.weight"):
         write_tensors({"conv_in.weight": np.array([np.nan])}, UNCHANGED, tmp_path / "t.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -47,6 +47,7 @@ def make_document(plan: BenchPlan, results: Results, load_before: float | None) 
         "sides": sides,
         "ratios": {name: _ratios(peer.seconds, bundle.seconds) for name, (peer, bundle) in pairs.items()},
         "memory_ratios": {name: _ratios(_memory(peer), _memory(bundle)) for name, (peer, bundle) in pairs.items()},
+        "component_ratios": {name: found for name, pair in pairs.items() if (found := _component_ratios(*pair))},
         "batch_ratios": {
             name: {str(size): _ratios(_seconds(drawn), _seconds(bundle.batches[size])) for size, drawn in of.items()}
             for name, (peer, bundle) in pairs.items() if (of := peer.batches)
@@ -121,6 +122,7 @@ def _side(measured: Measured) -> dict[str, Any]:
         "gpu_memory_mb": max((each for each in measured.gpu_memory_mb if each is not None), default=None),
         "disk_mb": round(disk / 1e6, 1),
         "components_s": _components(measured),
+        "cost": measured.side.cost,
         "energy_j": _energy(measured.joules),
         "gpu_energy_j": _energy(measured.gpu_joules),
         "quality": None,
@@ -141,6 +143,13 @@ def _components(measured: Measured) -> dict[str, float] | None:
     means = {name: sum(part[name] for part in parts if part) / len(parts) for name in first}
     left = sum(measured.seconds) / len(parts) - sum(means.values())
     return _rounded({**means, "elsewhere": max(0.0, left)})
+
+
+def _component_ratios(peer: Measured, bundle: Measured) -> dict[str, dict[str, float]]:
+    """Of the components that both sides tell the time of: other bundles do, peers of other makers do not."""
+    theirs, ours = ([drawn.components_s or {} for drawn in measured.drawn] for measured in (peer, bundle))
+    shared = [name for name in ours[0] if name in theirs[0]]
+    return {name: _ratios([part[name] for part in theirs], [part[name] for part in ours]) for name in shared}
 
 
 def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ REFERENCE = "diffusers"  # the side whose pictures are the original's
 @dataclass(frozen=True)
 class Side:
     """`images` at most are made (None: as many as of the others); `prepared` is where its export lies, `disk_bytes`
-    what it needs of the disk besides that."""
+    what it needs of the disk besides that. `cost`: what a bundle's denoiser costs on paper, as its report has it."""
 
     name: str
     title: str
@@ -39,6 +39,7 @@ class Side:
     pixels: bool = True
     prepared: Path | None = None
     disk_bytes: int = 0
+    cost: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     present = [name for name in options.against if name not in missing]
     from_checkpoint = [name for name in present if name in PEERS]
     checkpoint = _checkpoint(bundle, options.model, needed=bool(from_checkpoint))
-    sides = [_bundle_side(BUNDLE, f"this bundle on {target}", bundle, target, options.steps)]
+    sides = [_bundle_side(BUNDLE, f"this bundle on {target}", bundle, record, target, options.steps)]
     for name in present:
         if name in PEERS:
             assert checkpoint
@@ -179,9 +180,9 @@ def _checkpoint(bundle: Bundle, model: Path | None, *, needed: bool) -> Checkpoi
     return checkpoint
 
 
-def _bundle_side(name: str, title: str, bundle: Bundle, target: str, steps: int | None) -> Side:
+def _bundle_side(name: str, title: str, bundle: Bundle, record: dict[str, Any], target: str, steps: int | None) -> Side:
     job = {"side": "bundle.py", "bundle": str(bundle.root), "target": target, "steps": steps}
-    return Side(name, title, sys.executable, job, disk_bytes=_bytes_to_run(bundle, target))
+    return Side(name, title, sys.executable, job, disk_bytes=_bytes_to_run(bundle, target), cost=record.get("cost"))
 
 
 def _bytes_to_run(bundle: Bundle, target: str) -> int:
@@ -193,7 +194,7 @@ def _bytes_to_run(bundle: Bundle, target: str) -> int:
 
 
 def _other_bundle(name: str, bundle: Bundle, options: Options) -> Side:
-    other = open_bundle(name)
+    other, record = _open(Path(name))
     mine, theirs = bundle.manifest.image, other.manifest.image
     prompted = bundle.manifest.takes_prompt
     if (mine.width, mine.height) != (theirs.width, theirs.height) or other.manifest.takes_prompt != prompted:
@@ -204,7 +205,7 @@ def _other_bundle(name: str, bundle: Bundle, options: Options) -> Side:
         )
     other.manifest.sampling.lay(options.steps)
     target = choose_target(other.manifest).id
-    return _bundle_side(name, f"bundle {other.manifest.name} on {target}", other, target, options.steps)
+    return _bundle_side(name, f"bundle {other.manifest.name} on {target}", other, record, target, options.steps)
 
 
 def _peer_side(

@@ -23,6 +23,8 @@ def render_table(document: Mapping[str, Any]) -> str:
     console = Console(file=io.StringIO(), width=max(width, 100), color_system=None, highlight=False)
     console.print(_speed(document))
     console.print(_footprint(document))
+    if document["component_ratios"]:
+        console.print(_denoiser(document))
     if document["quality_reference"]:
         console.print(_quality(document))
     for name, why in document["missing"].items():
@@ -62,6 +64,22 @@ def _footprint(document: Mapping[str, Any]) -> Table:
             f"{side['first_image_s']['cold']:.2f}", _number(joules and joules["median"]),
             _number(gpu and gpu["median"]),
         )  # fmt: skip
+    return table
+
+
+def _denoiser(document: Mapping[str, Any]) -> Table:
+    """Of bundles: what their denoisers take, beside what their multiply-adds promise, per evaluation of one row."""
+    table = _table("the denoisers of bundles alone", ["s/image", "ratio", "min - max", "G multiply-adds", "ratio"])
+    own = document["sides"][BUNDLE]["cost"]
+    for name, side in document["sides"].items():
+        ratio, paper = document["component_ratios"].get(name, {}).get("denoiser"), side["cost"]
+        if name == BUNDLE or ratio:
+            table.add_row(
+                Text(name), _number(side["components_s"]["denoiser"]), f"{ratio['median']:.2f}" if ratio else "",
+                f"{ratio['min']:.2f} - {ratio['max']:.2f}" if ratio else "",
+                _number(paper and paper["multiply_adds"] / 1e9),
+                f"{paper['multiply_adds'] / own['multiply_adds']:.2f}" if ratio and paper and own else "",
+            )  # fmt: skip
     return table
 
 

@@ -6,10 +6,10 @@ arXiv 2312.05821, whitens by a diagonal). It equals U_r S_r V_r^T H^(-1/2), with
 squared singular values is what is kept of E|W z|^2. A layer whose inputs an earlier pass has removed is left alone, as
 which of the measured ones are left is not in the shapes; to_out and net.2 of pruned layers are such.
 
-Couplings are not made use of. Per head, W_Q^T W_K and W_O W_V can be factorised to a narrower head exactly where their
-joint rank is less than head_dim, but diffusers' attention gives Q, K and V one width. On the reference model (circles,
-99.9 % of the whitened energy) Q/K needs 17 of 24, 10 of 16 and 8 of 8 dimensions in the worst head, V/O all of them in
-self-attention, and 17 of 24, 12 of 16 and 8 of 8 in cross-attention: so nothing is gained without a graph of its own.
+The couplings of attention (see couplings.py) are reported and not made use of: diffusers' attention gives Q, K and V
+one width. On the reference model (circles, 99.9 % of the energy) Q/K needs 17 of 24, 10 of 16 and 8 of 8 dimensions in
+the worst head, V/O all of them in self-attention, and 17 of 24, 12 of 16 and 8 of 8 in cross-attention: with ranks
+rounded up to what vector registers hold, nothing is left to gain.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def reads(plan: Plan) -> dict[str, Any]:
 def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
     """See the module's docstring."""
     from slipcast_compiler.layers import linear_layers
+    from slipcast_compiler.passes.couplings import couplings
     from slipcast_compiler.passes.micro import input_shapes
 
     report: dict[str, Any] = {"options": options.model_dump(mode="json"), "layers": {}}
@@ -78,6 +79,7 @@ def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
             factors, found = _try(denoiser, context, options, layer, shapes[layer.name], timed)
             tensors |= factors
             report["layers"][layer.name] = found
+    report["couplings"] = couplings(denoiser, context, options.energy)
     return Result(tensors, report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,19 @@ def layers_of(graph: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def smooth(model: Any, nodes: set[str], alpha: float, peaks: Callable[[list[str]], Arrays]) -> int:
+def smooth(
+    model: Any, nodes: set[str], alpha: float, peaks: Callable[[list[str]], Arrays], folder: Path | None = None
+) -> int:
     """SmoothQuant (Xiao et al., arXiv 2211.10438, equation 4): exact algebra, in place; returns how many norms changed.
 
     Outliers of single channels move from activations into weights, x / s and s * W with s = max|x|^a / max|W|^(1-a),
     where that is free at run time: the scale goes into the LayerNormalization before the layers, and only if all that
-    read it are among `nodes`. `peaks(tensors)` gives max|x| per channel, float32 [channels], of each.
+    read it are among `nodes`. `peaks(tensors)` gives max|x| per channel, float32 [channels], of each. `folder` has the
+    weights that are not in the model itself.
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    read = partial(numpy_helper.to_array, base_dir=str(folder or ""))
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
@@ -59,7 +64,7 @@ def smooth(model: Any, nodes: set[str], alpha: float, peaks: Callable[[list[str]
         layers = readers[norm.output[0]]
         # A linear layer's weight is [in, out], unless it is a Gemm that says that it is turned.
         turned = {node.name: any(a.name == "transB" and a.i for a in node.attribute) for node in layers}
-        weights = {node.name: numpy_helper.to_array(constants[node.input[1]]) for node in layers}
+        weights = {node.name: read(constants[node.input[1]]) for node in layers}
         rows = [np.abs(weight).max(axis=0 if turned[name] else 1) for name, weight in weights.items()]
         peak, weight_peak = found[norm.output[0]], np.max(rows, axis=0)
         used = (peak > 0) & (weight_peak > 0)
@@ -67,9 +72,7 @@ def smooth(model: Any, nodes: set[str], alpha: float, peaks: Callable[[list[str]
         scale[used] = peak[used] ** alpha / weight_peak[used] ** (1 - alpha)
         for i in range(1, len(norm.input)):  # scale and bias, of which others may be readers
             name = f"{norm.name}.smooth.{i}"
-            graph.initializer.append(
-                numpy_helper.from_array(numpy_helper.to_array(constants[norm.input[i]]) / scale, name)
-            )
+            graph.initializer.append(numpy_helper.from_array(read(constants[norm.input[i]]) / scale, name))
             norm.input[i] = name
         for node in layers:
             name, by = node.input[1], scale if turned[node.name] else scale[:, None]
@@ -183,9 +186,13 @@ def _read(graph: Any) -> set[str]:
     return {name for node in graph.node for name in node.input}
 
 
-def save(model: Any, path: Path) -> None:
-    """Write a graph with its weights beside it. (onnx.save looks for the weights' file in the working directory.)"""
-    ir.save(ir.from_proto(model), path, external_data=f"{path.name}.data")
+def save(model: Any, path: Path, folder: Path | None = None) -> None:
+    """Write a graph with its weights beside it, one after the other; those that are not in the model itself are read
+    from their file in `folder`. (onnx.save looks for the weights' file in the working directory.)"""
+    whole = ir.from_proto(model)
+    if folder:
+        ir.external_data.set_base_dir(whole.graph, folder)
+    ir.save(whole, path, external_data=f"{path.name}.data")
 
 
 def pack(source: Path, target: Path) -> None:

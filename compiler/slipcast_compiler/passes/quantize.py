@@ -80,14 +80,17 @@ class QuantizeOptions(Strict):
     `smooth_quant_alpha`: how much of the outliers moves from activations into weights, 0 for nothing.
     `samples`: evaluations of the denoiser that ranges are taken from. `max_error`: the most that the guided prediction
     may be off on them, as a relative L2 norm against fp32; the layers that do most damage are kept in higher precision
-    until it holds. `protect`: patterns of layers that are kept in any case, such as "up_blocks.2.*". `symmetric`:
-    ranges of activations are symmetric about zero, as TensorRT wants them; its targets switch it on.
+    until it holds. `measurements`: how many choices of layers are tried for that, each on up to four samples; the fewer
+    there are for the layers to be told apart, the more are kept. `protect`: patterns of layers that are kept in any
+    case, such as "up_blocks.2.*". `symmetric`: ranges of activations are symmetric about zero, as TensorRT wants them;
+    its targets switch it on.
     """
 
     weights_only: bool = False
     smooth_quant_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     samples: Annotated[int, Field(ge=1, le=9999)] = 32
     max_error: Annotated[float, Field(gt=0)] = 0.03
+    measurements: Annotated[int, Field(ge=0)] = 200
     protect: Texts = ()
     symmetric: bool = False
 
@@ -159,15 +162,16 @@ def quantize_graph(
 
     with tempfile.TemporaryDirectory(prefix="slipcast-quantize-", dir=out.parent) as name:
         work = Path(name)
-        model = onnx.load(source)
+        model = onnx.load(source, load_external_data=False)  # weights are read one at a time: there may be gigabytes
         layers = qdq.layers_of(model.graph)
         protected = _protected(options.protect, layers)
         free = [layer for layer in layers if layer not in protected]
         nodes = {node for layer in free for node in layers[layer]}
         smoothed = 0
         if options.smooth_quant_alpha and not options.weights_only:
-            smoothed = qdq.smooth(model, nodes, options.smooth_quant_alpha, partial(_peaks, source, samples, work))
-        qdq.save(model, work / "fp32.onnx")
+            peaks = partial(_peaks, source, samples, work)
+            smoothed = qdq.smooth(model, nodes, options.smooth_quant_alpha, peaks, source.parent)
+        qdq.save(model, work / "fp32.onnx", source.parent)
         del model
         qdq.insert(work / "fp32.onnx", sorted(nodes), _read(samples), work / "int8.onnx", options.symmetric)
         original, full = (onnx.load(work / file, load_external_data=False) for file in ("fp32.onnx", "int8.onnx"))
@@ -180,12 +184,12 @@ def quantize_graph(
         def error(chosen: frozenset[str], count: int) -> float:
             return prediction_error(qdq.session(write(chosen)), samples, guidance, count)
 
-        found = search(frozenset(free), error, options.max_error, advance)
+        found = search(free, error, options.max_error, options.measurements, advance)
         qdq.pack(write(found.quantised), out / "denoiser.onnx")
     kept = dict.fromkeys(sorted(protected), "protected") | dict.fromkeys(found.kept, "damage")
     report = {
         "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,
-        "error_all": found.error_all, "errors": found.errors, "smoothed_norms": smoothed, "guidance_scale": guidance,
+        "error_all": found.error_all, "tried": found.tried, "smoothed_norms": smoothed, "guidance_scale": guidance,
         "options": options.model_dump(mode="json"),
     }  # fmt: skip
     (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
@@ -242,9 +246,9 @@ def _peaks(source: Path, samples: Path, work: Path, tensors: list[str]) -> Array
 
     from slipcast_compiler.passes import qdq
 
-    model = onnx.load(source)
+    model = onnx.load(source, load_external_data=False)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
-    qdq.save(model, work / "peaks.onnx")
+    qdq.save(model, work / "peaks.onnx", source.parent)
     run, found = qdq.session(work / "peaks.onnx"), Arrays()
     for inputs in _read(samples):
         outputs = run(inputs)

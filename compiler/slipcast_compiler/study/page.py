@@ -19,8 +19,8 @@ def render(document: Mapping[str, Any]) -> dict[str, str]:
         return "\n\n".join(f"![{plot}]({name}-{plot}.svg)" for plot in wanted if plot in drawn)
 
     sections = [
-        title(data), how_many(data), show("clip", "psnr"), which_heads(data), show("which"), range_of_use(data),
-        show("many", "contrast"), wording(data), method(data),
+        title(data), notes(data), how_many(data), show("clip", "psnr"), which_heads(data), show("which"),
+        range_of_use(data), show("many", "contrast"), wording(data), method(data),
     ]  # fmt: skip
     files = {f"{name}-{plot}.svg": svg for plot, svg in drawn.items()}
     return {f"{name}.md": "\n\n".join(filter(None, sections)) + "\n", **files}
@@ -44,6 +44,11 @@ This page is made from [{d["name"]}.json]({d["name"]}.json) by `slipcast study`.
 Figures are changes against the unpruned model on the same prompts and noise, over {seeds(data)}, with
 intervals of 95 % in brackets. *No effect* means that the interval contains zero. There are many intervals: about one in
 twenty excludes zero by chance alone."""
+
+
+def notes(data: Data) -> str:
+    """What was found out about the study after it was made, which whoever keeps it wrote into its document."""
+    return "\n".join(f"**Note:** {note}" for note in data.document.get("notes", []))
 
 
 def seeds(data: Data) -> str:

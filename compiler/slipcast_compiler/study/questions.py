@@ -65,9 +65,11 @@ def _floor(data: Data, family: str) -> str:
 
 
 def _recovered(data: Data) -> str:
-    rows = []
+    rows, most = [], []
     for family in data.families:
         for mask in (mask for mask in data.masks if mask.recovered and mask.calibration == family):
+            top = tolerance(data, mask, held_out(family))
+            most.append(f"{family} {top['ratio']:.0%} (sure: {_share(top['sure'])})" if top else f"{family} none")
             for ratio in data.ratios(mask):
                 scores, name = change(data, mask, ratio, held_out(family)), held_out(family)
                 kept = ["no", "yes", "sure"][(scores["value"] >= -LIMIT) + (scores["low"] >= -LIMIT)]
@@ -84,7 +86,12 @@ def _recovered(data: Data) -> str:
         "CLIP change before",
         "PSNR before, dB",
     ]
-    said = f"\n\nAfter recovery, of the family's leave_one_out masks with correction:\n\n{table(head, rows)}"
+    said = f"""
+
+After recovery, of the family's leave_one_out masks with correction, the largest of the ratios that were tried with it:
+{", ".join(most)}.
+
+{table(head, rows)}"""
     if all(row[3:5] == row[5:7] for row in rows):
         said += "\n\nRecovery changed nothing: no step was better, on its validation prompts, than no step."
     return said

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from slipcast.validation import Strict, problems
 from slipcast_compiler.passes.options import Texts
 from slipcast_compiler.passes.prune_heads import Criterion, PruneHeads, needs_profile
+from slipcast_compiler.passes.recover import Recover
 from slipcast_compiler.recipe import (
     FamilyTable,
     ModelTable,
@@ -58,10 +59,12 @@ class MaskTable(Strict):
 
 
 class RecoverTable(Strict):
-    """`ratios` at which the family's leave_one_out masks, corrected, are recovered by `steps` of distillation."""
+    """`ratios` at which the family's leave_one_out masks, corrected, are recovered; the rest is of [passes.recover]."""
 
     ratios: Ratios
     steps: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)] = Recover().batch
+    learning_rate: Annotated[float, Field(gt=0)] = Recover().learning_rate
 
 
 class StudyRecipe(Strict):

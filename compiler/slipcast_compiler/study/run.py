@@ -19,6 +19,7 @@ from slipcast_compiler.cache import Cache, tool_versions
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.passes import PassesTable
 from slipcast_compiler.passes.apply import apply_passes
+from slipcast_compiler.passes.recover import CHECKED, CHECKS, VALIDATION
 from slipcast_compiler.profile import Profile, make_profile
 from slipcast_compiler.study.cases import Case, Study
 from slipcast_compiler.study.judge import Job, Profiles, Recovered, judge_all, time_images
@@ -63,9 +64,8 @@ def recover(study: Study, case: Case, profiles: Profiles, cache: Cache, stages: 
     assert case.calibration
     assert study.recipe.recover
     stages.say(f"{case.title}: {case.ratio:.0%}")
-    passes = PassesTable.model_validate(
-        {"prune_heads": case.options(study.recipe), "recover": {"steps": study.recipe.recover.steps}}
-    )
+    how = study.recipe.recover.model_dump(exclude={"ratios"})
+    passes = PassesTable.model_validate({"prune_heads": case.options(study.recipe), "recover": how})
     plan = study.plans[case.calibration, case.seed]
     plan = dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"passes": passes}))
     done = apply_passes(plan, profiles[case.calibration, case.seed], cache, stages)
@@ -87,7 +87,8 @@ def estimate(study: Study) -> dict[str, Any]:
     profile = recipe.profile
     # Twice for what is observed; every state with each head left out; three evaluations' time for a gradient.
     evaluations = 2 * profile.prompts * profile.seeds * steps + profile.states * (heads + 3)
-    distilled = 3 * 8 * recipe.recover.steps + 16 * steps if recipe.recover else 0
+    distilled = 3 * recipe.recover.batch * recipe.recover.steps if recipe.recover else 0
+    distilled += profile.prompts * steps + CHECKS * min(CHECKED, round(VALIDATION * profile.prompts) * steps)
     parts = {
         "profiles": len(study.plans) * (seconds["open"] + evaluation * evaluations),
         "recoveries": recovered * (seconds["open"] + evaluation * distilled),

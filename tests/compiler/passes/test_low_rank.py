@@ -91,10 +91,20 @@ def test_a_layer_that_is_never_reached() -> None:
 
 
 @pytest.mark.parametrize("bad", ["weight", "moment"])
-def test_what_is_not_a_number_names_the_layer(bad: str) -> None:
+def test_row_33_what_is_not_a_number_names_the_layer(bad: str) -> None:
     weight, _, moment = _case()
     (weight if bad == "weight" else moment)[1, 2] = np.nan
     with pytest.raises(NumericalError, match=r"down_blocks\.0\.proj: .*decomposed"):
+        factorise(weight, moment, 0.99, "down_blocks.0.proj")
+
+
+def test_row_33_a_decomposition_that_does_not_converge_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: Any, **__: Any) -> Any:
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", diverge)
+    weight, _, moment = _case()
+    with pytest.raises(NumericalError, match=r"(?s)down_blocks\.0\.proj: .*SVD did not converge.*low_rank\.protect"):
         factorise(weight, moment, 0.99, "down_blocks.0.proj")
 
 

@@ -92,7 +92,7 @@ def test_something_changes_and_all_of_it_is_finite(bench: Bench, name: str) -> N
 
 
 @pytest.mark.parametrize("name", SHRINKING)
-def test_a_profile_that_is_not_a_number_is_refused_by_layer(
+def test_row_33_a_profile_that_is_not_a_number_is_refused_by_layer(
     bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = "mid_block.attentions.0"
@@ -107,7 +107,7 @@ def test_a_profile_that_is_not_a_number_is_refused_by_layer(
         bench.run(name, **STRONG[name], **options)
 
 
-def test_an_original_that_is_not_a_number_is_refused_by_layer(tmp_path: Path) -> None:
+def test_row_33_an_original_that_is_not_a_number_is_refused_by_layer(tmp_path: Path) -> None:
     """recover reads it through diffusers, which checks nothing."""
     from safetensors.torch import load_file, save_file
 

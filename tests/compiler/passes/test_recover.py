@@ -135,7 +135,7 @@ def test_states_are_the_originals_predictions(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrite, steps: int) -> None:
+def test_row_33_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrite, steps: int) -> None:
     with pytest.raises(NumericalError, match="the loss is not finite at step 1") as caught:
         bench.run("recover", damaged, steps=steps, learning_rate=1e30)
     assert "learning_rate" in str(caught.value)

@@ -34,7 +34,7 @@ def test_floors_and_protected_layers_keep_theirs() -> None:
 
 
 @pytest.mark.parametrize(("floor", "most"), [(1, "0.67"), (2, "0.33"), (4, "0.00")])
-def test_a_ratio_out_of_reach(floor: int, most: str) -> None:
+def test_row_33_a_ratio_that_would_leave_a_layer_no_heads(floor: int, most: str) -> None:
     with pytest.raises(RecipeError, match=r"prune_x\.ratio cannot be reached") as caught:
         select(SCORES, 0.9, floor, (), "prune_x")
     assert f"at most {most} " in str(caught.value)
@@ -46,7 +46,7 @@ def test_a_pattern_that_protects_nothing() -> None:
     assert "got:      c*" in str(caught.value)
 
 
-def test_a_score_that_is_not_a_number_names_its_layer() -> None:
+def test_row_33_a_score_that_is_not_a_number_names_its_layer() -> None:
     with pytest.raises(NumericalError, match="b: "):
         select({"a": SCORES["a"], "b": np.array([1, np.nan], np.float32)}, 0.5, 1, (), "p")
 

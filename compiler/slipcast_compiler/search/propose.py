@@ -8,6 +8,7 @@ nothing, and beyond that it counts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 Params: TypeAlias = dict[str, Any]
 Found: TypeAlias = dict[str, Any]
 
-ATTEMPTS = 3  # of Optuna, to name a point that was not tried; then chance does
+ATTEMPTS = 4  # of Optuna, to name a point that was not tried; then chance does
+LAST_ATTEMPTS = 200  # beyond which what should be kept is not: there is no such point left
 TOO_FAR = 4.0  # how steeply distance beyond the gate counts, against the logarithm of the objective
 
 
 def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, seed: int) -> Params:
-    """A point that is not among the `known`, in Optuna's terms; with these values kept, as long as there is one."""
+    """A point that is not among the `known`, in Optuna's terms; with the values to `keep`, if any, and then with
+    nothing that is dear, as long as there is such a point. The caller asks only while there are points left."""
     import optuna
 
     if not known:
@@ -42,17 +45,16 @@ def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, se
     study = optuna.create_study(directions=["minimize"] * len(values(known)[0]), sampler=sampler)
     for (params, _), value in zip(_sound(known), values(known), strict=True):
         study.add_trial(optuna.trial.create_trial(params=params, distributions=terms, values=value))
-    for _ in range(ATTEMPTS):
-        params: Params = study.ask(terms).params
-        if key(params) not in tried:
+    for attempt in itertools.count():
+        if attempt < ATTEMPTS:
+            params: Params = study.ask(terms).params
+        else:
+            point = {name: each.values[random.integers(len(each.values))] for name, each in space.dimensions.items()}
+            params = to_params(space, point | (keep if attempt < LAST_ATTEMPTS else {}))
+        dear = keep and attempt < LAST_ATTEMPTS and space.is_dear(to_point(space, params))
+        if key(params) not in tried and not dear:
             return params
-    for attempt in range(10**6):
-        kept = keep if attempt < 100 else {}
-        point = {name: each.values[random.integers(len(each.values))] for name, each in space.dimensions.items()}
-        params = to_params(space, point | kept)
-        if key(params) not in tried:
-            return params
-    raise AssertionError("the caller asks only while there are points left")
+    raise AssertionError("unreachable")
 
 
 def values(known: Sequence[tuple[Params, Found]]) -> list[tuple[float, ...]]:

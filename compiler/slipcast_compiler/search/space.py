@@ -7,6 +7,7 @@ itself is the point without any.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,6 +29,9 @@ FLOW_SCHEDULES = ("flow", "flow_uniform", "karras")
 FOUND = ("dp", "direct")  # methods of [timesteps]
 RATIOS = (0.0, 0.15, 0.3, 0.45, 0.6)
 ENERGIES = (0.99, 0.999, 1.0)
+LARGE = (
+    100_000_000  # parameters of a denoiser; that of Stable Diffusion 1.5 gains by int8, the reference model does not
+)
 MIN_CALIBRATION = 4  # prompts, below which a profile is not chosen by; see profile.MIN_SAMPLES
 
 
@@ -128,14 +132,20 @@ def _low_rank(plan: Plan) -> dict[str, Dimension]:
 
 
 def _precision(plan: Plan) -> dict[str, Dimension]:
-    """Of the target that is measured; a recipe in int8 says how, in a table that none of the others can have."""
+    """Of the target that is measured: its own and those with fewer bits, of which int8 gains with large models alone. A
+    recipe in int8 stays so: its table of [passes.quantize] is for no other."""
     targets, place = plan.recipe.targets, measured_target(plan)
     own = targets[place]
-    if own.precision == "int8":
-        return {}
     taken = {target.precision for target in targets if target is not own and target.engine == own.engine}
-    free = tuple(name for name in ENGINES[own.engine].precisions if name not in taken)
-    return {"precision": _named(own.precision, free)}
+    fewer = {"fp32": ("bf16", "fp16", "int8"), "int8": ()}.get(own.precision, ("int8",))
+    offered = set(ENGINES[own.engine].precisions) - taken - (set() if _is_large(plan) else {"int8"})
+    found = tuple(name for name in fewer if name in offered)
+    return {"precision": _named(own.precision, found)} if found else {}
+
+
+def _is_large(plan: Plan) -> bool:
+    weights = plan.checkpoint.weights(plan.checkpoint.architecture.components["denoiser"].folder)
+    return sum(math.prod(weight.entry.shape) for weight in weights.values()) >= LARGE
 
 
 def _to_precision(plan: Plan, values: Point) -> Overrides:
@@ -204,17 +214,13 @@ class Space:
                 found |= lever.overrides(self.plan, at)
         return found
 
-    def cheap(self, point: Point) -> Point:
-        """Values with which a new point takes neither an engine nor a stage that `point` has not: those to keep."""
-        kept = {}
-        for lever in self.levers:
-            for name in self._of[lever]:
-                each = self.dimensions[name]
-                if LEVERS[lever].engine:
-                    kept[name] = point[name]
-                elif point[name] in each.dear:
-                    kept[name] = next((value for value in (each.own, *each.values) if value not in each.dear), each.own)
-        return kept
+    def engine(self, point: Point) -> Point:
+        """The values of a point that decide its engine."""
+        return {name: point[name] for lever in self.levers if LEVERS[lever].engine for name in self._of[lever]}
+
+    def is_dear(self, point: Point) -> bool:
+        """Whether it takes a stage of its own, whatever engine it has."""
+        return any(point[name] in each.dear for name, each in self.dimensions.items())
 
     def summary(self) -> dict[str, Any]:
         """What --dry-run prints: the objective, minutes, and the values of every dimension."""

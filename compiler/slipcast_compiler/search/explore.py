@@ -15,8 +15,9 @@ import numpy as np
 
 from slipcast.errors import SlipcastError
 from slipcast_compiler.search.journal import finished, keep, seconds_spent, told
+from slipcast_compiler.search.levers import Overrides, Point
 from slipcast_compiler.search.propose import distributions, key, propose, to_point
-from slipcast_compiler.search.space import Overrides, Point, Space
+from slipcast_compiler.search.space import Space
 
 if TYPE_CHECKING:
     from optuna.study import Study

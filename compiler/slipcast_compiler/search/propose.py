@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from slipcast_compiler.search.space import Point, Space
+from slipcast_compiler.search.levers import Point
+from slipcast_compiler.search.space import Space
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

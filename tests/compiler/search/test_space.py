@@ -14,9 +14,10 @@ from explored import RECIPE, planned
 from slipcast.errors import RecipeError
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe import parse_recipe, read_recipe
-from slipcast_compiler.search import space as space_module
+from slipcast_compiler.search import levers
 from slipcast_compiler.search.candidate import apply, engine_key
-from slipcast_compiler.search.space import LEVERS, Space, as_arguments
+from slipcast_compiler.search.levers import LEVERS
+from slipcast_compiler.search.space import Space, as_arguments
 
 SHAPES = Path("recipes/models/shapes").resolve()
 FEW_STEPS = """
@@ -131,7 +132,7 @@ def test_few_step_checkpoints_have_fewer_levers(scheduler: str, tmp_path: Path) 
 
 def test_int8_is_for_large_models_and_brings_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "precision" not in Space(planned()).dimensions
-    monkeypatch.setattr(space_module, "LARGE", 10_000_000)
+    monkeypatch.setattr(levers, "LARGE", 10_000_000)
     plan = planned()
     space = Space(plan)
     assert space.dimensions["precision"].values == ("bf16", "int8")

@@ -44,8 +44,8 @@ def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, se
         if keep:
             sampler = optuna.samplers.PartialFixedSampler(to_params(space, keep), sampler)
     study = optuna.create_study(directions=["minimize"] * len(values(known)[0]), sampler=sampler)
-    for (params, _), value in zip(_sound(known), values(known), strict=True):
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=terms, values=value))
+    for (before, _), value in zip(_sound(known), values(known), strict=True):
+        study.add_trial(optuna.trial.create_trial(params=before, distributions=terms, values=value))
     for attempt in itertools.count():
         if attempt < ATTEMPTS:
             params: Params = study.ask(terms).params

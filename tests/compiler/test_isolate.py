@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from slipcast.errors import ArtifactError, ResourceError, SlipcastError
-from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.isolate import Remote, run_isolated
 
 
 def _allocate(megabytes: int, advance: Any) -> int:
@@ -27,6 +27,35 @@ def _fail(kind: str, advance: Any) -> None:
     if kind == "theirs":
         raise ZeroDivisionError("by zero")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Counter:
+    """Remembers from call to call."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, step: int) -> tuple[int, int]:
+        self.count += step
+        return self.count, os.getpid()
+
+    def fail(self, kind: str) -> None:
+        _fail(kind, None)
+
+
+def test_a_remote_object_stays_until_it_dies() -> None:
+    with Remote(_Counter) as remote:
+        first, pid = remote.call("add", 2)
+        assert (first, pid != os.getpid()) == (2, True)
+        with pytest.raises(ArtifactError, match=r"file\.bin: broken"):
+            remote.call("fail", "ours")
+        assert remote.call("add", 3) == (5, pid)
+        with pytest.raises(ResourceError, match="fail: its process died"):
+            remote.call("fail", "killed")
+        count, another = remote.call("add", 1)  # a new one, from the beginning
+        assert (count, another != pid) == (1, True)
+    with pytest.raises(ProcessLookupError):
+        os.kill(another, 0)
 
 
 def test_result_progress_and_own_peak_memory() -> None:

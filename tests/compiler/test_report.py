@@ -162,7 +162,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "not_compiled": [], "components": {"denoiser": {}, "vae_decoder": {}}, "stages_s": {"originals": 1.0},
         "passes": {},
         "tools": {}, "original": "something <drawn>", "recipe": _resolved("", schedule="leading", steps=20),
-        "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0}, "timesteps": None,
+        "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0}, "timesteps": None, "search": None,
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),

@@ -30,8 +30,8 @@ from slipcast_compiler.plan import Plan, replan
 from slipcast_compiler.profile import make_profile
 from slipcast_compiler.recipe import Recipe, StagingTable, put
 from slipcast_compiler.rewrite import Rewrite
+from slipcast_compiler.search.levers import measured_target
 from slipcast_compiler.search.measuring import Variant
-from slipcast_compiler.search.space import measured_target
 from slipcast_compiler.stages import cached_stages
 from slipcast_compiler.timesteps import choose_timesteps
 

@@ -24,8 +24,8 @@ from slipcast_compiler.plan import Plan, Prompts
 from slipcast_compiler.quiet import quiet
 from slipcast_compiler.search.candidate import Engine, apply, engine_key, make_engine, variant_of
 from slipcast_compiler.search.judge import judge, open_reference
+from slipcast_compiler.search.levers import Overrides
 from slipcast_compiler.search.measuring import Job, Measuring, Variant
-from slipcast_compiler.search.space import Overrides
 
 PROXIES = 8  # images whose latents are compared
 FIRST_SEED = 3 << 30  # beyond those of profiles; see profile.calibration_images

@@ -15,8 +15,9 @@ import numpy as np
 
 from slipcast.errors import SlipcastError
 from slipcast_compiler.search.journal import finished, keep, seconds_spent, told
+from slipcast_compiler.search.levers import Overrides, Point
 from slipcast_compiler.search.propose import distributions, key, propose, to_point
-from slipcast_compiler.search.space import Overrides, Point, Space
+from slipcast_compiler.search.space import Space
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Found: TypeAlias = dict[str, Any]
 
-DEAR = 0.5  # of the time may go into engines; beyond that, points are tried on those that there are
+DEAR = 0.5  # of the time may go into engines and lists of timesteps; beyond that, points take those that there are
 SAY_EVERY_S = 20.0
 
 
@@ -89,13 +90,13 @@ def choose(study: Study) -> FrozenTrial | None:
 
 
 def _kept(study: Study, space: Space, trials: list[FrozenTrial]) -> Point:
-    """The best trial's engine, while engines have taken more than their share of the time."""
+    """The best trial's engine, while what had to be made for trials has taken more than its share of the time."""
     prepared = sum(told(trial).get("prepare_s", 0.0) for trial in trials)
     sound = [trial for trial in trials if "error" not in told(trial)]
     if prepared <= DEAR * seconds_spent(study) or not sound:
         return {}
     known = choose(study) or min(sound, key=lambda trial: float(told(trial)["objective"]))
-    return space.cheap(to_point(space, known.params))
+    return space.engine(to_point(space, known.params))
 
 
 def _evaluate(evaluate: Evaluate, overrides: Overrides, earlier: list[Found]) -> Found:

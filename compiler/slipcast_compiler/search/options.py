@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from slipcast.validation import Strict
-from slipcast_compiler.search.space import LEVERS
+from slipcast_compiler.search.levers import LEVERS
 
 
 class SearchTable(Strict):

@@ -8,6 +8,7 @@ nothing, and beyond that it counts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from slipcast_compiler.search.space import Point, Space
+from slipcast_compiler.search.levers import Point
+from slipcast_compiler.search.space import Space
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
 Params: TypeAlias = dict[str, Any]
 Found: TypeAlias = dict[str, Any]
 
-ATTEMPTS = 3  # of Optuna, to name a point that was not tried; then chance does
+ATTEMPTS = 4  # of Optuna, to name a point that was not tried; then chance does
+LAST_ATTEMPTS = 200  # beyond which what should be kept is not: there is no such point left
 TOO_FAR = 4.0  # how steeply distance beyond the gate counts, against the logarithm of the objective
 
 
 def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, seed: int) -> Params:
-    """A point that is not among the `known`, in Optuna's terms; with these values kept, as long as there is one."""
+    """A point that is not among the `known`, in Optuna's terms; with the values to `keep`, if any, and then with
+    nothing that is dear, as long as there is such a point. The caller asks only while there are points left."""
     import optuna
 
     if not known:
@@ -40,19 +44,18 @@ def propose(space: Space, known: Sequence[tuple[Params, Found]], keep: Point, se
         if keep:
             sampler = optuna.samplers.PartialFixedSampler(to_params(space, keep), sampler)
     study = optuna.create_study(directions=["minimize"] * len(values(known)[0]), sampler=sampler)
-    for (params, _), value in zip(_sound(known), values(known), strict=True):
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=terms, values=value))
-    for _ in range(ATTEMPTS):
-        asked: Params = study.ask(terms).params
-        if key(asked) not in tried:
-            return asked
-    for attempt in range(10**6):
-        kept = keep if attempt < 100 else {}
-        point = {name: each.values[random.integers(len(each.values))] for name, each in space.dimensions.items()}
-        params = to_params(space, point | kept)
-        if key(params) not in tried:
+    for (before, _), value in zip(_sound(known), values(known), strict=True):
+        study.add_trial(optuna.trial.create_trial(params=before, distributions=terms, values=value))
+    for attempt in itertools.count():
+        if attempt < ATTEMPTS:
+            params: Params = study.ask(terms).params
+        else:
+            point = {name: each.values[random.integers(len(each.values))] for name, each in space.dimensions.items()}
+            params = to_params(space, point | (keep if attempt < LAST_ATTEMPTS else {}))
+        dear = keep and attempt < LAST_ATTEMPTS and space.is_dear(to_point(space, params))
+        if key(params) not in tried and not dear:
             return params
-    raise AssertionError("the caller asks only while there are points left")
+    raise AssertionError("unreachable")
 
 
 def values(known: Sequence[tuple[Params, Found]]) -> list[tuple[float, ...]]:

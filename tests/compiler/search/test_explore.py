@@ -18,7 +18,7 @@ from slipcast.errors import ArtifactError, NumericalError, ResourceError
 from slipcast_compiler.search import plots
 from slipcast_compiler.search.explore import choose, explore, front, survives
 from slipcast_compiler.search.journal import JOURNAL, finished, open_journal, seconds_spent, told
-from slipcast_compiler.search.propose import parting_distance
+from slipcast_compiler.search.propose import parting_distance, propose, to_params, to_point
 from slipcast_compiler.search.record import describe
 from slipcast_compiler.search.space import Space
 
@@ -131,6 +131,18 @@ def test_engines_take_no_more_than_their_share(tmp_path: Path) -> None:
     evaluate = Dear()
     search(tmp_path / "a", evaluate, 1.6, 'search.levers=["steps", "heads", "guidance_interval"]')
     assert len(evaluate.engines) <= 3
+
+
+def test_what_is_dear_is_left_out_while_the_engine_is_kept() -> None:
+    space = Space(planned())
+    own = to_params(space, space.own)
+    known = [(own, {"objective": 1.0, "distance": 0.2, "holds": True})]
+    for seed in range(8):
+        proposed = to_point(space, propose(space, known, space.engine(space.own), seed))
+        assert space.engine(proposed) == space.engine(space.own)
+        assert not space.is_dear(proposed) and to_params(space, proposed) != own
+        known.append((to_params(space, proposed), {"objective": 0.5 + seed / 10, "distance": 0.3}))
+    assert any(space.is_dear(to_point(space, propose(space, known, {}, seed))) for seed in range(40))
 
 
 def test_the_distance_that_parts_what_holds() -> None:

@@ -14,8 +14,10 @@ from explored import RECIPE, planned
 from slipcast.errors import RecipeError
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe import parse_recipe, read_recipe
+from slipcast_compiler.search import levers
 from slipcast_compiler.search.candidate import apply, engine_key
-from slipcast_compiler.search.space import LEVERS, Space, as_arguments
+from slipcast_compiler.search.levers import LEVERS
+from slipcast_compiler.search.space import Space, as_arguments
 
 SHAPES = Path("recipes/models/shapes").resolve()
 FEW_STEPS = """
@@ -50,8 +52,9 @@ def moved(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     ]  # fmt: skip
 
 
-def test_every_lever_applies_to_the_shipped_recipe() -> None:
-    space = Space(planned())
+def test_every_lever_applies_to_the_shipped_recipe_in_fp32() -> None:
+    space = Space(planned("targets=[{engine='openvino', precision='fp32'}]"))
+    assert space.dimensions["precision"].values == ("fp32", "bf16")
     assert space.levers == tuple(LEVERS)
     assert all(len(each.values) > 1 and each.own in each.values for each in space.dimensions.values())
     assert space.dimensions["steps"].values[0] == 3 and space.dimensions["steps"].own == 6
@@ -87,15 +90,15 @@ def test_engines_are_shared_by_points_that_differ_in_sampling() -> None:
     engines = {dimension for name in LEVERS if LEVERS[name].engine for dimension in LEVERS[name].dimensions(plan)}
     for name, point in moved(plan):
         assert (engine_key(apply(plan, space.overrides(point))) != own) == (name in engines), name
-        kept = space.own | space.cheap(point)
+        kept = space.own | space.engine(point)
         assert engine_key(apply(plan, space.overrides(kept))) == engine_key(apply(plan, space.overrides(point)))
-        assert kept["timesteps"] not in ("dp", "direct")
+        assert space.is_dear(point) == (point["timesteps"] in ("dp", "direct"))
 
 
 def test_levers_that_are_named_are_turned_and_no_others() -> None:
     space = Space(planned('search.levers=["heads", "steps"]'))
     assert list(space.dimensions) == ["steps", "heads"]
-    assert Space(planned('search.objective="memory"')).levers == ("heads", "ffn", "low_rank", "precision")
+    assert Space(planned('search.objective="memory"')).levers == ("heads", "ffn", "low_rank")
 
 
 def test_values_of_the_recipe_are_among_those_that_are_tried() -> None:
@@ -127,9 +130,12 @@ def test_few_step_checkpoints_have_fewer_levers(scheduler: str, tmp_path: Path) 
             Space(dataclasses.replace(plan, recipe=recipe))
 
 
-def test_int8_brings_its_table_and_keeps_it() -> None:
+def test_int8_is_for_large_models_and_brings_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "precision" not in Space(planned()).dimensions
+    monkeypatch.setattr(levers, "LARGE", 10_000_000)
     plan = planned()
     space = Space(plan)
+    assert space.dimensions["precision"].values == ("bf16", "int8")
     tried = apply(plan, space.overrides(space.own | {"precision": "int8"}))
     assert tried.recipe.targets[0].precision == "int8" and tried.recipe.passes.quantize
     quantised = planned("targets=[{engine='openvino', precision='int8'}]", "passes.quantize.max_error=0.05")

@@ -272,9 +272,19 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
             expected="a guidance_scale above 1, or neither guidance_interval nor guidance_reuse",
             got=f"guidance_scale {sampling.guidance_scale:g}",
         )  # fmt: skip
+    if sampling.guidance_rescale and sampling.guidance_scale <= 1:
+        raise RecipeError(
+            f"sampling.guidance_rescale: there is no guidance to rescale{why}", expected="a guidance_scale above 1",
+            got=f"guidance_scale {sampling.guidance_scale:g}",
+        )  # fmt: skip
+    if recipe.early_exit and checkpoint.few_step_sampler:
+        raise RecipeError(
+            "[early_exit]: the checkpoint seems to be distilled to few steps, and takes all of them",
+            expected="no [early_exit]", got=f"a scheduler for {checkpoint.few_step_sampler}",
+        )  # fmt: skip
     if recipe.early_exit and sampling.steps < LEAST_TO_EXIT:
         raise RecipeError(
-            f"[early_exit]: of {sampling.steps} steps none can be left out: a change is seen after the second{why}",
+            f"[early_exit]: of {sampling.steps} steps none can be left out: a change is seen after the second",
             expected=f"sampling.steps of {LEAST_TO_EXIT} or more, or no [early_exit]", got=sampling.steps,
         )  # fmt: skip
     if not recipe.timesteps:

@@ -19,10 +19,11 @@ from PIL import Image
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.closed import PromptTable
 from slipcast.contract import check_contract
+from slipcast.decoding import decode_frugally, out_of_memory
 from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.early_exit import EarlyExit
 from slipcast.engines import Engine, open_engine, refusal
-from slipcast.errors import HostError, NumericalError, RequestError
+from slipcast.errors import HostError, NumericalError, RequestError, ResourceError
 from slipcast.guard import FALLBACK, Guard, Verdict
 from slipcast.guard import Policy as GuardPolicy
 from slipcast.manifest import Manifest, Target
@@ -32,7 +33,6 @@ from slipcast.samplers import SAMPLERS, sample
 from slipcast.schedules import SCHEDULES
 from slipcast.seeds import TorchGenerator, batch_noise
 from slipcast.staging import Row, evaluated_timesteps, read_step_table, told
-from slipcast.tiling import decode_tiled
 from slipcast.tokenizer import OnLongPrompt, PromptTokenizer
 
 logger = logging.getLogger("slipcast")
@@ -129,13 +129,13 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _open(self, component: str, precision: str | None = None) -> Engine:
-        name = cast(Any, component)
-        files = self._target.components[name]
+    def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
+        name, target = cast(Any, component), target or self._target
+        files = target.components[name]
         weights = self.bundle.path(files.weights) if files.weights else None
         model = self.bundle.path(files.model)
         contract = self.manifest.components[name]
-        return open_engine(self._target.engine, model, weights, precision or self._target.precision, contract)
+        return open_engine(target.engine, model, weights, precision or target.precision, contract)
 
     def _open_guard(self) -> Guard | None:
         if not (record := self.manifest.guard):
@@ -305,21 +305,40 @@ class Pipeline:
         return levels
 
     def _decode_one(self, decoder: Engine, latent: Floats, seconds: dict[str, float]) -> Floats:
-        image = self.manifest.image
+        image, free = self.manifest.image, partial(self.residency.free_others, "vae_decoder")
 
         def decode(engine: Engine, tile: Floats) -> Floats:
             picture: Floats = _timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
             return picture
 
-        picture = decode_tiled(partial(decode, decoder), latent, image.tile, image.overlap, image.factor)
+        try:
+            picture = decode_frugally(partial(decode, decoder), latent, image, free)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            with self._decoder_on_cpu(error) as other:
+                picture = decode_frugally(partial(decode, other), latent, image, free)
         # Not where the precision was compiled into the engine.
         if not np.isfinite(picture).all() and self._target.precision != "fp32" and not self._target.built:
             # Decoders of some published checkpoints overflow in half precision; the picture is worth a second try.
             logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
             with self._open("vae_decoder", "fp32") as full:
-                picture = decode_tiled(partial(decode, full), latent, image.tile, image.overlap, image.factor)
+                picture = decode_frugally(partial(decode, full), latent, image, free)
         _check_finite(picture, "the decoder's picture is not finite")
         return picture
+
+    def _decoder_on_cpu(self, error: Exception) -> Engine:
+        """The decoder of a target that runs on the CPU, in place of one for which a GPU has too little memory."""
+        for target in self.manifest.targets if self._target.device != "cpu" else ():
+            if target.device == "cpu" and refusal(target) is None:
+                logger.warning("memory ran out while decoding: trying again on the CPU, by %s", target.id)
+                files = target.components["vae_decoder"]
+                check_digests(self.bundle, [file for file in (files.model, files.weights) if file])
+                return self._open("vae_decoder", target=target)
+        raise ResourceError(
+            "memory ran out while decoding, in the smallest tiles too", got=str(error) or type(error).__name__,
+            hint='close other programs, or keep less in memory: residency="sequential"',
+        ) from error  # fmt: skip
 
     def _at_once(self, images: int) -> int:
         """So many images go through the denoiser in one call.

@@ -20,35 +20,51 @@ class Residency:
         """`rare`: components that are opened when they are first used, and not before."""
         if policy not in get_args(Policy):
             raise RequestError(f"unknown residency {policy!r}", expected=" or ".join(get_args(Policy)), got=policy)
-        self._openers, self._stack = openers, ExitStack()
+        self._openers = openers
+        self._stacks: dict[str, ExitStack] = {}
         self._to_stay = set(rare) if policy == "all" else set[str]()
         self._open: dict[str, Engine] = {}
         if policy == "all":
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
             with ThreadPoolExecutor() as pool:
                 futures = {name: pool.submit(opener) for name, opener in openers.items() if name not in rare}
-            for future in futures.values():
+            for name, future in futures.items():
                 if not future.exception():
-                    self._stack.enter_context(future.result())
+                    self._keep(name, future.result())
             try:
-                self._open = {name: future.result() for name, future in futures.items()}
+                for future in futures.values():
+                    future.result()
             except BaseException:  # one did not open: free those that did
-                self._stack.close()
+                self.close()
                 raise
 
     @contextmanager
     def use(self, component: str) -> Iterator[Engine]:
         """The component's engine, open within the block."""
         if component in self._to_stay and component not in self._open:
-            self._open[component] = self._stack.enter_context(self._openers[component]())
+            self._keep(component, self._openers[component]())
         if component in self._open:
             yield self._open[component]
         else:
             with self._openers[component]() as engine:
                 yield engine
 
+    def free_others(self, component: str) -> None:
+        """Free what stays loaded but for one component; each is opened again when it is next used."""
+        for name in [name for name in self._open if name != component]:
+            self._to_stay.add(name)
+            del self._open[name]
+            self._stacks.pop(name).close()
+
     def close(self) -> None:
         """Free every engine that stays loaded."""
         self._open.clear()
         self._to_stay.clear()
-        self._stack.close()
+        stacks, self._stacks = self._stacks, {}
+        with ExitStack() as every:  # all of them, also where one fails
+            for stack in stacks.values():
+                every.push(stack)
+
+    def _keep(self, name: str, engine: Engine) -> None:
+        self._stacks[name] = stack = ExitStack()
+        self._open[name] = stack.enter_context(engine)

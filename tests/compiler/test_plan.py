@@ -71,7 +71,9 @@ def test_other_checkpoints(scheduler: dict[str, Any], tmp_path: Path) -> None:
     [
         ("sampling.guidance_interval = [0.3, 5.0]", "guidance_interval: there is no guidance.*distilled"),
         ("sampling.guidance_reuse = 1", "guidance_reuse: there is no guidance"),
+        ("sampling.guidance_rescale = 0.5", "guidance_rescale: there is no guidance.*distilled"),
         ("timesteps.method = 'dp'", r"\[timesteps\].*knows no other timesteps"),
+        ("early_exit = {}", r"\[early_exit\].*takes all of them"),
     ],
 )
 def test_what_few_steps_have_no_use_for(recipe: str, says: str, tmp_path: Path) -> None:
@@ -89,6 +91,8 @@ def test_guidance_may_be_asked_for_all_the_same(tmp_path: Path) -> None:
     ("recipe", "says"),
     [
         ("sampling.guidance_scale = 1.0\nsampling.guidance_reuse = 1", "there is no guidance to leave out\n"),
+        ("sampling.guidance_scale = 1.0\nsampling.guidance_rescale = 0.5", "there is no guidance to rescale\n"),
+        ("sampling.steps = 2\nearly_exit = {}", r"\[early_exit\]: of 2 steps none can be left out"),
         ("sampling.sampler = 'euler_ancestral'\ntimesteps = {}", "draws noise"),
         ("sampling.sampler = 'ddim'\nsampling.eta = 0.5\ntimesteps = {}", "draws noise"),
         ("sampling.sampler = 'dpm2'\ntimesteps = {}", "between its levels"),

@@ -84,7 +84,11 @@ class OpenVinoEngine:
             name: np.ascontiguousarray(array) for name, array in arrays.items() if self._given.get(name) is not array
         }
         self._given |= fresh
-        results = self._request.infer(fresh, share_inputs=True, share_outputs=False)
+        try:
+            results = self._request.infer(fresh, share_inputs=True, share_outputs=False)
+        except BaseException:  # what was handed over before that is not known
+            self._given.clear()
+            raise
         return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
 
     def __enter__(self) -> Self:

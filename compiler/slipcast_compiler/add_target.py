@@ -17,7 +17,7 @@ import numpy as np
 
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.engines import ENGINES, refusal
-from slipcast.errors import CheckFailed, HostError, RecipeError
+from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
 from slipcast.evidence import held_out_prompts
 from slipcast.manifest import SCHEMA_VERSION, Addition, Manifest, Target
 from slipcast.progress import Stages
@@ -64,6 +64,7 @@ def add_target(
     portable = find_portable(bundle.manifest, table.precision)
     _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
     publish.check_output(output)
+    _check_space(bundle, portable, output)
     with stages.stage("verify") as advance:
         check_digests(bundle, "all", advance)
     with publish.staging(output) as folder:
@@ -118,6 +119,18 @@ def _check_new(manifest: Manifest, target: Target, portable: Target, replace: bo
         raise RecipeError(
             f"{manifest.name} has a target {target.id} already", expected="another one",
             hint="nothing to do" if target.id == portable.id else "give --replace to build it again",
+        )  # fmt: skip
+
+
+def _check_space(bundle: Bundle, portable: Target, output: Path) -> None:
+    """ResourceError where a copy of the bundle, and a target as large as its graphs, will not fit."""
+    sizes = {entry.path: entry.size for entry in bundle.manifest.files}
+    needed = sum(sizes.values()) + sum(sizes[file] for file in set(portable.files))
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise ResourceError(
+            f"{output}: the disk is too full", expected=f"about {needed / 1e6:.0f} MB", got=f"{free / 1e6:.0f} MB free",
+            hint="the old bundle stays until the new one is complete: free that much, or give -o on another disk",
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipcast.bundle import check_digests, open_bundle
 from slipcast.engines import ENGINES
-from slipcast.errors import CheckFailed, HostError, RecipeError, SlipcastError
+from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError, SlipcastError
 from slipcast.manifest import Component, EngineFiles, ImageGeometry, Sampling, Target, TensorSpec, read_manifest
 from slipcast.progress import Stages
 from slipcast.schedules import NoiseProcess
@@ -188,6 +189,10 @@ class TestRefused:
 
         monkeypatch.setitem(build.BUILDERS, "openvino", misread)
         self.refused(bundle, CheckFailed, "makes other pictures than onnxruntime-cpu-fp32", "openvino:fp32")
+
+    def test_row_25_a_full_disk(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+        self.refused(bundle, ResourceError, r"the disk is too full(.|\n)*about 0 MB(.|\n)*0 MB free", "openvino:fp32")
 
     def test_a_damaged_bundle(self, bundle: Path) -> None:
         weights = bundle / "onnxruntime-fp32" / "denoiser.onnx.data"

@@ -4,6 +4,9 @@ Precision is in the graph (strongly typed networks): the exported fp32 graph is 
 INT8 in it has its activations in signed numbers besides. The build runs
 in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
 TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
+
+What is left out: timing caches, whose operations are no-ops in TensorRT-RTX, as it says itself; and engines without
+weights, or that can be refitted, which TensorRT-RTX 1.7.1 gives up on where there is no GPU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,19 @@
+"""What the machine that compiled computed otherwise than its targets say is in the report."""
+
+from __future__ import annotations
+
+import pytest
+
+from slipcast.engines import ENGINES
+from slipcast.manifest import Target
+from slipcast_compiler.host_notes import NO_BF16, host_notes
+
+
+@pytest.mark.skipif(not ENGINES["openvino"].available(), reason="openvino is not installed")
+@pytest.mark.parametrize("native", [True, False])
+def test_a_processor_without_bf16_is_named(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slipcast.engines.openvino.bf16_is_native", lambda: native)
+    kinds = (("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "int8"))
+    targets = [Target(engine=e, device="cpu", precision=p, components={}) for e, p in kinds]  # type: ignore[arg-type]
+    expected = {} if native else {"openvino-cpu-bf16": NO_BF16, "openvino-cpu-int8": NO_BF16}
+    assert host_notes(targets) == expected

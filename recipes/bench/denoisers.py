@@ -3,8 +3,9 @@
     python recipes/bench/denoisers.py recipes/sd15-shaped-int8.toml -o recipes/bench/denoisers/sd15-int8.json
 
 The recipe's denoiser in bf16 and, as its [passes.quantize] says, in INT8; and both with 30 % of attention heads and of
-feed-forward neurons removed. Weights may be random: which heads go is then without meaning, and so would be pictures. Inputs have unit variance, as a sampler's scaled latents and a text encoder's normed output have.
-Engines are timed in turn, in one process; what each needs of memory is measured apart. Everything but that is cached.
+feed-forward neurons removed. Weights may be random: which heads go is then without meaning, and so would be pictures.
+Inputs have unit variance, as a sampler's scaled latents and a text encoder's normed output have. Engines are timed in
+turn, in one process; what each needs of memory is measured apart. What is built is cached.
 """
 
 from __future__ import annotations

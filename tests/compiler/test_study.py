@@ -112,6 +112,7 @@ def test_the_report_is_written_again_from_the_document(finished: tuple[Path, Any
     folder = finished[0] / "out"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert {"small.json", "small.md", "small-clip.svg", "small-psnr.svg"} <= set(before)
+    assert b"After recovery" in before["small.md"] and b"that were tried with it:" in before["small.md"]
     (folder / "small.md").write_text("not it")
     done = run_cli("study", "out/small.json", cwd=finished[0])
     assert done.returncode == 0, done.stderr

@@ -216,6 +216,8 @@ def test_the_report_says_what_the_statistics_do(data: Data) -> None:
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.count("|") == before.count("|") for before, line in itertools.pairwise(tables)
                if "---" in line)  # fmt: skip
+    assert "Note" not in page
+    assert "**Note:** it rained" in render({**data.document, "notes": ["it rained"]})["made.md"]
 
 
 def test_plots_are_drawings_inside_their_frames(data: Data) -> None:

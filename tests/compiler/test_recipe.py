@@ -77,7 +77,7 @@ engine = "tensorrt-rxt"
         ("[reference]\nguidance_reuse = 2\n", "unknown key 'guidance_reuse'"),
         ("[timesteps]\nmethod = 'guess'\n", "timesteps.method"),
         ("[decode]\ntile = 16\noverlap = 12\n", "overlap"),
-        ('[[targets]]\nengine = "onnxruntime"\n', "two targets with the same engine and precision"),
+        ('[[targets]]\nengine = "onnxruntime"\n', "two targets with the same engine, precision and GPUs"),
         ("[search]\nbudget_minutes = 10\n", "needs a limit in"),
     ],
 )

@@ -1,6 +1,6 @@
 """What leaves the sampling loop: parameters and nodes by binding time, for denoisers of the published sizes.
 
-    python recipes/bench/staging.py -o recipes/bench/staging.json
+    python recipes/bench/staging.py -o recipes/bench/staging/published.json
 
 Graphs are exported as a compile would, from the configs alone: there are no weights, and so no limit of memory. That
 what is staged computes the same is shown by tests/compiler/test_staging.py, on small denoisers of the same classes.
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--only", choices=DENOISERS, action="append")
     given = parser.parse_args()
+    given.output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in given.only or DENOISERS:
         isolated = run_isolated(staged, name)

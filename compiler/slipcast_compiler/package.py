@@ -9,6 +9,7 @@ from typing import Any, cast
 import slipcast
 from slipcast.manifest import (
     SCHEMA_VERSION,
+    Caching,
     Component,
     ComponentName,
     FamilyRecord,
@@ -20,10 +21,18 @@ from slipcast_compiler.plan import Plan
 from slipcast_compiler.stages import write_step_table
 
 
-def describe(plan: Plan, exported: dict[str, Path], prompts: Path | None, folder: Path) -> dict[str, Any]:
+def describe(
+    plan: Plan,
+    exported: dict[str, Path],
+    prompts: Path | None,
+    folder: Path,
+    staged: Path | None = None,
+    caching: Caching | None = None,
+) -> dict[str, Any]:
     """The manifest's fields that do not depend on targets; writes the tokenizers and tables they name.
 
-    `prompts`: a closed family's table, in place of tokenizers and text encoders.
+    `prompts`: a closed family's table, in place of tokenizers and text encoders. `staged`: where the parts of the
+    staged denoiser are, if the exported one was cut again since.
     """
     components = {
         name: Component.model_validate_json((source / f"{name}.json").read_text()) for name, source in exported.items()
@@ -44,7 +53,8 @@ def describe(plan: Plan, exported: dict[str, Path], prompts: Path | None, folder
     closed, family = prompts and describe_prompts(plan, prompts), plan.family
     if prompts and closed:
         shutil.copyfile(prompts, folder / closed.table)
-    named = {"staging": plan.recipe.staging, "closed_family": closed}
+    named = {"staging": plan.recipe.staging, "caching": caching, "closed_family": closed}
+    stages = staged or exported["denoiser"]
     return {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)), "slipcast_version": slipcast.__version__,
         "name": plan.recipe.name,
@@ -57,5 +67,6 @@ def describe(plan: Plan, exported: dict[str, Path], prompts: Path | None, folder
         "sampling": plan.sampling, "reference": plan.reference,
         "requires": (*plan.sampling.requires, *(name for name, record in named.items() if record)),
         "not_compiled": plan.checkpoint.not_compiled,
-        **(write_step_table(exported["denoiser"], plan.sampling, folder) if plan.recipe.staging else {}),
+        "caching": caching,
+        **(write_step_table(stages, plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip

@@ -40,7 +40,7 @@ def find_cut(graph: ir.Graph, ceiling: float) -> Cut:
     best: tuple[tuple[int, int, int], ir.Value] | None = None
     for value in _latent(graph, sample):
         left = _left(graph, value, costs, ceiling * total)
-        if left is None or not any(node in left for node, _ in sample.uses()):
+        if left is None or not any(node in left and node.op_type != "Shape" for node, _ in sample.uses()):
             continue
         rank = -sum(costs[node] for node in left), bytes_of(value), len(left)
         if best is None or rank < best[0]:

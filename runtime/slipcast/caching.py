@@ -32,9 +32,11 @@ class Features:
     def begin(self, both: bool) -> bool:
         """Begin an evaluation, of both branches or of the conditional one alone: whether it has to be a full one.
 
-        It has where the mask says so, and where features of a branch are missing: one is not used for the other.
+        It has where the mask says so, or says nothing any more, and where features of a branch are missing: one is not
+        used for the other.
         """
-        full = self._record.mask[self._evaluation] or (both and not self._both)
+        mask = self._record.mask[self._evaluation : self._evaluation + 1]
+        full = mask != (False,) or (both and not self._both)
         self._evaluation += 1
         if full:
             self._both = both

@@ -32,24 +32,11 @@ def describe(
     """The manifest's fields that do not depend on targets; writes the tokenizers and tables they name.
 
     `prompts`: a closed family's table, in place of tokenizers and text encoders. `staged`: where the parts of the
-    staged denoiser are, if the exported one was cut again since.
+    staged denoiser are, if the exported one was cut again since, with `caching`.
     """
     components = {
         name: Component.model_validate_json((source / f"{name}.json").read_text()) for name, source in exported.items()
     }
-    texts = []
-    for text in plan.checkpoint.architecture.text if prompts is None else ():
-        data, _, pad = tokenizer_file(plan.checkpoint, text.tokenizer)
-        (folder / f"{text.tokenizer}.json").write_bytes(data)
-        texts.append(
-            TextInput(
-                component=cast(ComponentName, text.component),
-                tokenizer=f"{text.tokenizer}.json",
-                max_length=plan.sizes["text_length"],
-                pad_token_id=pad,
-                outputs=dict(text.outputs),
-            )
-        )
     closed, family = prompts and describe_prompts(plan, prompts), plan.family
     if prompts and closed:
         shutil.copyfile(prompts, folder / closed.table)
@@ -63,10 +50,28 @@ def describe(
             name=family.name, hash=family.hash, closed=family.closed, calibration=len(family.calibration),
             held_out=len(family.held_out),
         ),
-        "components": components, "text": tuple(texts), "prompts": closed, "image": plan.image,
-        "sampling": plan.sampling, "reference": plan.reference,
+        "components": components, "text": () if prompts else _texts(plan, folder), "prompts": closed,
+        "image": plan.image, "sampling": plan.sampling, "reference": plan.reference,
         "requires": (*plan.sampling.requires, *(name for name, record in named.items() if record)),
         "not_compiled": plan.checkpoint.not_compiled,
         "caching": caching,
         **(write_step_table(stages, plan.sampling, folder) if plan.recipe.staging else {}),
     }  # fmt: skip
+
+
+def _texts(plan: Plan, folder: Path) -> tuple[TextInput, ...]:
+    """How prompts become conditioning; writes the tokenizers."""
+    texts = []
+    for text in plan.checkpoint.architecture.text:
+        data, _, pad = tokenizer_file(plan.checkpoint, text.tokenizer)
+        (folder / f"{text.tokenizer}.json").write_bytes(data)
+        texts.append(
+            TextInput(
+                component=cast(ComponentName, text.component),
+                tokenizer=f"{text.tokenizer}.json",
+                max_length=plan.sizes["text_length"],
+                pad_token_id=pad,
+                outputs=dict(text.outputs),
+            )
+        )
+    return tuple(texts)

@@ -327,8 +327,9 @@ def load(
     """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
 
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
-    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use:
-    one component, or the two denoisers of feature caching. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
+    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
+    component, or both denoisers of feature caching. Raises ArtifactError for a damaged bundle, HostError where no
+    target can run here.
     """
 
     bundle = open_bundle(path, allow_unlisted=allow_unlisted)

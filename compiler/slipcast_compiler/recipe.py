@@ -162,7 +162,7 @@ class CachingTable(Strict):
     """
 
     full_steps: Annotated[int, Field(ge=1)] | None = None
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
 
 class GuardTable(Strict):

@@ -28,7 +28,7 @@ class Cut:
 
 
 def find_cut(graph: ir.Graph, ceiling: float) -> Cut:
-    """The single value that leaves most to the shallow graph within `ceiling`: the more it computes, the nearer it is.
+    """The single value that leaves most to the shallow graph within `ceiling`: what it computes is not out of date.
 
     Of cuts that leave as much, the one that carries the fewest bytes, and then the one that leaves the fewest nodes.
     The shallow graph has to depend on the latent: what is left behind a cut without skip connections around it would

@@ -41,10 +41,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_manifest_and_the_report_say_what_is_cached(bundle: Path) -> None:
     manifest = open_bundle(bundle, files="all").manifest
     assert manifest.caching and manifest.caching.full_steps == 3 and manifest.caching.mask[0]
-    assert manifest.caching.share <= 0.4 and "caching" in manifest.requires
+    assert manifest.caching.share <= 0.2 and "caching" in manifest.requires
     record = json.loads((bundle / "report.json").read_text())
     assert record["caching"]["mask"] == list(manifest.caching.mask)
-    assert record["recipe"]["caching"] == {"full_steps": 3, "share": 0.4}
+    assert record["recipe"]["caching"] == {"full_steps": 3, "share": 0.2}
     stages = record["staging"]["stages"]
     assert stages["denoise"]["parameters"] < record["staging"]["original"]["parameters"]
     page = (bundle / "report.html").read_text()

@@ -1,7 +1,7 @@
 """[caching]: the shallow denoiser beside the full one, and the steps that it is good for, measured on the family.
 
-The mask is chosen by dynamic programming (as in Ma et al., arXiv 2406.01733, and others) on the error of every reuse:
-what a step gives with the features of each step before it, on the trajectories of calibration prompts.
+The mask is chosen by dynamic programming on the error of every reuse: what a step gives with the features of each step
+before it, against what it gives with its own, on the trajectories of calibration prompts.
 """
 
 from __future__ import annotations

@@ -60,6 +60,19 @@ class Options:
     weight_streaming: bool = False
 
 
+@dataclass(frozen=True)
+class Made:
+    """An engine's file and what making it took: the memory is its process's peak, resident, in megabytes (1e6 bytes).
+
+    `widened`: ranges of activations that were made symmetric, and less exact by that.
+    """
+
+    engine: Path
+    seconds: float
+    peak_memory_mb: float
+    widened: int
+
+
 def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Built:
     """What the manifest says of such a target: with which version of the library, on which GPUs and for which shapes it
     runs."""
@@ -94,11 +107,23 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
 
 
 def build(model: Path, precision: str, out: Path, options: Options) -> EngineFiles:
-    """Write out/NAME.engine for a graph in fp32, whose weights lie beside it.
+    """Write out/NAME.engine for a graph in fp32 (or with INT8 in it), whose weights lie beside it; see make_engine."""
+    made = make_engine(model, precision, out, options)
+    if made.widened:
+        logger.warning(
+            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
+            "with passes.quantize.symmetric = true", model.stem, made.widened, options.library,
+        )  # fmt: skip
+    logger.info(
+        "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
+        made.seconds, made.peak_memory_mb, made.engine.stat().st_size / 1e6,
+    )  # fmt: skip
+    return EngineFiles(model=made.engine.name)
 
-    HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
-    the component and what it was working on.
-    """
+
+def make_engine(model: Path, precision: str, out: Path, options: Options) -> Made:
+    """HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both
+    name the component and what it was working on."""
     if precision != "fp32":
         need_graph_libraries()
     engine = out / f"{model.stem}.engine"
@@ -108,16 +133,7 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
             done = run_isolated(_build, model, precision, engine, log, options)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
-    if done.result:
-        logger.warning(
-            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
-            "with passes.quantize.symmetric = true", model.stem, done.result, options.library,
-        )  # fmt: skip
-    logger.info(
-        "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
-        time.perf_counter() - clock, done.peak_memory_mb, engine.stat().st_size / 1e6,
-    )  # fmt: skip
-    return EngineFiles(model=engine.name)
+    return Made(engine, time.perf_counter() - clock, done.peak_memory_mb, done.result)
 
 
 def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> int:

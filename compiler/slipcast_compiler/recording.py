@@ -43,8 +43,8 @@ class _Recording(Pipeline):
         self.recorded: list[dict[str, Array]] = []
         super().__init__(bundle, target)
 
-    def _open(self, component: str, precision: str | None = None) -> Engine:
-        engine = super()._open(component, precision)
+    def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
+        engine = super()._open(component, precision, target)
         return _Recorder(engine, self.recorded) if component == "denoiser" else engine
 
 

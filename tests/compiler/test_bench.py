@@ -66,6 +66,15 @@ def test_ratios_are_of_the_pairs(document: dict[str, Any]) -> None:
     assert set(document["batch_ratios"]["diffusers"]) == {"2"}
 
 
+def test_ddpm_is_extrapolated_from_what_diffusers_took(document: dict[str, Any]) -> None:
+    found, side = document["extrapolated"]["ddpm1000"], document["sides"]["diffusers"]
+    parts = side["components_s"]
+    others = sum(parts.values()) - parts["denoiser"]
+    assert found["evaluations"] == 2
+    assert found["seconds"] == pytest.approx(500 * parts["denoiser"] + others, rel=0.1)
+    assert any(note.startswith("ddpm1000, not run, would take") for note in document["notes"])
+
+
 def test_same_noise_same_pictures(document: dict[str, Any]) -> None:
     quality = {name: side["quality"] for name, side in document["sides"].items()}
     assert quality["diffusers"]["psnr_mean"]["value"] == 100.0

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.engines import cpu_threads
+from slipcast.samplers import find_sampler
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.measure import Results
-from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options
+from slipcast_compiler.bench.plan import BUNDLE, REFERENCE, BenchPlan, Options
 from slipcast_compiler.bench.process import Drawn
 from slipcast_compiler.bench.running import Measured
 from slipcast_compiler.scorer import Scorer
@@ -57,11 +58,17 @@ def make_document(plan: BenchPlan, results: Results, load_before: float | None) 
             name: figures.break_even(compile_s, sides[name]["seconds"]["median"], sides[BUNDLE]["seconds"]["median"])
             for name in pairs
         },
+        "extrapolated": _extrapolated(plan, sides),
         "missing": plan.missing,
         "failed": results.failed,
         "quality_reference": "diffusers in fp32" if results.reference is not None else None,
     }  # fmt: skip
-    return document | {"notes": _notes(plan, results, load_before, no_clip)}
+    told = [
+        f"{name}, not run, would take {found['seconds']:.0f} s an image, {found['ratio']:.0f} times the bundle's: "
+        f"extrapolated from the {found['evaluations']} evaluations of {REFERENCE}"
+        for name, found in document["extrapolated"].items()
+    ]
+    return document | {"notes": [*_notes(plan, results, load_before, no_clip), *told]}
 
 
 def command(plan: BenchPlan) -> str:
@@ -150,6 +157,19 @@ def _component_ratios(peer: Measured, bundle: Measured) -> dict[str, dict[str, f
     theirs, ours = ([drawn.components_s or {} for drawn in measured.drawn] for measured in (peer, bundle))
     shared = [name for name in ours[0] if name in theirs[0]]
     return {name: _ratios([part[name] for part in theirs], [part[name] for part in ours]) for name in shared}
+
+
+def _extrapolated(plan: BenchPlan, sides: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What DDPM's 1000 evaluations would take where that is too long to run: from the time of each in `diffusers`."""
+    reference = sides.get(REFERENCE)
+    if "ddpm1000" in sides or not (reference and reference["components_s"]):
+        return {}
+    sampling, denoising = plan.sampling, reference["components_s"]["denoiser"]
+    # PNDM evaluates its second level twice.
+    evaluations = sampling.steps * find_sampler(sampling.sampler).evaluations + (sampling.sampler == "pndm")
+    seconds = reference["seconds"]["median"] + denoising * (1000 / evaluations - 1)
+    ratio = seconds / sides[BUNDLE]["seconds"]["median"]
+    return {"ddpm1000": {"seconds": round(seconds, 1), "ratio": round(ratio, 1), "evaluations": evaluations}}
 
 
 def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict[str, Any]:

@@ -56,6 +56,6 @@ def root(moment: Floats) -> Any:
 def joint_rank(a: Any, b: Any, energy: float) -> int:
     """The rank of a^T b, [width, m] and [width, n], that keeps `energy` of its squared singular values."""
     # Those of the product of the triangles, which are as small as the head is narrow.
-    triangles = [np.linalg.qr(each.T, mode="r") for each in (a, b)]
+    triangles: list[Any] = [np.linalg.qr(each.T, mode="r") for each in (a, b)]
     total = np.cumsum(np.linalg.svd(triangles[0] @ triangles[1].T, compute_uv=False) ** 2)
     return int(np.searchsorted(total, energy * total[-1])) + 1 if total[-1] > 0 else 0

@@ -185,7 +185,8 @@ def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, ima
     made = []
     for each in (portable, target):
         with stages.stage(f"pictures on {each.id}") as advance:
-            made.append(run_isolated(bundled.make_images, folder, each.id, chosen, seeds, advance=advance).result)
+            arguments = (folder, each.id, chosen, seeds, images)
+            made.append(run_isolated(bundled.make_images, *arguments, advance=advance).result)
     reference, found = made
     distances = [psnr(*pair) for pair in zip(reference["images"], found["images"], strict=True)]
     worst = float(np.min(distances))

@@ -46,7 +46,7 @@ def test_what_engines_are_bound_to(manifest: Manifest) -> None:
 
 
 def test_a_report_names_what_an_added_target_was_compared_with(manifest: Manifest) -> None:
-    text = _report_text(manifest, Path("report.html"))
+    text = _report_text(manifest, {}, Path("report.html"))
     assert "tensorrt-rtx-cuda-int8-sm86-sm89: not judged: the machine that built it could not run it" in text
     assert (
         "onnxruntime-cpu-fp32: added later; against another-cpu-fp32 PSNR worst 48.2 dB, 3 images, "

@@ -116,7 +116,7 @@ class Evaluator:
             folder = self._work / hashlib.sha256(key.encode()).hexdigest()[:16]
             self._engines[key] = made = make_engine(plan, self._cache, folder)
             if key not in self._memory:
-                image = (self._images.proxies[:1], self._images.proxy_seeds[:1])
+                image = (self._images.proxies[:1], self._images.proxy_seeds[:1], 1)
                 peak = run_isolated(bundled.make_images, folder, made.target, *image).peak_memory_mb
                 self._memory[key] = round(peak, 1)
         return self._engines[key]

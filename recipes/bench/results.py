@@ -1,4 +1,4 @@
-"""Write the README's results from the documents beside this file, which `slipcast bench` wrote:
+"""Write the README's results from the documents beside this file, which `slipcast bench` and builds.py wrote:
 
     python recipes/bench/results.py
 
@@ -15,6 +15,11 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
+BUILDS_BEGIN, BUILDS_END = "<!-- builds, written by recipes/bench/results.py -->\n", "<!-- end of the builds -->\n"
+BUILDS = {
+    "shapes-circles": "the reference model",
+    "sd15-shaped-int8": "the shapes of Stable Diffusion 1.5, random weights",
+}
 TITLES = {
     "shapes-circles": "The reference model",
     "shapes-circles-fast": "The same, made fast (recipes/shapes-circles-fast.toml)",
@@ -112,6 +117,30 @@ def agreement(document: Document, again: Document | None) -> str:
     return f"A second run ({again['date'][:10]}) gave ratios that differ by at most {apart[worst]:.1%} (`{worst}`)."
 
 
+def builds(folder: Path = HERE / "builds") -> str:
+    """What engines took to build: a line for each component and precision, figures for each choice of GPUs."""
+    documents = {name: json.loads(file.read_text("utf-8")) for name in BUILDS if (file := folder / f"{name}.json").is_file()}
+    heads = ["model", "component", "graph in", *(f"{gpus}: s, peak MB, engine MB" for gpus in ("portable", "SM86 + SM89"))]
+    lines, about = [heads], ""
+    for name, document in documents.items():
+        figures: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
+        for made in document["builds"]:
+            key, gpus = (made["component"], made["precision"]), tuple(made["compute_capabilities"])
+            said = f"{made['seconds']:.0f}, {made['peak_memory_mb']:.0f}, {made['engine_mb']:.1f}"
+            figures.setdefault(key, {})[gpus] = said
+        for (component, precision), by_gpus in figures.items():
+            shown = "int8 and fp16" if precision == "int8" else precision
+            lines.append([name, f"`{component}`", shown, by_gpus[()], by_gpus["8.6", "8.9"]])
+        host = document["host"]
+        about += _paragraph(
+            f"`{name}`: {BUILDS[name]}, {document['image']}, {document['library']}; {host['processor']} with "
+            f"{host['cores']} cores and no GPU, {document['date'][:10]}. [The document](recipes/bench/builds/{name}.json) "
+            f"is by `{document['command']}`."
+        ) + "\n"  # fmt: skip
+    first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
+    return "".join([first, "|---" * len(heads) + "|\n", *rest, "\n", about.rstrip("\n"), "\n"])
+
+
 def _files(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.json", folder / f"{name}-2.json"]
 
@@ -136,8 +165,10 @@ def _paragraph(text: str) -> str:
 
 def replaced(readme: str) -> str:
     """The README with its results written anew."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + results() + "\n" + rest[rest.index(END) :]
+    for begin, end, text in ((BEGIN, END, results()), (BUILDS_BEGIN, BUILDS_END, builds())):
+        before, rest = readme.split(begin)
+        readme = before + begin + "\n" + text + "\n" + rest[rest.index(end) :]
+    return readme
 
 
 if __name__ == "__main__":

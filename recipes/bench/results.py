@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
 BUILDS_BEGIN, BUILDS_END = "<!-- builds, written by recipes/bench/results.py -->\n", "<!-- end of the builds -->\n"
+GPUS: dict[str, tuple[str, ...]] = {"portable": (), "SM86 and SM89": ("8.6", "8.9")}
 BUILDS = {
     "shapes-circles": "the reference model",
     "sd15-shaped-int8": "the shapes of Stable Diffusion 1.5, random weights",
@@ -118,27 +119,39 @@ def agreement(document: Document, again: Document | None) -> str:
 
 
 def builds(folder: Path = HERE / "builds") -> str:
-    """What engines took to build: a line for each component and precision, figures for each choice of GPUs."""
-    documents = {name: json.loads(file.read_text("utf-8")) for name in BUILDS if (file := folder / f"{name}.json").is_file()}
-    heads = ["model", "component", "graph in", *(f"{gpus}: s, peak MB, engine MB" for gpus in ("portable", "SM86 + SM89"))]
-    lines, about = [heads], ""
-    for name, document in documents.items():
-        figures: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
-        for made in document["builds"]:
-            key, gpus = (made["component"], made["precision"]), tuple(made["compute_capabilities"])
-            said = f"{made['seconds']:.0f}, {made['peak_memory_mb']:.0f}, {made['engine_mb']:.1f}"
-            figures.setdefault(key, {})[gpus] = said
-        for (component, precision), by_gpus in figures.items():
-            shown = "int8 and fp16" if precision == "int8" else precision
-            lines.append([name, f"`{component}`", shown, by_gpus[()], by_gpus["8.6", "8.9"]])
-        host = document["host"]
-        about += _paragraph(
-            f"`{name}`: {BUILDS[name]}, {document['image']}, {document['library']}; {host['processor']} with "
-            f"{host['cores']} cores and no GPU, {document['date'][:10]}. [The document](recipes/bench/builds/{name}.json) "
-            f"is by `{document['command']}`."
-        ) + "\n"  # fmt: skip
+    """What engines took to build: a line for each component and precision, with figures for each choice of GPUs."""
+    lines = [["model", "component", "graph in", *(f"{gpus}: s, peak MB, engine MB" for gpus in GPUS)]]
+    about = []
+    for name in BUILDS:
+        if (file := folder / f"{name}.json").is_file():
+            document = json.loads(file.read_text("utf-8"))
+            lines += build_lines(name, document)
+            about.append(about_builds(name, document))
     first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
-    return "".join([first, "|---" * len(heads) + "|\n", *rest, "\n", about.rstrip("\n"), "\n"])
+    return "".join([first, "|---" * len(lines[0]) + "|\n", *rest, "\n", "\n".join(about)])
+
+
+def build_lines(name: str, document: Document) -> list[list[str]]:
+    """The cells of a recipe's lines, in the document's order."""
+    figures: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
+    for made in document["builds"]:
+        said = f"{made['seconds']:.0f}, {made['peak_memory_mb']:.0f}, {made['engine_mb']:.1f}"
+        figures.setdefault((made["component"], made["precision"]), {})[tuple(made["compute_capabilities"])] = said
+    return [
+        [name, f"`{component}`", "int8 and fp16" if precision == "int8" else precision, *(of[g] for g in GPUS.values())]
+        for (component, precision), of in figures.items()
+    ]
+
+
+def about_builds(name: str, document: Document) -> str:
+    """Where and how it was measured."""
+    host, load = document["host"], max(made["load_before"] for made in document["builds"])
+    text = (
+        f"{name}: {BUILDS[name]}, {document['image']}; {document['library']} on {host['processor']} with "
+        f"{host['cores']} cores and no GPU, {document['date'][:10]}, load up to {load:g} before a build. "
+        f"[The document](recipes/bench/builds/{name}.json) is by"
+    )
+    return _paragraph(text) + f"\n```console\n$ {document['command']}\n```\n"
 
 
 def _files(folder: Path, name: str) -> list[Path]:

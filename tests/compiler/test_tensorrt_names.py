@@ -24,6 +24,7 @@ RUNTIME = {
 }  # fmt: skip
 FILES = {
     ROOT / "compiler/slipcast_compiler/build/tensorrt.py": BUILDER,
+    ROOT / "compiler/slipcast_compiler/build/timings.py": {"config": "IBuilderConfig"},
     ROOT / "runtime/slipcast/engines/tensorrt.py": RUNTIME,
 }
 # Asked for where the library has it, or by keys of a recipe that are for one of the two.

@@ -573,7 +573,8 @@ class TestLoad:
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert warnings == ["target openvino-cpu-bf16: openvino is not installed: pip install 'slipcast[openvino]'"]
         with pytest.raises(
-            HostError, match=r"target openvino cannot run here\n.*one of onnxruntime-cpu-fp32\n.*pip install 'slipcast\["
+            HostError,
+            match=r"target openvino cannot run here\n.*one of onnxruntime-cpu-fp32\n.*pip install 'slipcast\[",
         ):
             load(root, target="openvino")
 

@@ -1,14 +1,12 @@
 """TensorRT-RTX and TensorRT engines. One builder: the libraries share their API, so the library is a parameter.
 
 Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed, and one with
-INT8 in it has its activations in signed numbers besides. The build runs
-in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
-TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
+INT8 in it has its activations in signed numbers besides. The build runs in a process of its own with its log kept, so
+that a crash, or the end of memory, costs one target and names the layer. TensorRT-RTX builds without a GPU; TensorRT
+builds on, and for, the GPU that is there, and keeps how fast its kernels were for the next build (timings.py).
 
-TensorRT keeps how fast its kernels were, by its version and the GPU; in TensorRT-RTX all of that is a no-op, as it says.
-
-What is left out: engines without weights, or that can be refitted, which nothing here does, and which TensorRT-RTX 1.7.1
-gives up on where there is no GPU; and engines for later versions of TensorRT too, which bring code for the host.
+What is left out: engines without weights, or that can be refitted, which nothing here does and TensorRT-RTX 1.7.1 gives
+up on where there is no GPU; and engines for later versions of TensorRT too, which bring code for the host.
 """
 
 from __future__ import annotations

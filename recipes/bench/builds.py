@@ -22,13 +22,9 @@ from slipcast.progress import Stages
 from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.build import Source, exported_sources, tensorrt
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.calibration import calibration_samples
-from slipcast_compiler.export import cached_export
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe import TargetTable, read_recipe
-from slipcast_compiler.rewrite import UNCHANGED
-from slipcast_compiler.stages import cached_stages
 
 ENGINE = "tensorrt-rtx"
 GPUS = ((), ("8.6", "8.9"))  # the portable default first
@@ -38,6 +34,12 @@ TARGETS = f'targets=[{{engine="onnxruntime"}}, {{engine="{ENGINE}", precision="i
 
 def sources(plan: Plan, cache: Cache, stages: Stages) -> dict[str, dict[str, Source]]:
     """By precision and component, the graphs as compile.py makes them, without passes that rewrite the denoiser."""
+    # Here, since the processes that build import this file, too, and torch would count as their memory.
+    from slipcast_compiler.calibration import calibration_samples
+    from slipcast_compiler.export import cached_export
+    from slipcast_compiler.rewrite import UNCHANGED
+    from slipcast_compiler.stages import cached_stages
+
     exported = {}
     for name in plan.checkpoint.architecture.components:
         with stages.stage(f"export {name}"):
@@ -72,7 +74,10 @@ def build(plan: Plan, name: str, source: Source, table: TargetTable, cache: Cach
         (out / "figures.json").write_text(json.dumps(figures))
         made.engine.unlink()
 
-    inputs = {"source": source.identity, "precision": table.precision, "options": dataclasses.asdict(options)}
+    inputs = {
+        "source": source.identity, "component": name, "precision": table.precision,
+        "options": dataclasses.asdict(options),
+    }  # fmt: skip
     entry = cache.get("bench-build", inputs, make)
     found: dict[str, Any] = json.loads((entry / "figures.json").read_text())
     return found

@@ -185,7 +185,7 @@ def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, ima
     made = []
     for each in (portable, target):
         with stages.stage(f"pictures on {each.id}") as advance:
-            arguments = (folder, each.id, chosen, seeds, images)
+            arguments = folder, each.id, chosen, seeds, images
             made.append(run_isolated(bundled.make_images, *arguments, advance=advance).result)
     reference, found = made
     distances = [psnr(*pair) for pair in zip(reference["images"], found["images"], strict=True)]

@@ -36,11 +36,12 @@ def pictures(bench: Bench, rewrite: Rewrite) -> Any:
 
 
 def mutated(rewrite: Rewrite, folder: Path) -> Rewrite:
-    """The same, with the largest of the changed matrices out of scale."""
+    """The same, with the largest of the changed matrices out of scale, and its sign
+    changed, which no normalisation undoes."""
     assert rewrite.file
     tensors = load_file(rewrite.file)
     name = max(tensors, key=lambda name: tensors[name].size)
-    tensors[name] *= 30
+    tensors[name] *= -30
     save_file(tensors, folder / "mutated.safetensors")
     return Rewrite(folder / "mutated.safetensors")
 

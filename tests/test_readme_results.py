@@ -14,6 +14,9 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
 KEPT = {file.stem: json.loads(file.read_text("utf-8")) for file in (ROOT / "recipes" / "bench").glob("*.json")}
+BUILDS = {
+    file.stem: json.loads(file.read_text("utf-8")) for file in (ROOT / "recipes" / "bench" / "builds").glob("*.json")
+}
 FIRST = {name: document for name, document in KEPT.items() if not name.endswith("-2")}
 
 
@@ -96,6 +99,20 @@ def test_what_was_not_measured_is_named_and_tables_fit_the_document() -> None:
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
+@pytest.mark.parametrize("name", BUILDS)
+def test_every_build_has_its_figures(name: str) -> None:
+    document, table = BUILDS[name], README.split(RESULTS.BUILDS_BEGIN)[1].split(RESULTS.BUILDS_END)[0]
+    rows = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
+    assert len(document["builds"]) == len(RESULTS.GPUS) * len(rows)
+    for made in document["builds"]:
+        precision = "int8 and fp16" if made["precision"] == "int8" else made["precision"]
+        row = next(line for line in rows if f"| `{made['component']}` | {precision} |" in line)
+        assert f"| {made['seconds']:.0f}, {made['peak_memory_mb']:.0f}, {made['engine_mb']:.1f} |" in row
+    assert f"$ {document['command']}\n" in table
+    assert document["date"][:10] in table
+
+
 def test_the_documents_hold_no_paths_of_a_machine() -> None:
-    for document in KEPT.values():
+    assert set(BUILDS) <= set(RESULTS.BUILDS)
+    for document in (*KEPT.values(), *BUILDS.values()):
         assert not re.search(r'[ "=]/|/home/|/tmp/', json.dumps(document))

@@ -12,11 +12,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Self
+from typing import Any, Self, TypeVarTuple
 
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
 from slipcast_compiler.memory import peak_memory_mb
+
+Ts = TypeVarTuple("Ts")
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends when the parent is gone
 
@@ -29,7 +31,7 @@ class Isolated:
     peak_memory_mb: float
 
 
-def run_isolated(function: Callable[..., Any], *arguments: Any, advance: Advance | None = None) -> Isolated:
+def run_isolated(function: Callable[[*Ts, Advance], Any], *arguments: *Ts, advance: Advance | None = None) -> Isolated:
     """function(*arguments, advance) in a spawned process, which does not outlive this call.
 
     Errors of slipcast come through as themselves, others as SlipcastError with the traceback as a note. Raises

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from slipcast import cuda
+from slipcast.cuda import Cuda, Gpu
 from slipcast.errors import ArtifactError, HostError, RequestError
 from slipcast_compiler.bench import peers, venvs
 from slipcast_compiler.bench.peers import PEERS, how_to_install, interpreter
@@ -79,6 +81,18 @@ def test_torch_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("PATH", str(tmp_path))
     assert interpreter(PEERS["torch-compile"], tmp_path) is None
     assert "g++" in how_to_install("torch-compile")
+
+
+def test_a_peer_for_gpus_needs_one(shapes_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(("torch-compile-cuda", "diffusers"), SHAPES)
+    monkeypatch.setattr(cuda, "look", lambda: Cuda(problem="no CUDA device (why)"))
+    assert (
+        make_plan(shapes_bundle, options).missing["torch-compile-cuda"]["reason"] == "needs a GPU: no CUDA device (why)"
+    )
+    monkeypatch.setattr(cuda, "look", lambda: Cuda((Gpu("Some GPU", "8.9", 10**10),), "13.0"))
+    plan = make_plan(shapes_bundle, options)
+    assert plan.missing == {}
+    assert (plan.sides[1].job["dtype"], plan.sides[1].job["device"]) == ("bfloat16", "cuda")
 
 
 def test_a_bundle_alone_needs_no_checkpoint(

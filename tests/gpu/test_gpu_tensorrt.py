@@ -15,6 +15,8 @@ from slipcast.engines import Engine, open_engine
 from slipcast.errors import HostError, RequestError
 from slipcast.manifest import Component, Manifest, read_manifest
 from slipcast_compiler.build import tensorrt
+from slipcast_compiler.passes import qdq
+from slipcast_compiler.passes.quantize import QuantizeOptions, quantize_graph
 from slipcast_compiler.recipe import TargetTable
 
 pytestmark = [
@@ -96,6 +98,31 @@ def test_larger_than_the_profile(engines: Engines) -> None:
     inputs = {key: np.repeat(array, 9, axis=0) for key, array in feed(component, 1).items()}
     with pytest.raises(RequestError, match="not built for this shape"):
         fast(inputs)
+
+
+def quantise(manifest: Manifest, model: Path, out: Path) -> Path:
+    """The denoiser in INT8, calibrated on random inputs: for how engines read the graph, not for pictures."""
+    contract, samples = manifest.components["denoiser"], out / "samples"
+    samples.mkdir()
+    inputs = feed(contract, 2)
+    with open_engine("onnxruntime", model, None, "fp32", contract) as exact:
+        np.savez(samples / "0000.npz", **inputs, **exact(inputs))
+    options = QuantizeOptions(samples=1, max_error=10.0, symmetric=True)
+    (out / "int8").mkdir()
+    quantize_graph(model, samples, options, 1.0, out / "int8", lambda *_: None)
+    return out / "int8" / "denoiser.onnx"
+
+
+def test_int8_is_read_as_it_is_written(manifest: Manifest, shapes_bundle: Path, tmp_path: Path) -> None:
+    model = quantise(manifest, shapes_bundle / "onnxruntime-fp32" / "denoiser.onnx", tmp_path)
+    contract = manifest.components["denoiser"]
+    table = TargetTable(engine="tensorrt-rtx", precision="int8")
+    files = tensorrt.build(model, "int8", tmp_path, tensorrt.options(table, "denoiser", manifest.image))
+    expected = qdq.session(model)(feed(contract, 2))["prediction"]
+    with open_engine("tensorrt-rtx", tmp_path / files.model, None, "int8", contract) as fast:
+        found = fast(feed(contract, 2))["prediction"]
+    # A value that half precision puts on the other side of a rounding is off by one of 127 steps.
+    assert np.linalg.norm(np.float64(found) - expected) / np.linalg.norm(np.float64(expected)) < 5e-2
 
 
 def test_a_damaged_engine(manifest: Manifest, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ class Peer:
     them has to be on the path. `options` go to the side; `sampling` replaces fields of the bundle's.
 
     `images`: at most so many, where the peer is too slow for all. `batches`: whether it can draw several at once. A
-    peer whose sampling takes another way to the picture has none to compare pixel by pixel: `pixels` is False.
+    peer whose sampling takes another way to the picture has none to compare pixel by pixel: `pixels` is False. `gpu`:
+    it needs one, and a build of torch for it.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Peer:
     batches: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)
     pixels: bool = True
+    gpu: bool = False
 
 
 _TORCH = ("torch", "diffusers", "transformers")
@@ -49,6 +51,11 @@ PEERS: dict[str, Peer] = {
         "diffusers, fp32, torch.compile on the U-Net", "diffusers.py", _TORCH,
         f"{COMPILER}, and a C++ compiler: apt-get install g++",
         {"dtype": "float32", "compile": True}, programs=("g++", "clang++"),
+    ),
+    "torch-compile-cuda": Peer(
+        "diffusers, bf16, torch.compile on the U-Net, on the GPU", "diffusers.py", _TORCH,
+        f"{COMPILER}, with a build of torch for CUDA", {"dtype": "bfloat16", "compile": True, "device": "cuda"},
+        gpu=True,
     ),
     "optimum-onnxruntime": Peer(
         "Optimum, ONNX Runtime fp32", "optimum.py", ("optimum-onnx", "onnxruntime", "diffusers"),

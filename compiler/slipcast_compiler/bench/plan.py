@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipcast import cuda
 from slipcast.bundle import Bundle, open_bundle
 from slipcast.engines import cpu_threads
 from slipcast.errors import ArtifactError, HostError, RequestError
@@ -139,9 +140,11 @@ def _missing(options: Options, sampling: Sampling, text: bool) -> dict[str, dict
         if interpreter(peer, venvs(options)) is None:
             needs = " and ".join([*peer.needs, *(["a C++ compiler"] if peer.programs else [])])
             found[name] = {"reason": f"needs {needs}", "install": how_to_install(name)}
-        elif peer.venv and not text:
+        elif peer.gpu and (problem := cuda.look().problem):
+            found[name] = {"reason": f"needs a GPU: {problem}", "install": how_to_install(name)}
+        elif (peer.venv or peer.gpu) and not text:
             found[name] = {"reason": "has no pipeline for models without text", "install": None}
-        elif peer.venv and not original.has_scheduler(sampling):
+        elif (peer.venv or peer.gpu) and not original.has_scheduler(sampling):
             asked = f"{sampling.sampler} with schedule {sampling.schedule or 'as listed'}"
             found[name] = {"reason": f"diffusers has no scheduler for {asked}", "install": None}
     return found

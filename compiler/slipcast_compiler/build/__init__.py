@@ -15,6 +15,7 @@ from slipcast.manifest import ComponentName, EngineFiles, ImageGeometry, Target
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.build import onnxruntime, openvino, tensorrt
 from slipcast_compiler.build.pool import Pool
+from slipcast_compiler.build.timings import find_timings
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.passes.quantize import Quantized
 from slipcast_compiler.recipe import TargetTable
@@ -22,7 +23,7 @@ from slipcast_compiler.recipe import TargetTable
 logger = logging.getLogger("slipcast")
 
 # (component.onnx with its .data beside it, precision, directory to write to) -> names of the files written; those of
-# tensorrt.LIBRARIES take tensorrt.Options besides
+# tensorrt.LIBRARIES take tensorrt.Options and a place for timings besides
 BUILDERS: dict[str, Callable[..., EngineFiles]] = {
     "onnxruntime": onnxruntime.build,
     "onnxruntime-gpu": onnxruntime.build,
@@ -122,10 +123,12 @@ def _cached(
     cache: Cache,
     check: Callable[[str, Path, EngineFiles], None] | None,
 ) -> Path:
-    options = [tensorrt.options(table, name, image)] if table.engine in tensorrt.LIBRARIES else []
+    bound = table.engine in tensorrt.LIBRARIES
+    options = [tensorrt.options(table, name, image)] if bound else []
+    timings = [find_timings(table.engine, cache.root)] if bound else []  # decide nothing but how long it takes
 
     def make(out: Path) -> None:
-        files = BUILDERS[table.engine](source.model, table.precision, out, *options)
+        files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings)
         if check:
             check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())

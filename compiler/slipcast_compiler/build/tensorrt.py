@@ -1,12 +1,12 @@
 """TensorRT-RTX and TensorRT engines. One builder: the libraries share their API, so the library is a parameter.
 
 Precision is in the graph (strongly typed networks): the exported fp32 graph is cast before it is parsed, and one with
-INT8 in it has its activations in signed numbers besides. The build runs
-in a process of its own with its log kept, so that a crash, or the end of memory, costs one target and names the layer.
-TensorRT-RTX builds without a GPU; TensorRT builds on, and for, the GPU that is there.
+INT8 in it has its activations in signed numbers besides. The build runs in a process of its own with its log kept, so
+that a crash, or the end of memory, costs one target and names the layer. TensorRT-RTX builds without a GPU; TensorRT
+builds on, and for, the GPU that is there, and keeps how fast its kernels were for the next build (timings.py).
 
-What is left out: timing caches, whose operations are no-ops in TensorRT-RTX, as it says itself; and engines without
-weights, or that can be refitted, which TensorRT-RTX 1.7.1 gives up on where there is no GPU.
+What is left out: engines without weights, or that can be refitted, which nothing here does and TensorRT-RTX 1.7.1 gives
+up on where there is no GPU; and engines for later versions of TensorRT too, which bring code for the host.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.manifest import Built, ComponentName, EngineFiles, ImageGeometry
 from slipcast.progress import Advance
 from slipcast_compiler.build.needs import need_graph_libraries
+from slipcast_compiler.build.timings import keep_timings, read_timings
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.recipe import TargetTable
 
@@ -58,6 +59,19 @@ class Options:
     workspace_mb: int | None = None
     hardware_compatibility: str | None = None
     weight_streaming: bool = False
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine's file and what making it took: the memory is its process's peak, resident, in megabytes (1e6 bytes).
+
+    `widened`: ranges of activations that were made symmetric, and less exact by that.
+    """
+
+    engine: Path
+    seconds: float
+    peak_memory_mb: float
+    widened: int
 
 
 def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Built:
@@ -93,8 +107,23 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
     )
 
 
-def build(model: Path, precision: str, out: Path, options: Options) -> EngineFiles:
-    """Write out/NAME.engine for a graph in fp32, whose weights lie beside it.
+def build(model: Path, precision: str, out: Path, options: Options, timings: Path | None = None) -> EngineFiles:
+    """Write out/NAME.engine for a graph in fp32 (or with INT8 in it), whose weights lie beside it; see make_engine."""
+    made = make_engine(model, precision, out, options, timings)
+    if made.widened:
+        logger.warning(
+            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
+            "with passes.quantize.symmetric = true", model.stem, made.widened, options.library,
+        )  # fmt: skip
+    logger.info(
+        "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
+        made.seconds, made.peak_memory_mb, made.engine.stat().st_size / 1e6,
+    )  # fmt: skip
+    return EngineFiles(model=made.engine.name)
+
+
+def make_engine(model: Path, precision: str, out: Path, options: Options, timings: Path | None = None) -> Made:
+    """`timings`: a file with those of earlier builds, to which this one adds.
 
     HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
     the component and what it was working on.
@@ -105,22 +134,15 @@ def build(model: Path, precision: str, out: Path, options: Options) -> EngineFil
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
         log, clock = Path(scratch) / "log.txt", time.perf_counter()
         try:
-            done = run_isolated(_build, model, precision, engine, log, options)
+            done = run_isolated(_build, model, precision, engine, log, options, timings)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
-    if done.result:
-        logger.warning(
-            "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
-            "with passes.quantize.symmetric = true", model.stem, done.result, options.library,
-        )  # fmt: skip
-    logger.info(
-        "%s for %s in %s: %.1f s, %.0f MB of memory at the most, %.1f MB", model.stem, options.library, precision,
-        time.perf_counter() - clock, done.peak_memory_mb, engine.stat().st_size / 1e6,
-    )  # fmt: skip
-    return EngineFiles(model=engine.name)
+    return Made(engine, time.perf_counter() - clock, done.peak_memory_mb, done.result)
 
 
-def _build(model: Path, precision: str, engine: Path, log: Path, options: Options, _: Advance) -> int:
+def _build(
+    model: Path, precision: str, engine: Path, log: Path, options: Options, timings: Path | None, _: Advance
+) -> int:
     """The child process."""
     with log.open("wb", buffering=0) as stream:  # of the operating system, so that a crash loses nothing of it
         for descriptor in (1, 2):  # the library, and those it calls, also write there
@@ -129,10 +151,15 @@ def _build(model: Path, precision: str, engine: Path, log: Path, options: Option
         trt = importlib.import_module(options.library)
         builder = trt.Builder(_make_logger(trt))
         network = _parse(trt, builder, model)
-        serialized = builder.build_serialized_network(network, _configure(trt, builder, network, options))
+        config = _configure(trt, builder, network, options)
+        if timings:
+            read_timings(config, timings)
+        serialized = builder.build_serialized_network(network, config)
         if serialized is None:
             raise HostError("the library gave up")
         engine.write_bytes(serialized)
+        if timings:
+            keep_timings(config, timings)
     return widened
 
 

@@ -12,7 +12,7 @@ _about: dict[str, Any] = {}
 
 
 def open_side(job: dict[str, Any]) -> Any:
-    """job: model, sampling, size (width, height), dtype, threads, compile."""
+    """job: model, sampling, size (width, height), dtype, threads, compile, device."""
     from slipcast.manifest import Sampling
     from slipcast_compiler import original
     from slipcast_compiler.quiet import quiet
@@ -23,7 +23,7 @@ def open_side(job: dict[str, Any]) -> Any:
 
         torch.set_num_threads(job["threads"])
         sampling = Sampling.model_validate_json(json.dumps(job["sampling"]))
-        pipe = original.open_pipeline(Path(job["model"]), sampling, job["dtype"])
+        pipe = original.open_pipeline(Path(job["model"]), sampling, job["dtype"]).to(job.get("device", "cpu"))
     _about.update(torch=torch.__version__, diffusers=diffusers.__version__, dtype=job["dtype"], steps=sampling.steps)
     if job.get("compile"):
         # A graph for each batch size is faster than one for all; the warm-up of each size pays for it.

@@ -19,6 +19,7 @@ from slipcast_compiler.cost import cost
 from slipcast_compiler.early_exit import choose_exit
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
+from slipcast_compiler.judging import judge_targets
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
@@ -113,32 +114,22 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         caching = cached.record if cached else None
         fields = package.describe(plan, exported, prompts, folder, staged, caching) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
-        publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+        publish.write_manifest(folder, {**fields, "targets": targets})
 
-        # The bundle through the runtime, as a host would run it, against the original: what can run here.
-        with stages.stage("evaluate original") as advance:
-            judge = evaluate.open_judge(plan, originals)
-            before = evaluate.measure_original(plan, originals, advance)
-        runs, judged, gates, not_run = {}, {}, {}, evaluate.not_runnable(targets)
-        for target in (target for target in targets if target.id not in not_run):
-            with stages.stage(f"evaluate {target.id}") as advance:
-                runs[target.id] = run = evaluate.run_bundle(folder, target, originals, advance)
-                quality = judge(run)
-                performance = evaluate.performance(before, run, evaluate.measure_memory(folder, target))
-            judged[target.id] = target.model_copy(update={"quality": quality, "performance": performance})
-            gates[target.id] = evaluate.apply_gate(plan.recipe.gate, quality)
-        first = next(iter(judged.values()))
-        fields |= {"targets": tuple(judged.get(target.id, target) for target in targets)}
-        fields |= {"quality": first.quality, "performance": first.performance}
+        # The bundle against the original: what can run here.
+        judged = judge_targets(plan, folder, targets, originals, stages)
+        fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
-        record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run, searched)
-        record |= {"guard": count_alarms(plan, fields.get("guard"), runs), "early_exit": exits}
-        record |= {"staging": read_figures(staged), "caching": cached and cached.report}
-        record["cost"] = cost(exported["denoiser"] / "denoiser.onnx")
-        report.write(folder, record, originals, runs, profile)
-        if misses := evaluate.missed(gates):
+        record = report.make_record(plan, fields, judged, stages.seconds) | {
+            "passes": {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})},
+            "search": searched, "timesteps": timesteps, "early_exit": exits,
+            "staging": read_figures(staged), "caching": cached and cached.report,
+            "guard": count_alarms(plan, fields.get("guard"), judged.runs),
+            "cost": cost(exported["denoiser"] / "denoiser.onnx"),
+        }  # fmt: skip
+        report.write(folder, record, originals, judged.runs, profile)
+        if misses := evaluate.missed(judged.gates):
             kept = report.keep(folder, output) / "report.html"
             raise CheckFailed(
                 "the gate was missed; nothing was published:\n  " + "\n  ".join(misses),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,7 @@ def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
     return tuple(rows)
 
 
-def missed(gates: dict[str, tuple[GateRow, ...]]) -> list[str]:
+def missed(gates: Mapping[str, tuple[GateRow, ...]]) -> list[str]:
     """One line for every limit that does not hold."""
     lines = []
     for target, row in ((target, row) for target, rows in gates.items() for row in rows if row.passed is False):

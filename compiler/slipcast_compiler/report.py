@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from slipcast_compiler import original
 from slipcast_compiler.cache import TOOLS, tool_versions
 from slipcast_compiler.evaluate import GateRow, Originals, Run
 from slipcast_compiler.host_notes import host_notes
+from slipcast_compiler.judging import Judged
 from slipcast_compiler.page import render
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import Profile
@@ -48,17 +48,8 @@ METRICS = {
 Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
 
 
-def make_record(
-    plan: Plan,
-    fields: dict[str, Any],
-    gates: dict[str, tuple[GateRow, ...]],
-    seconds: dict[str, float],
-    passes: Mapping[str, Any],
-    timesteps: dict[str, Any] | None = None,
-    not_run: Mapping[str, str] = MappingProxyType({}),
-    searched: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything that report.json holds; plain JSON. `not_run`: target -> why it could not be run here."""
+def make_record(plan: Plan, fields: dict[str, Any], judged: Judged, seconds: dict[str, float]) -> dict[str, Any]:
+    """What report.json holds of every compile; plain JSON. What its stages found besides is for compile.py to add."""
     return {
         "name": plan.recipe.name,
         "compiled_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -77,21 +68,14 @@ def make_record(
             "prompt_table_bytes": plan.prompt_table_bytes,
         },
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
-        "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in gates.items()},
-        "passed": _verdict(gates),
-        "not_run": dict(not_run),
-        "guard": None,
-        "early_exit": None,
-        "staging": None,
-        "caching": None,
+        "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in judged.gates.items()},
+        "passed": _verdict(judged.gates),
+        "not_run": dict(judged.not_run),
         "host_notes": host_notes(fields["targets"]),
         "stages_s": seconds,
-        "passes": dict(passes),
         "recipe": resolve(plan),
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
         "reference": plan.reference.model_dump(mode="json", exclude_none=True),
-        "timesteps": timesteps,
-        "search": searched,
         "original": original.describe(plan.reference, plan.family is not None),
         "tools": {tool: tool_versions()[tool] for tool in TOOLS},
     }
@@ -151,7 +135,7 @@ def picture_width(natural: int, runs: int) -> int:
 
 
 def write(
-    folder: Path, record: dict[str, Any], originals: Originals, runs: dict[str, Run], profile: Profile | None
+    folder: Path, record: dict[str, Any], originals: Originals, runs: Mapping[str, Run], profile: Profile | None
 ) -> None:
     """Write report.json and report.html into `folder`."""
     (folder / "report.json").write_text(
@@ -208,7 +192,7 @@ def keep(folder: Path, output: Path) -> Path:
     return rejected
 
 
-def _verdict(gates: dict[str, tuple[GateRow, ...]]) -> bool | None:
+def _verdict(gates: Mapping[str, tuple[GateRow, ...]]) -> bool | None:
     """None where no limit was set, so that nothing was checked."""
     checked = [row.passed for rows in gates.values() for row in rows if row.passed is not None]
     return all(checked) if checked else None

@@ -16,14 +16,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from slipcast.errors import ArtifactError, Cancelled, HostError, ResourceError, SlipcastError
-
-if TYPE_CHECKING:
-    from slipcast.manifest import Comparison, Manifest, Quality
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -165,6 +162,7 @@ def profile_run(
 def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show what a bundle holds, without hashing its files; or what a profile says."""
     from slipcast.bundle import open_bundle
+    from slipcast.inspecting import describe
     from slipcast.profiles import is_profile, open_profile_file, render_summary, summarise
 
     if is_profile(bundle):
@@ -172,7 +170,7 @@ def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
         emit(summary, render_summary(summary), as_json)
         return
     manifest = open_bundle(bundle, allow_unlisted=allow_unlisted).manifest
-    emit(manifest.model_dump(mode="json"), _inspect_text(manifest), as_json)
+    emit(manifest.model_dump(mode="json"), describe(manifest), as_json)
 
 
 @cli.command()
@@ -214,6 +212,7 @@ def doctor(bundle: Path | None, as_json: bool) -> None:
 def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show the evidence that a bundle carries."""
     from slipcast.bundle import open_bundle
+    from slipcast.evidence import summarise
     from slipcast.validation import parse_json
 
     opened = open_bundle(
@@ -225,7 +224,7 @@ def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
         record = parse_json(opened.path("report.json").read_bytes(), "report.json")
     except ArtifactError as error:
         raise ArtifactError(f"{bundle}: holds no report", hint="compile the bundle again") from error
-    emit(record, _report_text(opened.manifest, record, opened.path("report.html")), as_json)
+    emit(record, summarise(opened.manifest, record, opened.path("report.html")), as_json)
 
 
 @cli.command()
@@ -337,98 +336,6 @@ def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Pat
     except (OSError, ValueError) as error:
         raise click.UsageError(f"cannot write {output}: {error}") from None
     return files
-
-
-def _inspect_text(manifest: Manifest) -> str:
-    from slipcast.inspecting import bound_to, caching_lines, profile_lines
-
-    sampling, image = manifest.sampling, manifest.image
-    schedule = sampling.schedule or "explicit list"
-    lines = [
-        f"{manifest.name}  (schema {manifest.schema_version}, slipcast {manifest.slipcast_version})",
-        f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
-    ]
-    if family := manifest.family:
-        kind, prompts = "closed" if family.closed else "open", f"{family.calibration} + {family.held_out} prompts"
-        lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
-    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
-    lines += [
-        f"  image        {image.width}x{image.height}, latent {latent}",
-        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
-        *caching_lines(manifest),
-        f"  heads kept   {manifest.head_retention_ratio:.0%}",
-        f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
-    ]
-    for name, component in manifest.components.items():
-        lines.append(f"  {name}")
-        for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
-            lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
-    sizes = {entry.path: entry.size for entry in manifest.files}
-    if closed := manifest.prompts:
-        size = sizes[closed.table] / 1e6
-        lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
-    if guard := manifest.guard:
-        lines.append(
-            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
-        )
-    for target in manifest.targets:
-        size = sum(sizes[path] for path in set(target.files)) / 1e6
-        lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
-        lines += [f"    {line}" for line in profile_lines(manifest, target)]
-    lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
-    return "\n".join(lines)
-
-
-def _report_text(manifest: Manifest, record: Any, page: Path) -> str:
-    lines = [manifest.name]
-    if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
-        lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")
-    for target in manifest.targets:
-        quality, speed = target.quality, target.performance
-        other = quality and quality.out_of_family
-        if found := target.addition:
-            lines.append(
-                f"  {target.id}: added later; against {found.against} PSNR worst {found.psnr_worst:.1f} dB, "
-                f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
-            )
-        elif not quality:
-            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
-        if quality and speed:
-            lines += [
-                f"  {target.id}: CLIP {_change(quality)}, "
-                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}, {quality.images} images",
-                *(f"    {label} {text}" for label, text in _means(quality).items()),
-                *([f"    out of the family: CLIP {_change(other)}, {other.images} images"] if other else []),
-                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
-                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
-            ]
-    return "\n".join([*lines, f"pictures and the rest: {page}"])
-
-
-def _change(found: Comparison) -> str:
-    """The change of the mean CLIP score with its 95 % interval."""
-    if found.clip_delta_mean is None:
-        return "not run"
-    low, high = found.intervals.get("clip_delta_mean", (None, None))
-    return f"{found.clip_delta_mean:+.2%}" + ("" if low is None else f" ({low:+.2%} to {high:+.2%})")
-
-
-def _means(quality: Quality) -> dict[str, str]:
-    """The means that are not in the first line, with their 95 % intervals and what they have to be held against."""
-    floor, found = quality.noise_floor.get("precision"), {}
-    for metric, label, digits, beside, other in (
-        ("psnr_mean", "PSNR", 1, "noise floor", floor),
-        ("ssim_mean", "SSIM", 4, "noise floor", floor),
-        ("flip_mean", "FLIP", 4, "noise floor", floor),
-        ("lpips_mean", "LPIPS", 4, "noise floor", floor),
-        ("retrieval_precision", "retrieval precision", 3, "original", quality.original),
-    ):
-        value, against = getattr(quality, metric), getattr(other, metric, None)
-        text = "not run" if value is None else f"{value:.{digits}f}"
-        if ends := quality.intervals.get(metric):
-            text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
-        found[label] = text if against is None else f"{text}, {beside} {against:.{digits}f}"
-    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a bundle's own report says that others go by."""
+"""What a bundle's own report says: what others go by, and what people read."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from slipcast.bundle import Bundle
-from slipcast.manifest import Manifest
+from slipcast.manifest import Comparison, Manifest, Quality
 from slipcast.validation import parse_json
 
 REPORT = "report.json"
@@ -29,3 +30,56 @@ def held_out_prompts(bundle: Bundle) -> list[str]:
     if report_files(manifest):
         record = parse_json(bundle.path(REPORT).read_bytes(), REPORT)
     return list(map(str, (record.get("family") or {}).get("held_out_prompts") or [usual]))
+
+
+def summarise(manifest: Manifest, record: Any, page: Path) -> str:
+    """What the bundle's targets were judged to be. `record`: what report.json holds."""
+    lines = [manifest.name]
+    if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
+        lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")
+    for target in manifest.targets:
+        quality, speed = target.quality, target.performance
+        other = quality and quality.out_of_family
+        if found := target.addition:
+            lines.append(
+                f"  {target.id}: added later; against {found.against} PSNR worst {found.psnr_worst:.1f} dB, "
+                f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
+            )
+        elif not quality:
+            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
+        if quality and speed:
+            lines += [
+                f"  {target.id}: CLIP {_change(quality)}, "
+                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}, {quality.images} images",
+                *(f"    {label} {text}" for label, text in _means(quality).items()),
+                *([f"    out of the family: CLIP {_change(other)}, {other.images} images"] if other else []),
+                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
+            ]
+    return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+def _change(found: Comparison) -> str:
+    """The change of the mean CLIP score with its 95 % interval."""
+    if found.clip_delta_mean is None:
+        return "not run"
+    low, high = found.intervals.get("clip_delta_mean", (None, None))
+    return f"{found.clip_delta_mean:+.2%}" + ("" if low is None else f" ({low:+.2%} to {high:+.2%})")
+
+
+def _means(quality: Quality) -> dict[str, str]:
+    """The means that are not in the first line, with their 95 % intervals and what they have to be held against."""
+    floor, found = quality.noise_floor.get("precision"), {}
+    for metric, label, digits, beside, other in (
+        ("psnr_mean", "PSNR", 1, "noise floor", floor),
+        ("ssim_mean", "SSIM", 4, "noise floor", floor),
+        ("flip_mean", "FLIP", 4, "noise floor", floor),
+        ("lpips_mean", "LPIPS", 4, "noise floor", floor),
+        ("retrieval_precision", "retrieval precision", 3, "original", quality.original),
+    ):
+        value, against = getattr(quality, metric), getattr(other, metric, None)
+        text = "not run" if value is None else f"{value:.{digits}f}"
+        if ends := quality.intervals.get(metric):
+            text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+        found[label] = text if against is None else f"{text}, {beside} {against:.{digits}f}"
+    return found

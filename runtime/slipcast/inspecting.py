@@ -1,8 +1,47 @@
-"""What `slipcast inspect` says of feature caching, and of targets with engines for some GPUs and shapes."""
+"""What `slipcast inspect` says of a bundle."""
 
 from __future__ import annotations
 
 from slipcast.manifest import Manifest, Target
+
+
+def describe(manifest: Manifest) -> str:
+    """A bundle's manifest, for people."""
+    sampling, image = manifest.sampling, manifest.image
+    schedule = sampling.schedule or "explicit list"
+    lines = [
+        f"{manifest.name}  (schema {manifest.schema_version}, slipcast {manifest.slipcast_version})",
+        f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
+    ]
+    if family := manifest.family:
+        kind, prompts = "closed" if family.closed else "open", f"{family.calibration} + {family.held_out} prompts"
+        lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
+    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
+    lines += [
+        f"  image        {image.width}x{image.height}, latent {latent}",
+        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
+        *caching_lines(manifest),
+        f"  heads kept   {manifest.head_retention_ratio:.0%}",
+        f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
+    ]
+    for name, component in manifest.components.items():
+        lines.append(f"  {name}")
+        for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
+            lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    if closed := manifest.prompts:
+        size = sizes[closed.table] / 1e6
+        lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
+    if guard := manifest.guard:
+        lines.append(
+            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
+        )
+    for target in manifest.targets:
+        size = sum(sizes[path] for path in set(target.files)) / 1e6
+        lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
+        lines += [f"    {line}" for line in profile_lines(manifest, target)]
+    lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
+    return "\n".join(lines)
 
 
 def bound_to(target: Target) -> str:

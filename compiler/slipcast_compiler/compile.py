@@ -114,7 +114,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         caching = cached.record if cached else None
         fields = package.describe(plan, exported, prompts, folder, staged, caching) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
-        publish.write_manifest(folder, {**fields, "targets": targets})
+        publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle against the original: what can run here.
         judged = judge_targets(plan, folder, targets, originals, stages)

@@ -12,6 +12,7 @@ from slipcast.progress import Stages
 from slipcast_compiler import evaluate, package, publish, report
 from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.caching import cache_features
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
 from slipcast_compiler.cost import cost
@@ -23,7 +24,7 @@ from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile import make_profile
 from slipcast_compiler.search.run import choose_by_search
-from slipcast_compiler.stages import cached_stages
+from slipcast_compiler.stages import cached_stages, read_figures
 from slipcast_compiler.timesteps import choose_timesteps
 
 
@@ -84,6 +85,13 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             prompts = cached_prompts(plan, exported, cache, advance)
         exported = {name: source for name, source in exported.items() if name not in plan.not_shipped}
 
+    # Features that change slowly are taken from an earlier step, where a shallow denoiser is enough.
+    staged, cached = exported["denoiser"], None
+    if plan.recipe.caching:
+        with stages.stage("cache features") as advance:
+            cached = cache_features(plan, exported, prompts, cache, advance)
+            exported |= cached.exported
+
     # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
     quantized = None
     if options := plan.recipe.passes.quantize:
@@ -102,7 +110,8 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.staging(output) as folder:
         targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
-        fields = package.describe(plan, exported, prompts, folder) | rewritten.manifest_fields()
+        caching = cached.record if cached else None
+        fields = package.describe(plan, exported, prompts, folder, staged, caching) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
         publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
@@ -126,6 +135,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         told = {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})}
         record = report.make_record(plan, fields, gates, stages.seconds, told, timesteps, not_run, searched)
         record |= {"guard": count_alarms(plan, fields.get("guard"), runs), "early_exit": exits}
+        record |= {"staging": read_figures(staged), "caching": cached and cached.report}
         record["cost"] = cost(exported["denoiser"] / "denoiser.onnx")
         report.write(folder, record, originals, runs, profile)
         if misses := evaluate.missed(gates):

@@ -15,9 +15,14 @@ def cost(model: Path) -> dict[str, int]:
     What has no matrices (norms, activation functions, sums) is not counted: it is bound by memory, not by arithmetic.
     """
     graph = ir.load(model).graph
-    count = sum(MULTIPLY_ADDS[node.op_type](node) for node in graph if node.op_type in MULTIPLY_ADDS)
+    count = sum(map(multiply_adds, graph))
     floating = [value for value in graph.initializers.values() if value.dtype and value.dtype.is_floating_point()]
     return {"multiply_adds": count, "parameters": sum(math.prod(_sizes(value)) for value in floating)}
+
+
+def multiply_adds(node: ir.Node) -> int:
+    """Of one evaluation of one row."""
+    return MULTIPLY_ADDS[node.op_type](node) if node.op_type in MULTIPLY_ADDS else 0
 
 
 def _sizes(value: ir.Value | None) -> list[int]:

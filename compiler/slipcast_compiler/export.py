@@ -39,10 +39,20 @@ FREE = {"batch": (2, 63), "tile_height": (16, 1024), "tile_width": (24, 1024)}
 def export_component(
     checkpoint: Checkpoint, name: str, sizes: dict[str, int], out: Path, rewrite: Rewrite = UNCHANGED
 ) -> Component:
-    """Write out/NAME.onnx and out/NAME.onnx.data in fp32; `sizes` are the dimensions known at compile time.
+    """Write out/NAME.onnx and out/NAME.onnx.data in fp32, the graph of trace_component; and return its contract.
+
+    Raises ArtifactError where a tensor of the checkpoint is not finite.
+    """
+    model = trace_component(checkpoint, name, sizes, rewrite)
+    ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    return contract_of(model)
+
+
+def trace_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], rewrite: Rewrite = UNCHANGED) -> ir.Model:
+    """A component's graph, whose weights are read when they are asked for; `sizes` are the dimensions that are known.
 
     `rewrite` holds tensors in place of the checkpoint's, and gives the module their structure.
-    Raises ArtifactError where a parameter of the module has no tensor in the checkpoint, or a wrong or non-finite one.
+    Raises ArtifactError where a parameter of the module has no tensor in the checkpoint, or one of another shape.
     """
     source = checkpoint.architecture.components[name]
     module = empty_module(checkpoint, source.folder)
@@ -58,8 +68,7 @@ def export_component(
     tidy(model.graph)
     _name_dimensions(model, source, sizes)
     _strip(model)
-    ir.save(model, out / f"{name}.onnx", external_data=f"{name}.onnx.data")
-    return contract_of(model)
+    return model
 
 
 def contract_of(model: ir.Model) -> Component:

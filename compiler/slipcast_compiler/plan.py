@@ -76,6 +76,12 @@ class Plan:
         return tuple(dict.fromkeys(("", *self.family.calibration, *self.family.held_out)))
 
     @property
+    def full_steps(self) -> int:
+        """With [caching], how many of the steps evaluate the whole denoiser."""
+        asked = self.recipe.caching and self.recipe.caching.full_steps
+        return asked or math.ceil(self.sampling.steps / 2)
+
+    @property
     def guarded_prompts(self) -> tuple[str, ...]:
         """The calibration prompts that a guard compares others with: no more, as all of them are compared in pairs."""
         return self.family.calibration[:MOST_GUARDED] if self.family else ()
@@ -191,6 +197,7 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
         )  # fmt: skip
     plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
     _check_guard(plan)
+    _check_caching(plan)
     plan.reference.lay()
     if recipe.search:
         Space(plan)  # what it may turn is refused now
@@ -214,6 +221,23 @@ def _check_guard(plan: Plan) -> None:
             f"guard.false_alarms = {guard.false_alarms:g}: the family is too small for a threshold",
             expected=f"{needed} calibration prompts", got=len(plan.guarded_prompts),
             hint="add prompts, or allow more false alarms",
+        )  # fmt: skip
+
+
+def _check_caching(plan: Plan) -> None:
+    """RecipeError where no step can be a shallow one, or a mask of steps does not say which evaluations are."""
+    if not plan.recipe.caching:
+        return
+    sampling = plan.sampling
+    if find_sampler(sampling.sampler).evaluations > 1 or sampling.sampler == "pndm":  # which begins with one more
+        raise RecipeError(
+            f"[caching]: {sampling.sampler} evaluates the denoiser more often than once a step",
+            expected="another sampler", got=sampling.sampler,
+        )  # fmt: skip
+    if plan.full_steps >= sampling.steps:
+        raise RecipeError(
+            "caching.full_steps: no step is left that could be shallow",
+            expected=f"fewer than sampling.steps = {sampling.steps}", got=plan.full_steps,
         )  # fmt: skip
 
 

@@ -154,6 +154,17 @@ class StagingTable(Strict):
     general: bool = False
 
 
+class CachingTable(Strict):
+    """[caching]: at some steps a shallow denoiser goes on from features of an earlier step: see slipcast.caching.
+
+    `full_steps`: how many steps evaluate the whole denoiser; without, half of them. `share`: of the denoiser's
+    multiply-adds, what the shallow one may have at the most.
+    """
+
+    full_steps: Annotated[int, Field(ge=1)] | None = None
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
 class GuardTable(Strict):
     """[guard]: what becomes of prompts out of an open family: see slipcast.guard. `false_alarms`: the share of the
     family's own prompts that may be taken for strangers."""
@@ -260,6 +271,7 @@ class Recipe(Strict):
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
     staging: StagingTable | None = None
+    caching: CachingTable | None = None
     search: SearchTable | None = None
     guard: GuardTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
@@ -286,6 +298,10 @@ class Recipe(Strict):
             raise ValueError("two targets with the same engine, precision and GPUs")
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
+        if self.caching and self.search:
+            raise ValueError("[caching] has a mask of its own for each schedule, and [search] tries many: give one")
+        if self.caching and self.passes.quantize:
+            raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")
         wanted = any(target.precision == "int8" for target in self.targets)
         if problem := _int8_contradiction(wanted, self.passes.quantize is not None):
             raise ValueError(problem)

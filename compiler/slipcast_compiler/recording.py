@@ -24,7 +24,7 @@ def record_denoiser(root: Path, prompts: Sequence[str | None], count: int, out: 
     """
     bundle = open_bundle(root)
     written = 0
-    with _Recording(bundle, bundle.manifest.targets[0]) as pipe:
+    with Recording(bundle, bundle.manifest.targets[0]) as pipe:
         for i, prompt in enumerate(prompts):
             advance(i, len(prompts))
             pipe.recorded.clear()
@@ -36,10 +36,11 @@ def record_denoiser(root: Path, prompts: Sequence[str | None], count: int, out: 
             written += share
 
 
-class _Recording(Pipeline):
-    """A pipeline that remembers what its denoiser read and gave."""
+class Recording(Pipeline):
+    """A pipeline that remembers what its denoiser read and gave, in `recorded`, by evaluation."""
 
     def __init__(self, bundle: Bundle, target: Target) -> None:
+        """See Pipeline; every engine stays open."""
         self.recorded: list[dict[str, Array]] = []
         super().__init__(bundle, target)
 

@@ -82,6 +82,8 @@ def make_record(
         "not_run": dict(not_run),
         "guard": None,
         "early_exit": None,
+        "staging": None,
+        "caching": None,
         "host_notes": host_notes(fields["targets"]),
         "stages_s": seconds,
         "passes": dict(passes),
@@ -108,6 +110,8 @@ def resolve(plan: Plan) -> dict[str, Any]:
     if recipe.pop("timesteps", None) or recipe.pop("reference"):  # what it inherited was not a list that was found
         explicit = {"noise", "guidance_interval", "guidance_reuse"} | (set() if plan.reference.schedule else {"steps"})
         recipe["reference"] = plan.reference.model_dump(mode="json", exclude=explicit, exclude_none=True)
+    if plan.recipe.caching:
+        recipe["caching"]["full_steps"] = plan.full_steps
     chosen = recipe["sampling"] | sampling | {"width": plan.image.width, "height": plan.image.height}
     recipe["sampling"] = dict(sorted(chosen.items(), key=lambda item: list(SamplingTable.model_fields).index(item[0])))
     recipe["decode"] |= {"tile": plan.image.tile, "overlap": plan.image.overlap}

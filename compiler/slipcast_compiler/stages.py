@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from slipcast_compiler.cache import Cache
 from slipcast_compiler.export import contract_of
 from slipcast_compiler.hygiene import constant
 from slipcast_compiler.recipe import StagingTable
-from slipcast_compiler.staging import Binding, stage
+from slipcast_compiler.staging import Binding, describe, stage
 
 COMPONENTS = {"denoise": "denoiser", "prompt": "denoiser_prompt", "step": "denoiser_step"}
-STEP_TABLE = "steps.safetensors"
+STEP_TABLE, FIGURES = "steps.safetensors", "staging.json"
 
 
 def cached_stages(exported: Path, table: StagingTable, cache: Cache) -> dict[str, Path]:
@@ -29,15 +30,23 @@ def cached_stages(exported: Path, table: StagingTable, cache: Cache) -> dict[str
     def make(folder: Path) -> None:
         # The runtime has no place yet for what is computed once per prompt and step: that stays in the loop.
         staged = stage(ir.load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
+        figures = describe(staged)
         _pack(staged.graphs["step"].graph, staged.graphs["denoise"].graph)
         for name, model in staged.graphs.items():
             component = COMPONENTS[name]
             ir.save(model, folder / f"{component}.onnx", external_data=f"{component}.onnx.data")
             (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
+        (folder / FIGURES).write_text(json.dumps(figures))
 
     folder = cache.get("stages", {"source": exported.name}, make)
     shipped = [name for name in COMPONENTS.values() if (folder / f"{name}.json").is_file()]
     return {name: folder for name in shipped if name != "denoiser_step" or table.general}
+
+
+def read_figures(stages: Path) -> dict[str, Any] | None:
+    """staging.describe's, of a directory of cached_stages; None of a denoiser that was not staged."""
+    file = stages / FIGURES
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _pack(step: ir.Graph, loop: ir.Graph) -> None:

@@ -64,7 +64,7 @@ def stage(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Staged:
 
     The model is rewritten on the way (see broadcast_late).
     """
-    graph, nodes, parameters = model.graph, len(model.graph), _parameters(model.graph)
+    graph, nodes, parameters = model.graph, len(model.graph), count_parameters(model.graph)
     broadcast_late(model)
     bound = {v: b if b in early or b == Binding.CONSTANT else Binding.LATENT for v, b in bind(graph).items()}
     late = {node for node in graph if bound[node.outputs[0]] == Binding.LATENT}
@@ -76,9 +76,9 @@ def stage(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Staged:
         wanted = [v for v in into_loop | into_mixed if bound[v] == binding and not v.is_graph_input()]
         if wanted:
             given = into_mixed if name == "prompt+step" else graph.inputs
-            graphs[name] = _extract(model, given, wanted)
+            graphs[name] = extract(model, given, wanted)
     latent = {value for value in graph.inputs if bound[value] == Binding.LATENT}  # or not to be taken out
-    graphs["denoise"] = _extract(model, latent | into_loop, graph.outputs)
+    graphs["denoise"] = extract(model, latent | into_loop, graph.outputs)
     return Staged(graphs, nodes, parameters)
 
 
@@ -106,10 +106,10 @@ def _cut(
     """
     network = networkx.DiGraph()
     network.add_nodes_from(("outside", "inside"))
-    for value in _values(graph):
+    for value in values_of(graph):
         if bound[value] not in early or (origin := value.producer()) in late:
             continue
-        network.add_edge(origin or "outside", value, capacity=_bytes(value))
+        network.add_edge(origin or "outside", value, capacity=bytes_of(value))
         if origin:
             network.add_edge("outside", origin, **({"capacity": NODE_BYTES} if origin.op_type in CHEAP else {}))
         for consumer in value.consumers():
@@ -118,12 +118,12 @@ def _cut(
     return {v for v in inside if isinstance(v, ir.Value) and (v.producer() or "outside") not in inside}
 
 
-def _values(graph: ir.Graph) -> Iterable[ir.Value]:
+def values_of(graph: ir.Graph) -> Iterable[ir.Value]:
     """Every value that is not an initialiser, in the order of evaluation."""
     return [*graph.inputs, *(output for node in graph for output in node.outputs)]
 
 
-def _bytes(value: ir.Value) -> int:
+def bytes_of(value: ir.Value) -> int:
     """The size of a value for BATCH images. One whose size is not known had better not cross."""
     if value.shape is None or value.dtype is None:
         return 1 << 40
@@ -142,9 +142,9 @@ def _needed(values: Iterable[ir.Value]) -> set[ir.Node]:
     return needed
 
 
-def _extract(model: ir.Model, inputs: Collection[ir.Value], outputs: Collection[ir.Value]) -> ir.Model:
+def extract(model: ir.Model, inputs: Collection[ir.Value], outputs: Collection[ir.Value]) -> ir.Model:
     """A model of its own, with the inputs that it needs. Weights are shared with the original, not copied."""
-    values = _values(model.graph)
+    values = values_of(model.graph)
     extracted = ir.convenience.extract(
         model.graph, [value for value in values if value in inputs], [value for value in values if value in outputs]
     )
@@ -157,14 +157,14 @@ def _extract(model: ir.Model, inputs: Collection[ir.Value], outputs: Collection[
 def describe(staged: Staged) -> dict[str, Any]:
     """Nodes and parameters by stage, against the `original`'s, and the tensors that cross; bytes for BATCH images."""
     stages = {
-        name: {"nodes": len(model.graph), "parameters": _parameters(model.graph)}
+        name: {"nodes": len(model.graph), "parameters": count_parameters(model.graph)}
         for name, model in staged.graphs.items()
     }
     takers = {name: {value.name for value in model.graph.inputs} for name, model in staged.graphs.items()}
     crossings = [
         {
             "name": value.name, "shape": [d if isinstance(d, int) else d.value for d in value.shape],
-            "bytes": _bytes(value), "from": name, "to": [to for to, taken in takers.items() if value.name in taken],
+            "bytes": bytes_of(value), "from": name, "to": [to for to, taken in takers.items() if value.name in taken],
         }
         for name, model in staged.graphs.items() if name != "denoise" for value in model.graph.outputs
     ]  # fmt: skip
@@ -172,7 +172,7 @@ def describe(staged: Staged) -> dict[str, Any]:
     return {"original": original, "stages": stages, "crossings": crossings}
 
 
-def _parameters(graph: ir.Graph) -> int:
+def count_parameters(graph: ir.Graph) -> int:
     """The number of elements of all floating-point weights."""
     weights = [value.const_value for value in graph.initializers.values()]
     return sum(weight.size for weight in weights if weight is not None and weight.dtype.is_floating_point())

@@ -55,6 +55,7 @@ LEVERS: Levers = {
     "staging": _without("staging"),
     "fewer steps": _as_the_original("steps"),
     "timesteps found": _without("timesteps"),
+    "caching": _without("caching"),
     "guidance interval": _as_the_original("guidance_interval", "guidance_reuse"),
     "pruning": _without_passes,
 }

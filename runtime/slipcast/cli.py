@@ -340,7 +340,7 @@ def _save(images: Sequence[Any], seeds: Sequence[int], output: Path) -> list[Pat
 
 
 def _inspect_text(manifest: Manifest) -> str:
-    from slipcast.inspecting import bound_to, profile_lines
+    from slipcast.inspecting import bound_to, caching_lines, profile_lines
 
     sampling, image = manifest.sampling, manifest.image
     schedule = sampling.schedule or "explicit list"
@@ -355,6 +355,7 @@ def _inspect_text(manifest: Manifest) -> str:
     lines += [
         f"  image        {image.width}x{image.height}, latent {latent}",
         f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
+        *caching_lines(manifest),
         f"  heads kept   {manifest.head_retention_ratio:.0%}",
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
     ]

@@ -21,7 +21,14 @@ def check_contract(manifest: Manifest) -> None:
         rows = _wanted(manifest.prompts.outputs)
         conditioning = {name: (dtype, (None, *shape)) for name, (dtype, shape) in rows.items()}
     fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **conditioning}
-    _compare(manifest, "denoiser", _fed_when_staged(manifest, fed) if manifest.staging else fed, {"prediction": latent})
+    fed_denoiser = _fed_when_staged(manifest, fed) if manifest.staging else fed
+    features = _wanted(manifest.caching.features) if manifest.caching else {}
+    _compare(manifest, "denoiser", fed_denoiser, {"prediction": latent, **features})
+    if manifest.caching:
+        shallow = manifest.components["denoiser_shallow"]
+        taken = {"sample", *features, *(spec.name for spec in shallow.inputs)}
+        fed_shallow = {name: wanted for name, wanted in {**fed_denoiser, **features}.items() if name in taken}
+        _compare(manifest, "denoiser_shallow", fed_shallow, {"prediction": latent})
     if FALLBACK in manifest.components:
         _compare(manifest, FALLBACK, fed, {"prediction": latent})
     for text in manifest.text:

@@ -1,4 +1,4 @@
-"""What `slipcast inspect` says of targets whose engines are compiled for some GPUs and shapes."""
+"""What `slipcast inspect` says of feature caching, and of targets with engines for some GPUs and shapes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ def bound_to(target: Target) -> str:
         f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
     )
     return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
+
+
+def caching_lines(manifest: Manifest) -> list[str]:
+    """Which steps evaluate the whole denoiser (F) and which the shallow one (s), and what crosses; nothing without."""
+    if not (record := manifest.caching):
+        return []
+    mask = "".join("F" if full else "s" for full in record.mask)
+    features = ", ".join(f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]" for spec in record.features)
+    return [
+        f"  caching      {record.full_steps} of {len(mask)} steps in full: {mask}",
+        f"               the others from {features}, with {record.share:.1%} of the multiply-adds",
+    ]
 
 
 def profile_lines(manifest: Manifest, target: Target) -> list[str]:

@@ -31,13 +31,13 @@ from slipcast.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dott
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
 FEATURES = frozenset(
-    {"closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "staging"}
+    {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "staging"}
 )  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
 ComponentName = Literal[
-    "text_encoder", "text_encoder_2", "denoiser", "denoiser_prompt", "denoiser_step", "denoiser_fallback",
-    "vae_decoder", "vae_encoder",
+    "text_encoder", "text_encoder_2", "denoiser", "denoiser_shallow", "denoiser_prompt", "denoiser_step",
+    "denoiser_fallback", "vae_decoder", "vae_encoder",
 ]  # fmt: skip
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -255,6 +255,31 @@ class Staging(Strict):
     rows: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
 
 
+class Caching(Strict):
+    """A denoiser of which some evaluations are shallow: see slipcast.caching.
+
+    `features`: outputs of the component `denoiser` that `denoiser_shallow` takes. `mask`: for each step of the bundle's
+    schedule, whether it is a full one; a run of other steps has full ones alone. `share`: of the denoiser's
+    multiply-adds, what the shallow one has.
+    """
+
+    features: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    mask: Annotated[tuple[bool, ...], Field(min_length=1)]
+    share: Annotated[float, Field(ge=0, le=1)]
+
+    @field_validator("mask")
+    @classmethod
+    def _begins_in_full(cls, mask: tuple[bool, ...]) -> tuple[bool, ...]:
+        if not mask[0]:
+            raise ValueError("the first evaluation has no features to go on from: it has to be full")
+        return mask
+
+    @property
+    def full_steps(self) -> int:
+        """How many steps are full ones."""
+        return sum(self.mask)
+
+
 class ClosedPrompts(Strict):
     """All that a bundle of a closed family can be asked for: it has no text encoder.
 
@@ -391,6 +416,7 @@ class Manifest(Strict):
     low_rank_layers: tuple[LowRankLayer, ...] = ()
     not_compiled: tuple[str, ...] = ()
     staging: Staging | None = None
+    caching: Caching | None = None
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     quality: Quality | None = None
     performance: Performance | None = None
@@ -408,6 +434,12 @@ class Manifest(Strict):
             raise ValueError(f"{missing[0]} has to be named under requires")
         if ("staging" in self.requires) != (self.staging is not None):
             raise ValueError("staging has to be named under requires")
+        if ("caching" in self.requires) != (self.caching is not None):
+            raise ValueError("caching has to be named under requires")
+        if self.caching and len(self.caching.mask) != self.sampling.steps:
+            raise ValueError(f"caching.mask is for {len(self.caching.mask)} steps, and sampling has another number")
+        if ("denoiser_shallow" in self.components) != (self.caching is not None):
+            raise ValueError("the component denoiser_shallow belongs to caching")
         if ("closed_family" in self.requires) != (self.prompts is not None):
             raise ValueError("closed_family has to be named under requires")
         if self.prompts and self.text:

@@ -62,6 +62,12 @@ def check_external_data(model: Path, root: Path, listed: Mapping[str, int]) -> f
     return frozenset(used)
 
 
+def external_files(model: Path) -> frozenset[str]:
+    """The files that a model of one's own keeps weights in, by the names it has for them."""
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return frozenset(entries["location"] for _, entries in _external_tensors(data))
+
+
 def _check_entries(what: str, entries: dict[str, str], folder: PurePosixPath, listed: Mapping[str, int]) -> str:
     """The file that one tensor lies in, once its location, offset and length have been checked."""
 

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -17,29 +18,31 @@ import numpy.typing as npt
 from PIL import Image
 
 from slipcast.bundle import Bundle, check_digests, open_bundle
+from slipcast.caching import SHALLOW, Features
 from slipcast.closed import PromptTable
 from slipcast.contract import check_contract
 from slipcast.decoding import decode_frugally, out_of_memory
 from slipcast.denoiser import Guided, final_scale, initial_scale
 from slipcast.early_exit import EarlyExit
 from slipcast.engines import Engine, open_engine, refusal
-from slipcast.errors import HostError, NumericalError, RequestError, ResourceError
+from slipcast.errors import HostError, ResourceError
 from slipcast.guard import FALLBACK, Guard, Verdict
 from slipcast.guard import Policy as GuardPolicy
-from slipcast.manifest import Manifest, Target
+from slipcast.loop import Evaluator, check_finite, chosen_rows, images_at_once, timed
+from slipcast.manifest import Target
 from slipcast.request import OutputType, Request, check_latents, check_request
 from slipcast.residency import Policy, Residency
 from slipcast.samplers import SAMPLERS, sample
 from slipcast.schedules import SCHEDULES
 from slipcast.seeds import TorchGenerator, batch_noise
-from slipcast.staging import Row, evaluated_timesteps, read_step_table, told
+from slipcast.staging import Row, evaluated_timesteps, read_step_table
+from slipcast.targets import choose_target
 from slipcast.tokenizer import OnLongPrompt, PromptTokenizer
 
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int_]
-ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser may need for attention scores
 
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
 
@@ -172,7 +175,7 @@ class Pipeline:
         latents, steps = np.empty((count, *self.manifest.image.latent_shape), np.float32), np.zeros(count, int)
         for each, images in ((request, family), (request.fallback, strangers)):
             if images:
-                rows = {k: _chosen_rows(v, len(request.seeds), images, both=True) for k, v in conditioning.items()}
+                rows = {k: chosen_rows(v, len(request.seeds), images, both=True) for k, v in conditioning.items()}
                 latents[images], steps[images] = self._denoise(each.only(images), rows, callback, seconds)
         return latents, steps
 
@@ -198,7 +201,7 @@ class Pipeline:
         if prompt_part := self.manifest.components.get("denoiser_prompt"):
             with self.residency.use("denoiser_prompt") as engine:
                 given = {spec.name: ready[spec.name] for spec in prompt_part.inputs}
-                ready |= _timed(engine, given, seconds, "denoiser_prompt")
+                ready |= timed(engine, given, seconds, "denoiser_prompt")
         return {name: values[places] for name, values in ready.items()}, verdicts
 
     def _encode_texts(
@@ -210,7 +213,7 @@ class Pipeline:
         parts: dict[str, list[Floats]] = {}
         for text, ids in zip(self.manifest.text, tokens, strict=True):
             with self.residency.use(text.component) as encoder:
-                outputs = _timed(encoder, {"input_ids": ids}, seconds, text.component)
+                outputs = timed(encoder, {"input_ids": ids}, seconds, text.component)
             for output, denoiser_input in text.outputs.items():
                 parts.setdefault(denoiser_input, []).append(outputs[output])
         ready = {name: np.concatenate(each, axis=-1) if len(each) > 1 else each[0] for name, each in parts.items()}
@@ -226,7 +229,7 @@ class Pipeline:
             with self.residency.use("denoiser_step") as engine:
                 for timestep in others:
                     given = {"timestep": np.array([timestep], np.float32)}
-                    rows[timestep] = _timed(engine, given, seconds, "denoiser_step")
+                    rows[timestep] = timed(engine, given, seconds, "denoiser_step")
         return rows
 
     def _denoise(
@@ -236,58 +239,35 @@ class Pipeline:
         settings, schedule = request.sampling, request.schedule
         generators = [TorchGenerator(seed) for seed in request.seeds]
         noise = partial(batch_noise, generators, self.manifest.image.latent_shape)
-        at_once = self._at_once(len(request.seeds))
-        rows = self._rows(request, seconds)
-        wanted = {spec.name for spec in self.manifest.components[request.component].inputs}
-        taken_apart: dict[bool, tuple[int, list[tuple[Indices, Row]]]] = {}
-
-        def of_prompt(left: Indices, both: bool) -> list[tuple[Indices, Row]]:
-            """The images of each call, and what is given of their prompts."""
-            # Once for as long as they are the same: an engine knows an array that it was given before.
-            count, groups = taken_apart.get(both, (0, []))
-            if count != len(left):
-                groups = [
-                    (each, {k: _chosen_rows(v, len(request.seeds), each, both) for k, v in conditioning.items()})
-                    for each in np.split(left, range(at_once, len(left), at_once))
-                ]
-                if self._target.device != "cpu":  # an engine there keeps what cannot change, and is sent it once
-                    for array in (array for _, given in groups for array in given.values()):
-                        array.setflags(write=False)
-                taken_apart[both] = len(left), groups
-            return groups
-
-        with self.residency.use(request.component) as engine:
-
-            def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Floats, Floats | None]:
-                of_step = {"timestep": np.array([timestep], np.float32)} | rows.get(told(timestep), {})
-                conditional, unconditional = x.copy(), x.copy() if both else None
-                for images, given in of_prompt(denoise.left, both):
-                    batch = np.concatenate([x[images], x[images]]) if both else x[images]
-                    known = {"sample": batch} | of_step | given
-                    inputs = {name: value for name, value in known.items() if name in wanted}
-                    output: Floats = _timed(engine, inputs, seconds, request.component)["prediction"]
-                    conditional[images] = output[-len(images) :]
-                    if unconditional is not None:
-                        unconditional[images] = output[: len(images)]
-                return conditional, unconditional
-
+        images, rows = len(request.seeds), self._rows(request, seconds)
+        # Thresholds and masks are of these steps: between others, images and features change more or less.
+        own = len(schedule.timesteps) == settings.steps
+        caching = self.manifest.caching if own and request.component == "denoiser" else None
+        with ExitStack() as in_use:
+            engines = {
+                name: (in_use.enter_context(self.residency.use(name)), self.manifest.components[cast(Any, name)])
+                for name in (request.component, *([SHALLOW] if caching else []))
+            }
+            evaluate = Evaluator(
+                engines, request.component, conditioning, rows, images=images, left=lambda: denoise.left,
+                at_once=images_at_once(self.manifest.image, self._target.device, images), seconds=seconds,
+                features=Features(caching, images) if caching else None, sealed=self._target.device != "cpu",
+            )  # fmt: skip
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
             guided = Guided(settings.noise, schedule, evaluate, guidance)
-            # The threshold is one of changes between these steps: between others, images change more or less.
-            own = len(schedule.timesteps) == settings.steps
-            denoise = EarlyExit(guided, settings.early_exit if own else None, len(request.seeds))
+            denoise = EarlyExit(guided, settings.early_exit if own else None, images)
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
             for step, x in enumerate(steps):
                 timestep = schedule.timesteps[step]
                 where = f"step {step + 1} of {len(schedule.timesteps)} (timestep {timestep:g})"
-                _check_finite(x, f"latents are not finite after {where}")
+                check_finite(x, f"latents are not finite after {where}")
                 if callback:
                     changed = callback(self, step, timestep, {"latents": x})
                     if changed and "latents" in changed:
                         x[...] = check_latents("latents from callback_on_step_end", changed["latents"], x.shape)
-                    _check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
+                    check_finite(x, f"latents are not finite after callback_on_step_end at {where}")
                 if not denoise.end_step():
                     break
         return denoise.results(x * final_scale(settings.noise, schedule)), denoise.steps
@@ -308,7 +288,7 @@ class Pipeline:
         image, free = self.manifest.image, partial(self.residency.free_others, "vae_decoder")
 
         def decode(engine: Engine, tile: Floats) -> Floats:
-            picture: Floats = _timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
+            picture: Floats = timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
             return picture
 
         try:
@@ -324,7 +304,7 @@ class Pipeline:
             logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
             with self._open("vae_decoder", "fp32") as full:
                 picture = decode_frugally(partial(decode, full), latent, image, free)
-        _check_finite(picture, "the decoder's picture is not finite")
+        check_finite(picture, "the decoder's picture is not finite")
         return picture
 
     def _decoder_on_cpu(self, error: Exception) -> Engine:
@@ -340,19 +320,6 @@ class Pipeline:
             hint='close other programs, or keep less in memory: residency="sequential"',
         ) from error  # fmt: skip
 
-    def _at_once(self, images: int) -> int:
-        """So many images go through the denoiser in one call.
-
-        CPU engines hold attention scores, heads * cells^2 floats a row: 1 GB for one guided image of 64x64 cells. How
-        many heads is not in the manifest; 8 at full resolution is the most of common U-Nets. From 32x32 cells on images
-        go one by one: more at once are not faster there, and OpenVINO chooses other kernels for some batch sizes (3 of
-        1 to 8, for a U-Net of Stable Diffusion 1.5), whose rounding would make pictures depend on the batch.
-        """
-        _, height, width = self.manifest.image.latent_shape
-        if self._target.device != "cpu":
-            return images
-        return min(images, max(1, ATTENTION_BYTES // (2 * 8 * 4 * (height * width) ** 2)))
-
 
 def load(
     path: str | os.PathLike[str], *, target: str = "auto", residency: Policy = "all", allow_unlisted: bool = False
@@ -360,8 +327,9 @@ def load(
     """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
 
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
-    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has one component in memory
-    at a time. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
+    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
+    component, or both denoisers of feature caching. Raises ArtifactError for a damaged bundle, HostError where no
+    target can run here.
     """
 
     bundle = open_bundle(path, allow_unlisted=allow_unlisted)
@@ -375,54 +343,7 @@ def load(
     return Pipeline(bundle, chosen, residency)
 
 
-def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
-    """The target to run; those before it that cannot are named in a warning."""
-    ids = [target.id for target in manifest.targets]
-    if wanted == "auto":
-        candidates = list(manifest.targets)
-    else:
-        candidates = [target for target in manifest.targets if wanted in (target.engine, target.id)]
-        if not candidates:
-            raise RequestError(f"this bundle has no target {wanted!r}", expected="auto, " + ", ".join(ids), got=wanted)
-    refusals: list[str] = []
-    for target in candidates:
-        why_not = refusal(target)
-        if why_not is None:
-            for line in refusals:
-                logger.warning("target %s", line)
-            return target
-        refusals.append(f"{target.id}: {why_not}")
-    if wanted == "auto":
-        raise HostError("no target of this bundle can run here", expected=", ".join(ids), hint="; ".join(refusals))
-    others = [target.id for target in manifest.targets if refusal(target) is None]
-    raise HostError(
-        f"target {wanted} cannot run here", expected=f"one of {', '.join(others)}" if others else None,
-        hint="; ".join(refusals),
-    )  # fmt: skip
-
-
 def to_pil(picture: Floats) -> Image.Image:
     """float32 [h, w, 1 or 3] in [0, 1] to a picture, rounded as diffusers does."""
     levels = (picture * 255).round().astype(np.uint8)
     return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-
-
-def _chosen_rows(array: Floats, images: int, chosen: Indices | list[int], both: bool) -> Floats:
-    """Rows of the chosen images, of which each has one or, unconditional rows first, two: the last, or `both`."""
-    rows = array.reshape(-1, images, *array.shape[1:])[None if both else -1 :, chosen]
-    return rows.reshape(-1, *array.shape[1:])
-
-
-def _timed(engine: Engine, inputs: dict[str, Any], seconds: dict[str, float], name: str) -> dict[str, Any]:
-    clock = time.perf_counter()
-    outputs = engine(inputs)
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - clock
-    return outputs
-
-
-def _check_finite(values: Floats, problem: str) -> None:
-    if not np.isfinite(values).all():
-        raise NumericalError(
-            problem, expected="finite numbers", got="NaN or infinity",
-            hint="try a target of higher precision, or a lower guidance_scale",
-        )  # fmt: skip

@@ -14,7 +14,8 @@ Policy = Literal["all", "sequential"]
 
 
 class Residency:
-    """Opens engines on demand: `all` keeps every one open, `sequential` has one component in memory at a time."""
+    """Opens engines on demand: `all` keeps every one open, `sequential` those in use: one, or the two denoisers of
+    feature caching."""
 
     def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy, rare: Collection[str] = ()) -> None:
         """`rare`: components that are opened when they are first used, and not before."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import slipcast
+import slipcast.loop
 from slipcast.engines import open_engine
 from slipcast.pipeline import Pipeline
 from slipcast.residency import Policy
@@ -205,7 +205,7 @@ class TestDeterminism:
     def test_chunks_of_a_batch(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
         """What is drawn in pieces, as large pictures are, is the same to the bit."""
         whole = self.make(pipe, seed=20, num_images_per_prompt=3)
-        monkeypatch.setattr(slipcast.pipeline, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * 256**2)
+        monkeypatch.setattr(slipcast.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * 256**2)
         np.testing.assert_array_equal(self.make(pipe, seed=20, num_images_per_prompt=3), whole)
 
     def test_lists_of_prompts(self, pipe: Pipeline) -> None:

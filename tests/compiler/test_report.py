@@ -166,7 +166,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
-        "not_run": {}, "guard": None, "early_exit": None,
+        "not_run": {}, "guard": None, "early_exit": None, "staging": None, "caching": None,
     }  # fmt: skip
 
 
@@ -269,6 +269,29 @@ def test_a_picture_that_is_not_finite(tmp_path: Path) -> None:
     plain = re.sub(r"<[^>]*>|\s+", " ", (tmp_path / "report.html").read_text("utf-8"))
     assert "The gate was missed" in plain
     assert re.search(r"not a number +none +43\.2 +missed", plain)
+
+
+def test_what_left_the_loop_and_what_is_cached(tmp_path: Path) -> None:
+    figures = {"nodes": 697, "parameters": 10_338_408, "multiply_adds": 500_498_432}
+    shallow = {"nodes": 123, "parameters": 301_001, "multiply_adds": 92_000_000}
+    staging = {
+        "original": {"nodes": 795, "parameters": 11_159_688},
+        "stages": {"step": {"nodes": 36, "parameters": 477_216}, "denoise": figures},
+        "crossings": [{"name": "a", "bytes": 1_200_000}, {"name": "b", "bytes": 300_000}],
+    }
+    caching = {
+        "feature": "add_7", "after": "up_blocks.1.conv", "share": 0.184, "full_steps": 2, "mask": [True, False, True],
+        "error": 0.0123, "images": 8, "engines": {"denoiser": figures, "denoiser_shallow": shallow},
+    }  # fmt: skip
+    text = _page(tmp_path, _record() | {"staging": staging, "caching": caching})
+    plain = re.sub(r"<[^>]*>|\s+", " ", text)
+    for found in (
+        "as exported +795 +11,159,688", "step +36 +477,216", "2 tensors cross, 1.5 MB",
+        r"2 of 3 steps evaluate the whole denoiser", "add_7 , after +up_blocks.1.conv", "18.4 % of its multiply-adds",
+        "F s F", "denoiser_shallow +123 +301,001 +92,000,000", "0.0123 of the latents",
+    ):  # fmt: skip
+        assert re.search(found, plain), (found, plain)
+    assert "Feature caching" not in _page(tmp_path, _record())
 
 
 def test_big_pictures_are_reduced(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from slipcast.doctor import examine
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import ArtifactError, HostError, RequestError, ResourceError
 from slipcast.manifest import Built, Target
-from slipcast.pipeline import choose_target, load
+from slipcast.pipeline import load
+from slipcast.targets import choose_target
 
 VERSION = "1.7.1"
 needs_bindings = pytest.mark.skipif(

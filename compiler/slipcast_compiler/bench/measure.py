@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 
 from slipcast.errors import SlipcastError
-from slipcast.pipeline import choose_target
 from slipcast.progress import Advance, Stages
+from slipcast.targets import choose_target
 from slipcast_compiler import memory
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.figures import Floats

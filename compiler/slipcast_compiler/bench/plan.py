@@ -15,7 +15,7 @@ from slipcast.bundle import Bundle, open_bundle
 from slipcast.engines import cpu_threads
 from slipcast.errors import ArtifactError, HostError, RequestError
 from slipcast.manifest import Sampling
-from slipcast.pipeline import choose_target
+from slipcast.targets import choose_target
 from slipcast.validation import parse_json
 from slipcast_compiler import original
 from slipcast_compiler.bench.peers import PEERS, Peer, how_to_install, interpreter

@@ -1,0 +1,166 @@
+"""[caching]: the shallow denoiser beside the full one, and the steps that it is good for, measured on the family.
+
+The mask is chosen by dynamic programming on the error of every reuse: what a step gives with the features of each step
+before it, against what it gives with its own, on the trajectories of calibration prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from slipcast.errors import RecipeError
+from slipcast.manifest import Caching, Component
+from slipcast.progress import Advance
+from slipcast_compiler.build import build_target, exported_sources
+from slipcast_compiler.build.pool import Pool
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.cost import cost
+from slipcast_compiler.export import contract_of
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.package import describe
+from slipcast_compiler.plan import Plan
+from slipcast_compiler.publish import write_manifest
+from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.reuse import measure_reuse
+from slipcast_compiler.shallow import find_cut, full_model, place, shallow_model
+
+Errors = npt.NDArray[np.float64]
+
+IMAGES = 8  # trajectories that are measured
+FULL, SHALLOW = "denoiser", "denoiser_shallow"
+CUT, MEASURED = "cut.json", "reuse.json"
+
+
+@dataclass(frozen=True)
+class Cached:
+    """`exported`: the two denoisers' directory, by component; `record`: the manifest's; `report`: plain JSON."""
+
+    exported: dict[str, Path]
+    record: Caching
+    report: dict[str, Any]
+
+
+def cache_features(
+    plan: Plan, exported: dict[str, Path], prompts: Path | None, cache: Cache, advance: Advance
+) -> Cached:
+    """Cut the exported denoiser as the recipe's [caching] asks, and choose its mask. `prompts`: see package.py."""
+    table = plan.recipe.caching
+    assert table
+    folder = cached_cut(exported[FULL], table.share, cache)
+    parts = {FULL: folder, SHALLOW: folder}
+    cut = json.loads((folder / CUT).read_text())
+    contract = Component.model_validate_json((folder / f"{SHALLOW}.json").read_text())
+    features = tuple(spec for spec in contract.inputs if spec.name == cut["feature"])
+    steps, full = plan.sampling.steps, plan.full_steps
+    everything = Caching(features=features, mask=(True,) * steps, share=cut["share"])
+    longest = 2 * math.ceil(steps / full) - 1  # without a full step: what a good mask would not go beyond
+    measured = _measure(plan, exported, parts, everything, prompts, longest, cache, advance)
+    mask, error = choose_mask(measured, full)
+    if not mask:
+        raise RecipeError(
+            f"caching.full_steps = {full}: too few: where guidance begins, both branches have to be evaluated in full",
+            expected="more full steps", got=full,
+        )  # fmt: skip
+    report = {**cut, "mask": list(mask), "full_steps": full, "error": error, "images": IMAGES}
+    return Cached(parts, everything.model_copy(update={"mask": mask}), report)
+
+
+def cached_cut(source: Path, share: float, cache: Cache) -> Path:
+    """The cache's directory with both denoisers and their contracts; they have one file of weights in common."""
+
+    def make(folder: Path) -> None:
+        model = ir.load(source / f"{FULL}.onnx")
+        cut = find_cut(model.graph, share)
+        feature, after = str(cut.feature.name), place(cut.feature)
+        ir.save(full_model(model, cut.feature), folder / f"{FULL}.onnx", external_data=f"{FULL}.onnx.data")
+        saved = ir.load(folder / f"{FULL}.onnx")  # whose weights are places in the file
+        shallow = shallow_model(saved, feature)
+        ir.save(shallow, folder / f"{SHALLOW}.onnx")
+        for name, each in ((FULL, saved), (SHALLOW, shallow)):
+            (folder / f"{name}.json").write_text(contract_of(each).model_dump_json())
+        figures = {
+            name: {"nodes": len(each.graph), **cost(folder / f"{name}.onnx")}
+            for name, each in ((FULL, saved), (SHALLOW, shallow))
+        }
+        (folder / CUT).write_text(
+            json.dumps({"feature": feature, "after": after, "share": cut.share, "engines": figures})
+        )
+
+    return cache.get("cut", {"source": source.name, "share": share}, make)
+
+
+def _measure(
+    plan: Plan,
+    exported: dict[str, Path],
+    parts: dict[str, Path],
+    record: Caching,
+    prompts: Path | None,
+    longest: int,
+    cache: Cache,
+    advance: Advance,
+) -> Errors:
+    """See reuse.measure_reuse: through the runtime, with ONNX Runtime in fp32, or from the cache."""
+    sampling = plan.sampling.model_copy(update={"early_exit": None})  # every step is to be seen
+    plan = dataclasses.replace(plan, sampling=sampling)
+    texts = plan.family.calibration if plan.family else (None,)
+    chosen = tuple(texts[i % len(texts)] for i in range(IMAGES))
+    both = exported | parts
+
+    def make(out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="slipcast-caching-") as name:
+            folder = Path(name)
+            sources, pool = exported_sources(both), Pool(folder)
+            target = build_target(
+                TargetTable(engine="onnxruntime"), sources, plan.image, pool, cache, lambda done, total: None
+            )
+            fields = describe(plan, both, prompts, folder, exported[FULL], record)
+            write_manifest(folder, {**fields, "targets": (target,)})
+            found = run_isolated(measure_reuse, folder, chosen, longest, advance=advance).result
+        (out / MEASURED).write_text(json.dumps(found))
+
+    inputs = {
+        "exported": {component: source.name for component, source in both.items()}, "prompts": chosen,
+        "table": prompts and prompts.parent.name, "sampling": sampling.model_dump(mode="json"), "longest": longest,
+    }  # fmt: skip
+    found = json.loads((cache.get("reuse", inputs, make) / MEASURED).read_text())
+    return np.array([[math.inf if error is None else error for error in row] for row in found])
+
+
+def choose_mask(errors: Errors, full_steps: int) -> tuple[tuple[bool, ...], float]:
+    """Which steps are full, the first among them, so that the errors of the others are least in sum; and that sum.
+
+    errors[i, j]: of step j with the features of step i < j; infinite where it cannot have them. Exact, by dynamic
+    programming over the last full step. No mask where every one has an infinite error.
+    """
+    steps = len(errors)
+    # reused[i, j]: of all steps between the full ones i and j.
+    reused = np.zeros((steps, steps + 1))
+    for i in range(steps):
+        reused[i, i + 2 :] = np.cumsum(errors[i, i + 1 :])
+    best = np.full((full_steps, steps), np.inf)  # [k, i]: of the steps before i, which is the full step number k
+    before = np.zeros((full_steps, steps), int)
+    best[0, 0] = 0.0
+    for k in range(1, full_steps):
+        for i in range(k, steps):
+            sums = best[k - 1, :i] + reused[:i, i]
+            before[k, i] = int(np.argmin(sums))
+            best[k, i] = sums[before[k, i]]
+    ends = best[-1] + reused[:, steps]
+    last, least = int(np.argmin(ends)), float(np.min(ends))
+    if not math.isfinite(least):
+        return (), least
+    mask = [False] * steps
+    for k in reversed(range(full_steps)):
+        mask[last] = True
+        last = before[k, last]
+    return tuple(mask), least

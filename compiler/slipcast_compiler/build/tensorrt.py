@@ -134,20 +134,20 @@ def make_engine(model: Path, precision: str, out: Path, options: Options, timing
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as scratch:
         log, clock = Path(scratch) / "log.txt", time.perf_counter()
         try:
-            done = run_isolated(_build, model, precision, engine, log, options, timings)
+            # Apart, so that what is mapped while casting is gone when the library wants memory: 4 of 10 GB for SD 1.5.
+            cast = run_isolated(_in_precision, model, precision, log.parent)
+            done = run_isolated(_build, cast.result.model, engine, log, options, timings)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
-    return Made(engine, time.perf_counter() - clock, done.peak_memory_mb, done.result)
+    peak = max(cast.peak_memory_mb, done.peak_memory_mb)
+    return Made(engine, time.perf_counter() - clock, peak, cast.result.widened)
 
 
-def _build(
-    model: Path, precision: str, engine: Path, log: Path, options: Options, timings: Path | None, _: Advance
-) -> int:
+def _build(model: Path, engine: Path, log: Path, options: Options, timings: Path | None, _: Advance) -> None:
     """The child process."""
     with log.open("wb", buffering=0) as stream:  # of the operating system, so that a crash loses nothing of it
         for descriptor in (1, 2):  # the library, and those it calls, also write there
             os.dup2(stream.fileno(), descriptor)
-        model, widened = _in_precision(model, precision, log.parent)
         trt = importlib.import_module(options.library)
         builder = trt.Builder(_make_logger(trt))
         network = _parse(trt, builder, model)
@@ -160,14 +160,20 @@ def _build(
         engine.write_bytes(serialized)
         if timings:
             keep_timings(config, timings)
-    return widened
 
 
-def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]:
-    """The graph as the library shall read it, and how many ranges of activations had to be widened for it; `folder` is
-    for graphs on the way."""
+@dataclass(frozen=True)
+class Cast:
+    """The graph as the library shall read it, and how many ranges of activations had to be widened for it."""
+
+    model: Path
+    widened: int = 0
+
+
+def _in_precision(model: Path, precision: str, folder: Path, _: Advance) -> Cast:
+    """`folder` is for graphs on the way."""
     if precision == "fp32":
-        return model, 0
+        return Cast(model)
     # Here, so that targets of other engines can be built where these are not installed.
     from slipcast_compiler.build.casting import cast_graph
     from slipcast_compiler.passes.qdq import make_signed
@@ -178,9 +184,8 @@ def _in_precision(model: Path, precision: str, folder: Path) -> tuple[Path, int]
         signed.parent.mkdir()
         widened = make_signed(model, signed)
         model = signed
-    cast = folder / model.name
-    cast_graph(model, "fp16" if precision == "int8" else precision, cast)
-    return cast, widened
+    cast_graph(model, "fp16" if precision == "int8" else precision, folder / model.name)
+    return Cast(folder / model.name, widened)
 
 
 def _make_logger(trt: Any) -> Any:

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "recipes" / "bench"))
+import results
+import tables
+
+BENCH = ROOT / "recipes" / "bench"
 README = (ROOT / "README.md").read_text("utf-8")
-KEPT = {file.stem: json.loads(file.read_text("utf-8")) for file in (ROOT / "recipes" / "bench").glob("*.json")}
+KEPT = {file.stem: json.loads(file.read_text("utf-8")) for file in BENCH.glob("*.json")}
 BUILDS = {
     file.stem: json.loads(file.read_text("utf-8")) for file in (ROOT / "recipes" / "bench" / "builds").glob("*.json")
 }
 FIRST = {name: document for name, document in KEPT.items() if not name.endswith("-2")}
 
 
-def _results() -> Any:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "recipes" / "bench" / "results.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-RESULTS = _results()
+def table_of(name: str) -> str:
+    """What the README has between a table's marks."""
+    begin, end = tables.marks(name)
+    return README.split(begin)[1].split(end)[0]
 
 
 def section(name: str) -> str:
     """The README's text about one comparison."""
-    return README.split(f"#### {RESULTS.TITLES[name]}\n")[1].split("\n#### ")[0].split(RESULTS.END)[0]
+    return README.split(f"#### {results.TITLES[name]}\n")[1].split("\n#### ")[0].split(results.END)[0]
 
 
 def test_the_readme_was_written_from_the_kept_documents() -> None:
-    assert RESULTS.replaced(README) == README, "run recipes/bench/results.py"
-    assert set(FIRST) <= set(RESULTS.TITLES)
+    assert results.replaced(README) == README, "run recipes/bench/results.py"
+    assert set(FIRST) <= set(results.TITLES)
     assert {name.removesuffix("-2") for name in KEPT} == set(FIRST)
 
 
@@ -78,13 +76,13 @@ def test_it_is_said_where_a_peer_is_better(name: str) -> None:
 
 def test_a_second_run_is_compared(tmp_path: Path) -> None:
     first = FIRST["shapes-circles"]
-    assert "not known" in RESULTS.agreement(first, None)
+    assert "not known" in results.agreement(first, None)
     again = json.loads(json.dumps(first))
     again["ratios"]["torch-compile"]["median"] *= 0.93
-    assert "at most 7.0% (`torch-compile`)" in RESULTS.agreement(first, again)
+    assert "at most 7.0% (`torch-compile`)" in results.agreement(first, again)
     for name, document in (("shapes-circles", first), ("shapes-circles-2", again)):
         (tmp_path / f"{name}.json").write_text(json.dumps(document))
-    assert "at most 7.0%" in RESULTS.results(tmp_path)
+    assert "at most 7.0%" in results.results(tmp_path)
 
 
 def test_what_was_not_measured_is_named_and_tables_fit_the_document() -> None:
@@ -92,7 +90,7 @@ def test_what_was_not_measured_is_named_and_tables_fit_the_document() -> None:
     document["missing"], document["settings"]["batches"] = {"diffusers": {"reason": "", "install": None}}, [1]
     for side in document["sides"].values():
         side["images_per_second"], side["quality"] = {"1": 1.0}, None
-    text = RESULTS.section("shapes-circles", "title", document, None)
+    text = results.section("shapes-circles", "title", document, None)
     assert "Not measured: `diffusers`." in text
     assert "CLIP" not in text
     assert "In batches" not in text
@@ -101,9 +99,9 @@ def test_what_was_not_measured_is_named_and_tables_fit_the_document() -> None:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_every_build_has_its_figures(name: str) -> None:
-    document, table = BUILDS[name], README.split(RESULTS.BUILDS_BEGIN)[1].split(RESULTS.BUILDS_END)[0]
+    document, table = BUILDS[name], table_of("builds")
     rows = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
-    assert len(document["builds"]) == len(RESULTS.GPUS) * len(rows)
+    assert len(document["builds"]) == len(tables.GPUS) * len(rows)
     for made in document["builds"]:
         precision = "int8 and fp16" if made["precision"] == "int8" else made["precision"]
         row = next(line for line in rows if f"| `{made['component']}` | {precision} |" in line)
@@ -112,7 +110,29 @@ def test_every_build_has_its_figures(name: str) -> None:
     assert document["date"][:10] in table
 
 
+def test_models_have_their_rows() -> None:
+    document, table = json.loads((BENCH / "staging" / "published.json").read_text("utf-8")), table_of("staging")
+    assert set(document["denoisers"]) == set(tables.MODELS)
+    for name, found in document["denoisers"].items():
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {tables.MODELS[name]} |"))
+        for stage in found["stages"].values():
+            assert f"| {stage['nodes']} nodes, {stage['parameters'] / 1e6:.1f} M |" in row
+        assert sum(stage["parameters"] for stage in found["stages"].values()) == pytest.approx(
+            found["original"]["parameters"], rel=1e-3
+        )
+
+
+def test_denoisers_have_their_rows() -> None:
+    document, table = json.loads((BENCH / "denoisers" / "sd15-int8.json").read_text("utf-8")), table_of("denoisers")
+    for name, side in document["sides"].items():
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        ratio = side["ratio"]
+        assert (
+            f"| {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) | {side['paper_ratio']:.2f} |" in row
+        )
+
+
 def test_the_documents_hold_no_paths_of_a_machine() -> None:
-    assert set(BUILDS) <= set(RESULTS.BUILDS)
+    assert set(BUILDS) <= set(tables.BUILDS)
     for document in (*KEPT.values(), *BUILDS.values()):
         assert not re.search(r'[ "=]/|/home/|/tmp/', json.dumps(document))

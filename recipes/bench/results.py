@@ -1,4 +1,4 @@
-"""Write the README's results from the documents beside this file, which `slipcast bench` and builds.py wrote:
+"""Write the README's results from the documents beside this file, which `slipcast bench` wrote; and its tables.py:
 
     python recipes/bench/results.py
 
@@ -8,24 +8,21 @@ NAME.json is a run, NAME-2.json a second one of the same command, of which the R
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
+
+from tables import TABLES, markdown, marks, paragraph
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
-BUILDS_BEGIN, BUILDS_END = "<!-- builds, written by recipes/bench/results.py -->\n", "<!-- end of the builds -->\n"
-GPUS: dict[str, tuple[str, ...]] = {"portable": (), "SM86 and SM89": ("8.6", "8.9")}
-BUILDS = {
-    "shapes-circles": "the reference model",
-    "sd15-shaped-int8": "the shapes of Stable Diffusion 1.5, random weights",
-}
 TITLES = {
     "shapes-circles": "The reference model",
     "shapes-circles-fast": "The same, made fast (recipes/shapes-circles-fast.toml)",
+    "shapes-circles-int8": "The same, pruned, factorised and in INT8 (recipes/shapes-circles-int8.toml)",
     "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",
     "sd15-shaped-512": "The shapes of Stable Diffusion 1.5, random weights, 512x512",
+    "sd15-shaped-fast": "The same at 512x512, made fast (recipes/sd15-shaped-fast.toml)",
 }
 
 Document = dict[str, Any]
@@ -52,10 +49,10 @@ def section(name: str, title: str, document: Document, again: Document | None) -
         f"[The document](recipes/bench/{name}.json) notes:"
     )
     notes = "".join(f"- {note}\n" for note in document["notes"])
-    text = [f"#### {title}\n", _paragraph(about), notes, table(document), _paragraph(faster(document))]
+    text = [f"#### {title}\n", paragraph(about), notes, table(document), paragraph(faster(document))]
     if absent := [*document["missing"], *document["failed"]]:
-        text.append(_paragraph(f"Not measured: {_names(absent)}."))
-    return "\n".join([*text, _paragraph(agreement(document, again)), f"```console\n$ {document['command']}\n```\n"])
+        text.append(paragraph(f"Not measured: {_names(absent)}."))
+    return "\n".join([*text, paragraph(agreement(document, again)), f"```console\n$ {document['command']}\n```\n"])
 
 
 def table(document: Document) -> str:
@@ -82,8 +79,7 @@ def table(document: Document) -> str:
             "" if not ratio else "never" if even is None else str(even),
             *(denoiser(document, name) if bundles else []),
         ])  # fmt: skip
-    first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
-    return "".join([first, "|---" * len(heads) + "|\n", *rest])
+    return markdown(lines)
 
 
 def denoiser(document: Document, name: str) -> list[str]:
@@ -118,42 +114,6 @@ def agreement(document: Document, again: Document | None) -> str:
     return f"A second run ({again['date'][:10]}) gave ratios that differ by at most {apart[worst]:.1%} (`{worst}`)."
 
 
-def builds(folder: Path = HERE / "builds") -> str:
-    """What engines took to build: a line for each component and precision, with figures for each choice of GPUs."""
-    lines = [["model", "component", "graph in", *(f"{gpus}: s, peak MB, engine MB" for gpus in GPUS)]]
-    about = []
-    for name in BUILDS:
-        if (file := folder / f"{name}.json").is_file():
-            document = json.loads(file.read_text("utf-8"))
-            lines += build_lines(name, document)
-            about.append(about_builds(name, document))
-    first, *rest = ["| " + " | ".join(line) + " |\n" for line in lines]
-    return "".join([first, "|---" * len(lines[0]) + "|\n", *rest, "\n", "\n".join(about)])
-
-
-def build_lines(name: str, document: Document) -> list[list[str]]:
-    """The cells of a recipe's lines, in the document's order."""
-    figures: dict[tuple[str, str], dict[tuple[str, ...], str]] = {}
-    for made in document["builds"]:
-        said = f"{made['seconds']:.0f}, {made['peak_memory_mb']:.0f}, {made['engine_mb']:.1f}"
-        figures.setdefault((made["component"], made["precision"]), {})[tuple(made["compute_capabilities"])] = said
-    return [
-        [name, f"`{component}`", "int8 and fp16" if precision == "int8" else precision, *(of[g] for g in GPUS.values())]
-        for (component, precision), of in figures.items()
-    ]
-
-
-def about_builds(name: str, document: Document) -> str:
-    """Where and how it was measured."""
-    host, load = document["host"], max(made["load_before"] for made in document["builds"])
-    text = (
-        f"{name}: {BUILDS[name]}, {document['image']}; {document['library']} on {host['processor']} with "
-        f"{host['cores']} cores and no GPU, {document['date'][:10]}, load up to {load:g} before a build. "
-        f"[The document](recipes/bench/builds/{name}.json) is by"
-    )
-    return _paragraph(text) + f"\n```console\n$ {document['command']}\n```\n"
-
-
 def _files(folder: Path, name: str) -> list[Path]:
     return [folder / f"{name}.json", folder / f"{name}-2.json"]
 
@@ -172,13 +132,9 @@ def _figure(value: float | None, form: str) -> str:
     return format(round(value, 4) + 0.0, form)  # no negative zero
 
 
-def _paragraph(text: str) -> str:
-    return textwrap.fill(text, 150, break_long_words=False, break_on_hyphens=False) + "\n"
-
-
 def replaced(readme: str) -> str:
     """The README with its results written anew."""
-    for begin, end, text in ((BEGIN, END, results()), (BUILDS_BEGIN, BUILDS_END, builds())):
+    for begin, end, text in ((BEGIN, END, results()), *((*marks(name), table()) for name, table in TABLES.items())):
         before, rest = readme.split(begin)
         readme = before + begin + "\n" + text + "\n" + rest[rest.index(end) :]
     return readme

@@ -7,6 +7,7 @@ last blocks directly, that is its outermost part (DeepCache: Ma et al., arXiv 23
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from slipcast.errors import RecipeError
 from slipcast_compiler.cost import multiply_adds
 from slipcast_compiler.staging import bytes_of, extract
 
-PARAMETER = "model."  # what the names of a module's own weights begin with
+PARAMETER = re.compile(r"model\.(.+)\.(?:weight|bias)(?:\.T)?")  # what exported weights are called: see export.py
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def place(feature: ir.Value) -> str:
     node = feature.producer()
     while node is not None:
         for value in node.inputs:
-            if value is not None and value.is_initializer() and (value.name or "").startswith(PARAMETER):
-                return str(value.name).removeprefix(PARAMETER).rpartition(".weight")[0] or str(value.name)
+            if value is not None and value.is_initializer() and (found := PARAMETER.fullmatch(str(value.name))):
+                return found[1]
         node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
     return ""
 

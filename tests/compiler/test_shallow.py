@@ -114,3 +114,8 @@ def test_contracts_go_with_the_graphs(source: Path, tmp_path: Path) -> None:
     crossing = [spec for spec in shallow.inputs if spec in full.outputs]
     assert len(crossing) == 1 and crossing[0].shape[0] == "batch"
     assert {spec.name for spec in shallow.inputs} - {crossing[0].name} <= {spec.name for spec in full.inputs}
+
+
+def test_people_are_told_where_it_is(source: Path, tmp_path: Path) -> None:
+    cut = json.loads((cached_cut(source, 0.4, Cache(tmp_path)) / "cut.json").read_text())
+    assert cut["after"].startswith("up_blocks.")

@@ -19,6 +19,8 @@ BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the 
 TITLES = {
     "shapes-circles": "The reference model",
     "shapes-circles-fast": "The same, made fast (recipes/shapes-circles-fast.toml)",
+    "shapes-circles-ablation": "What each lever of it contributes",
+    "shapes-circles-cached": "Feature caching alone (recipes/shapes-circles-cached.toml)",
     "shapes-circles-int8": "The same, pruned, factorised and in INT8 (recipes/shapes-circles-int8.toml)",
     "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",
     "sd15-shaped-512": "The shapes of Stable Diffusion 1.5, random weights, 512x512",
@@ -50,6 +52,8 @@ def section(name: str, title: str, document: Document, again: Document | None) -
     )
     notes = "".join(f"- {note}\n" for note in document["notes"])
     text = [f"#### {title}\n", paragraph(about), notes, table(document), paragraph(faster(document))]
+    if (plot := HERE / f"{name}.svg").is_file():
+        text.append(f"![{title}](recipes/bench/{plot.name})\n")
     if absent := [*document["missing"], *document["failed"]]:
         text.append(paragraph(f"Not measured: {_names(absent)}."))
     return "\n".join([*text, paragraph(agreement(document, again)), f"```console\n$ {document['command']}\n```\n"])

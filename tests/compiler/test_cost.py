@@ -8,7 +8,7 @@ import diffusers
 import onnx_ir as ir
 import pytest
 import torch
-from denoisers import DENOISERS, TEXT, export_denoiser
+from denoisers import DENOISERS, export_denoiser
 from onnx_ir.passes.common import ShapeInferencePass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,9 +51,7 @@ def test_a_denoiser(name: str, tmp_path: Path) -> None:
     denoiser = DENOISERS[name]
     found = cost(export_denoiser(denoiser, tmp_path))
     module = getattr(diffusers, denoiser.kind)(**denoiser.config).eval()
-    sizes = {"batch": 1, "text_length": TEXT}
-    shapes = [(1, *denoiser.sample), (1,)]
-    shapes += [tuple(sizes[d] if isinstance(d, str) else d for d in each.shape) for each in denoiser.conditioning]
+    shapes = [tuple(1 if d == "batch" else d for d in each.shape) for each in denoiser.inputs]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         denoiser.call(module, *(torch.ones(shape) for shape in shapes))
     assert found["multiply_adds"] == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)

@@ -18,7 +18,11 @@ from conftest import ROOT, run_cli
 from slipcast_compiler.study import run
 from slipcast_compiler.study.page import render
 
-KEPT = sorted((ROOT / "recipes" / "study").glob("*.json"))
+KEPT = [
+    file.with_suffix(".json")
+    for file in sorted((ROOT / "recipes" / "study").glob("*.toml"))
+    if file.with_suffix(".json").exists()
+]
 RECOVER = "\n[recover]\nratios = [0.5]\nsteps = 1\n"
 ONE = re.sub(r"\[families.stars\]\n.*\n.*\n|stars = .*\n", "", SMALL) + RECOVER  # one family
 

@@ -19,7 +19,8 @@ BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the 
 TITLES = {
     "shapes-circles": "The reference model",
     "shapes-circles-fast": "The same, made fast (recipes/shapes-circles-fast.toml)",
-    "shapes-circles-ablation": "What each lever of it contributes",
+    "shapes-circles-search": "What a search of ten minutes made of it (recipes/shapes-circles-search.toml)",
+    "shapes-circles-ablation": "What each lever of recipes/shapes-circles-fast.toml contributes",
     "shapes-circles-cached": "Feature caching alone (recipes/shapes-circles-cached.toml)",
     "shapes-circles-int8": "The same, pruned, factorised and in INT8 (recipes/shapes-circles-int8.toml)",
     "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",

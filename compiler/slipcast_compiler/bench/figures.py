@@ -20,8 +20,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(peer: Sequence[float], bundle: Sequence[float]) -> dict[str, float]:
-    """Spread of peer / bundle, image by image; where the peer made fewer images, of those."""
-    pairs = [theirs / ours for theirs, ours in zip(peer, bundle, strict=False)]
+    """Spread of peer / bundle, image by image.
+
+    A peer that made fewer images is slow: what the machine did in its half minute, one image of the bundle beside it
+    does not tell. Its images are divided by the median of all the bundle's.
+    """
+    if len(peer) < len(bundle):
+        bundle = [statistics.median(bundle)] * len(peer)
+    pairs = [theirs / ours for theirs, ours in zip(peer, bundle, strict=True)]
     return {**spread(pairs), "pairs": len(pairs)}
 
 

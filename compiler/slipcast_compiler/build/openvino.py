@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 from slipcast.manifest import EngineFiles
 from slipcast.onnxfile import external_files
+from slipcast_compiler.build.needs import need_graph_libraries
 
 
 def build(model: Path, precision: str, out: Path) -> EngineFiles:
@@ -46,7 +47,13 @@ def share_weights(graph: Path, owner: Path) -> bool:
 def _convert(model: Path, precision: str, target: Path) -> None:
     from slipcast.engines.openvino import openvino
 
-    openvino.save_model(openvino.Core().read_model(model), target, compress_to_fp16=precision != "fp32")
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
+        if precision == "int8":
+            need_graph_libraries()
+            from slipcast_compiler.passes.sdpa import spelled_out
+
+            model = spelled_out(model, Path(scratch))
+        openvino.save_model(openvino.Core().read_model(model), target, compress_to_fp16=precision != "fp32")
 
 
 def _constants(tree: ElementTree.ElementTree[Any], graph: Path) -> Iterator[tuple[ElementTree.Element, bytes]]:

@@ -210,7 +210,7 @@ NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "
 ENGINE_KEYS = {
     "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
     "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
-    "hardware_compatibility": ("tensorrt",),
+    "hardware_compatibility": ("tensorrt",), "version_compatible": ("tensorrt",), "refit": ("tensorrt",),
 }  # fmt: skip
 
 
@@ -224,7 +224,9 @@ class TargetTable(Strict):
     `compute_capabilities`: the GPUs that engines are built for; without, they are portable (Ampere and later).
     `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `weight_streaming`:
     weights may stay on the host where the GPU's memory is short. `hardware_compatibility`: GPUs of the same compute
-    capability as the one that is here, or all from Ampere on, and not this model alone.
+    capability as the one that is here, or all from Ampere on, and not this model alone. `version_compatible`: later
+    versions of the library run the engines too, which may be slower, and bring code for the host. `refit`: weights can
+    be replaced in the engines.
     """
 
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
@@ -236,6 +238,8 @@ class TargetTable(Strict):
     workspace_mb: Annotated[int, Field(ge=1)] | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
     weight_streaming: bool | None = None
+    version_compatible: bool | None = None
+    refit: bool | None = None
 
     @property
     def name(self) -> str:

@@ -51,7 +51,8 @@ def bound_to(target: Target) -> str:
     gpus = (
         f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
     )
-    return f", {target.engine} {built.library_version}, {gpus}, up to {built.max_images} images at once"
+    later = " and later" if built.version_compatible else ""
+    return f", {target.engine} {built.library_version}{later}, {gpus}, up to {built.max_images} images at once"
 
 
 def caching_lines(manifest: Manifest) -> list[str]:

@@ -312,10 +312,12 @@ class Built(Strict):
     """What compiled engines are bound to: this version of their library, GPUs with these compute capabilities, as
     "8.9" (none: all from Ampere on), and at the most so many images in one call.
 
-    `profiles`: by component, the least, the usual and the largest size of each dimension that is free in its graph.
+    `version_compatible`: later versions of the library run them too. `profiles`: by component, the least, the usual and
+    the largest size of each dimension that is free in its graph.
     """
 
     library_version: Name
+    version_compatible: bool = False
     compute_capabilities: tuple[Name, ...] = ()
     max_images: Positive
     profiles: dict[ComponentName, dict[Name, tuple[Positive, Positive, Positive]]] = Field(default_factory=dict)

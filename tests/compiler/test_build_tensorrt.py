@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -160,6 +161,17 @@ class TestOptions:
         assert dict(decoder.ranges) == {"batch": (1, 1, 1), "tile_height": (8, 16, 16), "tile_width": (8, 20, 20)}
         assert denoiser.compute_capabilities == ("8.9",)
 
+    @needs_library
+    @pytest.mark.parametrize("flag", ["weight_streaming", "version_compatible", "refit"])
+    def test_flags_reach_the_library(self, flag: str) -> None:
+        """By TensorRT-RTX, which has the names of all."""
+        trt = importlib.import_module("tensorrt_rtx")
+        table = TargetTable(engine="tensorrt", **{flag: True})
+        builder = trt.Builder(trt.Logger())
+        for options, wanted in ((tensorrt.options(table, "denoiser", IMAGE), True), (OPTIONS, False)):
+            config = tensorrt._configure(trt, builder, builder.create_network(0), options)
+            assert config.get_flag(getattr(trt.BuilderFlag, flag.upper())) is wanted
+
     @pytest.mark.parametrize(
         ("keys", "problem"),
         [
@@ -167,6 +179,7 @@ class TestOptions:
             ("compute_capabilities = []", "compute_capabilities"),
             ("max_images = 0", "max_images"),
             ('hardware_compatibility = "ampere_plus"', "not for tensorrt-rtx"),
+            ("refit = true", "refit: not for tensorrt-rtx"),
         ],
     )
     def test_unusable_keys(self, keys: str, problem: str) -> None:

@@ -76,6 +76,15 @@ class TestRefusal:
             assert "\n" not in found
             assert re.search(says, found)
 
+    @pytest.mark.parametrize(
+        ("built_with", "runs"), [("1.6.9", True), ("1.7.0.118", True), (VERSION, True), ("1.7.1.1", False)]
+    )
+    def test_later_versions_run_what_is_version_compatible(self, host: Any, built_with: str, runs: bool) -> None:
+        host("8.9")
+        built = Built(library_version=built_with, version_compatible=True, max_images=2)
+        found = refusal(target().model_copy(update={"built": built}))
+        assert found is None if runs else f"pip install 'tensorrt_rtx>={built_with}'" in (found or "")
+
     def test_library_of_another_index(self) -> None:
         if ENGINES["tensorrt"].installed():
             pytest.skip("tensorrt is installed")

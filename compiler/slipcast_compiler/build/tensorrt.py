@@ -5,8 +5,8 @@ INT8 in it has its activations in signed numbers besides. The build runs in a pr
 that a crash, or the end of memory, costs one target and names the layer. TensorRT-RTX builds without a GPU; TensorRT
 builds on, and for, the GPU that is there, and keeps how fast its kernels were for the next build (timings.py).
 
-What is left out: engines without weights, or that can be refitted, which nothing here does and TensorRT-RTX 1.7.1 gives
-up on where there is no GPU; and engines for later versions of TensorRT too, which bring code for the host.
+What is left out: engines without weights, which nothing here fills. Without a GPU TensorRT-RTX 1.7.1 gives up on those,
+and on engines that can be refitted: `refit` is for TensorRT alone.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Options:
     workspace_mb: int | None = None
     hardware_compatibility: str | None = None
     weight_streaming: bool = False
+    version_compatible: bool = False
+    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -
     return Built(
         library_version=importlib.metadata.version(kind.library),
         compute_capabilities=capabilities,
+        version_compatible=bool(table.version_compatible),
         max_images=table.max_images or MAX_IMAGES,
         profiles={cast(ComponentName, name): dict(options(table, name, image).ranges) for name in components},
     )
@@ -104,6 +107,8 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
         workspace_mb=table.workspace_mb,
         hardware_compatibility=table.hardware_compatibility,
         weight_streaming=bool(table.weight_streaming),
+        version_compatible=bool(table.version_compatible),
+        refit=bool(table.refit),
     )
 
 
@@ -231,8 +236,9 @@ def _configure(trt: Any, builder: Any, network: Any, options: Options) -> Any:
     if options.hardware_compatibility:
         level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper())
         config.hardware_compatibility_level = level
-    if options.weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    for flag in ("weight_streaming", "version_compatible", "refit"):
+        if getattr(options, flag):
+            config.set_flag(getattr(trt.BuilderFlag, flag.upper()))
     profile, ranges = builder.create_optimization_profile(), dict(options.ranges)
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         free = [tensor.get_dimension_name(i) if size == -1 else "" for i, size in enumerate(tensor.shape)]

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,23 +161,32 @@ def refusal(target: Target) -> str | None:
 def _misfit(kind: EngineKind, built: Built) -> str | None:
     """Why engines that are bound to a version of their library and to GPUs do not fit what is here."""
     version = importlib.metadata.version(kind.library)
-    if built.library_version != version:
+    if built.library_version != version and not (
+        built.version_compatible and _release(version) > _release(built.library_version)
+    ):
+        wanted = f"{'>=' if built.version_compatible else '=='}{built.library_version}"
         return (
             f"built with {kind.library} {built.library_version}, and {version} is installed: "
-            f"pip install '{kind.library}=={built.library_version}', or compile again"
+            f"pip install '{kind.library}{wanted}', or compile again"
         )
-    gpu, wanted = cuda.look().gpus[0], built.compute_capabilities
-    if wanted and gpu.compute_capability not in wanted:
+    gpu, capabilities = cuda.look().gpus[0], built.compute_capabilities
+    if capabilities and gpu.compute_capability not in capabilities:
         return (
-            f"built for compute capability {' and '.join(wanted)}, and {gpu.name} has {gpu.compute_capability}: "
+            f"built for compute capability {' and '.join(capabilities)}, and {gpu.name} has {gpu.compute_capability}: "
             "compile again with that in compute_capabilities"
         )
-    if not wanted and float(gpu.compute_capability) < OLDEST_PORTABLE:
+    if not capabilities and float(gpu.compute_capability) < OLDEST_PORTABLE:
         return (
             f"portable engines need compute capability {OLDEST_PORTABLE} or later, and {gpu.name} has "
             f'{gpu.compute_capability}: compile with compute_capabilities = ["{gpu.compute_capability}"]'
         )
     return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, which order it among others."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def open_engine(

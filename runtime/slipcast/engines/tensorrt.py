@@ -1,6 +1,7 @@
 """TensorRT-RTX and TensorRT on an NVIDIA GPU: one file, since the libraries share their API.
 
-An engine file is code for the GPU: it is deserialised only from bundles whose digests were checked (slipcast.bundle).
+An engine file is code for the GPU, and one that later versions of TensorRT can run is code for the host too: it is
+deserialised only from bundles whose digests were checked (slipcast.bundle).
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class TensorRtEngine:
         # The library keeps a plain pointer to its logger.
         self._logger = _make_logger(self._trt, self._log)
         self._runtime = self._trt.Runtime(self._logger)
+        if library == "tensorrt":
+            self._runtime.engine_host_code_allowed = True  # engines that are version_compatible bring their own runtime
         self._engine = self._deserialize(model.read_bytes())
         self._context = self._open_context(capture)
         self._stream = checked(cuda.cudaStreamCreate())

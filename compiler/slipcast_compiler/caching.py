@@ -43,7 +43,7 @@ CUT, MEASURED = "cut.json", "reuse.json"
 
 @dataclass(frozen=True)
 class Cached:
-    """`exported`: the two denoisers' directory, by component; `record`: the manifest's; `report`: plain JSON."""
+    """`exported`: all components, with the two denoisers; `record`: the manifest's; `report`: plain JSON."""
 
     exported: dict[str, Path]
     record: Caching
@@ -54,17 +54,11 @@ def cache_features(
     plan: Plan, exported: dict[str, Path], prompts: Path | None, cache: Cache, advance: Advance
 ) -> Cached:
     """Cut the exported denoiser as the recipe's [caching] asks, and choose its mask. `prompts`: see package.py."""
-    table = plan.recipe.caching
-    assert table
-    folder = cached_cut(exported[FULL], table.share, cache)
-    parts = {FULL: folder, SHALLOW: folder}
-    cut = json.loads((folder / CUT).read_text())
-    contract = Component.model_validate_json((folder / f"{SHALLOW}.json").read_text())
-    features = tuple(spec for spec in contract.inputs if spec.name == cut["feature"])
+    both, everything = cut_for_caching(plan, exported, cache)
+    cut = json.loads((both[FULL] / CUT).read_text())
     steps, full = plan.sampling.steps, plan.full_steps
-    everything = Caching(features=features, mask=(True,) * steps, share=cut["share"])
     longest = 2 * math.ceil(steps / full) - 1  # without a full step: what a good mask would not go beyond
-    measured = _measure(plan, exported, parts, everything, prompts, longest, cache, advance)
+    measured = _measure(plan, exported[FULL], both, everything, prompts, longest, cache, advance)
     mask, error = choose_mask(measured, full)
     if not mask:
         raise RecipeError(
@@ -72,7 +66,19 @@ def cache_features(
             expected="more full steps", got=full,
         )  # fmt: skip
     report = {**cut, "mask": list(mask), "full_steps": full, "error": error, "images": IMAGES}
-    return Cached(parts, everything.model_copy(update={"mask": mask}), report)
+    return Cached(both, everything.model_copy(update={"mask": mask}), report)
+
+
+def cut_for_caching(plan: Plan, exported: dict[str, Path], cache: Cache) -> tuple[dict[str, Path], Caching]:
+    """`exported` with the full and the shallow denoiser, and the manifest's record with all steps in full."""
+    table = plan.recipe.caching
+    assert table
+    folder = cached_cut(exported[FULL], table.share, cache)
+    cut = json.loads((folder / CUT).read_text())
+    contract = Component.model_validate_json((folder / f"{SHALLOW}.json").read_text())
+    features = tuple(spec for spec in contract.inputs if spec.name == cut["feature"])
+    record = Caching(features=features, mask=(True,) * plan.sampling.steps, share=cut["share"])
+    return {**exported, FULL: folder, SHALLOW: folder}, record
 
 
 def cached_cut(source: Path, share: float, cache: Cache) -> Path:
@@ -101,8 +107,8 @@ def cached_cut(source: Path, share: float, cache: Cache) -> Path:
 
 def _measure(
     plan: Plan,
-    exported: dict[str, Path],
-    parts: dict[str, Path],
+    staged: Path,
+    both: dict[str, Path],
     record: Caching,
     prompts: Path | None,
     longest: int,
@@ -114,7 +120,6 @@ def _measure(
     plan = dataclasses.replace(plan, sampling=sampling)
     texts = plan.family.calibration if plan.family else (None,)
     chosen = tuple(texts[i % len(texts)] for i in range(IMAGES))
-    both = exported | parts
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="slipcast-caching-") as name:
@@ -123,7 +128,7 @@ def _measure(
             target = build_target(
                 TargetTable(engine="onnxruntime"), sources, plan.image, pool, cache, lambda done, total: None
             )
-            fields = describe(plan, both, prompts, folder, exported[FULL], record)
+            fields = describe(plan, both, prompts, folder, staged, record)
             write_manifest(folder, {**fields, "targets": (target,)})
             found = run_isolated(measure_reuse, folder, chosen, longest, advance=advance).result
         (out / MEASURED).write_text(json.dumps(found))

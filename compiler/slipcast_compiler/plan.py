@@ -205,10 +205,13 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
 
 
 def replan(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan of a recipe that differs in sampling, passes and precisions alone; RecipeError where they contradict."""
+    """The plan of a recipe that differs in sampling, caching, passes and precisions alone; RecipeError where they
+    contradict."""
     sampling = _sampling(recipe.sampling, plan.checkpoint)
     _check_sampling(recipe, plan.checkpoint, sampling)
-    return dataclasses.replace(plan, recipe=recipe, sampling=sampling)
+    changed = dataclasses.replace(plan, recipe=recipe, sampling=sampling)
+    _check_caching(changed)
+    return changed
 
 
 def _check_guard(plan: Plan) -> None:

@@ -303,7 +303,7 @@ class Recipe(Strict):
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
         if self.caching and self.search:
-            raise ValueError("[caching] has a mask of its own for each schedule, and [search] tries many: give one")
+            raise ValueError("[caching]: [search] tries it for each of its points: take the table out")
         if self.caching and self.passes.quantize:
             raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")
         wanted = any(target.precision == "int8" for target in self.targets)

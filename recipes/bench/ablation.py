@@ -61,11 +61,16 @@ LEVERS: Levers = {
 }
 
 
+def used_levers(recipe: Recipe) -> list[str]:
+    """In the order in which they are added."""
+    return [name for name, off in LEVERS.items() if off(recipe) != recipe]
+
+
 def variants(recipe: Recipe) -> dict[str, Recipe]:
     """Name -> recipe, the full one last: 0-plain, 1-LEVER ... as levers are added, no-LEVER as each is left out."""
     found: dict[str, Recipe] = {}
     full = recipe.model_copy(update={"gate": GateTable(), "targets": recipe.targets[:1]})
-    used = [name for name, off in LEVERS.items() if off(full) != full]
+    used = used_levers(full)
 
     def only(kept: list[str]) -> Recipe:
         reduced = full
@@ -81,8 +86,9 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     return {name.replace(" ", "-"): each for name, each in found.items()}
 
 
-def plot(document: dict[str, Any]) -> str:
-    """SVG: how many times faster than the plain bundle each set of levers is, the loss in CLIP score beside it."""
+def plot(document: dict[str, Any], last: str) -> str:
+    """SVG: how many times faster than the plain bundle each set of levers is, the loss in CLIP score beside it. `last`:
+    the lever with which it is all of them."""
     sides, ratios = document["sides"], {"bundle": 1.0}
     ratios |= {name: ratio["median"] for name, ratio in document["ratios"].items()}
     plain = next(ratio for name, ratio in ratios.items() if name.endswith("/0-plain"))
@@ -92,7 +98,7 @@ def plot(document: dict[str, Any]) -> str:
     order.insert(sum(not Path(name).name.startswith("no-") for name in order), "bundle")
     widest, rows = max(speeds.values()), []
     for i, name in enumerate(order):
-        label = Path(name).name.replace("-", " ") if name != "bundle" else "all"
+        label = Path(name).name.replace("-", " ") if name != "bundle" else f"{last}: all"
         kind = "left out" if label.startswith("no ") else "added"
         change = ((sides[name]["quality"] or {}).get("clip_delta_mean") or {}).get("value")
         note = f"{speeds[name]:.2f}x" + (f", CLIP {change:+.1%}" if change is not None else "")
@@ -121,7 +127,8 @@ def main() -> None:
     arguments = parser.parse_args()
     stages, cache, made = Stages(), Cache(Path("artifacts/cache")), []
     plan = None
-    for name, recipe in variants(read_recipe(arguments.recipe)).items():
+    asked = read_recipe(arguments.recipe)
+    for name, recipe in variants(asked).items():
         plan = make_plan(recipe, arguments.recipe.parent)
         compile_plan(plan, FOLDER / name, cache, stages)
         made.append(FOLDER / name)
@@ -129,7 +136,7 @@ def main() -> None:
     *others, full = made
     options = Options(tuple(map(str, others)), plan.checkpoint.root, images=arguments.images)
     document = run_bench(full, options, arguments.output, False, stages)
-    arguments.output.with_suffix(".svg").write_text(plot(document), "utf-8")
+    arguments.output.with_suffix(".svg").write_text(plot(document, used_levers(asked)[-1]), "utf-8")
     print(json.dumps(document["files"]))
 
 

@@ -21,6 +21,7 @@ from slipcast_compiler import package, publish
 from slipcast_compiler.build import build_target, exported_sources
 from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.caching import cache_features, cut_for_caching
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
 from slipcast_compiler.export import cached_export
@@ -38,12 +39,15 @@ from slipcast_compiler.timesteps import choose_timesteps
 
 @dataclass(frozen=True)
 class Engine:
-    """Engines of all components in a bundle's folder; `stages`: see Variant; `target`: its id."""
+    """Engines of all components in a bundle's folder; `stages`: see Variant; `target`: its id. `exported`: the graphs
+    that they were made of, before the denoiser was cut for caching; `prompts`: a closed family's table."""
 
     folder: Path
     rewrite: Rewrite
     stages: Path | None
     target: str
+    exported: dict[str, Path]
+    prompts: Path | None
 
 
 class Silent(Stages):
@@ -78,6 +82,7 @@ def engine_key(plan: Plan) -> str:
     recipe = plan.recipe
     decides = {
         "passes": recipe.passes.model_dump(mode="json"),
+        "caching": recipe.caching and recipe.caching.share,
         "target": recipe.targets[measured_target(plan)].model_dump(mode="json"),
         "measuring": plan.measuring.model_dump(mode="json"),  # what profiles and calibration are taken from
     }
@@ -85,7 +90,8 @@ def engine_key(plan: Plan) -> str:
 
 
 def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
-    """Engines for the plan's measured target, in `folder`, which is new: a bundle of its own, with its sampling."""
+    """Engines for the plan's measured target, in `folder`, which is new: a bundle of its own, with its sampling. With
+    [caching] all its steps are full."""
     profile = make_profile(plan, cache, silent) if needs_profile(plan) else None
     rewritten = apply_passes(plan, profile, cache, Silent())
     exported = {
@@ -101,15 +107,21 @@ def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
         samples = calibration_samples(plan, exported, prompts, options.samples, cache, silent)
         quantized = quantize(plan, exported["denoiser"], samples, cache, silent)
     folder.mkdir()
-    sources, check = exported_sources(exported, quantized), quantized.check if quantized else None
+    parts, caching = cut_for_caching(plan, exported, cache) if plan.recipe.caching else (exported, None)
+    sources, check = exported_sources(parts, quantized), quantized.check if quantized else None
     target = build_target(table, sources, plan.image, Pool(folder), cache, silent, check)
-    fields = package.describe(plan, exported, prompts, folder)
+    fields = package.describe(plan, parts, prompts, folder, exported["denoiser"], caching)
     publish.write_manifest(folder, {**fields, "targets": (target,)})
-    return Engine(folder, rewritten.rewrite, exported["denoiser"] if plan.recipe.staging else None, target.id)
+    stages = exported["denoiser"] if plan.recipe.staging else None
+    return Engine(folder, rewritten.rewrite, stages, target.id, exported, prompts)
 
 
 def variant_of(plan: Plan, engine: Engine, cache: Cache) -> Variant:
-    """How the plan samples with its engine, with a list of noise levels that is found first where it asks for one."""
+    """How the plan samples with its engine, with a list of noise levels, and of steps that are shallow, that are found
+    first where it asks for them."""
     if plan.recipe.timesteps:
         plan, _ = choose_timesteps(plan, engine.rewrite, cache, silent)
-    return Variant(engine.folder, plan.sampling, engine.stages)
+    caching = None
+    if plan.recipe.caching:
+        caching = cache_features(plan, engine.exported, engine.prompts, cache, silent).record
+    return Variant(engine.folder, plan.sampling, engine.stages, caching)

@@ -21,6 +21,7 @@ FEWEST_STEPS = 3  # of a checkpoint that is not distilled to few
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "ays_sd15")
 FLOW_SCHEDULES = ("flow", "flow_uniform", "karras")
 FOUND = ("dp", "direct")  # methods of [timesteps]
+SHARE = 0.2  # of the denoiser that a shallow one is, with feature caching
 RATIOS = (0.0, 0.15, 0.3, 0.45, 0.6)
 ENERGIES = (0.99, 0.999, 1.0)
 LARGE = 100_000_000  # parameters of a denoiser: Stable Diffusion 1.5 gains by int8, the reference model does not
@@ -110,6 +111,15 @@ def _interval(plan: Plan) -> dict[str, Dimension]:
     return {"guidance_low": _ordered(low, lows), "guidance_high": _ordered(high, highs)}
 
 
+def _caching(plan: Plan) -> dict[str, Dimension]:
+    """Whether about half of the steps are shallow, by a mask that is found for each point. It takes memory."""
+    sampler, search = SAMPLERS[plan.sampling.sampler], plan.recipe.search
+    fewer = search and search.objective == "memory"
+    if fewer or _few(plan) or plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2:
+        return {}
+    return {"caching": Dimension((False, True), False, ordered=False, dear=(True,))}
+
+
 def _pruned(name: str) -> Callable[[Plan], dict[str, Dimension]]:
     def dimensions(plan: Plan) -> dict[str, Dimension]:
         if _cannot_profile(plan):
@@ -162,6 +172,7 @@ LEVERS: dict[str, Lever] = {
     "guidance_interval": Lever(
         _interval, lambda plan, at: {"sampling.guidance_interval": [at["guidance_low"], at["guidance_high"]]}
     ),
+    "caching": Lever(_caching, lambda plan, at: {"caching.share": SHARE}, engine=True),
     "heads": Lever(_pruned("heads"), lambda plan, at: {"passes.prune_heads.ratio": at["heads"]}, engine=True),
     "ffn": Lever(_pruned("ffn"), lambda plan, at: {"passes.prune_ffn.ratio": at["ffn"]}, engine=True),
     "low_rank": Lever(_low_rank, lambda plan, at: {"passes.low_rank.energy": at["energy"]}, engine=True),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle import Bundle
-from slipcast.manifest import MANIFEST_NAME, Sampling, read_manifest
+from slipcast.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
 from slipcast.pipeline import Pipeline
 from slipcast_compiler.stages import write_step_table
 
@@ -27,11 +27,13 @@ PAUSE_S = 0.02  # between two runs: thread pools spin for a while after their wo
 @dataclass(frozen=True)
 class Variant:
     """Engines and a way to sample with them. `folder`: a bundle with its first target. `stages`: where the denoiser's
-    step graph is, with which a table is made for the schedule; None where it was not staged."""
+    step graph is, with which a table is made for the schedule; None where it was not staged. `caching`: with a shallow
+    denoiser, the steps that it is for."""
 
     folder: Path
     sampling: Sampling
     stages: Path | None
+    caching: Caching | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Measuring:
         manifest, target = engines.manifest, engines.manifest.targets[0]
         others = [name for name in manifest.requires if not name.startswith("guidance")]
         fields: dict[str, Any] = {
-            "sampling": variant.sampling, "requires": (*others, *variant.sampling.requires),
+            "sampling": variant.sampling, "requires": (*others, *variant.sampling.requires), "caching": variant.caching,
         }  # fmt: skip
         if variant.stages:
             fields |= write_step_table(variant.stages, variant.sampling, variant.folder)

@@ -33,7 +33,7 @@ images = 4
 [gate]
 psnr = 8.0
 [search]
-levers = ["steps", "guidance_interval", "ffn"]
+levers = ["steps", "guidance_interval", "caching", "ffn"]
 """
 )
 

@@ -92,13 +92,21 @@ def test_engines_are_shared_by_points_that_differ_in_sampling() -> None:
         assert (engine_key(apply(plan, space.overrides(point))) != own) == (name in engines), name
         kept = space.own | space.engine(point)
         assert engine_key(apply(plan, space.overrides(kept))) == engine_key(apply(plan, space.overrides(point)))
-        assert space.is_dear(point) == (point["timesteps"] in ("dp", "direct"))
+        assert space.is_dear(point) == (point["timesteps"] in ("dp", "direct") or point["caching"])
 
 
 def test_levers_that_are_named_are_turned_and_no_others() -> None:
     space = Space(planned('search.levers=["heads", "steps"]'))
     assert list(space.dimensions) == ["steps", "heads"]
     assert Space(planned('search.objective="memory"')).levers == ("heads", "ffn", "low_rank")
+
+
+def test_caching_where_no_step_can_be_shallow_is_a_contradiction() -> None:
+    plan = planned("sampling.steps=2", "reference.steps=20")
+    space = Space(plan)
+    apply(plan, space.overrides(space.own | {"caching": True}))
+    with pytest.raises(RecipeError, match="more often than once a step"):
+        apply(plan, space.overrides(space.own | {"caching": True, "sampler": "pndm"}))
 
 
 def test_values_of_the_recipe_are_among_those_that_are_tried() -> None:
@@ -124,7 +132,7 @@ def test_few_step_checkpoints_have_fewer_levers(scheduler: str, tmp_path: Path) 
     assert "heads" not in space.dimensions  # two prompts are too few to choose by
     table = plan.recipe.search
     assert table
-    for lever in ("sampler", "timesteps", "guidance_interval", "heads"):
+    for lever in ("sampler", "timesteps", "guidance_interval", "caching", "heads"):
         recipe = plan.recipe.model_copy(update={"search": table.model_copy(update={"levers": (lever,)})})
         with pytest.raises(RecipeError, match=f"{lever}: this recipe and its checkpoint have no use for it"):
             Space(dataclasses.replace(plan, recipe=recipe))

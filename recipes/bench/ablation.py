@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 
 from slipcast.progress import Stages
 from slipcast_compiler.bench.plan import Options
-from slipcast_compiler.bench.run import run_bench
+from slipcast_compiler.bench.run import run_bench, write
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.compile import compile_plan
 from slipcast_compiler.plan import make_plan
@@ -134,8 +137,12 @@ def main() -> None:
         made.append(FOLDER / name)
     assert plan
     *others, full = made
-    options = Options(tuple(map(str, others)), plan.checkpoint.root, images=arguments.images)
+    checkpoint = Path(os.path.relpath(plan.checkpoint.root))
+    options = Options(tuple(map(str, others)), checkpoint, images=arguments.images)
     document = run_bench(full, options, arguments.output, False, stages)
+    # What makes it again, in place of the comparison's own command.
+    document["command"] = shlex.join(["python", "recipes/bench/ablation.py", *sys.argv[1:]])
+    write(document, arguments.output, full / "report.html", stages)
     arguments.output.with_suffix(".svg").write_text(plot(document, used_levers(asked)[-1]), "utf-8")
     print(json.dumps(document["files"]))
 

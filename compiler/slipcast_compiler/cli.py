@@ -28,7 +28,7 @@ def compile_command(
     """Compile a checkpoint for a prompt family into a bundle."""
     from slipcast_compiler.plan import make_plan
     from slipcast_compiler.publish import check_output
-    from slipcast_compiler.recipe import read_recipe
+    from slipcast_compiler.reading import read_recipe
 
     parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts") / parsed.name
@@ -82,7 +82,7 @@ def build_command(
     from slipcast.progress import Stages
     from slipcast_compiler.add_target import add_target
     from slipcast_compiler.cache import Cache
-    from slipcast_compiler.recipe import parse_target
+    from slipcast_compiler.reading import parse_target
 
     table = parse_target(wanted, overrides)
     made = add_target(bundle, table, output or bundle, Cache(cache), Stages(), images, replace)
@@ -118,7 +118,7 @@ def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...
     from slipcast_compiler.profile import make_profile
     from slipcast_compiler.profile_page import publish
     from slipcast_compiler.publish import check_output
-    from slipcast_compiler.recipe import read_recipe
+    from slipcast_compiler.reading import read_recipe
 
     parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts/profiles") / parsed.name

@@ -24,7 +24,8 @@ from slipcast_compiler.build import Source, exported_sources, tensorrt
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import TargetTable, read_recipe
+from slipcast_compiler.reading import read_recipe
+from slipcast_compiler.recipe import TargetTable
 
 ENGINE = "tensorrt-rtx"
 GPUS = ((), ("8.6", "8.9"))  # the portable default first

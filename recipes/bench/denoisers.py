@@ -37,7 +37,7 @@ from slipcast_compiler.passes import qdq
 from slipcast_compiler.passes.apply import apply_passes
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import read_recipe
+from slipcast_compiler.reading import read_recipe
 
 ENGINE = "openvino"
 ROUNDS = 5

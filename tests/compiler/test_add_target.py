@@ -27,7 +27,8 @@ from slipcast_compiler.add_target import add_target
 from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.publish import write_manifest
-from slipcast_compiler.recipe import TargetTable, parse_target
+from slipcast_compiler.reading import parse_target
+from slipcast_compiler.recipe import TargetTable
 
 needs_rtx = pytest.mark.skipif(not ENGINES["tensorrt-rtx"].can_build(), reason="tensorrt-rtx is not installed")
 SIZE = 16

@@ -20,7 +20,8 @@ from slipcast_compiler.build import build_targets, tensorrt
 from slipcast_compiler.build.tensorrt import Options
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.recipe import TargetTable, parse_recipe
+from slipcast_compiler.reading import parse_recipe
+from slipcast_compiler.recipe import TargetTable
 
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"

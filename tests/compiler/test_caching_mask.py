@@ -11,7 +11,7 @@ from test_plan import planned
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.caching import choose_mask
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 
 
 def _error(errors: np.ndarray, mask: tuple[bool, ...]) -> float:

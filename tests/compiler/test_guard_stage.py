@@ -8,7 +8,7 @@ import pytest
 from slipcast.errors import RecipeError
 from slipcast.guard import NEIGHBOURS, nearness
 from slipcast_compiler.guard import choose_threshold, left_out
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 
 RECIPE = """
 name = "x"

@@ -26,7 +26,7 @@ from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.profile import Profile, calibration_images, make_profile, open_profile
 from slipcast_compiler.profile_page import curves, figures, heat_map, publish, render_page
 from slipcast_compiler.profiling import Job, chosen_states, evaluated_sigmas, measure
-from slipcast_compiler.recipe import parse_recipe, read_recipe
+from slipcast_compiler.reading import parse_recipe, read_recipe
 from slipcast_compiler.streaming import CAPACITY, Inputs, Reservoir
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from slipcast_compiler.build import BUILDERS, tensorrt
 from slipcast_compiler.passes import qdq
 from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions, quantize_graph
 from slipcast_compiler.passes.sensitivity import Found, prediction_error, search
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 
 CHANNELS, CELLS = 16, 4
 GUIDANCE = 4.0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.recipe import key_lines, parse_recipe, read_recipe, slots_of
+from slipcast_compiler.reading import key_lines, parse_recipe, read_recipe
+from slipcast_compiler.recipe import slots_of
 
 GOOD = """
 name = "good"

@@ -20,7 +20,8 @@ from slipcast.schedules import NoiseProcess
 from slipcast_compiler import report
 from slipcast_compiler.evaluate import GateRow, Originals, Run
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import Recipe, parse_recipe
+from slipcast_compiler.reading import parse_recipe
+from slipcast_compiler.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)> & "quotes"'

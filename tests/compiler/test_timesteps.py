@@ -18,7 +18,7 @@ from slipcast.schedules import NoiseProcess, from_sigmas, make_schedule
 from slipcast_compiler import timesteps
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 from slipcast_compiler.rewrite import UNCHANGED
 from slipcast_compiler.timesteps import Model, cheapest_path, choose_timesteps, descend, distance, local_errors, search
 

@@ -20,7 +20,7 @@ from slipcast.progress import Stages
 from slipcast_compiler.add_target import add_target
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.metrics import psnr
-from slipcast_compiler.recipe import parse_target
+from slipcast_compiler.reading import parse_target
 
 pytestmark = [
     pytest.mark.gpu,

@@ -29,7 +29,8 @@ from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, replan
 from slipcast_compiler.profile import make_profile
-from slipcast_compiler.recipe import Recipe, StagingTable, put
+from slipcast_compiler.reading import put
+from slipcast_compiler.recipe import Recipe, StagingTable
 from slipcast_compiler.rewrite import Rewrite
 from slipcast_compiler.search.levers import measured_target
 from slipcast_compiler.search.measuring import Variant

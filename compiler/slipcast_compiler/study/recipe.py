@@ -11,15 +11,8 @@ from slipcast.validation import Strict, problems
 from slipcast_compiler.passes.options import Texts
 from slipcast_compiler.passes.prune_heads import Criterion, PruneHeads, needs_profile
 from slipcast_compiler.passes.recover import Recover
-from slipcast_compiler.recipe import (
-    FamilyTable,
-    ModelTable,
-    ProfileTable,
-    SamplingTable,
-    parse_toml,
-    read_text,
-    refusal,
-)
+from slipcast_compiler.reading import parse_toml, read_text, refusal
+from slipcast_compiler.recipe import FamilyTable, ModelTable, ProfileTable, SamplingTable
 
 GENERIC = "generic"
 

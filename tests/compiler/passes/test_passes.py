@@ -19,7 +19,7 @@ from slipcast_compiler.export import export_component
 from slipcast_compiler.passes import PASSES, PassesTable, micro
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.micro import Gain
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 from slipcast_compiler.rewrite import Rewrite
 
 # What each does nothing with, and what it certainly does something with.

@@ -17,7 +17,7 @@ from slipcast_compiler.layers import attention_layers, feed_forward_layers, line
 from slipcast_compiler.passes import Context, PassesTable
 from slipcast_compiler.passes.apply import REPORT, _run
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import parse_recipe
+from slipcast_compiler.reading import parse_recipe
 from slipcast_compiler.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite
 
 SHAPES = Path("recipes/models/shapes")

@@ -20,7 +20,7 @@ from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.recipe import read_recipe
+from slipcast_compiler.reading import read_recipe
 from slipcast_compiler.search import run
 from slipcast_compiler.search.journal import JOURNAL
 

@@ -80,11 +80,7 @@ class Pipeline:
         self._step_table = read_step_table(bundle.path(staging.step_table), staging) if staging else None
         self._guard = self._open_guard()
         openers = {str(name): partial(self._open, str(name)) for name in target.components}
-        files = {
-            str(name): [bundle.path(file) for file in (each.model, each.weights) if file]
-            for name, each in target.components.items()
-        }
-        self.residency = Residency(openers, residency, {FALLBACK}, files)
+        self.residency = Residency(openers, residency, rare={FALLBACK})
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
 
     def __call__(
@@ -151,11 +147,8 @@ class Pipeline:
 
     def _run(self, request: Request, callback: OnStepEnd | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
-        self.residency.read_ahead(request.component)
         conditioning, verdicts = self._encode(request, seconds)
         strangers = [i for i, verdict in enumerate(verdicts) if verdict.fallback]
-        if request.output_type != "latent":
-            self.residency.read_ahead("vae_decoder")
         if not strangers:
             latents, steps = self._denoise(request, conditioning, callback, seconds)
         else:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
 from slipcast.engines import Engine
 from slipcast.errors import RequestError
 
 Policy = Literal["all", "sequential"]
-AT_ONCE = 512 << 10  # bytes: Linux reads no more than the device takes in one request, however much is asked for
 
 
 class Residency:
     """Opens engines on demand: `all` keeps every one open, `sequential` those in use: one, or the two denoisers of
     feature caching."""
 
-    def __init__(
-        self,
-        openers: Mapping[str, Callable[[], Engine]],
-        policy: Policy,
-        rare: Collection[str] = (),
-        files: Mapping[str, Collection[Path]] | None = None,
-    ) -> None:
-        """`rare`: components that are opened when they are first used, and not before. `files`: what is read to open
-        each."""
+    def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy, rare: Collection[str] = ()) -> None:
+        """`rare`: components that are opened when they are first used, and not before."""
         if policy not in get_args(Policy):
             raise RequestError(f"unknown residency {policy!r}", expected=" or ".join(get_args(Policy)), got=policy)
-        self._openers, self._files = openers, files or {}
+        self._openers = openers
         self._stacks: dict[str, ExitStack] = {}
         self._to_stay = set(rare) if policy == "all" else set[str]()
         self._open: dict[str, Engine] = {}
@@ -61,13 +50,6 @@ class Residency:
             with self._openers[component]() as engine:
                 yield engine
 
-    def read_ahead(self, *components: str) -> None:
-        """Have the system read what will be used next from the disk, while something else runs: it is in memory that is
-        free, or gives way. Nothing for what is open, or unknown here."""
-        paths = [path for name in components if name not in self._open for path in self._files.get(name, ())]
-        if paths and hasattr(os, "posix_fadvise"):
-            threading.Thread(target=_read_ahead, args=(paths,), daemon=True).start()
-
     def free_others(self, component: str) -> None:
         """Free what stays loaded but for one component; each is opened again when it is next used."""
         for name in [name for name in self._open if name != component]:
@@ -87,10 +69,3 @@ class Residency:
     def _keep(self, name: str, engine: Engine) -> None:
         self._stacks[name] = stack = ExitStack()
         self._open[name] = stack.enter_context(engine)
-
-
-def _read_ahead(paths: Collection[Path]) -> None:
-    for path in paths:
-        with suppress(OSError), path.open("rb") as file:  # whoever opens it says what is wrong
-            for offset in range(0, os.fstat(file.fileno()).st_size, AT_ONCE):
-                os.posix_fadvise(file.fileno(), offset, AT_ONCE, os.POSIX_FADV_WILLNEED)

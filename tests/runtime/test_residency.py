@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fakes import COMPONENTS, Fakes, write_fake
 
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.pipeline import load
-from slipcast.residency import AT_ONCE, Residency
+from slipcast.residency import Residency
 
 
 @pytest.fixture
@@ -114,19 +113,3 @@ class TestPipeline:
         assert engines.open_now == []
         engines.functions["denoiser"] = fakes.predict
         assert len(pipe("a red circle", seed=1).images) == 1
-
-
-def test_what_comes_next_is_read_ahead(tmp_path: Path, engines: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("os.posix_fadvise", lambda file, at, size, advice: asked.append((at, size)), raising=False)
-    large, missing = tmp_path / "denoiser.bin", tmp_path / "missing.bin"
-    large.write_bytes(bytes(AT_ONCE + 1))
-    files = {"denoiser": [missing, large], "text_encoder": [large]}
-    residency = Residency(openers(engines), "sequential", files=files)
-    residency.read_ahead("denoiser", "unknown")
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join()
-    assert asked == [(0, AT_ONCE), (AT_ONCE, AT_ONCE)]
-    Residency(openers(engines), "all", files=files).read_ahead("denoiser")  # it is open
-    assert len(asked) == 2

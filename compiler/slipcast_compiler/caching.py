@@ -6,7 +6,6 @@ before it, against what it gives with its own, on the trajectories of calibratio
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import tempfile
@@ -116,8 +115,6 @@ def _measure(
     advance: Advance,
 ) -> Errors:
     """See reuse.measure_reuse: through the runtime, with ONNX Runtime in fp32, or from the cache."""
-    sampling = plan.sampling.model_copy(update={"early_exit": None})  # every step is to be seen
-    plan = dataclasses.replace(plan, sampling=sampling)
     texts = plan.family.calibration if plan.family else (None,)
     chosen = tuple(texts[i % len(texts)] for i in range(IMAGES))
 
@@ -135,7 +132,7 @@ def _measure(
 
     inputs = {
         "exported": {component: source.name for component, source in both.items()}, "prompts": chosen,
-        "table": prompts and prompts.parent.name, "sampling": sampling.model_dump(mode="json"), "longest": longest,
+        "table": prompts and prompts.parent.name, "sampling": plan.sampling.model_dump(mode="json"), "longest": longest,
     }  # fmt: skip
     found = json.loads((cache.get("reuse", inputs, make) / MEASURED).read_text())
     return np.array([[math.inf if error is None else error for error in row] for row in found])

@@ -16,7 +16,7 @@ from slipcast_compiler.caching import cache_features
 from slipcast_compiler.calibration import calibration_samples
 from slipcast_compiler.closed import cached_prompts
 from slipcast_compiler.cost import cost
-from slipcast_compiler.early_exit import choose_exit
+from slipcast_compiler.early_exit import choose_exits
 from slipcast_compiler.export import cached_export
 from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
 from slipcast_compiler.judging import judge_targets
@@ -61,12 +61,6 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     if plan.recipe.timesteps:
         with stages.stage("timesteps") as advance:
             plan, timesteps = choose_timesteps(plan, rewritten.rewrite, cache, advance)
-
-    # How little an image has to change, from one step to the next, to be taken for finished.
-    exits = None
-    if plan.recipe.early_exit:
-        with stages.stage("early exit") as advance:
-            plan, exits = choose_exit(plan, rewritten.rewrite, cache, advance)
 
     # Every component as an ONNX graph, without ever holding its weights.
     exported = {}
@@ -115,6 +109,14 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         fields = package.describe(plan, exported, prompts, folder, staged, caching) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
         publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+
+        # How little an image has to change, from one step to the next, to be taken for finished.
+        exits = None
+        if plan.recipe.early_exit:
+            targets, exits = choose_exits(plan, folder, targets, cache, stages)
+            if any(target.early_exit for target in targets):
+                fields["requires"] = (*fields["requires"], "early_exit")
+            publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle against the original: what can run here.
         judged = judge_targets(plan, folder, targets, originals, stages)

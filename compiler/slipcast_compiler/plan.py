@@ -55,7 +55,7 @@ class Plan:
     def measuring(self) -> Sampling:
         """The sampling of what is measured on the denoiser: guidance in every evaluation, as it needs both branches."""
         chosen = self.reference if self.recipe.profile.sampling == "reference" else self.sampling
-        return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0, "early_exit": None})
+        return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
 
     @property
     def prompts(self) -> Prompts:

@@ -86,7 +86,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
     recipe = plan.recipe.model_dump(mode="json", exclude_none=True)
     for table in {"family", "evaluate"} & set(recipe):
         recipe[table] = {key: value for key, value in recipe[table].items() if value not in ([], {})}
-    sampling = plan.sampling.model_dump(mode="json", exclude={"noise", "early_exit"}, exclude_none=True)
+    sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
     if not plan.sampling.schedule:  # an explicit list has its own length
         for given in (sampling, recipe["sampling"]):
             for key in {"steps", "schedule"} & set(given):

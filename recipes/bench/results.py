@@ -32,7 +32,7 @@ TITLES = {
 # What a table does not say by itself.
 REMARKS = {
     "shapes-circles-ablation": (
-        "For one picture of so small a model it is the number of steps that pays. Pruning shortens nothing that is bound "
+        "For one picture of so small a model the number of steps is what pays. Pruning shortens nothing that is bound "
         "by its number of operations; where guidance begins and ends OpenVINO prepares for another batch, which costs "
         "what the rows would: what the interval does here is good for the CLIP score. At 512x512 they pay (below)."
     ),

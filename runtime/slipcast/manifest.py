@@ -110,8 +110,7 @@ class ImageGeometry(Strict):
 class Sampling(Strict):
     """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.
 
-    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance. `early_exit`: see
-    early_exit.EarlyExit.
+    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance.
     """
 
     sampler: Name
@@ -123,7 +122,6 @@ class Sampling(Strict):
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     guidance_reuse: Count = 0
-    early_exit: Annotated[float, Field(gt=0)] | None = None
     eta: float = 0.0
     noise: NoiseProcess
 
@@ -156,11 +154,7 @@ class Sampling(Strict):
     @property
     def requires(self) -> tuple[str, ...]:
         """What a reader has to know, to make these pictures and no others."""
-        asked = {
-            "guidance_interval": self.guidance_interval,
-            "guidance_reuse": self.guidance_reuse,
-            "early_exit": self.early_exit,
-        }
+        asked = {"guidance_interval": self.guidance_interval, "guidance_reuse": self.guidance_reuse}
         return tuple(name for name, value in asked.items() if value)
 
     def guidance(self, scale: float | None = None) -> Guidance:
@@ -339,6 +333,7 @@ class Target(Strict):
     """Where the bundle can run, with the evidence for it: none if the machine that built it could not run it.
 
     `quality` is measured against the original, `addition` against another target, where the original was not at hand.
+    `early_exit`: a threshold for early_exit.EarlyExit, of the target, since clean images change by its rounding too.
     """
 
     engine: Name
@@ -346,6 +341,7 @@ class Target(Strict):
     precision: Literal["fp32", "fp16", "bf16", "int8"]
     components: dict[ComponentName, EngineFiles]
     built: Built | None = None
+    early_exit: Annotated[float, Field(gt=0)] | None = None
     quality: Quality | None = None
     performance: Performance | None = None
     addition: Addition | None = None
@@ -434,6 +430,8 @@ class Manifest(Strict):
                 raise ValueError(f"{path!r} is used but not listed under files")
         if missing := [name for name in self.sampling.requires if name not in self.requires]:
             raise ValueError(f"{missing[0]} has to be named under requires")
+        if ("early_exit" in self.requires) != any(target.early_exit for target in self.targets):
+            raise ValueError("early_exit has to be named under requires")
         if ("staging" in self.requires) != (self.staging is not None):
             raise ValueError("staging has to be named under requires")
         if ("caching" in self.requires) != (self.caching is not None):

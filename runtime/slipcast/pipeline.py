@@ -255,7 +255,8 @@ class Pipeline:
             )  # fmt: skip
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
             guided = Guided(settings.noise, schedule, evaluate, guidance)
-            denoise = EarlyExit(guided, settings.early_exit if own else None, images)
+            threshold = self._target.early_exit if own and request.component == "denoiser" else None
+            denoise = self._watch(guided, threshold, images)
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -271,6 +272,10 @@ class Pipeline:
                 if not denoise.end_step():
                     break
         return denoise.results(x * final_scale(settings.noise, schedule)), denoise.steps
+
+    def _watch(self, guided: Guided, threshold: float | None, images: int) -> EarlyExit:
+        """What stops images early; a place for compilers to see what they pass through."""
+        return EarlyExit(guided, threshold, images)
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""

@@ -53,7 +53,7 @@ def test_strangers_get_the_originals_picture(folder: Path) -> None:
 
 def test_a_batch_of_both(folder: Path) -> None:
     with slipcast.load(folder / "bundle") as pipe:
-        assert pipe.manifest.requires == ("early_exit", "staging", "guard")
+        assert pipe.manifest.requires == ("staging", "guard", "early_exit")
         prompts = [MEMBER, STRANGER, MEMBER, STRANGER]
         out = pipe(prompts, seed=5, output_type="np")
         assert [verdict.fallback for verdict in out.guard] == [False, True, False, True]

@@ -38,7 +38,11 @@ def _cached(root: Path, mask: Sequence[bool] = MASK, sampling: Mapping[str, Any]
         (root / f"denoiser_shallow{suffix}").write_text("shallow")
     for target in document["targets"]:
         target["components"]["denoiser_shallow"] = {"model": "denoiser_shallow.xml", "weights": "denoiser_shallow.bin"}
-    asked = {name for name in ("guidance_interval", "guidance_reuse", "early_exit") if document["sampling"].get(name)}
+    asked = {name for name in ("guidance_interval", "guidance_reuse") if document["sampling"].get(name)}
+    if threshold := document["sampling"].pop("early_exit", None):
+        asked.add("early_exit")
+        for target in document["targets"]:
+            target["early_exit"] = threshold
     document |= {
         "caching": {"features": [FEATURE], "mask": list(mask), "share": 0.25} | caching,
         "requires": ["caching", *sorted(asked)], "files": list_files(root),

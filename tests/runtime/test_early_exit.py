@@ -26,7 +26,8 @@ def _bundle(root: Path, threshold: float | None, **sampling: Any) -> Path:
     settings = fakes.document(Path("nowhere"))["sampling"] | {"steps": STEPS, **sampling}
     if threshold is None:
         return write_fake(root, sampling=settings)
-    return write_fake(root, sampling=settings | {"early_exit": threshold}, requires=["early_exit"])
+    targets = [target | {"early_exit": threshold} for target in fakes.document(Path("nowhere"))["targets"]]
+    return write_fake(root, sampling=settings, targets=targets, requires=["early_exit"])
 
 
 @pytest.fixture

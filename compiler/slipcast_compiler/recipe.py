@@ -296,8 +296,6 @@ class Recipe(Strict):
             raise ValueError("two targets with the same engine, precision and GPUs")
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
-        if self.caching and self.search:
-            raise ValueError("[caching]: [search] tries it for each of its points: take the table out")
         if self.caching and self.passes.quantize:
             raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")
         wanted = any(target.precision == "int8" for target in self.targets)

@@ -19,7 +19,7 @@ sampling = {{ sampler = "dpmpp_2m", steps = 4, guidance_scale = 4.0 }}
 reference.steps = 3
 early_exit = {{ max_error = 0.3, prompts = 2 }}
 staging = {{}}
-passes.prune_heads = {{ ratio = 0.5, criterion = "magnitude" }}
+passes.prune_heads = {{ ratio = 0.5, criterion = "magnitude", correct = false }}
 guard = {{ policy = "fallback", false_alarms = 0.1 }}
 evaluate = {{ images = 1, out_of_family = ["{STRANGER}"] }}
 [family]

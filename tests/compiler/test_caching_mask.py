@@ -72,10 +72,6 @@ def test_what_a_plan_refuses(recipe: str, says: str, tmp_path: Path) -> None:
             "passes.quantize = {}\ntargets = [{ engine = 'openvino', precision = 'int8' }]",
             "no shallow denoiser in INT8",
         ),
-        (
-            "search.budget_minutes = 1\ngate.psnr = 20\ntargets = [{ engine = 'openvino' }]",
-            "tries it for each of its points",
-        ),
         ("caching.share = 1.5\ntargets = [{ engine = 'openvino' }]", "caching.share"),
     ],
 )

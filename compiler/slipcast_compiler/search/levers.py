@@ -112,10 +112,12 @@ def _interval(plan: Plan) -> dict[str, Dimension]:
 
 
 def _caching(plan: Plan) -> dict[str, Dimension]:
-    """Whether about half of the steps are shallow, by a mask that is found for each point. It takes memory."""
+    """Whether about half of the steps are shallow, by a mask that is found for each point. It takes memory. What a
+    recipe says of it goes for all points."""
     sampler, search = SAMPLERS[plan.sampling.sampler], plan.recipe.search
     fewer = search and search.objective == "memory"
-    if fewer or _few(plan) or plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2:
+    one_engine = plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2
+    if plan.recipe.caching or fewer or one_engine or _few(plan):
         return {}
     return {"caching": Dimension((False, True), False, ordered=False, dear=(True,))}
 

@@ -109,6 +109,15 @@ def test_caching_where_no_step_can_be_shallow_is_a_contradiction() -> None:
         apply(plan, space.overrides(space.own | {"caching": True, "sampler": "pndm"}))
 
 
+def test_caching_that_the_recipe_asks_for_stays() -> None:
+    plan = planned("caching.full_steps=3")
+    space = Space(plan)
+    assert "caching" not in space.dimensions
+    for name, point in moved(plan):
+        if name != "steps" and point["sampler"] != "pndm":  # with which it cannot be
+            assert apply(plan, space.overrides(point)).full_steps == 3
+
+
 def test_values_of_the_recipe_are_among_those_that_are_tried() -> None:
     plan = planned("passes.prune_heads.ratio=0.33", "sampling.steps=9", "sampling.schedule=beta")
     space = Space(plan)

@@ -116,8 +116,9 @@ def _caching(plan: Plan) -> dict[str, Dimension]:
     recipe says of it goes for all points."""
     sampler, search = SAMPLERS[plan.sampling.sampler], plan.recipe.search
     fewer = search and search.objective == "memory"
-    one_engine = plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2
-    if plan.recipe.caching or fewer or one_engine or _few(plan):
+    if plan.recipe.caching:
+        return {"caching": Dimension((True,), True, ordered=False)}
+    if fewer or _few(plan) or plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2:
         return {}
     return {"caching": Dimension((False, True), False, ordered=False, dear=(True,))}
 

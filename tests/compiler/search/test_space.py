@@ -110,9 +110,9 @@ def test_caching_where_no_step_can_be_shallow_is_a_contradiction() -> None:
 
 
 def test_caching_that_the_recipe_asks_for_stays() -> None:
-    plan = planned("caching.full_steps=3")
+    plan = planned("caching.full_steps=3", 'search.levers=["steps", "sampler", "caching"]')
     space = Space(plan)
-    assert "caching" not in space.dimensions
+    assert space.dimensions["caching"].values == (True,)
     for name, point in moved(plan):
         if name != "steps" and point["sampler"] != "pndm":  # with which it cannot be
             assert apply(plan, space.overrides(point)).full_steps == 3

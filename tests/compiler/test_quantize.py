@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compiler.quantizing import GUIDANCE, quantise, write_samples
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError
-from slipcast.manifest import Component, EngineFiles, TensorSpec
+from slipcast.manifest import EngineFiles
 from slipcast_compiler.build import BUILDERS, tensorrt
 from slipcast_compiler.passes import qdq
-from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions, quantize_graph
+from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions
 from slipcast_compiler.passes.sensitivity import Found, prediction_error, search
 from slipcast_compiler.reading import parse_recipe
 
 CHANNELS, CELLS = 16, 4
-GUIDANCE = 4.0
 LAYERS = {"conv_in", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "conv_out"}
-CONTRACT = Component(
-    inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", 4, CELLS, CELLS)),),
-    outputs=(TensorSpec(name="prediction", dtype="float32", shape=("batch", 4, CELLS, CELLS)),),
-)
 
 
 def tiny_denoiser() -> Any:
@@ -79,20 +74,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(source: Path) -> Path:
-    folder = source.parent / "samples"
-    folder.mkdir()
-    rng, run = np.random.default_rng(1), qdq.session(source)
-    for i in range(12):
-        sample = rng.standard_normal((2, 4, CELLS, CELLS)).astype(np.float32)
-        np.savez(folder / f"{i:04}.npz", sample=sample, prediction=run({"sample": sample})["prediction"])
-    return folder
-
-
-def quantise(source: Path, samples: Path, out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
-    out.mkdir()
-    quantize_graph(source, samples, QuantizeOptions(**options), GUIDANCE, out, lambda done, total: None)
-    (out / "denoiser.json").write_text(CONTRACT.model_dump_json())
-    return out / "denoiser.onnx", json.loads((out / "quantize.json").read_text())
+    return write_samples(source, CELLS, 12)
 
 
 def int8_weights(model: Path) -> dict[str, tuple[int, ...]]:

@@ -179,7 +179,6 @@ class TestQuantize:
         with open_engine(engine, *paths, "fp32" if engine == "openvino" else "int8", contract(SIDE)) as run:
             error = prediction_error(run, samples, GUIDANCE)
         assert (error > 1.02 * exact) is (engine == "openvino"), (error, exact, report["error"])
-        with open_engine(
-            engine, *paths, "int8", contract(SIDE)
-        ) as run:  # the rest in bf16, where the engine computes in it
+        # With bf16 for the rest, where the engine computes in it.
+        with open_engine(engine, *paths, "int8", contract(SIDE)) as run:
             assert prediction_error(run, samples, GUIDANCE) < report["error"] + 0.02

@@ -122,6 +122,14 @@ def test_models_have_their_rows() -> None:
         )
 
 
+def test_forms_of_a_graph_have_their_rows() -> None:
+    document, table = json.loads((BENCH / "hygiene" / "shapes-circles.json").read_text("utf-8")), table_of("hygiene")
+    for engine, forms in document["targets"].items():
+        for form, found in forms.items():
+            (row,) = (line for line in table.splitlines() if line.startswith(f"| {engine} ") and f"| {form} |" in line)
+            assert f"| {document['nodes'][form]} | {found['layers']} | {found['seconds']['median'] * 1e3:.1f} |" in row
+
+
 def test_denoisers_have_their_rows() -> None:
     document, table = json.loads((BENCH / "denoisers" / "sd15-int8.json").read_text("utf-8")), table_of("denoisers")
     for name, side in document["sides"].items():

@@ -1,4 +1,4 @@
-"""Tables of the README that are not of `slipcast bench`: what builds.py, denoisers.py and staging.py measured."""
+"""Tables of the README that are not of `slipcast bench`: what the other scripts here measured."""
 
 from __future__ import annotations
 
@@ -84,6 +84,26 @@ def denoisers(file: Path = HERE / "denoisers" / "sd15-int8.json") -> str:
     return markdown(lines) + "\n" + paragraph(about) + "\n" + how(document)
 
 
+def hygiene(file: Path = HERE / "hygiene" / "shapes-circles.json") -> str:
+    """Nodes, layers and time of a denoiser's graph in its forms, a line for each target and form."""
+    document = json.loads(file.read_text("utf-8"))
+    lines = [["target", "graph", "nodes", "engine layers", "ms", "faster than as exported"]]
+    for engine, forms in document["targets"].items():
+        for form, found in forms.items():
+            ratio = found["ratio"]
+            lines.append([
+                f"{engine} {document['precisions'][engine]}", form, str(document["nodes"][form]), str(found["layers"]),
+                f"{found['seconds']['median'] * 1e3:.1f}",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            ])  # fmt: skip
+    host = document["host"]
+    about = (
+        f"{document['name']}, {document['image']}, 2 rows; {host['processor']} with {host['cores']} cores, "
+        f"{document['date'][:10]}, load {host['load_before']} before."
+    )
+    return markdown(lines) + "\n" + paragraph(about) + "\n" + how(document)
+
+
 def builds(folder: Path = HERE / "builds") -> str:
     """What engines took to build: a line for each component and precision, with figures for each choice of GPUs."""
     lines = [["model", "component", "graph in", *(f"{gpus}: s, peak MB, engine MB" for gpus in GPUS)]]
@@ -119,4 +139,6 @@ def about_builds(name: str, document: Document) -> str:
     return paragraph(text) + f"\n```console\n$ {document['command']}\n```\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"builds": builds, "staging": staging, "denoisers": denoisers}
+TABLES: dict[str, Callable[[], str]] = {
+    "builds": builds, "staging": staging, "hygiene": hygiene, "denoisers": denoisers,
+}  # fmt: skip

@@ -1,7 +1,7 @@
 """From which change on an image is finished: measured on calibration prompts, so that stopping costs what it may.
 
-On the engines of each target, since clean images change by their rounding too: in bf16 those of the reference model
-never change by less than 1.6 % from step to step, where in fp32 they do by less than 1 %.
+On the engines of each target, since clean images change by their rounding too: at the last steps those of the reference
+model change by about 2 % in bf16 where it is 1 to 2 % in fp32, and a threshold from fp32 stopped none in bf16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The recipe: one TOML file that says everything about a compile. Typed, frozen, validated once.
-
-Unknown keys, wrong types and contradictions are reported together, each with the line it stands on.
-"""
+"""The recipe: one TOML file that says everything about a compile. Typed, frozen, validated once; see reading.py."""
 
 from __future__ import annotations
 

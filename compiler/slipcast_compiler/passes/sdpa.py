@@ -37,7 +37,7 @@ CHUNK = 256  # queries
 
 def attentions_of(graph: Any) -> dict[str, str]:
     """Attention that may gain from INT8 -> its node. It is named after its module: ...attn1.sdpa."""
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.value_info)}
+    sizes = _sizes(graph)
     layers = {node: layer for layer, nodes in qdq.layers_of(graph).items() for node in nodes}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
@@ -109,7 +109,7 @@ def spelled_out(model: Path, folder: Path) -> Path:
 
 def spell_out(graph: Any, scales: Mapping[str, list[float]]) -> None:
     """Write those attention nodes as products and softmax, with quantisation before each product, in place."""
-    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.value_info)}
+    sizes = _sizes(graph)
     nodes: list[Any] = []
 
     def constant(name: str, value: Any) -> str:
@@ -141,6 +141,11 @@ def spell_out(graph: Any, scales: Mapping[str, list[float]]) -> None:
     kept = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _sizes(graph: Any) -> dict[str, list[int]]:
+    """The dimensions of every tensor, those that are free being 0."""
+    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.value_info)}
 
 
 def _scale(node: Any, width: int) -> float:

@@ -18,16 +18,18 @@ import numpy as np
 from slipcast.bundle import Bundle, check_digests, open_bundle
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
-from slipcast.evidence import held_out_prompts
+from slipcast.evidence import calibration_prompts, held_out_prompts
 from slipcast.manifest import SCHEMA_VERSION, Addition, Manifest, Target
-from slipcast.progress import Stages
+from slipcast.progress import Advance, Stages
 from slipcast_compiler import bundled, publish
 from slipcast_compiler.build import Source, build_target, declare
 from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.metrics import psnr
+from slipcast_compiler.mixed_precision import SAMPLES, check_cast, measure_cast
 from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.recording import record
 
 logger = logging.getLogger("slipcast")
 
@@ -75,12 +77,21 @@ def add_target(
                 pool.know(files, digests)
         with stages.stage("copy"):
             _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
+        sources, casts = _sources(bundle, portable, digests), {}
+        if table.half:
+            with stages.stage("record inputs") as advance:
+                inputs = _inputs(bundle, portable, sources, cache, advance)
+            with stages.stage("measure casts") as advance:
+                # What a denoiser in INT8 was before is not here: see casts.py.
+                measured = {name: s for name, s in sources.items() if (table.precision, name) != ("int8", "denoiser")}
+                casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
-            sources = _sources(bundle, portable, digests)
-            target = build_target(table, sources, bundle.manifest.image, pool, cache, advance)
+            target = build_target(table, sources, bundle.manifest.image, pool, cache, advance, casts=casts)
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)
+        if casts:
+            check_cast(folder, target, casts, sources, inputs, stages)
         if not_run := refusal(target):
             logger.warning("%s was not run here and is compared with nothing: %s", target.id, not_run)
         else:
@@ -90,6 +101,17 @@ def add_target(
             manifest = publish.write_manifest(folder, fields)
             publish.publish(folder, output)
     return Added(output, manifest, target, not_run)
+
+
+def _inputs(bundle: Bundle, portable: Target, sources: dict[str, Source], cache: Cache, advance: Advance) -> Path:
+    """What the portable target's components read; see mixed_precision.measure_cast."""
+    prompts: Sequence[str | None] = calibration_prompts(bundle)[:1] or [None]
+    inputs = {"sources": {name: source.identity for name, source in sources.items()}, "prompts": prompts}
+
+    def make(out: Path) -> None:
+        run_isolated(record, bundle.root, portable.id, tuple(sources), prompts, SAMPLES, out, advance=advance)
+
+    return cache.get("inputs", inputs, make)
 
 
 def find_portable(manifest: Manifest, precision: str) -> Target:

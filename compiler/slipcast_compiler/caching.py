@@ -20,16 +20,12 @@ import onnx_ir as ir
 from slipcast.errors import RecipeError
 from slipcast.manifest import Caching, Component
 from slipcast.progress import Advance
-from slipcast_compiler.build import build_target, exported_sources
-from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.cost import cost
 from slipcast_compiler.export import contract_of
 from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.package import describe
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.publish import write_manifest
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.portable import write_portable
 from slipcast_compiler.reuse import measure_reuse
 from slipcast_compiler.shallow import find_cut, full_model, place, shallow_model
 
@@ -120,14 +116,8 @@ def _measure(
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="slipcast-caching-") as name:
-            folder = Path(name)
-            sources, pool = exported_sources(both), Pool(folder)
-            target = build_target(
-                TargetTable(engine="onnxruntime"), sources, plan.image, pool, cache, lambda done, total: None
-            )
-            fields = describe(plan, both, prompts, folder, staged, record)
-            write_manifest(folder, {**fields, "targets": (target,)})
-            found = run_isolated(measure_reuse, folder, chosen, longest, advance=advance).result
+            write_portable(plan, both, prompts, Path(name), cache, staged, record)
+            found = run_isolated(measure_reuse, Path(name), chosen, longest, advance=advance).result
         (out / MEASURED).write_text(json.dumps(found))
 
     inputs = {

@@ -14,6 +14,7 @@ from slipcast_compiler.build import build_targets
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.caching import cache_features
 from slipcast_compiler.calibration import calibration_samples
+from slipcast_compiler.casts import measure_casts
 from slipcast_compiler.closed import cached_prompts
 from slipcast_compiler.cost import cost
 from slipcast_compiler.early_exit import choose_exits
@@ -102,13 +103,19 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             guard = cached_guard(plan, exported, cache, advance)
             exported |= fallbacks(plan, cache)
 
+    # What half precision would spoil, in any component, stays in fp32.
+    caching = cached.record if cached else None
+    casts = measure_casts(plan, exported, quantized, prompts, staged, caching, guard, cache, stages)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.staging(output) as folder:
-        targets = build_targets(plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized)
-        caching = cached.record if cached else None
+        targets = build_targets(
+            plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized, casts.found
+        )
         fields = package.describe(plan, exported, prompts, folder, staged, caching) | rewritten.manifest_fields()
         fields |= write_guard(plan, guard, folder, fields["requires"]) if guard else {}
         publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+        casts.check(folder, targets, stages)
 
         # How little an image has to change, from one step to the next, to be taken for finished.
         exits = None
@@ -125,7 +132,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         # The report is written in any case; the bundle is published only if the gate holds.
         record = report.make_record(plan, fields, judged, stages.seconds) | {
             "passes": {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})},
-            "search": searched, "timesteps": timesteps, "early_exit": exits,
+            "mixed_precision": casts.found, "search": searched, "timesteps": timesteps, "early_exit": exits,
             "staging": read_figures(staged), "caching": cached and cached.report,
             "guard": count_alarms(plan, fields.get("guard"), judged.runs),
             "cost": cost(exported["denoiser"] / "denoiser.onnx"),

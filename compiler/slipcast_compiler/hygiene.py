@@ -24,6 +24,23 @@ def _drop_idle_squeeze(graph: ir.Graph, node: ir.Node) -> None:
         graph.remove(node, safe=True)
 
 
+def _reshape_instead(graph: ir.Graph, node: ir.Node) -> None:
+    """What OpenVINO makes of an Unsqueeze itself, and forgets then that it was to stay in fp32 (build/openvino.py): it
+    is the first thing that happens to a timestep."""
+    after = node.outputs[0]
+    free = [not isinstance(size, int) for size in after.shape or [None, None]]
+    if sum(free) > 1:
+        return
+    sizes = [-1 if unknown else size for unknown, size in zip(free, after.shape, strict=True)]
+    shape = constant(graph, "to_" + "_".join(map(str, sizes)), np.array(sizes))
+    reshape = ir.node("Reshape", [node.inputs[0], shape], name=node.name)
+    _describe(reshape, after, after.shape)
+    graph.insert_before(node, reshape)
+    after.replace_all_uses_with(reshape.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    reshape.outputs[0].name = after.name
+
+
 def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
     """A mask that is the same for all queries: ONNX lets it broadcast, ONNX Runtime asks for a row per query."""
     query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
@@ -86,5 +103,6 @@ def _describe(node: ir.Node, like: ir.Value, shape: Sequence[int | ir.SymbolicDi
 
 
 _REWRITES = {
-    "Squeeze": _drop_idle_squeeze, "Attention": _widen_mask, "GroupNormalization": _spell_out_group_norm,
+    "Squeeze": _drop_idle_squeeze, "Unsqueeze": _reshape_instead, "Attention": _widen_mask,
+    "GroupNormalization": _spell_out_group_norm,
 }  # fmt: skip

@@ -203,6 +203,8 @@ ENGINE_KEYS = {
     "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
     "hardware_compatibility": ("tensorrt",), "version_compatible": ("tensorrt",), "refit": ("tensorrt",),
 }  # fmt: skip
+# What a target in int8 is in besides: the other components, and what is left of the denoiser.
+REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
 
 
 def _as_tuple(value: Any) -> Any:
@@ -217,7 +219,8 @@ class TargetTable(Strict):
     weights may stay on the host where the GPU's memory is short. `hardware_compatibility`: GPUs of the same compute
     capability as the one that is here, or all from Ampere on, and not this model alone. `version_compatible`: later
     versions of the library run the engines too, which may be slower, and bring code for the host. `refit`: weights can
-    be replaced in the engines.
+    be replaced in the engines. `max_cast_error`: by how much an output of any component may be off where it is cast to
+    fp16 or bf16, as a relative L2 norm; what does most damage stays in fp32 until it holds.
     """
 
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
@@ -231,11 +234,18 @@ class TargetTable(Strict):
     weight_streaming: bool | None = None
     version_compatible: bool | None = None
     refit: bool | None = None
+    max_cast_error: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def name(self) -> str:
         """Of its directory in a bundle: tensorrt-rtx-fp16-sm86-sm89."""
         return f"{self.engine}-{self.precision}{architectures(self.compute_capabilities or ())}"
+
+    @property
+    def half(self) -> Literal["fp16", "bf16"] | None:
+        """The precision of what is in neither fp32 nor int8, if anything is."""
+        precision = REST[self.engine] if self.precision == "int8" else self.precision
+        return precision if precision in ("fp16", "bf16") else None  # type: ignore[return-value]
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:
@@ -249,6 +259,8 @@ class TargetTable(Strict):
         given = [key for key in ENGINE_KEYS if getattr(self, key) is not None]
         if wrong := [key for key in given if self.engine not in ENGINE_KEYS[key]]:
             raise ValueError(f"{', '.join(wrong)}: not for {self.engine}")
+        if self.max_cast_error and not self.half:
+            raise ValueError(f"max_cast_error: nothing of {self.engine} in {self.precision} is in half precision")
         return self
 
 

@@ -31,13 +31,13 @@ def measure_reuse(
     """
     bundle = open_bundle(root)
     totals: npt.NDArray[np.float64] | None = None
-    with Recording(bundle, bundle.manifest.targets[0]) as pipe:
+    with Recording(bundle, bundle.manifest.targets[0], ("denoiser",)) as pipe:
         for k, prompt in enumerate(prompts):
             advance(k, len(prompts))
-            pipe.recorded.clear()
+            pipe.forget()
             latents = pipe(prompt, seed=k, output_type="latent", guard="warn").images
             with pipe.residency.use("denoiser_shallow") as shallow:
-                errors = _errors(bundle.manifest, pipe.recorded, shallow, longest) / _rms(latents)
+                errors = _errors(bundle.manifest, pipe.recorded["denoiser"], shallow, longest) / _rms(latents)
             totals = errors if totals is None else totals + errors
     assert totals is not None
     means = totals / len(prompts)

@@ -80,10 +80,11 @@ def write_samples(exported: Path, rows: int, count: int, out: Path, advance: Adv
     """`count` evaluations with the fp32 graph's predictions, as calibration.py has them."""
     contract = Component.model_validate_json((exported / "denoiser.json").read_text())
     run = qdq.session(exported / "denoiser.onnx")
+    (out / "denoiser").mkdir()
     for i in range(count):
         advance(i, count)
         inputs = random_inputs(contract, rows, i, count)
-        np.savez(out / f"{i:04}.npz", **inputs, **run(inputs))
+        np.savez(out / "denoiser" / f"{i:04}.npz", **inputs, **run(inputs))
 
 
 def build(plan: Plan, cache: Cache, stages: Stages, title: str) -> dict[str, Built]:

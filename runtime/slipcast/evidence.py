@@ -14,13 +14,22 @@ USUAL_PROMPT = "a photograph"  # for a bundle without a report
 
 
 def report_files(manifest: Manifest) -> list[str]:
-    """To be verified before `held_out_prompts` reads it."""
+    """To be verified before prompts are read from it."""
     return [entry.path for entry in manifest.files if entry.path == REPORT]
 
 
 def held_out_prompts(bundle: Bundle) -> list[str]:
     """The prompts that the bundle was judged on; another that it takes where none is known, and none where it takes
     no text. Its report, if it has one, has to be verified already."""
+    return _prompts(bundle, "held_out_prompts")
+
+
+def calibration_prompts(bundle: Bundle) -> list[str]:
+    """As held_out_prompts, some of those that the bundle was made with."""
+    return _prompts(bundle, "calibration_examples")
+
+
+def _prompts(bundle: Bundle, kind: str) -> list[str]:
     manifest = bundle.manifest
     if not manifest.takes_prompt:
         return []
@@ -29,7 +38,7 @@ def held_out_prompts(bundle: Bundle) -> list[str]:
     record: Any = {}
     if report_files(manifest):
         record = parse_json(bundle.path(REPORT).read_bytes(), REPORT)
-    return list(map(str, (record.get("family") or {}).get("held_out_prompts") or [usual]))
+    return list(map(str, (record.get("family") or {}).get(kind) or [usual]))
 
 
 def summarise(manifest: Manifest, record: Any, page: Path) -> str:

@@ -54,6 +54,9 @@ def test_the_report_holds_the_stages(shapes_bundle: Path) -> None:
         record["stages_s"]
     )
     assert record["passed"] is True
+    casts = record["mixed_precision"]["openvino-bf16"]
+    assert casts.keys() == record["components"].keys()
+    assert all(0 < of["error"] < of["limit"] == 0.03 and not of["fp32"] for of in casts.values())
 
 
 def test_dry_run_touches_nothing(workspace: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 import slipcast
 from conftest import ROOT, run_cli
+from slipcast_compiler.recording import record
 
 MEMBER, STRANGER = "a small red circle on a white background", "a pink cross to the left of a navy ring"
 RECIPE = f"""
@@ -69,3 +70,13 @@ def test_wrong_input_for_a_guard(folder: Path) -> None:
     assert (closed.returncode, "[guard] is for an open family" in closed.stderr) == (2, True)
     rare = run_cli("compile", "guarded.toml", "--dry-run", "--set", "guard.false_alarms=0.01", cwd=folder)
     assert rare.returncode == 2 and "expected: 99 calibration prompts" in rare.stderr
+
+
+def test_what_draws_strangers_is_recorded_too(folder: Path, tmp_path: Path) -> None:
+    """For a cast to be measured on; the family's own denoiser draws the same prompt."""
+    components = ("denoiser", "denoiser_fallback")
+    for prompt in (MEMBER, STRANGER):
+        out = tmp_path / prompt
+        out.mkdir()
+        record(folder / "bundle", "onnxruntime-cpu-fp32", components, (prompt,), 3, out, lambda done, total: None)
+        assert {part.name: len(list(part.iterdir())) for part in out.iterdir()}.keys() == set(components)

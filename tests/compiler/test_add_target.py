@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -26,6 +27,7 @@ from slipcast_compiler import build
 from slipcast_compiler.add_target import add_target
 from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
+from slipcast_compiler.mixed_precision import check_cast
 from slipcast_compiler.publish import write_manifest
 from slipcast_compiler.reading import parse_target
 from slipcast_compiler.recipe import TargetTable
@@ -89,6 +91,37 @@ def state(root: Path) -> dict[str, str]:
 def add(bundle: Path, wanted: str, *overrides: str, output: Path | None = None, **options: Any) -> Any:
     table, cache = parse_target(wanted, overrides), Cache(bundle.parent / "cache")
     return add_target(bundle, table, output or bundle, cache, Stages(), images=2, **options)
+
+
+class TestCasts:
+    def test_half_precision_is_measured_on_what_the_graphs_read(self, bundle: Path) -> None:
+        add(bundle, "openvino:bf16")
+        (found,) = bundle.parent.glob("cache/mixed-precision-*/found.json")
+        denoiser = json.loads(found.read_text())["denoiser"]
+        assert (denoiser["fp32"], denoiser["nodes"], denoiser["limit"]) == ({}, 3, 0.03)
+        assert 0 < denoiser["error"] < 0.01
+        (inputs,) = bundle.parent.glob("cache/inputs-*/denoiser")
+        arrays = dict(np.load(inputs / "0001.npz"))
+        assert arrays["prediction"] == pytest.approx(arrays["sample"] / 2)
+        assert len(list(inputs.iterdir())) == 2  # of one image in two steps
+
+    def test_what_would_be_too_far_off_stays_in_fp32(self, bundle: Path) -> None:
+        added = add(bundle, "openvino:bf16", "max_cast_error=1e-6")
+        layers = ElementTree.parse(bundle / added.target.components["denoiser"].model).findall("layers/layer")
+        marked = {layer.get("name") for layer in layers if layer.find("rt_info") is not None}
+        assert {"conv/WithoutBiases", "w"} <= marked or {"conv", "w"} <= marked
+        assert added.target.addition and added.target.addition.psnr_worst > 60
+
+    def test_an_engine_that_rounds_all_the_same_is_told(self, bundle: Path, caplog: Any) -> None:
+        (bundle.parent / "inputs" / "denoiser").mkdir(parents=True)
+        sample = np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE), np.float32)
+        np.savez(bundle.parent / "inputs" / "denoiser" / "0000.npz", sample=sample, timestep=np.ones(1, np.float32))
+        onnx.save(graph(0.51), other := bundle.parent / "other.onnx")
+        found: Any = {"denoiser": {"fp32": {"conv": "Conv"}, "limit": 0.01}}
+        (target,) = open_bundle(bundle).manifest.targets
+        check_cast(bundle, target, found, {"denoiser": build.Source(other, "")}, bundle.parent / "inputs", Stages())
+        assert found["denoiser"]["engine_error"] == pytest.approx(0.01 / 0.51, rel=0.01)
+        assert "denoiser on onnxruntime-cpu-fp32 is 0.02 off, more than 0.01" in caplog.text
 
 
 class TestAdded:
@@ -175,7 +208,7 @@ class TestRefused:
         self.refused(bundle, HostError, "target tensorrt cannot be built here", "tensorrt:fp16")
 
     def test_a_build_that_fails(self, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: Any) -> None:
+        def fail(*_: Any, **options: Any) -> None:
             raise HostError("the library gave up")
 
         monkeypatch.setitem(build.BUILDERS, "openvino", fail)
@@ -184,7 +217,7 @@ class TestRefused:
     def test_other_pictures(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         builder = build.BUILDERS["openvino"]
 
-        def misread(model: Path, precision: str, out: Path) -> Any:
+        def misread(model: Path, precision: str, out: Path, **options: Any) -> Any:
             onnx.save(graph(scale=-0.5), out / "denoiser.onnx")
             return builder(out / "denoiser.onnx", precision, out)
 

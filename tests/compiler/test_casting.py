@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from slipcast.errors import SlipcastError
-from slipcast_compiler.build.casting import cast_graph
+from slipcast_compiler.build.casting import cast_graph, rounded_graph
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -41,14 +41,20 @@ def run(path: Path, **arrays: Any) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, arrays)[0]
 
 
+def run_bytes(model: bytes, **arrays: Any) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, arrays)[0]
+
+
 @pytest.fixture
 def embedding(tmp_path: Path) -> Path:
     """sin(t * f) @ w + b, as a timestep's embedding begins."""
     nodes = [
-        helper.make_node("Mul", ["t", "f"], ["angle"]),
-        helper.make_node("Sin", ["angle"], ["wave"]),
-        helper.make_node("MatMul", ["wave", "w"], ["product"]),
-        helper.make_node("Add", ["product", "b"], ["y"]),
+        helper.make_node("Mul", ["t", "f"], ["angle"], name="angles"),
+        helper.make_node("Sin", ["angle"], ["wave"], name="wave"),
+        helper.make_node("MatMul", ["wave", "w"], ["product"], name="product"),
+        helper.make_node("Add", ["product", "b"], ["y"], name="sum"),
     ]
     rng = np.random.default_rng(0)
     weights = {
@@ -68,13 +74,35 @@ def test_weights_and_activations_are_half_and_the_ends_are_not(embedding: Path, 
     assert (tmp_path / "out.onnx.data").exists()
 
 
-def test_angles_keep_their_precision(embedding: Path, tmp_path: Path) -> None:
-    cast_graph(embedding, "fp16", out := tmp_path / "out.onnx")
-    assert types(out)["angle"] == types(out)["wave"] == TensorProto.FLOAT
+@pytest.mark.parametrize("precision", HALF)
+def test_named_nodes_stay_in_fp32(embedding: Path, tmp_path: Path, precision: str) -> None:
+    cast_graph(embedding, precision, out := tmp_path / "out.onnx", ("angles", "product"))
+    found = types(out)
+    assert found["angle"] == found["product"] == found["w"] == TensorProto.FLOAT
+    assert found["wave"] == found[f"b.{precision}"] == HALF[precision]  # between two of them, and after
     t = np.array([[981.0], [999.0]], np.float32)
-    exact, half = run(embedding, t=t), run(out, t=t)
-    assert half.dtype == np.float32
-    assert 0 < np.abs(half - exact).max() < 0.01  # an angle in fp16 is off by up to 0.25
+    with_angles, without = (run_bytes(rounded_graph(embedding, precision, names), t=t) for names in ([], ["angles"]))
+    assert np.abs(without - run(embedding, t=t)).max() < np.abs(with_angles - run(embedding, t=t)).max()
+
+
+@pytest.mark.parametrize("fp32", [(), ("wave",), ("angles", "wave"), ("product", "sum")])
+def test_the_rounded_graph_rounds_as_the_cast_one_does(embedding: Path, fp32: tuple[str, ...]) -> None:
+    """Spelled out in numpy, for fp16."""
+
+    def half(array: Any) -> Any:
+        return np.asarray(array, np.float32).astype(np.float16).astype(np.float32)
+
+    def compute(name: str, f: Any, *values: Any) -> Any:
+        return f(*values) if name in fp32 else half(f(*(half(value) for value in values)))
+
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(embedding).graph.initializer}
+    t = np.array([[981.0], [3.3]], np.float32)
+    angle = compute("angles", np.multiply, t, tensors["f"])
+    product = compute("product", np.matmul, compute("wave", np.sin, angle), tensors["w"])
+    wanted = compute("sum", np.add, product, tensors["b"])
+    found = run_bytes(rounded_graph(embedding, "fp16", fp32), t=t)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-4)  # at most a unit apart, from sums in another order
+    assert np.mean(found == wanted) > 0.8
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -77,3 +77,16 @@ def test_a_squeeze_that_torch_ignores_goes() -> None:
     x.shape = squeeze.outputs[0].shape = model.graph.outputs[0].shape = ir.Shape(["batch", 7, 6])
     tidy(model.graph)
     assert _kinds(model) == ["Neg"]
+
+
+def test_an_unsqueeze_is_a_reshape_where_its_sizes_are_known() -> None:
+    model = _model("float[batch,6] x", "a = Constant <value_ints = [1]> () y = Unsqueeze(x, a)", "float[batch,1,6] y")
+    name = model.graph[0].name
+    tidy(model.graph)
+    assert _kinds(model) == ["Reshape"]
+    assert (model.graph[0].name, model.graph.outputs[0].name) == (name, "y")
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    np.testing.assert_array_equal(_onnxruntime(model, {"x": x}), x[:, None])
+    free = _model("float[b,n] x", "a = Constant <value_ints = [1]> () y = Unsqueeze(x, a)", "float[b,1,n] y")
+    tidy(free.graph)
+    assert _kinds(free) == ["Unsqueeze"]

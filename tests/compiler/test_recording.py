@@ -9,14 +9,15 @@ import numpy as np
 from slipcast.bundle import open_bundle
 from slipcast.engines import open_engine
 from slipcast.staging import read_step_table
-from slipcast_compiler.recording import record_denoiser
+from slipcast_compiler.recording import record
 
 PROMPTS = ("a small red circle on a white background", "a large blue circle on a navy background", "a circle")
 
 
 def test_samples_are_the_denoisers_own_and_cover_the_schedule(shapes_bundle: Path, tmp_path: Path) -> None:
-    record_denoiser(shapes_bundle, PROMPTS, 20, tmp_path, lambda done, total: None)
-    files = sorted(tmp_path.iterdir())
+    target = open_bundle(shapes_bundle).manifest.targets[0].id
+    record(shapes_bundle, target, ("denoiser",), PROMPTS, 20, tmp_path, lambda done, total: None)
+    files = sorted((tmp_path / "denoiser").iterdir())
     assert [file.name for file in files] == [f"{i:04}.npz" for i in range(20)]
     samples = [dict(np.load(file)) for file in files]
     bundle = open_bundle(shapes_bundle)
@@ -35,3 +36,13 @@ def test_samples_are_the_denoisers_own_and_cover_the_schedule(shapes_bundle: Pat
             expected = sample.pop("prediction")
             assert sample["sample"].shape[0] == 2  # unconditional and conditional
             np.testing.assert_array_equal(engine(sample)["prediction"], expected)
+
+
+def test_every_component_is_asked(shapes_bundle: Path, tmp_path: Path) -> None:
+    """What a timestep gives is tabled in this bundle, and computed all the same."""
+    target = open_bundle(shapes_bundle).manifest.targets[-1]
+    record(shapes_bundle, target.id, tuple(target.components), PROMPTS[:2], 4, tmp_path, lambda done, total: None)
+    found = {folder.name: len(list(folder.iterdir())) for folder in tmp_path.iterdir()}
+    assert found == {"text_encoder": 2, "denoiser_prompt": 2, "denoiser_step": 4, "denoiser": 4, "vae_decoder": 2}
+    step = dict(np.load(tmp_path / "denoiser_step" / "0003.npz"))
+    assert set(step) == {"timestep", "row"}

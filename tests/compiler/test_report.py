@@ -167,7 +167,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
-        "not_run": {}, "guard": None, "early_exit": None, "staging": None, "caching": None,
+        "not_run": {}, "guard": None, "mixed_precision": {}, "early_exit": None, "staging": None, "caching": None,
     }  # fmt: skip
 
 

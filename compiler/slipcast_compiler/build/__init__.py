@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import MappingProxyType
+from typing import Any, cast
 
 from slipcast.engines import ENGINES
 from slipcast.errors import SlipcastError
@@ -18,12 +19,12 @@ from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.build.timings import find_timings
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.passes.quantize import Quantized
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.recipe import REST, TargetTable
 
 logger = logging.getLogger("slipcast")
 
-# (component.onnx with its .data beside it, precision, directory to write to) -> names of the files written; those of
-# tensorrt.LIBRARIES take tensorrt.Options and a place for timings besides
+# (component.onnx with its .data beside it, precision, directory to write to, fp32=names of nodes that stay so) -> names
+# of the files written; those of tensorrt.LIBRARIES take tensorrt.Options and a place for timings besides
 BUILDERS: dict[str, Callable[..., EngineFiles]] = {
     "onnxruntime": onnxruntime.build,
     "onnxruntime-gpu": onnxruntime.build,
@@ -32,8 +33,6 @@ BUILDERS: dict[str, Callable[..., EngineFiles]] = {
     "tensorrt-rtx": tensorrt.build,
     "tensorrt": tensorrt.build,
 }
-# What the components of a target in int8 are in that are not the denoiser.
-REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,11 @@ def build_targets(
     cache: Cache,
     stages: Stages,
     quantized: Quantized | None = None,
+    casts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[Target]:
     """All targets, in the bundle at `folder`. One that fails does not keep the others from being built.
+
+    `casts`: by target's name, see build_target.
 
     Raises the first failure's class, with all of them, once every target was tried: a bundle has what its recipe asks
     for, or is not made. What was built is in the cache.
@@ -70,7 +72,8 @@ def build_targets(
         sources, check = exported_sources(exported, chosen), chosen.check if chosen else None
         with stages.stage(f"build {table.name}") as advance:
             try:
-                targets.append(build_target(table, sources, image, pool, cache, advance, check))
+                own = casts.get(table.name, {})
+                targets.append(build_target(table, sources, image, pool, cache, advance, check, own))
             except SlipcastError as error:
                 logger.warning("%s failed; going on with the others", table.name)
                 failures[table.name] = error
@@ -92,17 +95,20 @@ def build_target(
     cache: Cache,
     advance: Advance,
     check: Callable[[str, Path, EngineFiles], None] | None = None,
+    casts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Target:
     """Every component's engine for a target, from the cache or built, put into the bundle.
 
     In int8 the denoiser's source is the quantised graph, and `check` sees whether the engine reads it right.
+    `casts`: of a target in half precision, which nodes stay in fp32, by component; see mixed_precision.measure_cast.
     """
     engines: dict[ComponentName, EngineFiles] = {}
     for done, (name, source) in enumerate(sources.items()):
         advance(done, len(sources))
         rest = table.precision == "int8" and name != "denoiser"
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
-        entry = _cached(own, name, source, image, cache, None if rest else check)
+        fp32 = list(casts[name]["fp32"]) if name in casts else []
+        entry = _cached(own, name, source, image, cache, None if rest else check, fp32)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
         engines[cast(ComponentName, name)] = pool.add(entry, files, table.name)
     return declare(table, sources, image).model_copy(update={"components": engines})
@@ -122,19 +128,20 @@ def _cached(
     image: ImageGeometry,
     cache: Cache,
     check: Callable[[str, Path, EngineFiles], None] | None,
+    fp32: list[str],
 ) -> Path:
     bound = table.engine in tensorrt.LIBRARIES
     options = [tensorrt.options(table, name, image)] if bound else []
     timings = [find_timings(table.engine, cache.root)] if bound else []  # decide nothing but how long it takes
 
     def make(out: Path) -> None:
-        files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings)
+        files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings, fp32=fp32)
         if check:
             check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())
 
     inputs = {
-        "source": source.identity, "component": name, "target": table.model_dump(),
-        "options": [dataclasses.asdict(o) for o in options],
+        "source": source.identity, "component": name, "target": table.model_dump(exclude={"max_cast_error"}),
+        "options": [dataclasses.asdict(o) for o in options], "fp32": fp32,
     }  # fmt: skip
     return cache.get("engine", inputs, make)

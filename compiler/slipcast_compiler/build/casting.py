@@ -7,7 +7,7 @@ a calibration run; both hold the whole model in memory.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,24 +17,19 @@ from onnx_ir.passes.common import ShapeInferencePass
 from slipcast.errors import SlipcastError
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-# Operators that, with all that leads to them, stay in fp32: the angles of a timestep embedding go up to 1000, where
-# fp16 has steps of 0.5. What comes out is at most 1, and is rounded like everything else.
-ANGLES = ("Sin", "Cos")
 # Inputs that are fp32 whatever the type of the data: (operator, first place that is so).
 FP32_INPUTS = {"Resize": 1, "QuantizeLinear": 1, "DequantizeLinear": 0}
 
 
-def cast_graph(source: Path, precision: str, target: Path) -> None:
+def cast_graph(source: Path, precision: str, target: Path, fp32: Collection[str] = ()) -> None:
     """Write the fp32 graph `source` to `target` (with its weights beside it) in "fp16" or "bf16".
 
-    What is quantised stays so: scales remain fp32, and what is dequantised comes out in the half precision. Norms and
-    softmax keep accumulating in fp32, which is in the operators' own definition. Raises SlipcastError, naming the
-    tensor, for a weight that the precision cannot hold.
+    Nodes named in `fp32` stay so, with their weights. What is quantised stays so: scales remain fp32, and what is
+    dequantised comes out in the half precision. Norms and softmax keep accumulating in fp32, which is in the operators'
+    own definition. Raises SlipcastError, naming the tensor, for a weight that the precision cannot hold.
     """
-    model = ir.load(source)
-    if any(output.dtype is None for node in model.graph for output in node.outputs):
-        ShapeInferencePass()(model)
-    _Caster(model.graph, DTYPES[precision], precision).run()
+    model = _load(source)
+    _Caster(model.graph, DTYPES[precision], precision, fp32).run()
     try:
         ir.save(model, target, external_data=f"{target.name}.data")
     except Exception as error:  # weights are converted on the way, and the library wraps what happens there
@@ -44,20 +39,71 @@ def cast_graph(source: Path, precision: str, target: Path) -> None:
         raise cause or error from None
 
 
+def castable(source: Path) -> dict[str, str]:
+    """The nodes that a cast changes, in the graph's order: name -> operator."""
+    nodes = (node for node in _load(source).graph if any(_floating(value) for value in node.outputs))
+    return {str(node.name): node.op_type for node in nodes}
+
+
+def rounded_graph(source: Path, precision: str, fp32: Collection[str] = ()) -> bytes:
+    """The graph of cast_graph, computed in fp32 and rounded wherever that one has a tensor in half precision.
+
+    So it runs where the precision has no kernels, and no engine saves a rounding: ONNX Runtime, on a CPU, keeps what is
+    between two operators in fp32, and the reference model's decoder is 3e-6 off in fp16 there, where the types of its
+    graph make 3e-4. Weights stay in the file of `source`; what does not fit into the precision becomes infinite.
+    """
+    model, half, rounded = _load(source), DTYPES[precision], dict[ir.Value, ir.Value]()
+    for node in list(model.graph):
+        if node.name in fp32:
+            continue
+        for place, value in enumerate(node.inputs[: _first_fp32(node)]):
+            if value is not None and _floating(value):
+                if value not in rounded:
+                    node.prepend(_round(value, half, rounded))
+                node.replace_input_with(place, rounded[value])
+        for output in filter(_floating, node.outputs):
+            uses = output.uses()
+            node.append(_round(output, half, rounded))
+            for user, place in uses:
+                user.replace_input_with(place, rounded[output])
+            if output in model.graph.outputs:
+                model.graph.outputs[model.graph.outputs.index(output)] = rounded[output]
+                output.name, rounded[output].name = f"{output.name}.exact", output.name
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
+
+
+def _round(value: ir.Value, half: ir.DataType, rounded: dict[ir.Value, ir.Value]) -> list[ir.Node]:
+    """To half precision and back; what comes out is noted in `rounded` as what becomes of the value, and of itself."""
+    nodes, last = list[ir.Node](), value
+    for dtype in (half, ir.DataType.FLOAT):
+        nodes.append(ir.node("Cast", [last], {"to": dtype}, name=f"{value.name}.as_{dtype.name.lower()}"))
+        last = nodes[-1].outputs[0]
+        last.name, last.shape, last.type = f"{nodes[-1].name}.out", value.shape, ir.TensorType(dtype)
+    rounded[value] = rounded[last] = last
+    return nodes
+
+
+def _load(source: Path) -> ir.Model:
+    model = ir.load(source)
+    if any(output.dtype is None for node in model.graph for output in node.outputs):
+        ShapeInferencePass()(model)
+    return model
+
+
 class _Caster:
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType, precision: str) -> None:
-        self._graph, self._dtype, self._precision = graph, dtype, precision
-        self._exact = _ancestors(graph)
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType, precision: str, fp32: Collection[str]) -> None:
+        self._graph, self._dtype, self._precision, self._fp32 = graph, dtype, precision, fp32
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
         for node in list(self._graph):
-            dtype = ir.DataType.FLOAT if node in self._exact else self._dtype
-            first = FP32_INPUTS.get(node.op_type, len(node.inputs))
-            for i, value in enumerate(node.inputs):
-                if value is not None and _floating(value):
-                    wanted = ir.DataType.FLOAT if i >= first else dtype
-                    node.replace_input_with(i, self._as(value, wanted, node))
+            dtype = ir.DataType.FLOAT if node.name in self._fp32 else self._dtype
+            first = _first_fp32(node)
+            for place, value in enumerate(node.inputs):
+                if value is not None and value.dtype in (ir.DataType.FLOAT, self._dtype):
+                    wanted = dtype if place < first else ir.DataType.FLOAT
+                    node.replace_input_with(place, self._as(value, wanted, node))
             self._set_outputs(node, dtype)
         for i, value in enumerate(self._graph.outputs):
             if value.dtype == self._dtype:
@@ -129,19 +175,6 @@ def _floating(value: ir.Value) -> bool:
     return bool(value.dtype == ir.DataType.FLOAT)
 
 
-def _ancestors(graph: ir.Graph) -> set[ir.Node]:
-    """ANGLES and all nodes that they depend on."""
-    pending = [node for node in graph if node.op_type in ANGLES]
-    found = set[ir.Node]()
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(_producers(node))
-    return found
-
-
-def _producers(node: ir.Node) -> Iterator[ir.Node]:
-    for value in node.inputs:
-        if value is not None and (producer := value.producer()) is not None:
-            yield producer
+def _first_fp32(node: ir.Node) -> int:
+    """The first of its inputs that stays in fp32 whatever the node computes in."""
+    return FP32_INPUTS.get(node.op_type, len(node.inputs))

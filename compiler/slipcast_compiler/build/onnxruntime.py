@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from slipcast.manifest import EngineFiles
@@ -10,13 +11,14 @@ from slipcast.onnxfile import external_files
 from slipcast_compiler.build.needs import need_graph_libraries
 
 
-def build(model: Path, precision: str, out: Path) -> EngineFiles:
-    """Copy the graph and its weights: what is int8 is so in the graph, the rest is fp32; or cast it to fp16."""
+def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) -> EngineFiles:
+    """Copy the graph and its weights: what is int8 is so in the graph, the rest is fp32; or cast it to fp16, all but
+    the nodes `fp32`."""
     if precision == "fp16":
         need_graph_libraries()
         from slipcast_compiler.build.casting import cast_graph
 
-        cast_graph(model, precision, out / model.name)
+        cast_graph(model, precision, out / model.name, fp32)
         data = out / f"{model.name}.data"
         return EngineFiles(model=model.name, weights=data.name if data.is_file() else None)
     assert precision in ("fp32", "int8"), precision

@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -112,9 +112,16 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
     )
 
 
-def build(model: Path, precision: str, out: Path, options: Options, timings: Path | None = None) -> EngineFiles:
+def build(
+    model: Path,
+    precision: str,
+    out: Path,
+    options: Options,
+    timings: Path | None = None,
+    fp32: Collection[str] = (),
+) -> EngineFiles:
     """Write out/NAME.engine for a graph in fp32 (or with INT8 in it), whose weights lie beside it; see make_engine."""
-    made = make_engine(model, precision, out, options, timings)
+    made = make_engine(model, precision, out, options, timings, fp32)
     if made.widened:
         logger.warning(
             "%s: %d ranges of activations were widened to be symmetric, as %s wants them, and are less exact: compile "
@@ -127,8 +134,15 @@ def build(model: Path, precision: str, out: Path, options: Options, timings: Pat
     return EngineFiles(model=made.engine.name)
 
 
-def make_engine(model: Path, precision: str, out: Path, options: Options, timings: Path | None = None) -> Made:
-    """`timings`: a file with those of earlier builds, to which this one adds.
+def make_engine(
+    model: Path,
+    precision: str,
+    out: Path,
+    options: Options,
+    timings: Path | None = None,
+    fp32: Collection[str] = (),
+) -> Made:
+    """`timings`: a file with those of earlier builds, to which this one adds. `fp32`: nodes that are not cast.
 
     HostError where the library refuses the graph, ResourceError where memory ran out or the library crashed; both name
     the component and what it was working on.
@@ -140,7 +154,7 @@ def make_engine(model: Path, precision: str, out: Path, options: Options, timing
         log, clock = Path(scratch) / "log.txt", time.perf_counter()
         try:
             # Apart, so that what is mapped while casting is gone when the library wants memory: 4 of 10 GB for SD 1.5.
-            cast = run_isolated(_in_precision, model, precision, log.parent)
+            cast = run_isolated(_in_precision, model, precision, fp32, log.parent)
             done = run_isolated(_build, cast.result.model, engine, log, options, timings)
         except SlipcastError as error:
             raise _explained(error, model.stem, options.library, log) from error
@@ -175,7 +189,7 @@ class Cast:
     widened: int = 0
 
 
-def _in_precision(model: Path, precision: str, folder: Path, _: Advance) -> Cast:
+def _in_precision(model: Path, precision: str, fp32: Collection[str], folder: Path, _: Advance) -> Cast:
     """`folder` is for graphs on the way."""
     if precision == "fp32":
         return Cast(model)
@@ -189,7 +203,7 @@ def _in_precision(model: Path, precision: str, folder: Path, _: Advance) -> Cast
         signed.parent.mkdir()
         widened = make_signed(model, signed)
         model = signed
-    cast_graph(model, "fp16" if precision == "int8" else precision, folder / model.name)
+    cast_graph(model, "fp16" if precision == "int8" else precision, folder / model.name, fp32)
     return Cast(folder / model.name, widened)
 
 

@@ -200,20 +200,26 @@ def pack(source: Path, target: Path) -> None:
     ir.save(ir.load(source), target, external_data=f"{target.name}.data")
 
 
-def session(model: Path) -> Callable[[Mapping[str, Any]], Arrays]:
-    """The graph as it is written: nothing fused, integers simulated in fp32, so that no engine's habits are in it."""
+def session(model: Path | bytes, weights: Path | None = None) -> Callable[[Mapping[str, Any]], Arrays]:
+    """The graph as it is written: nothing fused, integers simulated in fp32, so that no engine's habits are in it.
+
+    `weights`: where those of a graph lie that is not in a file. Arrays that it does not read may be given, too.
+    """
     import onnxruntime
 
     from slipcast.engines import cpu_threads
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cpu_threads()
+    options.log_severity_level = 3  # it tells of weights that nothing reads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # many short ones, one after the other
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     opened = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in opened.get_outputs()]
+    reads, names = ([value.name for value in values] for values in (opened.get_inputs(), opened.get_outputs()))
 
     def run(arrays: Mapping[str, Any]) -> Arrays:
-        return dict(zip(names, opened.run(None, dict(arrays)), strict=True))
+        return dict(zip(names, opened.run(None, {name: arrays[name] for name in reads}), strict=True))
 
     return run

@@ -132,24 +132,24 @@ class Quantized:
 
 
 def quantize(plan: Plan, exported: Path, samples: Path, cache: Cache, advance: Advance) -> Quantized:
-    """The denoiser in `exported`, quantised on `samples` (see calibration.py); from the cache, or made in a process of
-    its own. Raises RecipeError where a pattern of `protect` fits no layer."""
+    """The denoiser in `exported`, quantised on its `samples` (see calibration.py); from the cache, or made in a process
+    of its own. Raises RecipeError where a pattern of `protect` fits no layer."""
     from slipcast_compiler.isolate import run_isolated
 
     options = plan.recipe.passes.quantize
     assert options is not None
     if any(table.precision == "int8" and ENGINES[table.engine].device == "cuda" for table in plan.recipe.targets):
         options = options.model_copy(update={"symmetric": True})
-    guidance = plan.sampling.guidance_scale if plan.family else 1.0
+    guidance, own = plan.sampling.guidance_scale if plan.family else 1.0, samples / "denoiser"
 
     def make(out: Path) -> None:
         source = exported / "denoiser.onnx"
-        run_isolated(quantize_graph, source, samples, options, guidance, out, advance=advance)
+        run_isolated(quantize_graph, source, own, options, guidance, out, advance=advance)
         shutil.copyfile(exported / "denoiser.json", out / "denoiser.json")
 
     # Both directories are named by the hash of all that they were made from.
     inputs = {"source": exported.name, "samples": samples.name, "options": options.model_dump(), "guidance": guidance}
-    return Quantized(cache.get("quantized", inputs, make), samples, guidance, options.max_error)
+    return Quantized(cache.get("quantized", inputs, make), own, guidance, options.max_error)
 
 
 def quantize_graph(

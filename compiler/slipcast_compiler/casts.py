@@ -1,0 +1,65 @@
+"""Targets in half precision: what stays in fp32 of each, measured on what a bundle will draw with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slipcast.manifest import Caching, Target
+from slipcast.progress import Stages
+from slipcast_compiler.build import Source, exported_sources
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.calibration import recorded_components
+from slipcast_compiler.mixed_precision import SAMPLES, Found, check_cast, measure_cast
+from slipcast_compiler.passes.quantize import Quantized
+from slipcast_compiler.plan import Plan
+
+
+@dataclass(frozen=True)
+class Casts:
+    """By the name of each target in half precision, what was found; and the graphs and inputs that it is of."""
+
+    plan: Plan
+    found: dict[str, Found]
+    sources: dict[str, Source]
+    inputs: Path | None
+
+    def check(self, folder: Path, targets: Sequence[Target], stages: Stages) -> None:
+        """mixed_precision.check_cast of the bundle at `folder`, which has targets in the recipe's order."""
+        for table, target in zip(self.plan.recipe.targets, targets, strict=True):
+            if found := self.found.get(table.name):
+                assert self.inputs
+                check_cast(folder, target, found, self.sources, self.inputs, stages)
+
+
+def measure_casts(
+    plan: Plan,
+    exported: dict[str, Path],
+    quantized: Quantized | None,
+    prompts: Path | None,
+    staged: Path,
+    caching: Caching | None,
+    guard: Path | None,
+    cache: Cache,
+    stages: Stages,
+) -> Casts:
+    """mixed_precision.measure_cast of every target in half precision. `prompts`, `staged`, `caching`, `guard`: see
+    portable.py.
+
+    A denoiser in INT8 is measured as it was before: its nodes have the same names, and what rounding adds to its error
+    is lost among the steps of INT8. Its calibration samples are taken, which are of all components but what draws
+    strangers.
+    """
+    half, sources = [table for table in plan.recipe.targets if table.half], exported_sources(exported)
+    if not half:
+        return Casts(plan, {}, sources, None)
+    with stages.stage("record inputs") as advance:
+        inputs = quantized.samples.parent if quantized else None
+        if not inputs or not all((inputs / name).is_dir() for name in exported):
+            inputs = recorded_components(
+                plan, exported, prompts, 1, SAMPLES, cache, advance, staged, caching, guard
+            )  # fmt: skip
+    with stages.stage("measure casts") as advance:
+        found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in half}
+    return Casts(plan, found, sources, inputs)

@@ -1,0 +1,185 @@
+"""Nodes that stay in fp32 where the rest of a graph is cast to fp16 or bf16, found by measuring.
+
+What every component reads is recorded while calibration prompts are drawn. On that, its graph is compared with
+itself rounded as the cast rounds it. Where an output is further off than the target allows, the nodes that do most
+damage are looked for, as layers are for INT8 (passes/sensitivity.py): those that overflow, as decoders of published
+checkpoints do in fp16, and those whose rounding the rest makes larger, such as the angles of a timestep's embedding.
+
+What rounding costs where no node stands out, as a relative L2 norm of the worst output (unit roundoff: fp16 0.0005,
+bf16 0.004); the reference model, and the denoiser of Stable Diffusion 1.5's shapes with random weights:
+
+                          fp16    bf16
+    text_encoder          0.0005  0.004
+    vae_decoder           0.0003  0.003
+    denoiser              0.0005  0.005
+    denoiser, 1.5-shaped  0.0015  0.014   (with its angles rounded: 0.0066 and 0.043)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle import open_bundle
+from slipcast.engines import open_engine, refusal
+from slipcast.manifest import ComponentName, Target
+from slipcast.progress import Advance, Stages
+from slipcast_compiler.build import Source
+from slipcast_compiler.build.needs import need_graph_libraries
+from slipcast_compiler.cache import Cache
+from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.passes.sensitivity import search
+from slipcast_compiler.recipe import TargetTable
+
+logger = logging.getLogger("slipcast")
+
+Arrays = dict[str, npt.NDArray[Any]]
+Found = dict[str, dict[str, Any]]  # by component: see search_graph
+
+MAX_ERROR = {"fp16": 0.004, "bf16": 0.03}  # where the target does not say: about eight times the unit roundoff
+SAMPLES = 4  # evaluations of each component
+MEASUREMENTS = 100  # choices of nodes that are tried
+WORST = 1e3  # the error of what is not finite
+FOUND = "found.json"
+
+
+def measure_cast(
+    table: TargetTable, sources: Mapping[str, Source], inputs: Path, cache: Cache, advance: Advance
+) -> Found:
+    """What stays in fp32 of each component of a target in half precision, from the cache or measured.
+
+    `inputs`: what components read, NAME/0000.npz and so on (see recording.py), in a directory that is named by a hash
+    of all that they came from.
+    """
+    need_graph_libraries()
+    half = table.half
+    assert half
+    limit = table.max_cast_error or MAX_ERROR[half]
+
+    def make(out: Path) -> None:
+        models = {name: source.model for name, source in sources.items()}
+        found = run_isolated(search_graphs, models, inputs, half, limit, advance=advance).result
+        (out / FOUND).write_text(json.dumps(found, allow_nan=False))
+
+    identities = {name: source.identity for name, source in sources.items()}
+    entry = cache.get(
+        "mixed-precision", {"sources": identities, "precision": half, "limit": limit, "inputs": inputs.name}, make
+    )
+    found: Found = json.loads((entry / FOUND).read_text())
+    for name, of in found.items():
+        if of["fp32"]:
+            logger.info(
+                "%s in %s: %d of %d nodes stay in fp32, error %.2g in place of %.2g", name, half, len(of["fp32"]),
+                of["nodes"], of["error"], of["error_all"],
+            )  # fmt: skip
+    return found
+
+
+def check_cast(
+    folder: Path, target: Target, found: Found, sources: Mapping[str, Source], inputs: Path, stages: Stages
+) -> None:
+    """Note in `found`, as `engine_error`, how far the engines of a target in the bundle at `folder` are off that have
+    nodes in fp32, if they can run here; with a warning where that is more than was allowed.
+
+    For an engine may fuse what is in fp32 with what is not: OpenVINO 2026.4 forgets it of linear layers with a bias,
+    and of attention.
+    """
+    quantised = "denoiser" if target.precision == "int8" else None  # which has a check of its own
+    kept = {name: sources[name].model for name, of in found.items() if of["fp32"] and name != quantised}
+    if not kept or refusal(target):
+        return
+    with stages.stage(f"check {target.id}") as advance:
+        errors = run_isolated(engine_errors, folder, target, kept, inputs, advance=advance).result
+    for name, error in errors.items():
+        found[name]["engine_error"], limit = error, found[name]["limit"]
+        if error > limit:
+            logger.warning(
+                "%s on %s is %.2g off, more than %.2g: the engine rounds what was to stay in fp32. Choose fp32, or a "
+                "larger max_cast_error", name, target.id, error, limit,
+            )  # fmt: skip
+
+
+def engine_errors(
+    folder: Path,
+    target: Target,
+    models: Mapping[str, Path],
+    inputs: Path,
+    advance: Advance,
+) -> dict[str, float]:
+    """By component, worst_error of the target's engine against the graph that it was built from."""
+    from slipcast_compiler.passes import qdq
+
+    contracts, errors = open_bundle(folder).manifest.components, dict[str, float]()
+    for done, (component, model) in enumerate(models.items()):
+        advance(done, len(models))
+        name = cast(ComponentName, component)
+        files = target.components[name]
+        weights = folder / files.weights if files.weights else None
+        samples = [dict(np.load(file)) for file in _files(inputs, name)]
+        exact = qdq.session(model)
+        wanted = [exact(sample) for sample in samples]
+        del exact
+        with open_engine(target.engine, folder / files.model, weights, target.precision, contracts[name]) as run:
+            found = [run({spec.name: sample[spec.name] for spec in run.inputs}) for sample in samples]
+        errors[name] = worst_error(wanted, found)
+    return errors
+
+
+def search_graphs(
+    models: Mapping[str, Path], inputs: Path, precision: str, limit: float, advance: Advance
+) -> dict[str, dict[str, Any]]:
+    """search_graph of each, by name."""
+    found = {}
+    for done, (name, model) in enumerate(models.items()):
+        advance(done, len(models))
+        found[name] = search_graph(model, _files(inputs, name), precision, limit)
+    return found
+
+
+def search_graph(model: Path, samples: list[Path], precision: str, limit: float) -> dict[str, Any]:
+    """The nodes of a graph that have to stay in fp32 for `limit` to hold; plain JSON.
+
+    `fp32`: their operators by name. `nodes`: how many a cast would change. `error` and `error_all`: of the worst
+    output, as a relative L2 norm, with them in fp32 and with none.
+    """
+    from slipcast_compiler.build.casting import castable, rounded_graph
+    from slipcast_compiler.passes import qdq
+
+    nodes, exact = castable(model), qdq.session(model)
+    read = [dict(np.load(sample)) for sample in samples]
+    wanted = [exact(arrays) for arrays in read]
+    del exact
+
+    def error(chosen: frozenset[str], count: int) -> float:
+        places = np.linspace(0, len(read) - 1, min(max(count // 2, 1), len(read))).round().astype(int)
+        run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent)
+        return worst_error([wanted[i] for i in places], [run(read[i]) for i in places])
+
+    found = search(list(nodes), error, limit, MEASUREMENTS, lambda done, total: None)
+    return {
+        "nodes": len(nodes), "fp32": {name: nodes[name] for name in nodes if name not in found.quantised},
+        "error": found.error, "error_all": found.error_all, "limit": limit, "tried": len(found.tried),
+    }  # fmt: skip
+
+
+def _files(inputs: Path, component: str) -> list[Path]:
+    files = sorted((inputs / component).glob("*.npz"))
+    return [files[i] for i in np.linspace(0, len(files) - 1, min(SAMPLES, len(files))).round().astype(int)]
+
+
+def worst_error(wanted: list[Arrays], found: list[Arrays]) -> float:
+    """The relative L2 error of the output that is furthest off, over all evaluations; at most WORST."""
+    errors = []
+    for name in wanted[0]:
+        pairs = [(a[name].astype(np.float64), b[name].astype(np.float64)) for a, b in zip(wanted, found, strict=True)]
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            off = sum(float(np.square(a - b).sum()) for a, b in pairs)
+        norm = sum(float(np.square(a).sum()) for a, _ in pairs)
+        errors.append(np.sqrt(off / norm) if norm and np.isfinite(off) else WORST * (off != 0))
+    return float(min(max(errors), WORST))

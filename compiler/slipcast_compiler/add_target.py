@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from slipcast.manifest import SCHEMA_VERSION, Addition, Manifest, Target
 from slipcast.progress import Advance, Stages
 from slipcast_compiler import bundled, publish
 from slipcast_compiler.build import Source, build_target, declare
+from slipcast_compiler.build.needs import need_graph_libraries
 from slipcast_compiler.build.pool import Pool
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
 from slipcast_compiler.metrics import psnr
-from slipcast_compiler.mixed_precision import SAMPLES, check_cast, measure_cast
+from slipcast_compiler.mixed_precision import IMAGES, SAMPLES, check_cast, measure_cast
 from slipcast_compiler.recipe import TargetTable
 from slipcast_compiler.recording import record
 
@@ -61,6 +62,8 @@ def add_target(
     """
     if not ENGINES[table.engine].can_build():
         raise HostError(f"target {table.engine} cannot be built here", hint=ENGINES[table.engine].why_not())
+    if table.half:
+        need_graph_libraries()
     bundle = open_bundle(path)
     _check_version(bundle.manifest)
     portable = find_portable(bundle.manifest, table.precision)
@@ -79,11 +82,10 @@ def add_target(
             _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
         sources, casts = _sources(bundle, portable, digests), {}
         if table.half:
+            measured = _measured(bundle, table, portable, sources, digests)
             with stages.stage("record inputs") as advance:
-                inputs = _inputs(bundle, portable, sources, cache, advance)
+                inputs = _inputs(bundle, portable, measured, cache, advance)
             with stages.stage("measure casts") as advance:
-                # What a denoiser in INT8 was before is not here: see casts.py.
-                measured = {name: s for name, s in sources.items() if (table.precision, name) != ("int8", "denoiser")}
                 casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
             target = build_target(table, sources, bundle.manifest.image, pool, cache, advance, casts=casts)
@@ -91,7 +93,7 @@ def add_target(
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)
         if casts:
-            check_cast(folder, target, casts, sources, inputs, stages)
+            check_cast(folder, target, casts, measured, inputs, stages)
         if not_run := refusal(target):
             logger.warning("%s was not run here and is compared with nothing: %s", target.id, not_run)
         else:
@@ -103,15 +105,28 @@ def add_target(
     return Added(output, manifest, target, not_run)
 
 
-def _inputs(bundle: Bundle, portable: Target, sources: dict[str, Source], cache: Cache, advance: Advance) -> Path:
+def _measured(
+    bundle: Bundle, table: TargetTable, portable: Target, sources: dict[str, Source], digests: dict[str, str]
+) -> dict[str, Source]:
+    """The graphs that a cast is measured on: a denoiser in INT8 as it was before (see casts.py), if that is there."""
+    measured = {name: source for name, source in sources.items() if (table.precision, name) != ("int8", "denoiser")}
+    for target in bundle.manifest.targets:
+        if (target.engine, target.precision) == (PORTABLE, "fp32"):
+            return {"denoiser": _sources(bundle, target, digests)["denoiser"], **measured}
+    if len(measured) < len(sources):
+        logger.warning("%s: the bundle has no denoiser in fp32, on which its cast could be measured", table.name)
+    return measured
+
+
+def _inputs(bundle: Bundle, portable: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
     """What the portable target's components read; see mixed_precision.measure_cast."""
-    prompts: Sequence[str | None] = calibration_prompts(bundle)[:1] or [None]
-    inputs = {"sources": {name: source.identity for name, source in sources.items()}, "prompts": prompts}
+    prompts: Sequence[str | None] = calibration_prompts(bundle)[:IMAGES] or [None]
+    drawn_by = bundle.manifest.model_dump(mode="json", exclude={"targets", "quality", "performance"})
 
     def make(out: Path) -> None:
-        run_isolated(record, bundle.root, portable.id, tuple(sources), prompts, SAMPLES, out, advance=advance)
+        run_isolated(record, bundle.root, portable.id, tuple(components), prompts, SAMPLES, out, advance=advance)
 
-    return cache.get("inputs", inputs, make)
+    return cache.get("inputs", {"manifest": drawn_by, "target": portable.id, "prompts": prompts}, make)
 
 
 def find_portable(manifest: Manifest, precision: str) -> Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from slipcast.manifest import Caching
@@ -21,23 +22,22 @@ TRAJECTORIES = 8  # at least so many, with as many prompts and seeds, where samp
 def calibration_samples(
     plan: Plan, exported: dict[str, Path], prompts: Path | None, count: int, cache: Cache, advance: Advance
 ) -> Path:
-    """A directory with `count` evaluations of the denoiser, denoiser/0000.npz and so on, from the cache or made; and of
-    other components as many as there were.
+    """A directory with `count` evaluations of the denoiser, denoiser/0000.npz and so on, from the cache or made.
 
-    Each holds the inputs by name, with guidance in the batch, and the outputs in fp32 (the denoiser's `prediction`), as
-    the exported graphs give them in the runtime. Of every trajectory other steps are kept, so that together they cover
-    all of them. Images never held out: image i is drawn from calibration prompt i with seed i. `prompts`: see
-    package.describe.
+    Each holds the denoiser's inputs by name, with guidance in the batch, and its `prediction` in fp32, as the exported
+    graphs give them in the runtime. Of every trajectory other steps are kept, so that together they cover all of them.
+    Images never held out: image i is drawn from calibration prompt i with seed i. `prompts`: see package.describe.
     """
     plan = dataclasses.replace(plan, sampling=plan.measuring)
     images = min(count, max(TRAJECTORIES, math.ceil(count / plan.sampling.steps)))
-    return recorded_components(plan, exported, prompts, images, count, cache, advance)
+    return recorded(plan, exported, prompts, ("denoiser",), images, count, cache, advance)
 
 
-def recorded_components(
+def recorded(
     plan: Plan,
     exported: dict[str, Path],
     prompts: Path | None,
+    components: Collection[str],
     images: int,
     count: int,
     cache: Cache,
@@ -46,18 +46,21 @@ def recorded_components(
     caching: Caching | None = None,
     guard: Path | None = None,
 ) -> Path:
-    """The same with as many `images`, sampled as the plan says; `staged`, `caching`, `guard`: see portable.py."""
+    """The same of other `components`, with as many `images`, sampled as the plan says; for `staged`, `caching` and
+    `guard` see portable.py."""
     texts = plan.family.calibration if plan.family else (None,)
     chosen = tuple(texts[i % len(texts)] for i in range(images))
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="slipcast-calibration-") as name:
             target = write_portable(plan, exported, prompts, Path(name), cache, staged, caching, guard)
-            run_isolated(record, Path(name), target, tuple(exported), chosen, count, out, advance=advance)
+            run_isolated(record, Path(name), target, tuple(components), chosen, count, out, advance=advance)
 
     inputs = {
         "exported": {component: source.name for component, source in exported.items()}, "prompts": chosen,
         "table": prompts and prompts.parent.name, "sampling": plan.sampling.model_dump(mode="json"), "count": count,
         "caching": caching and caching.model_dump(mode="json"), "guard": guard and guard.name,
+        "components": sorted(components), "source": plan.checkpoint.sha256, "sizes": plan.sizes,
+        "image": plan.image.model_dump(mode="json"), "reference": plan.reference.model_dump(mode="json"),
     }  # fmt: skip
     return cache.get("calibration", inputs, make)

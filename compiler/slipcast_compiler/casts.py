@@ -10,9 +10,8 @@ from slipcast.manifest import Caching, Target
 from slipcast.progress import Stages
 from slipcast_compiler.build import Source, exported_sources
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.calibration import recorded_components
-from slipcast_compiler.mixed_precision import SAMPLES, Found, check_cast, measure_cast
-from slipcast_compiler.passes.quantize import Quantized
+from slipcast_compiler.calibration import recorded
+from slipcast_compiler.mixed_precision import IMAGES, SAMPLES, Found, check_cast, measure_cast
 from slipcast_compiler.plan import Plan
 
 
@@ -36,7 +35,6 @@ class Casts:
 def measure_casts(
     plan: Plan,
     exported: dict[str, Path],
-    quantized: Quantized | None,
     prompts: Path | None,
     staged: Path,
     caching: Caching | None,
@@ -48,18 +46,15 @@ def measure_casts(
     portable.py.
 
     A denoiser in INT8 is measured as it was before: its nodes have the same names, and what rounding adds to its error
-    is lost among the steps of INT8. Its calibration samples are taken, which are of all components but what draws
-    strangers.
+    is lost among the steps of INT8.
     """
     half, sources = [table for table in plan.recipe.targets if table.half], exported_sources(exported)
     if not half:
         return Casts(plan, {}, sources, None)
     with stages.stage("record inputs") as advance:
-        inputs = quantized.samples.parent if quantized else None
-        if not inputs or not all((inputs / name).is_dir() for name in exported):
-            inputs = recorded_components(
-                plan, exported, prompts, 1, SAMPLES, cache, advance, staged, caching, guard
-            )  # fmt: skip
+        inputs = recorded(
+            plan, exported, prompts, tuple(exported), IMAGES, SAMPLES, cache, advance, staged, caching, guard
+        )  # fmt: skip
     with stages.stage("measure casts") as advance:
         found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in half}
     return Casts(plan, found, sources, inputs)

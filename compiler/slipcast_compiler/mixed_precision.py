@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle import open_bundle
+from slipcast.caching import SHALLOW
 from slipcast.engines import open_engine, refusal
 from slipcast.manifest import ComponentName, Target
 from slipcast.progress import Advance, Stages
@@ -43,8 +44,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 Found = dict[str, dict[str, Any]]  # by component: see search_graph
 
 MAX_ERROR = {"fp16": 0.004, "bf16": 0.03}  # where the target does not say: about eight times the unit roundoff
-SAMPLES = 4  # evaluations of each component
-MEASUREMENTS = 100  # choices of nodes that are tried
+IMAGES, SAMPLES = 2, 4  # drawn, and evaluations of each component, where there are as many
+MEASUREMENTS = 200  # choices of nodes that are tried
 WORST = 1e3  # the error of what is not finite
 FOUND = "found.json"
 
@@ -75,7 +76,7 @@ def measure_cast(
     for name, of in found.items():
         if of["fp32"]:
             logger.info(
-                "%s in %s: %d of %d nodes stay in fp32, error %.2g in place of %.2g", name, half, len(of["fp32"]),
+                "%s in %s: %d of %d nodes stay in fp32, error %.2g in place of %.2g", name, half, of["kept"],
                 of["nodes"], of["error"], of["error_all"],
             )  # fmt: skip
     return found
@@ -135,18 +136,24 @@ def search_graphs(
     models: Mapping[str, Path], inputs: Path, precision: str, limit: float, advance: Advance
 ) -> dict[str, dict[str, Any]]:
     """search_graph of each, by name."""
+    from slipcast_compiler.build.casting import castable
+
     found = {}
     for done, (name, model) in enumerate(models.items()):
         advance(done, len(models))
         found[name] = search_graph(model, _files(inputs, name), precision, limit)
+    if SHALLOW in found:  # which has nodes of the full one, and its weights from the same file
+        both = found["denoiser"]["fp32"] | found[SHALLOW]["fp32"]
+        for name in ("denoiser", SHALLOW):
+            found[name] |= {"fp32": both, "kept": len(both.keys() & castable(models[name]).keys())}
     return found
 
 
 def search_graph(model: Path, samples: list[Path], precision: str, limit: float) -> dict[str, Any]:
     """The nodes of a graph that have to stay in fp32 for `limit` to hold; plain JSON.
 
-    `fp32`: their operators by name. `nodes`: how many a cast would change. `error` and `error_all`: of the worst
-    output, as a relative L2 norm, with them in fp32 and with none.
+    `fp32`: their operators by name, and `kept`: their number. `nodes`: how many a cast would change. `error` and
+    `error_all`: of the worst output, as a relative L2 norm, with them in fp32 and with none.
     """
     from slipcast_compiler.build.casting import castable, rounded_graph
     from slipcast_compiler.passes import qdq
@@ -156,14 +163,14 @@ def search_graph(model: Path, samples: list[Path], precision: str, limit: float)
     wanted = [exact(arrays) for arrays in read]
     del exact
 
-    def error(chosen: frozenset[str], count: int) -> float:
-        places = np.linspace(0, len(read) - 1, min(max(count // 2, 1), len(read))).round().astype(int)
+    def error(chosen: frozenset[str], _: int) -> float:  # on all of them: what overflows may do so in one alone
         run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent)
-        return worst_error([wanted[i] for i in places], [run(read[i]) for i in places])
+        return worst_error(wanted, [run(arrays) for arrays in read])
 
     found = search(list(nodes), error, limit, MEASUREMENTS, lambda done, total: None)
+    kept = {name: kind for name, kind in nodes.items() if name not in found.quantised}
     return {
-        "nodes": len(nodes), "fp32": {name: nodes[name] for name in nodes if name not in found.quantised},
+        "nodes": len(nodes), "kept": len(kept), "fp32": kept,
         "error": found.error, "error_all": found.error_all, "limit": limit, "tried": len(found.tried),
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,20 @@ class TestCasts:
         arrays = dict(np.load(inputs / "0001.npz"))
         assert arrays["prediction"] == pytest.approx(arrays["sample"] / 2)
         assert len(list(inputs.iterdir())) == 2  # of one image in two steps
+
+    def test_other_sampling_reads_other_things(self, bundle: Path) -> None:
+        add(bundle, "openvino:bf16")
+        document = json.loads((bundle / "manifest.json").read_text())
+        document["sampling"]["steps"] = 3
+        (bundle / "manifest.json").write_text(json.dumps(document))
+        add(bundle, "openvino:bf16", replace=True)
+        assert sorted(len(list(f.iterdir())) for f in bundle.parent.glob("cache/inputs-*/denoiser")) == [2, 3]
+
+    def test_a_host_that_cannot_rewrite_graphs_is_told_at_once(self, bundle: Path, monkeypatch: Any) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx_ir" else find_spec(name))
+        with pytest.raises(HostError, match=r"onnx_ir not installed(.|\n)*slipcast\[build\]"):
+            add(bundle, "openvino:bf16")
+        assert not (bundle.parent / "cache").exists()
 
     def test_what_would_be_too_far_off_stays_in_fp32(self, bundle: Path) -> None:
         added = add(bundle, "openvino:bf16", "max_cast_error=1e-6")

@@ -17,7 +17,7 @@ from slipcast.errors import RecipeError
 from slipcast_compiler.build import Source, openvino
 from slipcast_compiler.build.casting import cast_graph
 from slipcast_compiler.cache import Cache
-from slipcast_compiler.mixed_precision import MAX_ERROR, WORST, measure_cast, search_graph, worst_error
+from slipcast_compiler.mixed_precision import MAX_ERROR, WORST, measure_cast, search_graph, search_graphs, worst_error
 from slipcast_compiler.passes import qdq
 from slipcast_compiler.reading import parse_target
 from slipcast_compiler.recipe import TargetTable
@@ -101,6 +101,46 @@ class TestSearch:
         onnx.checker.check_model(out, full_check=True)
         types = {t.name: t.data_type for t in onnx.load(out, load_external_data=False).graph.initializer}
         assert types["l4.w"] == TensorProto.FLOAT and types["l3.w.fp16"] == TensorProto.FLOAT16
+
+    def test_an_overflow_in_one_sample_alone(self, overflowing: Path, noise: list[Path], tmp_path: Path) -> None:
+        arrays = [dict(np.load(file)) for file in noise]
+        for i in (0, 2, 3):
+            arrays[i]["x"] *= 1e-3
+        found = search_graph(overflowing, samples(tmp_path / "quiet", *arrays), "fp16", MAX_ERROR["fp16"])
+        assert found["error_all"] == WORST and "again3" in found["fp32"] and len(found["fp32"]) < 8
+
+    def test_a_mask_may_become_infinite(self, noise: list[Path], tmp_path: Path) -> None:
+        nodes = [
+            helper.make_node("Add", ["x", "mask"], ["masked"], name="mask"),
+            helper.make_node("Softmax", ["masked"], ["y"], name="softmax"),
+        ]
+        mask = np.where(np.arange(WIDTH) < 9, 0.0, np.finfo(np.float32).min)
+        model = save(tmp_path / "mask.onnx", nodes, [value("x", "batch", WIDTH)], mask=mask)
+        found = search_graph(model, noise, "fp16", MAX_ERROR["fp16"])
+        assert not found["fp32"]
+        cast_graph(model, "fp16", tmp_path / "cast.onnx")
+
+    def test_both_denoisers_of_feature_caching_keep_the_same(self, overflowing: Path, noise: list[Path]) -> None:
+        """They read one file of weights."""
+        folder = noise[0].parent.parent
+        shallow = overflowing.with_name("shallow.onnx")
+        model = onnx.load(overflowing, load_external_data=False)
+        model.graph.node.pop(0)
+        model.graph.node[0].input[0] = "x"
+        model.graph.initializer.pop(0)
+        onnx.save(model, shallow)
+        for name in ("denoiser", "denoiser_shallow"):
+            samples(folder / name, *(dict(np.load(file)) for file in noise))
+        models = {"denoiser": overflowing, "denoiser_shallow": shallow}
+        found = search_graphs(models, folder, "fp16", MAX_ERROR["fp16"], lambda done, total: None)
+        kept = found["denoiser"]["fp32"]
+        assert kept == found["denoiser_shallow"]["fp32"] and "again3" in kept
+        places = []
+        for name, path in models.items():
+            (out := folder / f"out-{name}").mkdir()
+            files = openvino.build(path, "bf16", out, list(kept))
+            places.append(out / str(files.weights))
+        assert places[1].name == "model.bin" and places[0].read_bytes() == places[1].read_bytes()
 
     def test_bf16_reaches_as_far_as_fp32(self, overflowing: Path, noise: list[Path]) -> None:
         found = search_graph(overflowing, noise, "bf16", MAX_ERROR["bf16"])

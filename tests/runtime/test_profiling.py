@@ -29,7 +29,7 @@ from slipcast.manifest import Component, TensorSpec
 from slipcast.profiling.flame import WIDTH, Block, draw
 from slipcast.profiling.measure import profile_run
 from slipcast.profiling.memory import measure_memory
-from slipcast.profiling.page import render_page
+from slipcast.profiling.page import _calls, render_page
 from slipcast.profiling.table import render_table
 from slipcast.progress import Stages
 
@@ -313,6 +313,12 @@ def rectangles(svg: str) -> list[tuple[str, float, float, float]]:
 
 
 class TestFlame:
+    def test_a_gap_below_nothing_has_no_width(self) -> None:
+        """Between two calls lies a difference of means, which rounding can turn negative."""
+        parts = _calls([("denoiser", 0.1 - 1e-16, 0.5)], 0.1, 0.5 - 1e-16, {"denoiser": "t0"})
+        assert [part.seconds for part in parts if part.label == "host"] == [0.0, 0.0]
+        draw(Block("run", 0.4, "rest", "", parts), "x")
+
     def test_widths_are_time(self) -> None:
         parts = (Block("a", 0.5, "t0"), Block("b", 0.3, "t1", "twice", (Block("c", 0.2, "t1"),)))
         found = rectangles(draw(Block("run", 1.0, "rest", "", parts), "x"))

@@ -9,8 +9,9 @@ from typing import Any
 from slipcast_compiler.bench.plan import BUNDLE
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 60, 150, 14, 40  # margins: labels stand to the right of what they name
+LEFT, RIGHT, TOP, BOTTOM = 60, 160, 14, 40  # margins: labels stand to the right of what they name
 ROW = 26
+CHARACTER = 5.8  # its width in labels, on the mean
 
 
 def scatter(document: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -24,7 +25,7 @@ def scatter(document: Mapping[str, Any]) -> dict[str, Any] | None:
             x = _scale([math.log10(s) for _, s, _ in points], LEFT, WIDTH - RIGHT)
             y = _scale([value for *_, value in points], HEIGHT - BOTTOM, TOP)
             marks = [
-                {"name": name, "x": x(math.log10(s)), "y": y(value), "label": f"{name} ({s:.3g} s)"}
+                _labelled({"name": name, "x": x(math.log10(s)), "y": y(value), "label": f"{name} ({s:.3g} s)"})
                 for name, s, value in points
             ]
             return {"label": label, "marks": _apart(marks), "y_ticks": _ticks(y, [v for *_, v in points])}
@@ -89,6 +90,12 @@ def break_even(document: Mapping[str, Any]) -> dict[str, Any] | None:
         "marks": _apart(marks), "x_ticks": [{"at": x(v), "label": f"{v:.0f}"} for v in (0, most / 2, most)],
         "y_ticks": [{"at": y(v), "label": f"{v:.0f}"} for v in (0, top / 2, top)],
     }  # fmt: skip
+
+
+def _labelled(mark: dict[str, Any]) -> dict[str, Any]:
+    """With its label on the left where there is no room on the right."""
+    fits = mark["x"] + 9 + CHARACTER * len(mark["label"]) < WIDTH
+    return mark | {"label_x": mark["x"] + (9 if fits else -9), "anchor": "start" if fits else "end"}
 
 
 def _apart(marks: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,34 +15,35 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from slipcast.errors import SlipcastError
+from slipcast_compiler.hygiene import constant
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Inputs that are fp32 whatever the type of the data: (operator, first place that is so).
 FP32_INPUTS = {"Resize": 1, "QuantizeLinear": 1, "DequantizeLinear": 0}
+HEADROOM = 2.0  # between what a tensor was seen to hold and the most that fp16 can
 
 
 def cast_graph(source: Path, precision: str, target: Path, fp32: Collection[str] = ()) -> None:
     """Write the fp32 graph `source` to `target` (with its weights beside it) in "fp16" or "bf16".
 
-    Nodes named in `fp32` stay so, with their weights. What is quantised stays so: scales remain fp32, and what is
-    dequantised comes out in the half precision. Norms and softmax keep accumulating in fp32, which is in the operators'
-    own definition. Raises SlipcastError, naming the tensor, for a weight that the precision cannot hold.
+    Nodes named in `fp32` stay so, with their weights, unless they are quantised. What is quantised stays so: scales
+    remain fp32, and what is dequantised comes out in the half precision. Norms and softmax keep accumulating in fp32,
+    which is in the operators' own definition. A weight that the precision cannot hold becomes infinite: what that does
+    is for mixed_precision.py to measure (a mask that is the least number of all may be so without harm).
     """
     model = _load(source)
     _Caster(model.graph, DTYPES[precision], precision, fp32).run()
-    try:
-        ir.save(model, target, external_data=f"{target.name}.data")
-    except Exception as error:  # weights are converted on the way, and the library wraps what happens there
-        cause: BaseException | None = error
-        while cause and not isinstance(cause, SlipcastError):
-            cause = cause.__cause__
-        raise cause or error from None
+    ir.save(model, target, external_data=f"{target.name}.data")
 
 
 def castable(source: Path) -> dict[str, str]:
     """The nodes that a cast changes, in the graph's order: name -> operator."""
-    nodes = (node for node in _load(source).graph if any(_floating(value) for value in node.outputs))
-    return {str(node.name): node.op_type for node in nodes}
+    found = {}
+    for node in _load(source).graph:
+        values = [*node.inputs[: _first_fp32(node)], *node.outputs]
+        if any(value is not None and _floating(value) for value in values):
+            found[str(node.name)] = node.op_type
+    return found
 
 
 def rounded_graph(source: Path, precision: str, fp32: Collection[str] = ()) -> bytes:
@@ -50,7 +51,8 @@ def rounded_graph(source: Path, precision: str, fp32: Collection[str] = ()) -> b
 
     So it runs where the precision has no kernels, and no engine saves a rounding: ONNX Runtime, on a CPU, keeps what is
     between two operators in fp32, and the reference model's decoder is 3e-6 off in fp16 there, where the types of its
-    graph make 3e-4. Weights stay in the file of `source`; what does not fit into the precision becomes infinite.
+    graph make 3e-4. Weights stay in the file of `source`. What would not fit into the precision if it were HEADROOM
+    times larger becomes infinite, since other inputs give other peaks.
     """
     model, half, rounded = _load(source), DTYPES[precision], dict[ir.Value, ir.Value]()
     for node in list(model.graph):
@@ -59,11 +61,11 @@ def rounded_graph(source: Path, precision: str, fp32: Collection[str] = ()) -> b
         for place, value in enumerate(node.inputs[: _first_fp32(node)]):
             if value is not None and _floating(value):
                 if value not in rounded:
-                    node.prepend(_round(value, half, rounded))
+                    node.prepend(_round(model.graph, value, half, rounded))
                 node.replace_input_with(place, rounded[value])
         for output in filter(_floating, node.outputs):
             uses = output.uses()
-            node.append(_round(output, half, rounded))
+            node.append(_round(model.graph, output, half, rounded))
             for user, place in uses:
                 user.replace_input_with(place, rounded[output])
             if output in model.graph.outputs:
@@ -73,11 +75,17 @@ def rounded_graph(source: Path, precision: str, fp32: Collection[str] = ()) -> b
     return serialized
 
 
-def _round(value: ir.Value, half: ir.DataType, rounded: dict[ir.Value, ir.Value]) -> list[ir.Node]:
+def _round(graph: ir.Graph, value: ir.Value, half: ir.DataType, rounded: dict[ir.Value, ir.Value]) -> list[ir.Node]:
     """To half precision and back; what comes out is noted in `rounded` as what becomes of the value, and of itself."""
+    steps: list[tuple[str, ir.DataType, float]] = [("Cast", half, 0.0), ("Cast", ir.DataType.FLOAT, 0.0)]
+    if half == ir.DataType.FLOAT16 and value.const_value is None:  # weights are the same for all inputs
+        steps = [("Mul", ir.DataType.FLOAT, HEADROOM), *steps, ("Mul", ir.DataType.FLOAT, 1 / HEADROOM)]
     nodes, last = list[ir.Node](), value
-    for dtype in (half, ir.DataType.FLOAT):
-        nodes.append(ir.node("Cast", [last], {"to": dtype}, name=f"{value.name}.as_{dtype.name.lower()}"))
+    for place, (kind, dtype, by) in enumerate(steps):
+        factor = [constant(graph, f"headroom_{by:g}", np.array(by, np.float32))] if by else []
+        nodes.append(
+            ir.node(kind, [last, *factor], {} if by else {"to": dtype}, name=f"{value.name}.round_{place}")
+        )  # fmt: skip
         last = nodes[-1].outputs[0]
         last.name, last.shape, last.type = f"{nodes[-1].name}.out", value.shape, ir.TensorType(dtype)
     rounded[value] = rounded[last] = last
@@ -98,7 +106,8 @@ class _Caster:
 
     def run(self) -> None:
         for node in list(self._graph):
-            dtype = ir.DataType.FLOAT if node.name in self._fp32 else self._dtype
+            quantised = any(v is not None and _made_by(v) == "DequantizeLinear" for v in node.inputs)
+            dtype = ir.DataType.FLOAT if node.name in self._fp32 and not quantised else self._dtype
             first = _first_fp32(node)
             for place, value in enumerate(node.inputs):
                 if value is not None and value.dtype in (ir.DataType.FLOAT, self._dtype):
@@ -138,15 +147,8 @@ class _Caster:
         assert tensor is not None
 
         def read() -> ir.Tensor:
-            array = tensor.numpy()
             with np.errstate(over="ignore"):
-                converted = array.astype(dtype.numpy())
-            if (np.isinf(converted.astype(np.float32)) & np.isfinite(array)).any():
-                raise SlipcastError(
-                    f"{value.name}: does not fit into {self._precision}", expected="finite numbers",
-                    got=f"values up to {np.abs(array).max():g}", hint='choose precision = "bf16" or "fp32"',
-                )  # fmt: skip
-            return ir.Tensor(converted, dtype=dtype, name=name)
+                return ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
 
         made = ir.Value(name=name, type=ir.TensorType(dtype), shape=value.shape)
         made.const_value = ir.LazyTensor(read, dtype=dtype, shape=tensor.shape, name=name)
@@ -173,6 +175,11 @@ class _Caster:
 
 def _floating(value: ir.Value) -> bool:
     return bool(value.dtype == ir.DataType.FLOAT)
+
+
+def _made_by(value: ir.Value) -> str | None:
+    producer = value.producer()
+    return producer.op_type if producer else None
 
 
 def _first_fp32(node: ir.Node) -> int:

@@ -11,5 +11,6 @@ def need_graph_libraries() -> None:
     """HostError, with the command that installs them, where ONNX graphs cannot be rewritten."""
     if missing := [name for name in ("onnx", "onnx_ir") if importlib.util.find_spec(name) is None]:
         raise HostError(
-            f"the graph cannot be cast: {' and '.join(missing)} not installed", hint="pip install 'slipcast[build]'"
+            f"graphs cannot be rewritten here: {' and '.join(missing)} not installed",
+            hint="pip install 'slipcast[build]'",
         )

@@ -25,7 +25,7 @@ def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) ->
     if owners and owners[0] != model:
         with tempfile.TemporaryDirectory(prefix=".owner-", dir=out) as scratch:
             owner = Path(scratch) / f"{owners[0].stem}.xml"
-            _convert(owners[0], precision, owner, ())
+            _convert(owners[0], precision, owner, fp32)
             if share_weights(target, owner):
                 target.with_suffix(".bin").unlink()
                 weights = owner.with_suffix(".bin").rename(out / f"{owner.stem}.bin")
@@ -92,12 +92,13 @@ def _convert(model: Path, precision: str, target: Path, fp32: Collection[str]) -
     from slipcast.engines.openvino import openvino
 
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=target.parent) as scratch:
+        source = model
         if precision == "int8":
             need_graph_libraries()
             from slipcast_compiler.passes.sdpa import spelled_out
 
-            model = spelled_out(model, Path(scratch))
-        graph = openvino.Core().read_model(model)
+            source = spelled_out(model, Path(scratch))
+        graph = openvino.Core().read_model(source)
         if fp32:  # marks can be set in a file alone; what has them when it is saved keeps its weights, too
             marked = Path(scratch) / "marked.xml"
             openvino.save_model(graph, marked, compress_to_fp16=False)

@@ -92,7 +92,8 @@ def engine_key(plan: Plan) -> str:
 
 def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
     """Engines for the plan's measured target, in `folder`, which is new: a bundle of its own, with its sampling. With
-    [caching] all its steps are full."""
+    [caching] all its steps are full. In half precision all of it is cast: what has to stay in fp32 is left for the
+    compile to find, and its gate to judge."""
     profile = make_profile(plan, cache, silent) if needs_profile(plan) else None
     rewritten = apply_passes(plan, profile, cache, Silent())
     exported = {

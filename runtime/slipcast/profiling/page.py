@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -96,9 +97,14 @@ def _calls(
 ) -> tuple[Block, ...]:
     blocks = []
     for name, start, stop in calls:
-        blocks += [Block("host", start - begin, "none"), Block(name, stop - start, tones[name])]
+        blocks += [_host(start - begin), Block(name, stop - start, tones[name])]
         begin = stop
-    return (*blocks, Block("host", end - begin, "none"))
+    return (*blocks, _host(end - begin))
+
+
+def _host(seconds: float) -> Block:
+    """A difference of means, which may come out below nothing."""
+    return Block("host", max(seconds, 0.0), "none")
 
 
 def _by_layer(d: Mapping[str, Any]) -> Block:
@@ -121,7 +127,7 @@ def _by_layer(d: Mapping[str, Any]) -> Block:
         outside = Block("outside layers", max(component["outside_layers_s"], 0.0), "none")
         label = f"{component['name']} {ms(component['seconds'])}, {component['share']:.0%}"
         parts.append(Block(label, component["seconds"], "rest", "", (*blocks, outside)))
-    host = Block("host", d["host_s"], "none", "outside the engines")
+    host = replace(_host(d["host_s"]), detail="outside the engines")
     return Block(f"one run: {ms(d['seconds'])}", d["seconds"], "rest", "", (*parts, host))
 
 

@@ -82,9 +82,9 @@ def add_target(
             _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
         sources, casts = _sources(bundle, portable, digests), {}
         if table.half:
-            measured = _measured(bundle, table, portable, sources, digests)
+            exact, measured = _measured(bundle, portable, digests)
             with stages.stage("record inputs") as advance:
-                inputs = _inputs(bundle, portable, measured, cache, advance)
+                inputs = _inputs(bundle, exact, measured, cache, advance)
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
@@ -93,7 +93,7 @@ def add_target(
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)
         if casts:
-            check_cast(folder, target, casts, measured, inputs, stages)
+            check_cast(folder, target, casts, inputs, stages)
         if not_run := refusal(target):
             logger.warning("%s was not run here and is compared with nothing: %s", target.id, not_run)
         else:
@@ -105,28 +105,26 @@ def add_target(
     return Added(output, manifest, target, not_run)
 
 
-def _measured(
-    bundle: Bundle, table: TargetTable, portable: Target, sources: dict[str, Source], digests: dict[str, str]
-) -> dict[str, Source]:
-    """The graphs that a cast is measured on: a denoiser in INT8 as it was before (see casts.py), if that is there."""
-    measured = {name: source for name, source in sources.items() if (table.precision, name) != ("int8", "denoiser")}
+def _measured(bundle: Bundle, portable: Target, digests: dict[str, str]) -> tuple[Target, dict[str, Source]]:
+    """The target in fp32 whose graphs a cast is measured on, also that of a denoiser in INT8 (see casts.py); of a
+    bundle that has none, all but the denoiser."""
     for target in bundle.manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, "fp32"):
-            return {"denoiser": _sources(bundle, target, digests)["denoiser"], **measured}
-    if len(measured) < len(sources):
-        logger.warning("%s: the bundle has no denoiser in fp32, on which its cast could be measured", table.name)
-    return measured
+            return target, _sources(bundle, target, digests)
+    logger.warning("%s has no denoiser in fp32, on which its cast could be measured", bundle.manifest.name)
+    sources = _sources(bundle, portable, digests)
+    return portable, {name: source for name, source in sources.items() if name != "denoiser"}
 
 
-def _inputs(bundle: Bundle, portable: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
-    """What the portable target's components read; see mixed_precision.measure_cast."""
+def _inputs(bundle: Bundle, target: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
+    """What the target's components read and give; see mixed_precision.measure_cast."""
     prompts: Sequence[str | None] = calibration_prompts(bundle)[:IMAGES] or [None]
     drawn_by = bundle.manifest.model_dump(mode="json", exclude={"targets", "quality", "performance"})
 
     def make(out: Path) -> None:
-        run_isolated(record, bundle.root, portable.id, tuple(components), prompts, SAMPLES, out, advance=advance)
+        run_isolated(record, bundle.root, target.id, tuple(components), prompts, SAMPLES, out, advance=advance)
 
-    return cache.get("inputs", {"manifest": drawn_by, "target": portable.id, "prompts": prompts}, make)
+    return cache.get("inputs", {"manifest": drawn_by, "target": target.id, "prompts": prompts}, make)
 
 
 def find_portable(manifest: Manifest, precision: str) -> Target:

@@ -115,7 +115,7 @@ def _measure(
     chosen = tuple(texts[i % len(texts)] for i in range(IMAGES))
 
     def make(out: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="slipcast-caching-") as name:
+        with tempfile.TemporaryDirectory(prefix=".caching-", dir=out.parent) as name:
             write_portable(plan, both, prompts, Path(name), cache, staged, record)
             found = run_isolated(measure_reuse, Path(name), chosen, longest, advance=advance).result
         (out / MEASURED).write_text(json.dumps(found))

@@ -52,7 +52,7 @@ def recorded(
     chosen = tuple(texts[i % len(texts)] for i in range(images))
 
     def make(out: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="slipcast-calibration-") as name:
+        with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
             target = write_portable(plan, exported, prompts, Path(name), cache, staged, caching, guard)
             run_isolated(record, Path(name), target, tuple(components), chosen, count, out, advance=advance)
 

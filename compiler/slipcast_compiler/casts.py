@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipcast.manifest import Caching, Target
 from slipcast.progress import Stages
-from slipcast_compiler.build import Source, exported_sources
+from slipcast_compiler.build import exported_sources
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import recorded
 from slipcast_compiler.mixed_precision import IMAGES, SAMPLES, Found, check_cast, measure_cast
@@ -17,11 +17,10 @@ from slipcast_compiler.plan import Plan
 
 @dataclass(frozen=True)
 class Casts:
-    """By the name of each target in half precision, what was found; and the graphs and inputs that it is of."""
+    """By the name of each target in half precision, what was found; and the inputs that it is of."""
 
     plan: Plan
     found: dict[str, Found]
-    sources: dict[str, Source]
     inputs: Path | None
 
     def check(self, folder: Path, targets: Sequence[Target], stages: Stages) -> None:
@@ -29,7 +28,7 @@ class Casts:
         for table, target in zip(self.plan.recipe.targets, targets, strict=True):
             if found := self.found.get(table.name):
                 assert self.inputs
-                check_cast(folder, target, found, self.sources, self.inputs, stages)
+                check_cast(folder, target, found, self.inputs, stages)
 
 
 def measure_casts(
@@ -50,11 +49,14 @@ def measure_casts(
     """
     half, sources = [table for table in plan.recipe.targets if table.half], exported_sources(exported)
     if not half:
-        return Casts(plan, {}, sources, None)
+        return Casts(plan, {}, None)
+    # Few steps cover all noise levels too; but masks of [caching] are of all, and a list has its own length.
+    if plan.sampling.schedule and not caching:
+        plan = replace(plan, sampling=plan.sampling.model_copy(update={"steps": min(SAMPLES, plan.sampling.steps)}))
     with stages.stage("record inputs") as advance:
         inputs = recorded(
             plan, exported, prompts, tuple(exported), IMAGES, SAMPLES, cache, advance, staged, caching, guard
         )  # fmt: skip
     with stages.stage("measure casts") as advance:
         found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in half}
-    return Casts(plan, found, sources, inputs)
+    return Casts(plan, found, inputs)

@@ -62,7 +62,8 @@ class Run:
 class Originals:
     """The unchanged model's pictures, float32 [n, h, w, 3]: the reference, and two runs that give the noise floors.
 
-    The reference goes on, after the held-out prompts, with those out of the family.
+    The reference goes on, after the held-out prompts, with those out of the family. `drawn`: the run of the held-out
+    ones, unless they came from the cache.
     """
 
     prompts: Prompts
@@ -70,6 +71,7 @@ class Originals:
     fp32: Floats
     bf16: Floats
     other_seeds: Floats
+    drawn: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,17 @@ def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
             advance(before + i, total)
 
         if prompts:
-            runs.append(draw_original(plan, prompts, chosen, dtype, cache, report))
+            runs.append(_drawn(plan, prompts, chosen, dtype, cache, report))
         done += len(prompts)
-    fp32, bf16, other_seeds, *rest = runs
-    return Originals((*plan.prompts, *strangers), seeds + last, np.concatenate([fp32, *rest]), bf16, other_seeds)
+    fp32, bf16, other_seeds, *rest = (images for images, _ in runs)
+    reference = np.concatenate([fp32, *rest])
+    return Originals((*plan.prompts, *strangers), seeds + last, reference, bf16, other_seeds, runs[0][1])
 
 
 def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
-    """Time and memory of the original in fp32, measured now: pictures may come from a cache, figures may not."""
+    """Time and memory of the original in fp32, of this compile: pictures may come from a cache, figures may not."""
+    if originals.drawn:
+        return originals.drawn
     prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
     arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, "float32")
     isolated = run_isolated(original.make_images, *arguments, advance=advance)
@@ -242,18 +247,27 @@ def draw_original(
     plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
 ) -> Floats:
     """The original's pictures, by plan.reference, float32 [n, h, w, 3]; from the cache, or drawn."""
+    return _drawn(plan, prompts, seeds, dtype, cache, advance)[0]
+
+
+def _drawn(
+    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
+) -> tuple[Floats, Run | None]:
+    """The pictures, and the run that drew them, if they were not in the cache."""
     inputs: dict[str, Any] = {
         "checkpoint": plan.checkpoint.sha256, "sampling": plan.reference.model_dump(mode="json"), "size": plan.size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,
     }  # fmt: skip
+    runs = list[Run]()
 
     def build(folder: Path) -> None:
         arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, dtype)
         made = run_isolated(original.make_images, *arguments, advance=advance)
+        runs.append(_run(made.result, made.peak_memory_mb))
         np.save(folder / "images.npy", made.result["images"])
 
     images: Floats = np.load(cache.get("original", inputs, build) / "images.npy")
-    return images
+    return images, runs[0] if runs else None
 
 
 def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:

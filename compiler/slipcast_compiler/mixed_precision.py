@@ -55,8 +55,8 @@ def measure_cast(
 ) -> Found:
     """What stays in fp32 of each component of a target in half precision, from the cache or measured.
 
-    `inputs`: what components read, NAME/0000.npz and so on (see recording.py), in a directory that is named by a hash
-    of all that they came from.
+    `inputs`: what components read and give in fp32, NAME/0000.npz and so on (see recording.py), in a directory that is
+    named by a hash of all that they came from.
     """
     need_graph_libraries()
     half = table.half
@@ -82,9 +82,7 @@ def measure_cast(
     return found
 
 
-def check_cast(
-    folder: Path, target: Target, found: Found, sources: Mapping[str, Source], inputs: Path, stages: Stages
-) -> None:
+def check_cast(folder: Path, target: Target, found: Found, inputs: Path, stages: Stages) -> None:
     """Note in `found`, as `engine_error`, how far the engines of a target in the bundle at `folder` are off that have
     nodes in fp32, if they can run here; with a warning where that is more than was allowed.
 
@@ -92,7 +90,7 @@ def check_cast(
     and of attention.
     """
     quantised = "denoiser" if target.precision == "int8" else None  # which has a check of its own
-    kept = {name: sources[name].model for name, of in found.items() if of["fp32"] and name != quantised}
+    kept = tuple(name for name, of in found.items() if of["fp32"] and name != quantised)
     if not kept or refusal(target):
         return
     with stages.stage(f"check {target.id}") as advance:
@@ -107,28 +105,18 @@ def check_cast(
 
 
 def engine_errors(
-    folder: Path,
-    target: Target,
-    models: Mapping[str, Path],
-    inputs: Path,
-    advance: Advance,
+    folder: Path, target: Target, components: tuple[str, ...], inputs: Path, advance: Advance
 ) -> dict[str, float]:
-    """By component, worst_error of the target's engine against the graph that it was built from."""
-    from slipcast_compiler.passes import qdq
-
+    """By component, worst_error of the target's engine against what was recorded."""
     contracts, errors = open_bundle(folder).manifest.components, dict[str, float]()
-    for done, (component, model) in enumerate(models.items()):
-        advance(done, len(models))
-        name = cast(ComponentName, component)
+    for done, component in enumerate(components):
+        advance(done, len(components))
+        name, recorded = cast(ComponentName, component), _read(inputs, component)
         files = target.components[name]
         weights = folder / files.weights if files.weights else None
-        samples = [dict(np.load(file)) for file in _files(inputs, name)]
-        exact = qdq.session(model)
-        wanted = [exact(sample) for sample in samples]
-        del exact
         with open_engine(target.engine, folder / files.model, weights, target.precision, contracts[name]) as run:
-            found = [run({spec.name: sample[spec.name] for spec in run.inputs}) for sample in samples]
-        errors[name] = worst_error(wanted, found)
+            found = [run({spec.name: arrays[spec.name] for spec in run.inputs}) for arrays in recorded]
+        errors[component] = worst_error(recorded, found)
     return errors
 
 
@@ -141,7 +129,7 @@ def search_graphs(
     found = {}
     for done, (name, model) in enumerate(models.items()):
         advance(done, len(models))
-        found[name] = search_graph(model, _files(inputs, name), precision, limit)
+        found[name] = search_graph(model, _read(inputs, name), precision, limit)
     if SHALLOW in found:  # which has nodes of the full one, and its weights from the same file
         both = found["denoiser"]["fp32"] | found[SHALLOW]["fp32"]
         for name in ("denoiser", SHALLOW):
@@ -149,8 +137,9 @@ def search_graphs(
     return found
 
 
-def search_graph(model: Path, samples: list[Path], precision: str, limit: float) -> dict[str, Any]:
-    """The nodes of a graph that have to stay in fp32 for `limit` to hold; plain JSON.
+def search_graph(model: Path, recorded: list[Arrays], precision: str, limit: float) -> dict[str, Any]:
+    """The nodes of a graph that have to stay in fp32 for `limit` to hold; plain JSON. `recorded`: what it reads and
+    gives in fp32.
 
     `fp32`: their operators by name, and `kept`: their number. `nodes`: how many a cast would change. `error` and
     `error_all`: of the worst output, as a relative L2 norm, with them in fp32 and with none.
@@ -158,14 +147,11 @@ def search_graph(model: Path, samples: list[Path], precision: str, limit: float)
     from slipcast_compiler.build.casting import castable, rounded_graph
     from slipcast_compiler.passes import qdq
 
-    nodes, exact = castable(model), qdq.session(model)
-    read = [dict(np.load(sample)) for sample in samples]
-    wanted = [exact(arrays) for arrays in read]
-    del exact
+    nodes = castable(model)
 
     def error(chosen: frozenset[str], _: int) -> float:  # on all of them: what overflows may do so in one alone
         run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent)
-        return worst_error(wanted, [run(arrays) for arrays in read])
+        return worst_error(recorded, [run(arrays) for arrays in recorded])
 
     found = search(list(nodes), error, limit, MEASUREMENTS, lambda done, total: None)
     kept = {name: kind for name, kind in nodes.items() if name not in found.quantised}
@@ -175,15 +161,16 @@ def search_graph(model: Path, samples: list[Path], precision: str, limit: float)
     }  # fmt: skip
 
 
-def _files(inputs: Path, component: str) -> list[Path]:
+def _read(inputs: Path, component: str) -> list[Arrays]:
     files = sorted((inputs / component).glob("*.npz"))
-    return [files[i] for i in np.linspace(0, len(files) - 1, min(SAMPLES, len(files))).round().astype(int)]
+    places = np.linspace(0, len(files) - 1, min(SAMPLES, len(files))).round().astype(int)
+    return [dict(np.load(files[place])) for place in places]
 
 
 def worst_error(wanted: list[Arrays], found: list[Arrays]) -> float:
     """The relative L2 error of the output that is furthest off, over all evaluations; at most WORST."""
     errors = []
-    for name in wanted[0]:
+    for name in found[0]:
         pairs = [(a[name].astype(np.float64), b[name].astype(np.float64)) for a, b in zip(wanted, found, strict=True)]
         with np.errstate(invalid="ignore"):  # infinity less infinity
             off = sum(float(np.square(a - b).sum()) for a, b in pairs)

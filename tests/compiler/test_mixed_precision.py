@@ -24,6 +24,8 @@ from slipcast_compiler.recipe import TargetTable
 
 WIDTH = 32
 
+Arrays = list[dict[str, Any]]  # by evaluation
+
 
 def value(name: str, *shape: Any) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
@@ -38,11 +40,19 @@ def save(path: Path, nodes: list[Any], inputs: list[Any], **weights: Any) -> Pat
     return path
 
 
-def samples(folder: Path, *arrays: dict[str, Any]) -> list[Path]:
+def recorded(model: Path, inputs: Arrays) -> Arrays:
+    run = qdq.session(model)
+    return [arrays | run(arrays) for arrays in inputs]
+
+
+def write(folder: Path, model: Path, inputs: Arrays) -> None:
     folder.mkdir(parents=True)
-    for i, each in enumerate(arrays):
-        np.savez(folder / f"{i:04}.npz", **each)
-    return sorted(folder.iterdir())
+    for i, arrays in enumerate(recorded(model, inputs)):
+        np.savez(folder / f"{i:04}.npz", **arrays)
+
+
+def find(model: Path, inputs: Arrays, precision: str, limit: float | None = None) -> dict[str, Any]:
+    return search_graph(model, recorded(model, inputs), precision, limit or MAX_ERROR[precision])
 
 
 def layer(name: str, read: str, gives: str) -> Any:
@@ -80,14 +90,14 @@ def angles(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def noise(tmp_path: Path) -> list[Path]:
+def noise() -> Arrays:
     rng = np.random.default_rng(1)
-    return samples(tmp_path / "noise", *({"x": rng.standard_normal((2, WIDTH), np.float32)} for _ in range(4)))
+    return [{"x": rng.standard_normal((2, WIDTH), np.float32)} for _ in range(4)]
 
 
 class TestSearch:
-    def test_what_overflows_stays_and_nothing_else(self, overflowing: Path, noise: list[Path], tmp_path: Path) -> None:
-        found = search_graph(overflowing, noise, "fp16", MAX_ERROR["fp16"])
+    def test_what_overflows_stays_and_nothing_else(self, overflowing: Path, noise: Arrays, tmp_path: Path) -> None:
+        found = find(overflowing, noise, "fp16")
         assert found["error_all"] == WORST
         assert 0 < found["error"] < MAX_ERROR["fp16"]
         # From where it grows to where it is small again; what is on either side is rounded.
@@ -102,36 +112,34 @@ class TestSearch:
         types = {t.name: t.data_type for t in onnx.load(out, load_external_data=False).graph.initializer}
         assert types["l4.w"] == TensorProto.FLOAT and types["l3.w.fp16"] == TensorProto.FLOAT16
 
-    def test_an_overflow_in_one_sample_alone(self, overflowing: Path, noise: list[Path], tmp_path: Path) -> None:
-        arrays = [dict(np.load(file)) for file in noise]
-        for i in (0, 2, 3):
-            arrays[i]["x"] *= 1e-3
-        found = search_graph(overflowing, samples(tmp_path / "quiet", *arrays), "fp16", MAX_ERROR["fp16"])
+    def test_an_overflow_in_one_sample_alone(self, overflowing: Path, noise: Arrays, tmp_path: Path) -> None:
+        quiet = [{"x": arrays["x"] * np.float32(1 if i == 1 else 1e-3)} for i, arrays in enumerate(noise)]
+        found = find(overflowing, quiet, "fp16")
         assert found["error_all"] == WORST and "again3" in found["fp32"] and len(found["fp32"]) < 8
 
-    def test_a_mask_may_become_infinite(self, noise: list[Path], tmp_path: Path) -> None:
+    def test_a_mask_may_become_infinite(self, noise: Arrays, tmp_path: Path) -> None:
         nodes = [
             helper.make_node("Add", ["x", "mask"], ["masked"], name="mask"),
             helper.make_node("Softmax", ["masked"], ["y"], name="softmax"),
         ]
         mask = np.where(np.arange(WIDTH) < 9, 0.0, np.finfo(np.float32).min)
         model = save(tmp_path / "mask.onnx", nodes, [value("x", "batch", WIDTH)], mask=mask)
-        found = search_graph(model, noise, "fp16", MAX_ERROR["fp16"])
+        found = find(model, noise, "fp16")
         assert not found["fp32"]
         cast_graph(model, "fp16", tmp_path / "cast.onnx")
 
-    def test_both_denoisers_of_feature_caching_keep_the_same(self, overflowing: Path, noise: list[Path]) -> None:
+    def test_both_denoisers_of_feature_caching_keep_the_same(self, overflowing: Path, noise: Arrays) -> None:
         """They read one file of weights."""
-        folder = noise[0].parent.parent
+        folder = overflowing.parent
         shallow = overflowing.with_name("shallow.onnx")
         model = onnx.load(overflowing, load_external_data=False)
         model.graph.node.pop(0)
         model.graph.node[0].input[0] = "x"
         model.graph.initializer.pop(0)
         onnx.save(model, shallow)
-        for name in ("denoiser", "denoiser_shallow"):
-            samples(folder / name, *(dict(np.load(file)) for file in noise))
         models = {"denoiser": overflowing, "denoiser_shallow": shallow}
+        for name, path in models.items():
+            write(folder / name, path, noise)
         found = search_graphs(models, folder, "fp16", MAX_ERROR["fp16"], lambda done, total: None)
         kept = found["denoiser"]["fp32"]
         assert kept == found["denoiser_shallow"]["fp32"] and "again3" in kept
@@ -142,29 +150,29 @@ class TestSearch:
             places.append(out / str(files.weights))
         assert places[1].name == "model.bin" and places[0].read_bytes() == places[1].read_bytes()
 
-    def test_bf16_reaches_as_far_as_fp32(self, overflowing: Path, noise: list[Path]) -> None:
-        found = search_graph(overflowing, noise, "bf16", MAX_ERROR["bf16"])
+    def test_bf16_reaches_as_far_as_fp32(self, overflowing: Path, noise: Arrays) -> None:
+        found = find(overflowing, noise, "bf16")
         assert not found["fp32"] and found["error"] == found["error_all"] < MAX_ERROR["bf16"]
 
-    def test_a_weight_that_does_not_fit_stays(self, noise: list[Path], tmp_path: Path) -> None:
+    def test_a_weight_that_does_not_fit_stays(self, noise: Arrays, tmp_path: Path) -> None:
         nodes = [
             helper.make_node("Mul", ["x", "w"], ["a"], name="large"),
             helper.make_node("Div", ["a", "w"], ["y"], name="back"),
         ]
         model = save(tmp_path / "large.onnx", nodes, [value("x", "batch", WIDTH)], w=np.full(WIDTH, 1e5))
-        found = search_graph(model, noise, "fp16", MAX_ERROR["fp16"])
+        found = find(model, noise, "fp16")
         assert found["fp32"] == {"large": "Mul", "back": "Div"}
         cast_graph(model, "fp16", tmp_path / "cast.onnx", found["fp32"])
 
     @pytest.mark.parametrize("precision", ["fp16", "bf16"])
     def test_angles_stay(self, precision: str, angles: Path, tmp_path: Path) -> None:
         timesteps = [{"t": np.full(1, t, np.float32)} for t in (987.3, 651.2, 333.3, 21.7)]
-        found = search_graph(angles, samples(tmp_path / "samples", *timesteps), precision, MAX_ERROR[precision])
+        found = find(angles, timesteps, precision)
         assert {"angles"} <= found["fp32"].keys() <= {"row", "angles", "wave"}
         assert found["error"] < MAX_ERROR[precision] < found["error_all"]
 
-    def test_one_that_cannot_hold_ends_in_fp32(self, overflowing: Path, noise: list[Path]) -> None:
-        found = search_graph(overflowing, noise, "fp16", 1e-9)
+    def test_one_that_cannot_hold_ends_in_fp32(self, overflowing: Path, noise: Arrays) -> None:
+        found = find(overflowing, noise, "fp16", 1e-9)
         assert len(found["fp32"]) == found["nodes"] and found["error"] == 0.0
 
 
@@ -246,11 +254,10 @@ class TestTarget:
             parse_target("openvino:bf16", ("max_cast_error=0",))
 
     def test_what_is_found_is_kept_and_told(
-        self, overflowing: Path, noise: list[Path], tmp_path: Path, caplog: Any
+        self, overflowing: Path, noise: Arrays, tmp_path: Path, caplog: Any
     ) -> None:
         inputs = tmp_path / "inputs-of-some-hash"
-        inputs.mkdir()
-        noise[0].parent.rename(inputs / "denoiser")
+        write(inputs / "denoiser", overflowing, noise)
         table, sources = (
             TargetTable(engine="onnxruntime-gpu", precision="fp16"),
             {"denoiser": Source(overflowing, "source")},

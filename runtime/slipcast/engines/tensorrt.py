@@ -30,9 +30,11 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "in
 class TensorRtEngine:
     """One engine with one execution context and a stream of its own; see slipcast.engines.Engine.
 
-    Arrays come from the host and go back there. The latents of a step are tens of kilobytes, microseconds beside an
-    evaluation; what is large, the conditioning, stays on the device as long as the caller cannot change it. So samplers
-    run on the host, where they are the same for every target.
+    Arrays come from the host and go back there. The latents of a step are tens of kilobytes, and what guidance and
+    DPM-Solver++(2M) do with them takes 23 microseconds on the host, for one picture of 64 x 64 latent cells (88 for
+    128 x 128; one core of an AMD EPYC), where an evaluation takes milliseconds; what is large, the conditioning, stays
+    on the device as long as the caller cannot change it. So samplers run on the host, where they are the same for every
+    target. What the copies themselves take has not been measured: that needs a GPU.
     """
 
     def __init__(self, library: str, model: Path, capture: bool = True) -> None:

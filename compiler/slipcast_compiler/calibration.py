@@ -22,7 +22,8 @@ TRAJECTORIES = 8  # at least so many, with as many prompts and seeds, where samp
 def calibration_samples(
     plan: Plan, exported: dict[str, Path], prompts: Path | None, count: int, cache: Cache, advance: Advance
 ) -> Path:
-    """A directory with `count` evaluations of the denoiser, denoiser/0000.npz and so on, from the cache or made.
+    """A directory with `count` evaluations of the denoiser, denoiser/0000.npz and so on, from the cache or made; and of
+    other components as many as there were, where a target casts them.
 
     Each holds the denoiser's inputs by name, with guidance in the batch, and its `prediction` in fp32, as the exported
     graphs give them in the runtime. Of every trajectory other steps are kept, so that together they cover all of them.
@@ -30,7 +31,8 @@ def calibration_samples(
     """
     plan = dataclasses.replace(plan, sampling=plan.measuring)
     images = min(count, max(TRAJECTORIES, math.ceil(count / plan.sampling.steps)))
-    return recorded(plan, exported, prompts, ("denoiser",), images, count, cache, advance)
+    components = tuple(exported) if any(table.half for table in plan.recipe.targets) else ("denoiser",)
+    return recorded(plan, exported, prompts, components, images, count, cache, advance)
 
 
 def recorded(

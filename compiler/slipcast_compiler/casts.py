@@ -12,6 +12,7 @@ from slipcast_compiler.build import exported_sources
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.calibration import recorded
 from slipcast_compiler.mixed_precision import IMAGES, SAMPLES, Found, check_cast, measure_cast
+from slipcast_compiler.passes.quantize import Quantized
 from slipcast_compiler.plan import Plan
 
 
@@ -34,6 +35,7 @@ class Casts:
 def measure_casts(
     plan: Plan,
     exported: dict[str, Path],
+    quantized: Quantized | None,
     prompts: Path | None,
     staged: Path,
     caching: Caching | None,
@@ -45,18 +47,20 @@ def measure_casts(
     portable.py.
 
     A denoiser in INT8 is measured as it was before: its nodes have the same names, and what rounding adds to its error
-    is lost among the steps of INT8.
+    is lost among the steps of INT8. What was recorded to calibrate it is taken for all.
     """
     half, sources = [table for table in plan.recipe.targets if table.half], exported_sources(exported)
     if not half:
         return Casts(plan, {}, None)
-    # Few steps cover all noise levels too; but masks of [caching] are of all, and a list has its own length.
-    if plan.sampling.schedule and not caching:
-        plan = replace(plan, sampling=plan.sampling.model_copy(update={"steps": min(SAMPLES, plan.sampling.steps)}))
-    with stages.stage("record inputs") as advance:
-        inputs = recorded(
-            plan, exported, prompts, tuple(exported), IMAGES, SAMPLES, cache, advance, staged, caching, guard
-        )  # fmt: skip
+    inputs = quantized.samples.parent if quantized else None
+    if not inputs or not all((inputs / name).is_dir() for name in exported):  # what draws strangers is not among them
+        # Few steps cover all noise levels too; but masks of [caching] are of all, and a list has its own length.
+        if plan.sampling.schedule and not caching:
+            plan = replace(plan, sampling=plan.sampling.model_copy(update={"steps": min(SAMPLES, plan.sampling.steps)}))
+        with stages.stage("record inputs") as advance:
+            inputs = recorded(
+                plan, exported, prompts, tuple(exported), IMAGES, SAMPLES, cache, advance, staged, caching, guard
+            )  # fmt: skip
     with stages.stage("measure casts") as advance:
         found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in half}
     return Casts(plan, found, inputs)

@@ -105,7 +105,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
     # What half precision would spoil, in any component, stays in fp32.
     caching = cached.record if cached else None
-    casts = measure_casts(plan, exported, prompts, staged, caching, guard, cache, stages)
+    casts = measure_casts(plan, exported, quantized, prompts, staged, caching, guard, cache, stages)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.staging(output) as folder:

@@ -92,18 +92,18 @@ def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
         tuple(range(begin, begin + length))
         for begin, length in ((first, count), (first + count, count), (first + 2 * count, len(strangers)))
     )
-    wanted: list[tuple[Prompts, tuple[int, ...], str]] = [
-        (plan.prompts, seeds, "float32"), (plan.prompts, seeds, "bfloat16"), (plan.prompts, others, "float32"),
-        (strangers, last, "float32"),
+    wanted: list[tuple[Prompts, tuple[int, ...], str, bool]] = [
+        (plan.prompts, seeds, "float32", True), (plan.prompts, seeds, "bfloat16", False),
+        (plan.prompts, others, "float32", False), (strangers, last, "float32", False),
     ]  # fmt: skip
     total, done, runs = 3 * count + len(strangers), 0, []
-    for prompts, chosen, dtype in wanted:
+    for prompts, chosen, dtype, timed in wanted:
 
         def report(i: int, _: int, before: int = done) -> None:
             advance(before + i, total)
 
         if prompts:
-            runs.append(_drawn(plan, prompts, chosen, dtype, cache, report))
+            runs.append(_drawn(plan, prompts, chosen, dtype, timed, cache, report))
         done += len(prompts)
     fp32, bf16, other_seeds, *rest = (images for images, _ in runs)
     reference = np.concatenate([fp32, *rest])
@@ -115,7 +115,7 @@ def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
     if originals.drawn:
         return originals.drawn
     prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
-    arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, "float32")
+    arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, "float32", True)
     isolated = run_isolated(original.make_images, *arguments, advance=advance)
     return _run(isolated.result, isolated.peak_memory_mb)
 
@@ -247,13 +247,14 @@ def draw_original(
     plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
 ) -> Floats:
     """The original's pictures, by plan.reference, float32 [n, h, w, 3]; from the cache, or drawn."""
-    return _drawn(plan, prompts, seeds, dtype, cache, advance)[0]
+    return _drawn(plan, prompts, seeds, dtype, False, cache, advance)[0]
 
 
 def _drawn(
-    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
+    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, timed: bool, cache: Cache, advance: Advance
 ) -> tuple[Floats, Run | None]:
-    """The pictures, and the run that drew them, if they were not in the cache."""
+    """The pictures, and the run that drew them, if they were not in the cache; its seconds are worth something where it
+    was `timed`."""
     inputs: dict[str, Any] = {
         "checkpoint": plan.checkpoint.sha256, "sampling": plan.reference.model_dump(mode="json"), "size": plan.size,
         "prompts": prompts, "seeds": seeds, "dtype": dtype,
@@ -261,7 +262,7 @@ def _drawn(
     runs = list[Run]()
 
     def build(folder: Path) -> None:
-        arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, dtype)
+        arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, dtype, timed)
         made = run_isolated(original.make_images, *arguments, advance=advance)
         runs.append(_run(made.result, made.peak_memory_mb))
         np.save(folder / "images.npy", made.result["images"])

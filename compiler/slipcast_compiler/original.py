@@ -58,18 +58,21 @@ def make_images(
     prompts: Sequence[str | None],
     seeds: Sequence[int],
     dtype: str,
+    warm: bool,
     advance: Advance,
 ) -> dict[str, Any]:
     """One image per prompt and seed, one at a time, in `dtype` (float32 or bfloat16); size is (width, height).
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, and load_s. The initial noise is drawn in float32
+    Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, and load_s. `warm`: so that the first image takes
+    no longer than others, another is begun before it. The initial noise is drawn in float32
     whatever the dtype, so that pictures of two dtypes can be compared.
     """
     with quiet():
         begin = time.perf_counter()
         pipe = open_pipeline(root, sampling, dtype)
         load_s = time.perf_counter() - begin
-        draw(pipe, _short(sampling), size, prompts[:1], seeds[:1])  # warm-up, which is not timed
+        if warm:
+            draw(pipe, _short(sampling), size, prompts[:1], seeds[:1])
         pictures, seconds = [], []
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))

@@ -25,7 +25,9 @@ def _sampling(sampler: str, schedule: str, **settings: Any) -> Sampling:
 
 
 def _draw(sampling: Sampling) -> Any:
-    made = original.make_images(SHAPES, sampling, (64, 64), ["a red ring on white"], [3], "float32", lambda *_: None)
+    made = original.make_images(
+        SHAPES, sampling, (64, 64), ["a red ring on white"], [3], "float32", False, lambda *_: None
+    )
     return made["images"]
 
 
@@ -72,7 +74,7 @@ def test_unconditional_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
     noise = Checkpoint(tmp_path, "m").process
     assert noise.clip_sample == 1.0
     sampling = Sampling(sampler="ddpm", schedule="leading", steps=8, guidance_scale=1.0, noise=noise)
-    ours = original.make_images(tmp_path, sampling, (16, 16), [None], [5], "float32", lambda *_: None)["images"]
+    ours = original.make_images(tmp_path, sampling, (16, 16), [None], [5], "float32", False, lambda *_: None)["images"]
     assert np.abs(ours - theirs).max() < 2e-3
 
 

@@ -35,7 +35,7 @@ from slipcast_compiler.build import Source
 from slipcast_compiler.build.needs import need_graph_libraries
 from slipcast_compiler.cache import Cache
 from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.passes.sensitivity import search
+from slipcast_compiler.passes.sensitivity import RANKED, search
 from slipcast_compiler.recipe import TargetTable
 
 logger = logging.getLogger("slipcast")
@@ -147,11 +147,17 @@ def search_graph(model: Path, recorded: list[Arrays], precision: str, limit: flo
     from slipcast_compiler.build.casting import castable, rounded_graph
     from slipcast_compiler.passes import qdq
 
-    nodes = castable(model)
+    nodes, ranked_by = castable(model), recorded
 
-    def error(chosen: frozenset[str], _: int) -> float:  # on all of them: what overflows may do so in one alone
+    def error(chosen: frozenset[str], count: int) -> float:
+        nonlocal ranked_by
         run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent)
-        return worst_error(recorded, [run(arrays) for arrays in recorded])
+        if count == RANKED:  # by those that are furthest off: what overflows may do so in one alone
+            return worst_error(ranked_by, [run(arrays) for arrays in ranked_by])
+        given = [run(arrays) for arrays in recorded]
+        each = [worst_error([wanted], [found]) for wanted, found in zip(recorded, given, strict=True)]
+        ranked_by = [recorded[i] for i in np.argsort(each)[::-1][: len(recorded) // 2 or 1]]
+        return worst_error(recorded, given)
 
     found = search(list(nodes), error, limit, MEASUREMENTS, lambda done, total: None)
     kept = {name: kind for name, kind in nodes.items() if name not in found.quantised}

@@ -61,7 +61,8 @@ class Cache:
         work = Path(tempfile.mkdtemp(prefix=f".{kind}-", dir=self.root))
         try:
             build(work)
-            files = {file.relative_to(work).as_posix(): _digest(file) for file in _files(work)}
+            made = sorted(file for file in work.rglob("*") if file.is_file())
+            files = {file.relative_to(work).as_posix(): _digest(file) for file in made}
             (work / RECORD).write_text(json.dumps({"inputs": inputs, "files": files}, indent=1))
             work.chmod(0o755)  # mkdtemp makes it private
             try:
@@ -72,10 +73,6 @@ class Cache:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return entry
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _intact(entry: Path) -> bool:

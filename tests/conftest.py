@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run_cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """The `slipcast` command as a user starts it: a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "slipcast.cli", *arguments],
+        [sys.executable, "-m", "slipcast.cli.main", *arguments],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
 

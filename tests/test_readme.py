@@ -74,8 +74,8 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_lists_are_complete() -> None:
-    from slipcast.samplers import SAMPLERS
-    from slipcast.schedules import SCHEDULES
+    from slipcast.sampling.samplers import SAMPLERS
+    from slipcast.sampling.schedules import SCHEDULES
 
     samplers = re.search(r"^Samplers: (.*)\.$", README, re.MULTILINE)
     assert samplers

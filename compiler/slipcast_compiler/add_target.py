@@ -15,22 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from slipcast.bundle import Bundle, check_digests, open_bundle
+from slipcast.bundle.evidence import calibration_prompts, held_out_prompts
+from slipcast.bundle.manifest import SCHEMA_VERSION, Addition, Manifest, Target
+from slipcast.bundle.reader import Bundle, check_digests, open_bundle
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
-from slipcast.evidence import calibration_prompts, held_out_prompts
-from slipcast.manifest import SCHEMA_VERSION, Addition, Manifest, Target
 from slipcast.progress import Advance, Stages
-from slipcast_compiler import bundled, publish
-from slipcast_compiler.build import Source, build_target, declare
-from slipcast_compiler.build.needs import need_graph_libraries
-from slipcast_compiler.build.pool import Pool
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.metrics import psnr
-from slipcast_compiler.mixed_precision import IMAGES, SAMPLES, check_cast, measure_cast
-from slipcast_compiler.recipe import TargetTable
-from slipcast_compiler.recording import record
+from slipcast_compiler.engines import Source, build_target, declare
+from slipcast_compiler.engines.needs import need_graph_libraries
+from slipcast_compiler.engines.pool import Pool
+from slipcast_compiler.engines.recording import record
+from slipcast_compiler.host import publish
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.judge import bundled
+from slipcast_compiler.judge.metrics import psnr
+from slipcast_compiler.precision.mixed import IMAGES, SAMPLES, check_cast, measure_cast
+from slipcast_compiler.recipe.recipe import TargetTable
 
 logger = logging.getLogger("slipcast")
 

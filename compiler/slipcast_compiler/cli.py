@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from slipcast.cli import bundle_argument, emit, json_option
+from slipcast.cli.main import bundle_argument, emit, json_option
 from slipcast_compiler.bench.peers import PEERS
 
 
@@ -26,9 +26,9 @@ def compile_command(
     recipe: Path, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path, as_json: bool
 ) -> None:
     """Compile a checkpoint for a prompt family into a bundle."""
+    from slipcast_compiler.host.publish import check_output
     from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.publish import check_output
-    from slipcast_compiler.reading import read_recipe
+    from slipcast_compiler.recipe.reading import read_recipe
 
     parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts") / parsed.name
@@ -39,8 +39,8 @@ def compile_command(
         emit(summary, _plan_text(summary), as_json)
         return
     from slipcast.progress import Stages
-    from slipcast_compiler.cache import Cache
     from slipcast_compiler.compile import compile_plan
+    from slipcast_compiler.host.cache import Cache
 
     made = compile_plan(plan, output, Cache(cache), Stages())
     lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
@@ -81,8 +81,8 @@ def build_command(
     """
     from slipcast.progress import Stages
     from slipcast_compiler.add_target import add_target
-    from slipcast_compiler.cache import Cache
-    from slipcast_compiler.reading import parse_target
+    from slipcast_compiler.host.cache import Cache
+    from slipcast_compiler.recipe.reading import parse_target
 
     table = parse_target(wanted, overrides)
     made = add_target(bundle, table, output or bundle, Cache(cache), Stages(), images, replace)
@@ -111,14 +111,14 @@ def build_command(
 @json_option
 def profile_command(recipe: Path, output: Path | None, overrides: tuple[str, ...], cache: Path, as_json: bool) -> None:
     """Measure what the denoiser does on calibration prompts, which passes choose by; `slipcast inspect` shows it."""
-    from slipcast.profiles import RECORD_NAME, summarise
+    from slipcast.bundle.profiles import RECORD_NAME, summarise
     from slipcast.progress import Stages
-    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.host.cache import Cache
+    from slipcast_compiler.host.publish import check_output
+    from slipcast_compiler.pages.profile import publish
     from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.profile import make_profile
-    from slipcast_compiler.profile_page import publish
-    from slipcast_compiler.publish import check_output
-    from slipcast_compiler.reading import read_recipe
+    from slipcast_compiler.profile.profile import make_profile
+    from slipcast_compiler.recipe.reading import read_recipe
 
     parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts/profiles") / parsed.name
@@ -161,7 +161,7 @@ def study_command(recipe: Path, output: Path | None, dry_run: bool, cache: Path,
     was killed goes on where it was.
     """
     from slipcast.progress import Stages
-    from slipcast_compiler.cache import Cache
+    from slipcast_compiler.host.cache import Cache
     from slipcast_compiler.study import run
     from slipcast_compiler.study.cases import make_study
     from slipcast_compiler.study.recipe import read_study

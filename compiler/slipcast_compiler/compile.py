@@ -6,28 +6,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.manifest import Manifest
 from slipcast.errors import CheckFailed
-from slipcast.manifest import Manifest
 from slipcast.progress import Stages
-from slipcast_compiler import evaluate, package, publish, report
-from slipcast_compiler.build import build_targets
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.caching import cache_features
-from slipcast_compiler.calibration import calibration_samples
-from slipcast_compiler.casts import measure_casts
-from slipcast_compiler.closed import cached_prompts
-from slipcast_compiler.cost import cost
-from slipcast_compiler.early_exit import choose_exits
-from slipcast_compiler.export import cached_export
-from slipcast_compiler.guard import cached_guard, count_alarms, fallbacks, write_guard
-from slipcast_compiler.judging import judge_targets
+from slipcast_compiler.engines import build_targets, package
+from slipcast_compiler.export.component import cached_export
+from slipcast_compiler.export.guard import cached_guard, count_alarms, fallbacks, write_guard
+from slipcast_compiler.export.parts import cached_stages, read_figures
+from slipcast_compiler.export.prompts import cached_prompts
+from slipcast_compiler.graph.cost import cost
+from slipcast_compiler.host import publish
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.judge import evaluate
+from slipcast_compiler.judge.judging import judge_targets
+from slipcast_compiler.pages import report
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
-from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.profile import make_profile
+from slipcast_compiler.precision.calibration import calibration_samples
+from slipcast_compiler.precision.casts import measure_casts
+from slipcast_compiler.precision.quantize import quantize
+from slipcast_compiler.profile.profile import make_profile
+from slipcast_compiler.schedule.caching import cache_features
+from slipcast_compiler.schedule.early_exit import choose_exits
+from slipcast_compiler.schedule.timesteps import choose_timesteps
 from slipcast_compiler.search.run import choose_by_search
-from slipcast_compiler.stages import cached_stages, read_figures
-from slipcast_compiler.timesteps import choose_timesteps
 
 
 @dataclass(frozen=True)

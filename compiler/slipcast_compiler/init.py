@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.family import read_prompts
-from slipcast_compiler.model import Checkpoint
+from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.recipe.family import read_prompts
 
 TEMPLATE = """\
 # A slipcast recipe; `slipcast compile {file}` makes a bundle of it.

@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
-from slipcast.guard import FALLBACK, NEIGHBOURS
-from slipcast.manifest import ImageGeometry, Sampling
-from slipcast.samplers import SAMPLERS, find_sampler
-from slipcast_compiler.family import Family, expand, outside
-from slipcast_compiler.lpips import SMALLEST, find_weights
-from slipcast_compiler.model import Checkpoint, open_checkpoint, tokenizer_file
-from slipcast_compiler.recipe import Recipe, ReferenceTable
-from slipcast_compiler.scorer import find_scorer
+from slipcast.run.guard import FALLBACK, NEIGHBOURS
+from slipcast.sampling.samplers import SAMPLERS, find_sampler
+from slipcast_compiler.judge.lpips import SMALLEST, find_weights
+from slipcast_compiler.judge.scorer import find_scorer
+from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
+from slipcast_compiler.recipe.family import Family, expand, outside
+from slipcast_compiler.recipe.recipe import Recipe, ReferenceTable
 from slipcast_compiler.search.space import Space
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model

@@ -21,11 +21,11 @@ from typing import Any
 from slipcast.progress import Stages
 from slipcast_compiler.bench.plan import Options
 from slipcast_compiler.bench.run import run_bench, write
-from slipcast_compiler.cache import Cache
 from slipcast_compiler.compile import compile_plan
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.reading import read_recipe
-from slipcast_compiler.recipe import GateTable, Recipe
+from slipcast_compiler.recipe.reading import read_recipe
+from slipcast_compiler.recipe.recipe import GateTable, Recipe
 
 FOLDER = Path("artifacts/ablation")
 BAR, ROW, LEFT, TOP = 420, 24, 190, 34  # of the plot, in pixels

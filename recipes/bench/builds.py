@@ -20,12 +20,12 @@ from typing import Any
 
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import host, load_average
-from slipcast_compiler.build import Source, exported_sources, tensorrt
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.passes.quantize import quantize
+from slipcast_compiler.engines import Source, exported_sources, tensorrt
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import read_recipe
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.precision.quantize import quantize
+from slipcast_compiler.recipe.reading import read_recipe
+from slipcast_compiler.recipe.recipe import TargetTable
 
 ENGINE = "tensorrt-rtx"
 GPUS = ((), ("8.6", "8.9"))  # the portable default first
@@ -36,10 +36,10 @@ TARGETS = f'targets=[{{engine="onnxruntime"}}, {{engine="{ENGINE}", precision="i
 def sources(plan: Plan, cache: Cache, stages: Stages) -> dict[str, dict[str, Source]]:
     """By precision and component, the graphs as compile.py makes them, without passes that rewrite the denoiser."""
     # Here, since the processes that build import this file, too, and torch would count as their memory.
-    from slipcast_compiler.calibration import calibration_samples
-    from slipcast_compiler.export import cached_export
-    from slipcast_compiler.rewrite import UNCHANGED
-    from slipcast_compiler.stages import cached_stages
+    from slipcast_compiler.export.component import cached_export
+    from slipcast_compiler.export.parts import cached_stages
+    from slipcast_compiler.model.rewrite import UNCHANGED
+    from slipcast_compiler.precision.calibration import calibration_samples
 
     exported = {}
     for name in plan.checkpoint.architecture.components:

@@ -23,21 +23,21 @@ from typing import Any
 
 import numpy as np
 
+from slipcast.bundle.manifest import Component, EngineFiles
 from slipcast.engines import Engine, open_engine
-from slipcast.manifest import Component, EngineFiles
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.bench.figures import spread
-from slipcast_compiler.build import BUILDERS
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.cost import cost
-from slipcast_compiler.export import cached_export
-from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.passes import qdq
+from slipcast_compiler.engines import BUILDERS
+from slipcast_compiler.export.component import cached_export
+from slipcast_compiler.graph import qdq
+from slipcast_compiler.graph.cost import cost
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.passes.apply import apply_passes
-from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import read_recipe
+from slipcast_compiler.precision.quantize import quantize
+from slipcast_compiler.recipe.reading import read_recipe
 
 ENGINE = "openvino"
 ROUNDS = 5

@@ -21,18 +21,18 @@ from unittest.mock import patch
 import onnx
 from denoisers import random_inputs
 
+from slipcast.bundle.manifest import Component
 from slipcast.engines import Engine, ProfiledEngine, open_engine
-from slipcast.manifest import Component
 from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.bench.figures import spread
-from slipcast_compiler.build import BUILDERS
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.export import cached_export, export_component
+from slipcast_compiler.engines import BUILDERS
+from slipcast_compiler.export.component import cached_export, export_component
+from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import read_recipe
-from slipcast_compiler.recipe import StagingTable
-from slipcast_compiler.rewrite import UNCHANGED
-from slipcast_compiler.stages import cached_stages
+from slipcast_compiler.recipe.reading import read_recipe
+from slipcast_compiler.recipe.recipe import StagingTable
 
 ENGINES = {"openvino": "bf16", "onnxruntime": "fp32"}
 ROUNDS, PAUSE_S = 40, 0.02  # between two engines: thread pools spin for a while after their work
@@ -42,7 +42,7 @@ def graphs(plan: Plan, cache: Cache, scratch: Path) -> dict[str, Path]:
     """Form -> directory with denoiser.onnx and its contract."""
     plain = scratch / "exported"
     plain.mkdir()
-    with patch("slipcast_compiler.export.tidy", lambda graph: None):
+    with patch("slipcast_compiler.export.component.tidy", lambda graph: None):
         contract = export_component(plan.checkpoint, "denoiser", plan.sizes, plain)
     (plain / "denoiser.json").write_text(contract.model_dump_json())
     tidied = cached_export(plan, "denoiser", cache, UNCHANGED)

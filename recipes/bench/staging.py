@@ -23,13 +23,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from slipcast.bundle.tensorfile import TensorEntry
 from slipcast.progress import Advance
-from slipcast.tensorfile import TensorEntry
-from slipcast_compiler.architectures import Architecture, ComponentSource, Input
-from slipcast_compiler.export import trace_component
-from slipcast_compiler.isolate import run_isolated
-from slipcast_compiler.model import Checkpoint, Weight, empty_module
-from slipcast_compiler.staging import describe, stage
+from slipcast_compiler.export.component import trace_component
+from slipcast_compiler.graph.cut import describe, stage
+from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.model.architectures import Architecture, ComponentSource, Input
+from slipcast_compiler.model.checkpoint import Checkpoint, Weight, empty_module
 
 Config = dict[str, Any]
 

@@ -22,15 +22,15 @@ sys.path.insert(0, str(MODELS / "training"))
 from scenes import Scene, caption, sample_scene  # noqa: E402
 
 from slipcast import guard as runtime_guard  # noqa: E402
-from slipcast.guard import embed, nearness  # noqa: E402
-from slipcast.tokenizer import PromptTokenizer  # noqa: E402
-from slipcast_compiler.cache import Cache  # noqa: E402
-from slipcast_compiler.closed import encode  # noqa: E402
-from slipcast_compiler.export import cached_export  # noqa: E402
-from slipcast_compiler.guard import choose_threshold, left_out  # noqa: E402
+from slipcast.run.guard import embed, nearness  # noqa: E402
+from slipcast.run.tokenizer import PromptTokenizer  # noqa: E402
+from slipcast_compiler.export.component import cached_export  # noqa: E402
+from slipcast_compiler.export.guard import choose_threshold, left_out  # noqa: E402
+from slipcast_compiler.export.prompts import encode  # noqa: E402
+from slipcast_compiler.host.cache import Cache  # noqa: E402
+from slipcast_compiler.model.rewrite import UNCHANGED  # noqa: E402
 from slipcast_compiler.plan import Plan, make_plan  # noqa: E402
-from slipcast_compiler.recipe import Recipe, TargetTable  # noqa: E402
-from slipcast_compiler.rewrite import UNCHANGED  # noqa: E402
+from slipcast_compiler.recipe.recipe import Recipe, TargetTable  # noqa: E402
 from slipcast_compiler.study.plots import Line, figure  # noqa: E402
 from slipcast_compiler.study.recipe import read_study  # noqa: E402
 

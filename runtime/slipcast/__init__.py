@@ -18,7 +18,7 @@ from slipcast.errors import (
     ResourceError,
     SlipcastError,
 )
-from slipcast.pipeline import Pipeline, PipelineOutput, load
+from slipcast.run.pipeline import Pipeline, PipelineOutput, load
 
 try:
     __version__ = version("slipcast")

@@ -9,7 +9,7 @@ import pytest
 
 import slipcast
 from conftest import ROOT, run_cli
-from slipcast.bundle import open_bundle
+from slipcast.bundle.reader import open_bundle
 from slipcast.errors import RequestError
 
 PROMPTS = [f"a {size} {color} circle on a white background" for size in ("small", "large") for color in ("red", "blue")]

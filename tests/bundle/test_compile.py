@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import run_cli
-from slipcast.bundle import open_bundle
+from slipcast.bundle.reader import open_bundle
 
 
 def test_the_bundle_is_as_good_as_the_original(shapes_bundle: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import slipcast
 from conftest import ROOT, run_cli
-from slipcast_compiler.recording import record
+from slipcast_compiler.engines.recording import record
 
 MEMBER, STRANGER = "a small red circle on a white background", "a pink cross to the left of a navy ring"
 RECIPE = f"""

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import slipcast.loop
+import slipcast.run.loop
 from slipcast.engines import open_engine
-from slipcast.pipeline import Pipeline
-from slipcast.residency import Policy
-from slipcast.seeds import TorchGenerator
-from slipcast.tiling import decode_tiled
+from slipcast.run.pipeline import Pipeline
+from slipcast.run.residency import Policy
+from slipcast.run.tiling import decode_tiled
+from slipcast.sampling.seeds import TorchGenerator
 
 MODEL = Path(__file__).parents[2] / "recipes/models/shapes"
 CONFIG = json.loads((MODEL / "scheduler/scheduler_config.json").read_text())
@@ -205,7 +205,7 @@ class TestDeterminism:
     def test_chunks_of_a_batch(self, pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
         """What is drawn in pieces, as large pictures are, is the same to the bit."""
         whole = self.make(pipe, seed=20, num_images_per_prompt=3)
-        monkeypatch.setattr(slipcast.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * 256**2)
+        monkeypatch.setattr(slipcast.run.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * 256**2)
         np.testing.assert_array_equal(self.make(pipe, seed=20, num_images_per_prompt=3), whole)
 
     def test_lists_of_prompts(self, pipe: Pipeline) -> None:
@@ -274,7 +274,7 @@ class TestDeterminism:
                 now[0] -= 1
                 self.engine.__exit__(*error)
 
-        monkeypatch.setattr("slipcast.pipeline.open_engine", spy)
+        monkeypatch.setattr("slipcast.run.pipeline.open_engine", spy)
         with slipcast.load(shapes_bundle, target=pipe.target, residency=residency) as other:
             for _ in range(2):
                 np.testing.assert_array_equal(self.make(other, seed=60), expected)

@@ -15,7 +15,7 @@ from conftest import run_cli
 
 CODE = """
 import sys
-from slipcast.cli import main
+from slipcast.cli.main import main
 try:
     main(sys.argv[1:])
 finally:

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
-from slipcast_compiler.export import export_component
+from slipcast_compiler.export.component import export_component
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "bench"))
 from staging import DENOISERS as PUBLISHED

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from slipcast.manifest import Component, TensorSpec
-from slipcast_compiler.passes import qdq
-from slipcast_compiler.passes.quantize import QuantizeOptions, quantize_graph
+from slipcast.bundle.manifest import Component, TensorSpec
+from slipcast_compiler.graph import qdq
+from slipcast_compiler.precision.quantize import QuantizeOptions, quantize_graph
 
 GUIDANCE = 4.0
 

@@ -18,20 +18,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast.bundle import check_digests, open_bundle
+from slipcast.bundle.manifest import Component, EngineFiles, ImageGeometry, Sampling, Target, TensorSpec, read_manifest
+from slipcast.bundle.reader import check_digests, open_bundle
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError, SlipcastError
-from slipcast.manifest import Component, EngineFiles, ImageGeometry, Sampling, Target, TensorSpec, read_manifest
 from slipcast.progress import Stages
-from slipcast.schedules import NoiseProcess
-from slipcast_compiler import build
+from slipcast.sampling.schedules import NoiseProcess
+from slipcast_compiler import engines as build
 from slipcast_compiler.add_target import add_target
-from slipcast_compiler.build.pool import Pool
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.mixed_precision import check_cast
-from slipcast_compiler.publish import write_manifest
-from slipcast_compiler.reading import parse_target
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.engines.pool import Pool
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.publish import write_manifest
+from slipcast_compiler.precision.mixed import check_cast
+from slipcast_compiler.recipe.reading import parse_target
+from slipcast_compiler.recipe.recipe import TargetTable
 
 needs_rtx = pytest.mark.skipif(not ENGINES["tensorrt-rtx"].can_build(), reason="tensorrt-rtx is not installed")
 SIZE = 16
@@ -146,7 +146,7 @@ class TestAdded:
             (tmp_path / "banned").mkdir(exist_ok=True)
             (tmp_path / "banned" / f"{name}.py").write_text("raise SystemExit('banned')")
         arguments = ["build", str(bundle), "--target", "openvino:fp32", "--images", "2", "--json", "--cache", "cache"]
-        code = f"import sys; from slipcast.cli import cli; cli.main({arguments}, standalone_mode=False)\n"
+        code = f"import sys; from slipcast.cli.main import cli; cli.main({arguments}, standalone_mode=False)\n"
         done = subprocess.run(
             [sys.executable, "-c", f"{code}assert not {{'torch', 'diffusers'}} & set(sys.modules)"], cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(tmp_path / "banned")}, capture_output=True, text=True, check=False,

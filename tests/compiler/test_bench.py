@@ -14,13 +14,13 @@ import pytest
 
 from conftest import ROOT, run_cli
 from slipcast.progress import Stages
-from slipcast_compiler import memory
 from slipcast_compiler.bench import plots
 from slipcast_compiler.bench.document import make_document
 from slipcast_compiler.bench.measure import ROUNDS, measure
 from slipcast_compiler.bench.pages import render_page
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options, Side, make_plan
 from slipcast_compiler.bench.table import render_table
+from slipcast_compiler.host import memory
 
 SHAPES = ROOT / "recipes" / "models" / "shapes"
 HOSTILE = '<script>document.title="owned"</script> "&[bold]'

@@ -12,8 +12,8 @@ import pytest
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.gpu import Gpus
-from slipcast_compiler.memory import available_bytes
-from slipcast_compiler.metrics import MAX_PSNR, Reference, summarise
+from slipcast_compiler.host.memory import available_bytes
+from slipcast_compiler.judge.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from slipcast import cuda
-from slipcast.cuda import Cuda, Gpu
+from slipcast.engines import cuda
+from slipcast.engines.cuda import Cuda, Gpu
 from slipcast.errors import ArtifactError, HostError, RequestError
 from slipcast_compiler.bench import peers, venvs
 from slipcast_compiler.bench.peers import PEERS, how_to_install, interpreter

@@ -12,16 +12,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from slipcast.bundle.manifest import ImageGeometry
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError, ResourceError
-from slipcast.manifest import ImageGeometry
 from slipcast.progress import Stages
-from slipcast_compiler.build import build_targets, tensorrt
-from slipcast_compiler.build.tensorrt import Options
-from slipcast_compiler.cache import Cache
+from slipcast_compiler.engines import build_targets, tensorrt
+from slipcast_compiler.engines.tensorrt import Options
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.reading import parse_recipe
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.recipe.reading import parse_recipe
+from slipcast_compiler.recipe.recipe import TargetTable
 
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from slipcast.manifest import ImageGeometry
-from slipcast_compiler.build import Source, tensorrt
-from slipcast_compiler.build.tensorrt import Made
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.recipe import TargetTable
+from slipcast.bundle.manifest import ImageGeometry
+from slipcast_compiler.engines import Source, tensorrt
+from slipcast_compiler.engines.tensorrt import Made
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.recipe.recipe import TargetTable
 
 PLAN = SimpleNamespace(image=ImageGeometry(width=64, height=64, channels=4, factor=4, tile=16, overlap=4))
 

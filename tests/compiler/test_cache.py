@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slipcast_compiler import cache as module
-from slipcast_compiler.cache import Cache
+from slipcast_compiler.host import cache as module
+from slipcast_compiler.host.cache import Cache
 
 
 def _writer(text: str, calls: list[str]):  # type: ignore[no-untyped-def]

@@ -10,8 +10,8 @@ import pytest
 from test_plan import planned
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.caching import choose_mask
-from slipcast_compiler.reading import parse_recipe
+from slipcast_compiler.recipe.reading import parse_recipe
+from slipcast_compiler.schedule.caching import choose_mask
 
 
 def _error(errors: np.ndarray, mask: tuple[bool, ...]) -> float:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast_compiler.build.casting import cast_graph, rounded_graph
+from slipcast_compiler.graph.casting import cast_graph, rounded_graph
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 

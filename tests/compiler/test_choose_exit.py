@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slipcast_compiler.early_exit import choose_threshold
+from slipcast_compiler.schedule.early_exit import choose_threshold
 
 # Of two images with six evaluations: from each to the next, and how far it is from the end.
 CHANGES = np.array([[0.9, 0.5, 0.2, 0.08, 0.04], [0.9, 0.6, 0.3, 0.1, 0.02]])

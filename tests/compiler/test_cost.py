@@ -13,7 +13,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from slipcast_compiler.cost import cost
+from slipcast_compiler.graph.cost import cost
 
 
 def _write(text: str, folder: Path) -> Path:

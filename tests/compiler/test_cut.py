@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-from slipcast_compiler.broadcast import broadcast_late
-from slipcast_compiler.staging import Binding, bind, stage
+from slipcast_compiler.graph.broadcast import broadcast_late
+from slipcast_compiler.graph.cut import Binding, bind, stage
 
 # Shapes that the exporter knows, and ONNX's shape inference does not find.
 KNOWN = {

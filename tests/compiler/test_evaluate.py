@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slipcast.bundle.manifest import Metrics, Quality
 from slipcast.errors import RecipeError
-from slipcast.manifest import Metrics, Quality
-from slipcast_compiler.evaluate import LIMITS, Judge, Originals, Run, apply_gate, missed
-from slipcast_compiler.metrics import MAX_PSNR, Reference
-from slipcast_compiler.recipe import GateTable
-from slipcast_compiler.scorer import Scorer
+from slipcast_compiler.judge.evaluate import LIMITS, Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.judge.metrics import MAX_PSNR, Reference
+from slipcast_compiler.judge.scorer import Scorer
+from slipcast_compiler.recipe.recipe import GateTable
 
 RNG = np.random.default_rng(0)
 NAN = float("nan")

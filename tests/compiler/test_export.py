@@ -19,8 +19,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slipcast.errors import ArtifactError
-from slipcast_compiler.export import export_component
-from slipcast_compiler.model import Checkpoint
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
 SIZES = {"latent_height": 16, "latent_width": 16}
@@ -147,9 +147,9 @@ def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
         sparse.truncate(8 + len(text) + end)
     script = (
         "import sys; from pathlib import Path\n"
-        "from slipcast_compiler.export import export_component\n"
-        "from slipcast_compiler.model import Checkpoint\n"
-        "from slipcast_compiler.isolate import peak_memory_mb\n"
+        "from slipcast_compiler.export.component import export_component\n"
+        "from slipcast_compiler.model.checkpoint import Checkpoint\n"
+        "from slipcast_compiler.host.isolate import peak_memory_mb\n"
         "before = peak_memory_mb()\n"
         "export_component(Checkpoint(Path(sys.argv[1]), 'm'), 'text_encoder', {'text_length': 32}, Path(sys.argv[2]))\n"
         "print(peak_memory_mb() - before)\n"

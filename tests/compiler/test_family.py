@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.family import expand, outside
-from slipcast_compiler.recipe import EvaluateTable, FamilyTable
+from slipcast_compiler.recipe.family import expand, outside
+from slipcast_compiler.recipe.recipe import EvaluateTable, FamilyTable
 
 
 def _table(**values: object) -> FamilyTable:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from slipcast.errors import RecipeError
-from slipcast.guard import NEIGHBOURS, nearness
-from slipcast_compiler.guard import choose_threshold, left_out
-from slipcast_compiler.reading import parse_recipe
+from slipcast.run.guard import NEIGHBOURS, nearness
+from slipcast_compiler.export.guard import choose_threshold, left_out
+from slipcast_compiler.recipe.reading import parse_recipe
 
 RECIPE = """
 name = "x"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from slipcast.bundle.manifest import Target
 from slipcast.engines import ENGINES
-from slipcast.manifest import Target
-from slipcast_compiler.host_notes import NO_BF16, host_notes
+from slipcast_compiler.judge.host_notes import NO_BF16, host_notes
 
 
 @pytest.mark.skipif(not ENGINES["openvino"].available(), reason="openvino is not installed")

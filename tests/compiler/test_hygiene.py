@@ -11,7 +11,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
-from slipcast_compiler.hygiene import tidy
+from slipcast_compiler.graph.tidy import tidy
 
 SCALES = "s = Constant <value = float[6] {1,-2,3,0.5,5,6}> () b = Constant <value = float[6] {6,5,4,3,2,1}> () "
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run_cli
 from slipcast.errors import RecipeError
 from slipcast_compiler.init import write_recipe
-from slipcast_compiler.reading import read_recipe
+from slipcast_compiler.recipe.reading import read_recipe
 
 
 def test_the_recipe_it_writes_can_be_compiled(tmp_path: Path) -> None:

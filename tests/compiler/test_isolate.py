@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from slipcast.errors import ArtifactError, ResourceError, SlipcastError
-from slipcast_compiler.isolate import Remote, run_isolated
+from slipcast_compiler.host.isolate import Remote, run_isolated
 
 
 def _allocate(megabytes: int, advance: Any) -> int:

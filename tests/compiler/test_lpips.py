@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.lpips import Lpips
+from slipcast_compiler.judge.lpips import Lpips
 
 CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # the ReLUs whose outputs are compared

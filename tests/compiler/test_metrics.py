@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipcast.manifest import Metrics
-from slipcast_compiler.metrics import (
+from slipcast.bundle.manifest import Metrics
+from slipcast_compiler.judge.metrics import (
     DISTRACTORS,
     MAX_PSNR,
     STATISTICS,

@@ -14,13 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipcast.engines.openvino import bf16_is_native, open_engine
 from slipcast.errors import RecipeError
-from slipcast_compiler.build import Source, openvino
-from slipcast_compiler.build.casting import cast_graph
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.mixed_precision import MAX_ERROR, WORST, measure_cast, search_graph, search_graphs, worst_error
-from slipcast_compiler.passes import qdq
-from slipcast_compiler.reading import parse_target
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.engines import Source, openvino
+from slipcast_compiler.graph import qdq
+from slipcast_compiler.graph.casting import cast_graph
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.precision.mixed import MAX_ERROR, WORST, measure_cast, search_graph, search_graphs, worst_error
+from slipcast_compiler.recipe.reading import parse_target
+from slipcast_compiler.recipe.recipe import TargetTable
 
 WIDTH = 32
 

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from slipcast.errors import ArtifactError, RecipeError
-from slipcast_compiler.model import Checkpoint, find_weight, open_checkpoint, tokenizer_file
-from slipcast_compiler.recipe import ModelTable
+from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, open_checkpoint, tokenizer_file
+from slipcast_compiler.recipe.recipe import ModelTable
 
 SHAPES = Path("recipes/models/shapes")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from slipcast.manifest import Sampling
-from slipcast.samplers import SAMPLERS
-from slipcast.schedules import SCHEDULES
-from slipcast_compiler import original
-from slipcast_compiler.model import Checkpoint
+from slipcast.bundle.manifest import Sampling
+from slipcast.sampling.samplers import SAMPLERS
+from slipcast.sampling.schedules import SCHEDULES
+from slipcast_compiler.model import original
+from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes").resolve()
 NOISE = Checkpoint(SHAPES, "shapes").process

@@ -10,7 +10,7 @@ import pytest
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import parse_recipe
+from slipcast_compiler.recipe.reading import parse_recipe
 
 SHAPES = Path("recipes/models/shapes").resolve()
 EULER = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}

@@ -15,19 +15,28 @@ import pytest
 import torch
 
 from conftest import run_cli
+from slipcast.bundle.profiles import (
+    ProfileFile,
+    is_profile,
+    open_profile_file,
+    render_summary,
+    sparkline,
+    spearman,
+    summarise,
+)
 from slipcast.errors import ArtifactError, NumericalError, RecipeError
-from slipcast.profiles import ProfileFile, is_profile, open_profile_file, render_summary, sparkline, spearman, summarise
-from slipcast.samplers import SAMPLERS
-from slipcast_compiler import importance, original
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.layers import attention_layers, feed_forward_layers, linear_layers
-from slipcast_compiler.observe import PERCENTILE, Observer, blocks
+from slipcast.sampling.samplers import SAMPLERS
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model import original
+from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
+from slipcast_compiler.pages.profile import curves, figures, heat_map, publish, render_page
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.profile import Profile, calibration_images, make_profile, open_profile
-from slipcast_compiler.profile_page import curves, figures, heat_map, publish, render_page
-from slipcast_compiler.profiling import Job, chosen_states, evaluated_sigmas, measure
-from slipcast_compiler.reading import parse_recipe, read_recipe
-from slipcast_compiler.streaming import CAPACITY, Inputs, Reservoir
+from slipcast_compiler.profile import importance
+from slipcast_compiler.profile.measure import Job, chosen_states, evaluated_sigmas, measure
+from slipcast_compiler.profile.observe import PERCENTILE, Observer, blocks
+from slipcast_compiler.profile.profile import Profile, calibration_images, make_profile, open_profile
+from slipcast_compiler.profile.streaming import CAPACITY, Inputs, Reservoir
+from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = ("profile.prompts=4", "profile.states=2", "profile.batch=3", "sampling.steps=3")

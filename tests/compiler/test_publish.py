@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from slipcast.bundle.manifest import MANIFEST_NAME
 from slipcast.errors import RecipeError
-from slipcast.manifest import MANIFEST_NAME
-from slipcast_compiler import publish as publishing
-from slipcast_compiler.publish import check_output, publish, staging
+from slipcast_compiler.host import publish as publishing
+from slipcast_compiler.host.publish import check_output, publish, staging
 
 
 def test_staging_disappears_unless_published(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compiler.quantizing import GUIDANCE, quantise, write_samples
+from slipcast.bundle.manifest import EngineFiles
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError
-from slipcast.manifest import EngineFiles
-from slipcast_compiler.build import BUILDERS, tensorrt
-from slipcast_compiler.passes import qdq
-from slipcast_compiler.passes.quantize import Quantized, QuantizeOptions
-from slipcast_compiler.passes.sensitivity import Found, prediction_error, search
-from slipcast_compiler.reading import parse_recipe
+from slipcast_compiler.engines import BUILDERS, tensorrt
+from slipcast_compiler.graph import qdq
+from slipcast_compiler.precision.quantize import Quantized, QuantizeOptions
+from slipcast_compiler.precision.sensitivity import Found, prediction_error, search
+from slipcast_compiler.recipe.reading import parse_recipe
 
 CHANNELS, CELLS = 16, 4
 LAYERS = {"conv_in", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out", "conv_out"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.reading import key_lines, parse_recipe, read_recipe
-from slipcast_compiler.recipe import slots_of
+from slipcast_compiler.recipe.reading import key_lines, parse_recipe, read_recipe
+from slipcast_compiler.recipe.recipe import slots_of
 
 GOOD = """
 name = "good"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slipcast.bundle import open_bundle
+from slipcast.bundle.reader import open_bundle
 from slipcast.engines import open_engine
-from slipcast.staging import read_step_table
-from slipcast_compiler.recording import record
+from slipcast.run.step_table import read_step_table
+from slipcast_compiler.engines.recording import record
 
 PROMPTS = ("a small red circle on a white background", "a large blue circle on a navy background", "a circle")
 

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipcast.manifest import ImageGeometry, Metrics, Sampling
-from slipcast.schedules import NoiseProcess
-from slipcast_compiler import report
-from slipcast_compiler.evaluate import GateRow, Originals, Run
+from slipcast.bundle.manifest import ImageGeometry, Metrics, Sampling
+from slipcast.sampling.schedules import NoiseProcess
+from slipcast_compiler.judge.evaluate import GateRow, Originals, Run
+from slipcast_compiler.pages import report
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import parse_recipe
-from slipcast_compiler.recipe import Recipe
+from slipcast_compiler.recipe.reading import parse_recipe
+from slipcast_compiler.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror=alert(1)> & "quotes"'

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from slipcast.errors import NumericalError
-from slipcast_compiler.export import export_component
-from slipcast_compiler.layers import attention_layers, feed_forward_layers, linear_layers
-from slipcast_compiler.model import Checkpoint
-from slipcast_compiler.rewrite import UNCHANGED, Denoiser, Rewrite, fit, write_tensors
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
+from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, fit, write_tensors
 
 SHAPES = Path("recipes/models/shapes")
 SIZES = {"latent_channels": 4, "text_width": 128, "text_length": 32, "latent_height": 8, "latent_width": 8}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from slipcast_compiler import original
-from slipcast_compiler.model import Checkpoint, find_weight, tokenizer_file
+from slipcast_compiler.model import original
+from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, tokenizer_file
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.reading import parse_recipe, read_recipe
+from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 
 RECIPE = ROOT / "recipes" / "sd15-shaped.toml"
 

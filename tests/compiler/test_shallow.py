@@ -11,17 +11,17 @@ import onnx_ir as ir
 import pytest
 from denoisers import DENOISERS, export_denoiser
 
+from slipcast.bundle.manifest import Component
+from slipcast.bundle.onnxfile import external_files
 from slipcast.engines import Engine
 from slipcast.engines import onnxruntime as portable
 from slipcast.errors import RecipeError
-from slipcast.manifest import Component
-from slipcast.onnxfile import external_files
-from slipcast_compiler.build import BUILDERS
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.caching import cached_cut
-from slipcast_compiler.recipe import StagingTable
-from slipcast_compiler.shallow import find_cut
-from slipcast_compiler.stages import cached_stages
+from slipcast_compiler.engines import BUILDERS
+from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.graph.shallow import find_cut
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.recipe.recipe import StagingTable
+from slipcast_compiler.schedule.caching import cached_cut
 
 SHARES = (0.3, 0.6)
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from denoisers import DENOISERS, export_denoiser
 
+from slipcast.bundle.manifest import Component, Sampling
 from slipcast.engines.onnxruntime import open_engine
-from slipcast.manifest import Component, Sampling
-from slipcast.schedules import NoiseProcess
-from slipcast.staging import read_step_table
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.recipe import StagingTable
-from slipcast_compiler.stages import STEP_TABLE, cached_stages, write_step_table
+from slipcast.run.step_table import read_step_table
+from slipcast.sampling.schedules import NoiseProcess
+from slipcast_compiler.export.parts import STEP_TABLE, cached_stages, write_step_table
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.recipe.recipe import StagingTable
 
 SAMPLING = Sampling(
     sampler="heun", schedule="leading", steps=3, guidance_scale=1.0, noise=NoiseProcess(prediction="epsilon")

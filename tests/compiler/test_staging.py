@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 from denoisers import DENOISERS, export_denoiser
 
-from slipcast_compiler.export import export_component
-from slipcast_compiler.model import Checkpoint
-from slipcast_compiler.staging import describe, stage
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.graph.cut import describe, stage
+from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
 Arrays = dict[str, np.ndarray[Any, Any]]

@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """(folder, the cache's entries when the first run was killed, those when the second had finished)."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "small.toml").write_text(ONE)
-    command = [sys.executable, "-m", "slipcast.cli", "study", "small.toml", "-o", "out", "--cache", "cache"]
+    command = [sys.executable, "-m", "slipcast.cli.main", "study", "small.toml", "-o", "out", "--cache", "cache"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while len(list((folder / "cache").glob("study-*/entry.json"))) < 3:

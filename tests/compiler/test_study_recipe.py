@@ -145,7 +145,7 @@ def test_no_judged_prompt_is_calibrated_on(small: Study, recipe: str) -> None:
 
 
 def test_every_seed_is_a_calibration_of_its_own(small: Study) -> None:
-    from slipcast_compiler.profile import calibration_images
+    from slipcast_compiler.profile.profile import calibration_images
 
     for name in ("circles", "stars", GENERIC):
         (first, noise), (second, other) = (calibration_images(small.plans[name, seed]) for seed in (10, 20))

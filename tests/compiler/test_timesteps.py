@@ -11,16 +11,24 @@ import numpy as np
 import pytest
 import torch
 
-from slipcast.denoiser import Guidance
-from slipcast.manifest import Sampling
-from slipcast.samplers import SAMPLERS
-from slipcast.schedules import NoiseProcess, from_sigmas, make_schedule
-from slipcast_compiler import timesteps
-from slipcast_compiler.cache import Cache
+from slipcast.bundle.manifest import Sampling
+from slipcast.sampling.denoiser import Guidance
+from slipcast.sampling.samplers import SAMPLERS
+from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import parse_recipe
-from slipcast_compiler.rewrite import UNCHANGED
-from slipcast_compiler.timesteps import Model, cheapest_path, choose_timesteps, descend, distance, local_errors, search
+from slipcast_compiler.recipe.reading import parse_recipe
+from slipcast_compiler.schedule import timesteps
+from slipcast_compiler.schedule.timesteps import (
+    Model,
+    cheapest_path,
+    choose_timesteps,
+    descend,
+    distance,
+    local_errors,
+    search,
+)
 
 PROCESS = NoiseProcess(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 NOISE = np.random.default_rng(0).standard_normal((4, 2, 6, 6))

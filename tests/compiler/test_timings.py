@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from slipcast import cuda
-from slipcast.cuda import Cuda, Gpu
-from slipcast_compiler.build import tensorrt
-from slipcast_compiler.build.tensorrt import Options
-from slipcast_compiler.build.timings import find_timings, keep_timings, read_timings
+from slipcast.engines import cuda
+from slipcast.engines.cuda import Cuda, Gpu
+from slipcast_compiler.engines import tensorrt
+from slipcast_compiler.engines.tensorrt import Options
+from slipcast_compiler.engines.timings import find_timings, keep_timings, read_timings
 
 # Counts its builds in its timings, and takes none that are not of its own.
 LIBRARY = """

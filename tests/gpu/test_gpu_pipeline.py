@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 import slipcast
-from slipcast import cuda
-from slipcast.engines import ENGINES
-from slipcast.manifest import Manifest, Target
+from slipcast.bundle.manifest import Manifest, Target
+from slipcast.engines import ENGINES, cuda
 from slipcast.progress import Stages
 from slipcast_compiler.add_target import add_target
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.metrics import psnr
-from slipcast_compiler.reading import parse_target
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.judge.metrics import psnr
+from slipcast_compiler.recipe.reading import parse_target
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,8 +105,8 @@ def test_cost(added: tuple[Path, Target, float], record_property: Callable[[str,
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 def test_captured_graphs(shapes_bundle: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     from slipcast.engines.tensorrt import TensorRtEngine
-    from slipcast_compiler.build import tensorrt
-    from slipcast_compiler.recipe import TargetTable
+    from slipcast_compiler.engines import tensorrt
+    from slipcast_compiler.recipe.recipe import TargetTable
 
     manifest: Manifest = slipcast.load(shapes_bundle, target="onnxruntime").manifest
     table = TargetTable(engine="tensorrt-rtx", precision="fp16")

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slipcast import cuda
-from slipcast.engines import Engine, open_engine
+from slipcast.bundle.manifest import Component, Manifest, read_manifest
+from slipcast.engines import Engine, cuda, open_engine
 from slipcast.errors import HostError, RequestError
-from slipcast.manifest import Component, Manifest, read_manifest
-from slipcast_compiler.build import tensorrt
-from slipcast_compiler.passes import qdq
-from slipcast_compiler.passes.quantize import QuantizeOptions, quantize_graph
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.engines import tensorrt
+from slipcast_compiler.graph import qdq
+from slipcast_compiler.precision.quantize import QuantizeOptions, quantize_graph
+from slipcast_compiler.recipe.recipe import TargetTable
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,10 +14,10 @@ import onnx
 import pytest
 from bundles import MODEL, REPORT, TABLE, WEIGHTS, add_model, list_files, save_external, write_bundle, write_manifest
 
-import slipcast.bundle as bundle_module
-from slipcast.bundle import check_digests, describe_files, open_bundle
+import slipcast.bundle.reader as bundle_module
+from slipcast.bundle.reader import check_digests, describe_files, open_bundle
+from slipcast.bundle.validation import MAX_JSON_BYTES
 from slipcast.errors import ArtifactError
-from slipcast.validation import MAX_JSON_BYTES
 
 
 @pytest.fixture(scope="module")

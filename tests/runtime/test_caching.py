@@ -13,12 +13,12 @@ import pytest
 from bundles import list_files
 from fakes import Fakes, spec, write_fake
 
-import slipcast.loop
-from slipcast.caching import Features
+import slipcast.run.loop
+from slipcast.bundle.manifest import Caching, TensorSpec
+from slipcast.cli.inspect import caching_lines
 from slipcast.errors import ArtifactError
-from slipcast.inspecting import caching_lines
-from slipcast.manifest import Caching, TensorSpec
-from slipcast.pipeline import Pipeline, load
+from slipcast.run.caching import Features
+from slipcast.run.pipeline import Pipeline, load
 
 PROMPT, STEPS = "a red circle", 6
 MASK = (True, False, False, True, False, False)
@@ -138,7 +138,7 @@ def test_one_branch_has_no_use_for_the_others_features(tmp_path: Path, engines: 
 def test_each_image_is_what_it_would_be_alone(
     tmp_path: Path, engines: Fakes, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any], at_once: int
 ) -> None:
-    monkeypatch.setattr(slipcast.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * fakes.SIZE**4)
+    monkeypatch.setattr(slipcast.run.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * fakes.SIZE**4)
     pipe = load(_cached(tmp_path / "b", sampling=sampling))
     together = pipe(prompts := [PROMPT, "a blue star", "a ring"], seed=3, output_type="latent")
     assert ("early_exit" in sampling) == (min(together.steps) < STEPS)

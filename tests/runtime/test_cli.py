@@ -22,8 +22,8 @@ from PIL import Image
 
 import slipcast
 from conftest import run_cli
-from slipcast.cli import main
-from slipcast.grid import make_grid
+from slipcast.cli.grid import make_grid
+from slipcast.cli.main import main
 
 PROMPT = ("--prompt", "a red circle", "--seed", "7")
 PIXELS = fakes.SIZE * fakes.FACTOR
@@ -250,7 +250,7 @@ class TestErrors:
     def test_a_full_stdout(self, bundle: Path, arguments: tuple[str, ...]) -> None:
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
-                [sys.executable, "-m", "slipcast.cli", *arguments],
+                [sys.executable, "-m", "slipcast.cli.main", *arguments],
                 cwd=bundle.parent, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
             )  # fmt: skip
         assert done.returncode == (4 if "missing" in arguments else 1)
@@ -267,14 +267,14 @@ class TestErrors:
 
     def test_an_interrupted_compile_says_how_to_go_on(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            "slipcast.cli.Commands.get_command", lambda *_: click.Command("compile", callback=interrupt)
+            "slipcast.cli.main.Commands.get_command", lambda *_: click.Command("compile", callback=interrupt)
         )
         assert cli("compile") == 130
         assert "the same command goes on from the cache" in cli.err
 
     def test_compiler_that_is_not_installed_3(self) -> None:
         """In a process of its own, where torch cannot be imported."""
-        code = "import sys; sys.modules['torch'] = None\nfrom slipcast.cli import main; main(sys.argv[1:])"
+        code = "import sys; sys.modules['torch'] = None\nfrom slipcast.cli.main import main; main(sys.argv[1:])"
         done = subprocess.run(
             [sys.executable, "-c", code, "compile", "recipes/shapes-circles.toml", "--json"],
             cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=120,
@@ -362,7 +362,7 @@ class TestOtherCommands:
         assert "does not run here: openvino is not installed: pip install" in cli.out
 
     def test_doctor_sees_two_onnxruntimes(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("slipcast.doctor._version", lambda name: "1.0")
+        monkeypatch.setattr("slipcast.cli.doctor._version", lambda name: "1.0")
         assert cli("doctor", "--json") == 3
         (bad,) = (finding for finding in cli.json["findings"] if not finding["ok"])
         assert "pip uninstall -y onnxruntime onnxruntime-gpu" in bad["detail"]
@@ -427,7 +427,7 @@ class TestAsAProcess:
         assert (done.stdout, "Traceback" in done.stderr) == ("", False)
 
     def test_interrupt(self, shapes_bundle: Path, tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "slipcast.cli", "run", str(shapes_bundle), *PROMPT]
+        command = [sys.executable, "-m", "slipcast.cli.main", "run", str(shapes_bundle), *PROMPT]
         running = subprocess.Popen(
             [*command, "--steps", "900", "--num-images", "4", "-o", str(tmp_path / "x.png")],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,

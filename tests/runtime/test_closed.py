@@ -14,10 +14,10 @@ from click.testing import CliRunner
 from fakes import LENGTH, WIDTH, Fakes, spec, write_fake
 from safetensors.numpy import save_file
 
-from slipcast.cli import cli
+from slipcast.cli.main import cli
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.pipeline import load
-from slipcast.tokenizer import PromptTokenizer
+from slipcast.run.pipeline import load
+from slipcast.run.tokenizer import PromptTokenizer
 
 RED, BLUE, TABLE = "a red circle", "a small blue star", "prompts.safetensors"
 PROMPTS = ("", RED, BLUE)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fakes import Fakes, document, write_fake
 
-from slipcast.decoding import out_of_memory
 from slipcast.errors import ResourceError
-from slipcast.pipeline import Pipeline, load
+from slipcast.run.decoding import out_of_memory
+from slipcast.run.pipeline import Pipeline, load
 
 PROMPT, CELLS = "a red circle", 32
 
@@ -92,7 +92,7 @@ def test_row_39_from_a_gpu_to_the_cpu(
 ) -> None:
     targets = document(Path("nowhere"))["targets"]
     targets[0] |= {"engine": "tensorrt-rtx", "device": "cuda"}
-    monkeypatch.setattr("slipcast.pipeline.refusal", lambda target: None)
+    monkeypatch.setattr("slipcast.run.pipeline.refusal", lambda target: None)
     pipe = load(write_fake(tmp_path / "gpu", **_large(), targets=targets))
     expected = _draw(pipe)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from slipcast.denoiser import (
+from slipcast.sampling.denoiser import (
     PREDICTIONS,
     Denoiser,
     Guidance,
@@ -22,8 +22,8 @@ from slipcast.denoiser import (
     initial_scale,
     input_scale,
 )
-from slipcast.samplers import sample
-from slipcast.schedules import NoiseProcess, from_sigmas, make_schedule
+from slipcast.sampling.samplers import sample
+from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
 
 RANDOM = np.random.default_rng(0)
 COND, UNCOND = RANDOM.standard_normal((2, 3, 4, 8, 8)).astype(np.float32)

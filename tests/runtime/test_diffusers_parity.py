@@ -30,9 +30,16 @@ import numpy as np
 import pytest
 import torch
 
-from slipcast.denoiser import Denoiser, final_scale, initial_scale
-from slipcast.samplers import SAMPLERS, sample
-from slipcast.schedules import BETA_SCHEDULES, NoiseProcess, Schedule, from_sigmas, from_timesteps, make_schedule
+from slipcast.sampling.denoiser import Denoiser, final_scale, initial_scale
+from slipcast.sampling.samplers import SAMPLERS, sample
+from slipcast.sampling.schedules import (
+    BETA_SCHEDULES,
+    NoiseProcess,
+    Schedule,
+    from_sigmas,
+    from_timesteps,
+    make_schedule,
+)
 
 # diffusers with numpy 2; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

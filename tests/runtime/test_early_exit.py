@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 from fakes import Fakes, write_fake
 
-from slipcast.cli import cli
-from slipcast.early_exit import EarlyExit, change
+from slipcast.cli.main import cli
 from slipcast.errors import ArtifactError
-from slipcast.pipeline import Pipeline, load
-from slipcast.samplers import SAMPLERS
+from slipcast.run.pipeline import Pipeline, load
+from slipcast.sampling.early_exit import EarlyExit, change
+from slipcast.sampling.samplers import SAMPLERS
 
 PROMPT, STEPS, SEEDS = "a red circle", 12, [3, 4, 5, 6]
 

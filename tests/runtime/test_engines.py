@@ -14,9 +14,9 @@ import pytest
 from bundles import SHAPE, add_model
 from onnx import TensorProto, helper
 
+from slipcast.bundle.manifest import Component, Manifest, TensorSpec, read_manifest
 from slipcast.engines import ENGINES, Engine, EngineKind, cpu_threads, engine_kind, open_engine
 from slipcast.errors import ArtifactError, HostError, RequestError
-from slipcast.manifest import Component, Manifest, TensorSpec, read_manifest
 
 Contract = dict[str, list[tuple[str, str, list[int | str]]]]
 FLOATS: tuple[str, str, list[int | str]] = ("x", "float32", [*SHAPE])

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from fakes import LENGTH, WIDTH, Fakes, write_fake
 from safetensors.numpy import save_file
 
-from slipcast.cli import cli
+from slipcast.cli.main import cli
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.guard import NEIGHBOURS, embed, nearness
-from slipcast.pipeline import Pipeline, load
-from slipcast.tokenizer import PromptTokenizer
+from slipcast.run.guard import NEIGHBOURS, embed, nearness
+from slipcast.run.pipeline import Pipeline, load
+from slipcast.run.tokenizer import PromptTokenizer
 
 TABLE = "guard.safetensors"
 FAMILY = [f"a {size} {color} circle" for size in ("small", "large") for color in ("red", "blue", "green")]

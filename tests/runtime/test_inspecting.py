@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from bundles import document, list_files, write_files
 
-from slipcast.evidence import summarise
-from slipcast.inspecting import bound_to, profile_lines
-from slipcast.manifest import Manifest, read_manifest
+from slipcast.bundle.evidence import summarise
+from slipcast.bundle.manifest import Manifest, read_manifest
+from slipcast.cli.inspect import bound_to, profile_lines
 
 
 @pytest.fixture

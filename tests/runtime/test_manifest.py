@@ -12,9 +12,9 @@ from bundles import MODEL, TABLE, WEIGHTS, document
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slipcast.bundle.manifest import read_manifest
+from slipcast.bundle.validation import MAX_JSON_BYTES, bundle_path, colliding, parse_json
 from slipcast.errors import ArtifactError
-from slipcast.manifest import read_manifest
-from slipcast.validation import MAX_JSON_BYTES, bundle_path, colliding, parse_json
 
 FILES = [{"path": path, "size": 7, "sha256": "a" * 64} for path in (MODEL, WEIGHTS, TABLE)]
 VALID = document(FILES)

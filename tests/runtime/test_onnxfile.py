@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from slipcast.bundle.onnxfile import MESSAGES, SINGULAR, check_external_data
 from slipcast.errors import ArtifactError
-from slipcast.onnxfile import MESSAGES, SINGULAR, check_external_data
 
 LISTED = {"sub/model.onnx": 1000, "sub/model.data": 1000, "sub/deep/other.data": 500, "top.data": 1000}
 

@@ -13,12 +13,11 @@ import pytest
 from bundles import SHAPE, add_model
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast import cuda
-from slipcast.cuda import Cuda, Gpu
-from slipcast.engines import ENGINES, open_engine
+from slipcast.bundle.manifest import Component, TensorSpec
+from slipcast.engines import ENGINES, cuda, open_engine
 from slipcast.engines import onnxruntime as engine
+from slipcast.engines.cuda import Cuda, Gpu
 from slipcast.errors import HostError
-from slipcast.manifest import Component, TensorSpec
 
 CONTRACT = Component(
     inputs=(TensorSpec(name="x", dtype="float32", shape=tuple(SHAPE)),),

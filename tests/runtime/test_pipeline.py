@@ -15,15 +15,15 @@ import pytest
 from fakes import LATENT, Fakes, write_fake
 from PIL import Image
 
-import slipcast.loop
-from slipcast.denoiser import Denoiser, final_scale, guide, initial_scale
+import slipcast.run.loop
+from slipcast.bundle.manifest import read_manifest
+from slipcast.engines.targets import choose_target
 from slipcast.errors import ArtifactError, Cancelled, HostError, NumericalError, RequestError
-from slipcast.manifest import read_manifest
-from slipcast.pipeline import Pipeline, load, to_pil
-from slipcast.samplers import sample
-from slipcast.seeds import TorchGenerator
-from slipcast.targets import choose_target
-from slipcast.tokenizer import PromptTokenizer
+from slipcast.run.pipeline import Pipeline, load, to_pil
+from slipcast.run.tokenizer import PromptTokenizer
+from slipcast.sampling.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.sampling.samplers import sample
+from slipcast.sampling.seeds import TorchGenerator
 
 PROMPT, STEPS, PIXELS = "a red circle", 6, fakes.SIZE * fakes.FACTOR
 
@@ -224,7 +224,7 @@ class TestSeeds:
 
         whole = draw()
         engines.calls.clear()
-        monkeypatch.setattr(slipcast.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * fakes.SIZE**4)
+        monkeypatch.setattr(slipcast.run.loop, "ATTENTION_BYTES", at_once * 2 * 8 * 4 * fakes.SIZE**4)
         np.testing.assert_array_equal(draw(), whole)
         given = [(len(each.sample), len(each.context)) for name, each in engines.calls if name == "denoiser"]
         rows = 2 if guidance_scale > 1 else 1
@@ -234,7 +234,7 @@ class TestSeeds:
     def test_a_device_of_its_own_takes_the_batch_whole(
         self, pipe: Pipeline, engines: Fakes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(slipcast.loop, "ATTENTION_BYTES", 1)
+        monkeypatch.setattr(slipcast.run.loop, "ATTENTION_BYTES", 1)
         monkeypatch.setattr(pipe, "_target", pipe._target.model_copy(update={"device": "cuda"}))
         latents(pipe, seed=7, num_images_per_prompt=3)
         assert {len(each.sample) for name, each in engines.calls if name == "denoiser"} == {6}

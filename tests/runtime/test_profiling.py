@@ -20,18 +20,18 @@ from bundles import MODEL, save_external, write_files, write_manifest
 from fakes import Fakes, write_fake
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast.bundle import open_bundle
-from slipcast.cli import main
+from slipcast.bundle.evidence import USUAL_PROMPT
+from slipcast.bundle.manifest import Component, TensorSpec
+from slipcast.bundle.reader import open_bundle
+from slipcast.cli.main import main
 from slipcast.engines import LayerTime, ProfiledEngine, open_engine
 from slipcast.errors import HostError, RequestError, ResourceError
-from slipcast.evidence import USUAL_PROMPT
-from slipcast.manifest import Component, TensorSpec
-from slipcast.profiling.flame import WIDTH, Block, draw
-from slipcast.profiling.measure import profile_run
-from slipcast.profiling.memory import measure_memory
-from slipcast.profiling.page import _calls, render_page
-from slipcast.profiling.table import render_table
 from slipcast.progress import Stages
+from slipcast.timing.flame import WIDTH, Block, draw
+from slipcast.timing.measure import profile_run
+from slipcast.timing.memory import measure_memory
+from slipcast.timing.page import _calls, render_page
+from slipcast.timing.table import render_table
 
 SIDE = 512
 CONTRACT = Component(
@@ -157,9 +157,9 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
         *rest, profile = arguments
         return FakeProfiler(found(*rest)) if profile else found(*rest)
 
-    monkeypatch.setattr("slipcast.profiling.measure.open_engine", open_fake)
+    monkeypatch.setattr("slipcast.timing.measure.open_engine", open_fake)
     memory = {"added_mb": 12.5, "peak_mb": 20.0}
-    monkeypatch.setattr("slipcast.profiling.measure.measure_memory", lambda *_: memory)
+    monkeypatch.setattr("slipcast.timing.measure.measure_memory", lambda *_: memory)
     return found
 
 
@@ -224,7 +224,7 @@ class TestDocument:
     def test_both_kinds_are_open_where_there_is_room(
         self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: float | None, in_turn: bool
     ) -> None:
-        monkeypatch.setattr("slipcast.profiling.measure.available_mb", lambda: available)
+        monkeypatch.setattr("slipcast.timing.measure.available_mb", lambda: available)
         found = profiled(write_fake(tmp_path / "bundle"))
         assert found["runs"]["in_turn"] is in_turn
         assert engines.most_open == len(fakes.COMPONENTS) * (2 if in_turn else 1)

@@ -12,8 +12,8 @@ import pytest
 from fakes import COMPONENTS, Fakes, write_fake
 
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.pipeline import load
-from slipcast.residency import Residency
+from slipcast.run.pipeline import load
+from slipcast.run.residency import Residency
 
 
 @pytest.fixture

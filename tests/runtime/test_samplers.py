@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slipcast.errors import RequestError
-from slipcast.samplers import SAMPLERS, euler, find_sampler, pndm, sample
+from slipcast.sampling.samplers import SAMPLERS, euler, find_sampler, pndm, sample
 
 MU, C = 0.7, 0.5  # data ~ N(MU, C^2)
 DETERMINISTIC = [name for name, s in SAMPLERS.items() if not s.stochastic]

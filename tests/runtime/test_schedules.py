@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipcast.errors import RecipeError, RequestError
-from slipcast.samplers import SAMPLERS
-from slipcast.schedules import (
+from slipcast.sampling.samplers import SAMPLERS
+from slipcast.sampling.schedules import (
     BETA_SCHEDULES,
     SCHEDULES,
     NoiseProcess,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipcast.errors import RequestError
-from slipcast.seeds import TorchGenerator, batch_noise
+from slipcast.sampling.seeds import TorchGenerator, batch_noise
 
 SEEDS = st.one_of(st.integers(0, 100), st.integers(0, 2**64 - 1))
 

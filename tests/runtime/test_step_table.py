@@ -14,11 +14,11 @@ from bundles import list_files
 from fakes import LENGTH, WIDTH, Fakes, spec, write_fake
 from safetensors.numpy import save_file
 
+from slipcast.bundle.manifest import read_manifest
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.manifest import read_manifest
-from slipcast.pipeline import Pipeline, load
-from slipcast.samplers import SAMPLERS
-from slipcast.staging import evaluated_timesteps
+from slipcast.run.pipeline import Pipeline, load
+from slipcast.run.step_table import evaluated_timesteps
+from slipcast.sampling.samplers import SAMPLERS
 
 PROMPT, TABLE = "a red circle", "steps.safetensors"
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from slipcast.bundle.tensorfile import DTYPES, TensorEntry, read_header, read_tensor
 from slipcast.errors import ArtifactError
-from slipcast.tensorfile import DTYPES, TensorEntry, read_header, read_tensor
 
 
 def write(path: Path, header: Any, body: bytes = b"", *, length: int | None = None) -> Path:

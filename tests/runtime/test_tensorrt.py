@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 from bundles import document, list_files, write_files
 
-from slipcast import cuda
-from slipcast.bundle import open_bundle
-from slipcast.cuda import Cuda, Gpu
-from slipcast.doctor import examine
-from slipcast.engines import ENGINES, refusal
+from slipcast.bundle.manifest import Built, Target
+from slipcast.bundle.reader import open_bundle
+from slipcast.cli.doctor import examine
+from slipcast.engines import ENGINES, cuda, refusal
+from slipcast.engines.cuda import Cuda, Gpu
+from slipcast.engines.targets import choose_target
 from slipcast.errors import ArtifactError, HostError, RequestError, ResourceError
-from slipcast.manifest import Built, Target
-from slipcast.pipeline import load
-from slipcast.targets import choose_target
+from slipcast.run.pipeline import load
 
 VERSION = "1.7.1"
 needs_bindings = pytest.mark.skipif(
@@ -143,7 +142,7 @@ class TestBundle:
     ) -> None:
         host("8.6")
         called: list[Any] = []
-        monkeypatch.setattr("slipcast.pipeline.open_engine", lambda *arguments: called.append(arguments))
+        monkeypatch.setattr("slipcast.run.pipeline.open_engine", lambda *arguments: called.append(arguments))
         file = bundle / "tensorrt-rtx" / "denoiser.engine"
         content = bytearray(file.read_bytes())
         content[300] ^= 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipcast.tiling import decode_tiled
+from slipcast.run.tiling import decode_tiled
 
 FACTOR = 2
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.tokenizer import PromptTokenizer, check_prompts
+from slipcast.run.tokenizer import PromptTokenizer, check_prompts
 
 LENGTH, PAD = 32, 655
 OURS = PromptTokenizer(TOKENIZER, LENGTH, PAD)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.engines import cpu_threads
-from slipcast.samplers import find_sampler
+from slipcast.sampling.samplers import find_sampler
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.measure import Results
 from slipcast_compiler.bench.plan import BUNDLE, REFERENCE, BenchPlan, Options
 from slipcast_compiler.bench.process import Drawn
 from slipcast_compiler.bench.running import Measured
-from slipcast_compiler.scorer import Scorer
+from slipcast_compiler.judge.scorer import Scorer
 
 SCHEMA = "slipcast-bench/1"
 BUSY = 0.25  # load per core, before anything was started, from which figures are not to be trusted

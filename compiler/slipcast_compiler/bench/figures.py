@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from slipcast_compiler.metrics import interval, psnr, ssim
+from slipcast_compiler.judge.metrics import interval, psnr, ssim
 
 Floats = npt.NDArray[np.float32]
 

@@ -13,16 +13,16 @@ from functools import partial
 
 import numpy as np
 
+from slipcast.engines.targets import choose_target
 from slipcast.errors import SlipcastError
 from slipcast.progress import Advance, Stages
-from slipcast.targets import choose_target
-from slipcast_compiler import memory
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.figures import Floats
 from slipcast_compiler.bench.gpu import Gpus
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Side
 from slipcast_compiler.bench.process import SideProcess
 from slipcast_compiler.bench.running import Measured, Running, prepare
+from slipcast_compiler.host import memory
 from slipcast_compiler.plan import BYTES
 
 ROUNDS = 3  # of each batch size above 1

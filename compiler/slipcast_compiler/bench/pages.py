@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipcast_compiler.bench import plots
-from slipcast_compiler.page import render
+from slipcast_compiler.pages.page import render
 
 
 def render_page(document: Mapping[str, Any], report: str | None = None) -> str:

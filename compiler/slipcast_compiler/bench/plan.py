@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slipcast import cuda
-from slipcast.bundle import Bundle, open_bundle
-from slipcast.engines import cpu_threads
+from slipcast.bundle.manifest import Sampling
+from slipcast.bundle.reader import Bundle, open_bundle
+from slipcast.bundle.validation import parse_json
+from slipcast.engines import cpu_threads, cuda
+from slipcast.engines.targets import choose_target
 from slipcast.errors import ArtifactError, HostError, RequestError
-from slipcast.manifest import Sampling
-from slipcast.targets import choose_target
-from slipcast.validation import parse_json
-from slipcast_compiler import original
 from slipcast_compiler.bench.peers import PEERS, Peer, how_to_install, interpreter
 from slipcast_compiler.bench.venvs import VENVS
-from slipcast_compiler.model import Checkpoint
+from slipcast_compiler.model import original
+from slipcast_compiler.model.checkpoint import Checkpoint
 
 BUNDLE = "bundle"  # the name of the side that all others are divided by
 REFERENCE = "diffusers"  # the side whose pictures are the original's

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from slipcast.bundle import open_bundle
+from slipcast.bundle.reader import open_bundle
 from slipcast.errors import RequestError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import load_average, make_document

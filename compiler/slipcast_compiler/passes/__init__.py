@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slipcast.validation import Strict
+from slipcast.bundle.validation import Strict
 from slipcast_compiler.passes import low_rank, prune_ffn, prune_heads, recover
 from slipcast_compiler.passes.context import Context, Result
 from slipcast_compiler.passes.low_rank import LowRank
 from slipcast_compiler.passes.prune_ffn import PruneFFN
 from slipcast_compiler.passes.prune_heads import PruneHeads
-from slipcast_compiler.passes.quantize import QuantizeOptions
 from slipcast_compiler.passes.recover import Recover
+from slipcast_compiler.precision.quantize import QuantizeOptions
 
 if TYPE_CHECKING:
     from slipcast_compiler.plan import Plan

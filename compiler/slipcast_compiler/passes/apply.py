@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipcast.manifest import HeadMask, LowRankLayer
+from slipcast.bundle.manifest import HeadMask, LowRankLayer
 from slipcast.progress import Advance, Stages
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
 from slipcast_compiler.passes import PASSES, Context
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
 
 if TYPE_CHECKING:
-    from slipcast_compiler.profile import Profile
+    from slipcast_compiler.profile.profile import Profile
 
 REPORT = "report.json"
 

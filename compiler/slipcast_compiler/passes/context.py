@@ -13,7 +13,7 @@ from slipcast.progress import Advance
 
 if TYPE_CHECKING:
     from slipcast_compiler.plan import Plan
-    from slipcast_compiler.profile import Profile
+    from slipcast_compiler.profile.profile import Profile
 
 Floats = npt.NDArray[np.float32]
 

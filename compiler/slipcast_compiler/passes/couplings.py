@@ -14,8 +14,8 @@ import numpy as np
 from slipcast_compiler.passes.context import Context, Floats
 
 if TYPE_CHECKING:
-    from slipcast_compiler.layers import AttentionLayer
-    from slipcast_compiler.rewrite import Denoiser
+    from slipcast_compiler.model.layers import AttentionLayer
+    from slipcast_compiler.model.rewrite import Denoiser
 
 
 def couplings(denoiser: Denoiser, context: Context, energy: float) -> dict[str, dict[str, int]]:
@@ -24,7 +24,7 @@ def couplings(denoiser: Denoiser, context: Context, energy: float) -> dict[str, 
     Products are weighed by the second moments of the layer's inputs. Layers that an earlier pass has factorised are
     left out.
     """
-    from slipcast_compiler.layers import attention_layers
+    from slipcast_compiler.model.layers import attention_layers
 
     return {
         layer.name: _ranks(denoiser, context, layer, energy)

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from slipcast.bundle.validation import Strict
 from slipcast.errors import NumericalError, RecipeError
-from slipcast.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.options import Texts
+from slipcast_compiler.recipe.options import Texts
 
 if TYPE_CHECKING:
-    from slipcast_compiler.layers import LinearLayer
+    from slipcast_compiler.model.layers import LinearLayer
+    from slipcast_compiler.model.rewrite import Denoiser
     from slipcast_compiler.passes.micro import Gain
     from slipcast_compiler.plan import Plan
-    from slipcast_compiler.rewrite import Denoiser
 
 WORTH = 0.9  # of the layer's multiplications: with more than this, no engine has been seen to gain
 FASTER = 1.05  # less than this is within the noise of the measurement
@@ -61,7 +61,7 @@ def reads(plan: Plan) -> dict[str, Any]:
 
 def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
     """See the module's docstring."""
-    from slipcast_compiler.layers import linear_layers
+    from slipcast_compiler.model.layers import linear_layers
     from slipcast_compiler.passes.couplings import couplings
     from slipcast_compiler.passes.micro import input_shapes
 

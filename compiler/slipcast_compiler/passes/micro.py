@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.manifest import Component, TensorSpec
+from slipcast.bundle.manifest import Component, TensorSpec
 
 if TYPE_CHECKING:
     from slipcast.engines import Engine
     from slipcast_compiler.plan import Plan
-    from slipcast_compiler.recipe import TargetTable
+    from slipcast_compiler.recipe.recipe import TargetTable
 
 Floats = npt.NDArray[np.float32]
 PAIRS = 21
@@ -52,7 +52,7 @@ def input_shapes(plan: Plan, module: Any) -> dict[str, tuple[int, ...]]:
     """
     import torch
 
-    from slipcast_compiler.layers import linear_layers
+    from slipcast_compiler.model.layers import linear_layers
 
     guided = plan.family is not None and plan.sampling.guidance_scale > 1
     sizes = {**plan.sizes, "batch": 2 if guided else 1}
@@ -88,7 +88,7 @@ def measure(target: TargetTable, shape: Sequence[int], before: Sequence[Floats],
     Four dimensions mean a 1x1 convolution. The batch stays free, as it is in a bundle.
     """
     from slipcast.engines import open_engine
-    from slipcast_compiler.build import BUILDERS
+    from slipcast_compiler.engines import BUILDERS
 
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     engines, sizes = [], []
@@ -130,7 +130,7 @@ def _write(model: Path, shape: Sequence[int], chain: Sequence[Floats]) -> Compon
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from slipcast_compiler.export import OPSET
+    from slipcast_compiler.export.component import OPSET
 
     convolution = len(shape) == 4
     nodes, constants, last = [], [], "x"

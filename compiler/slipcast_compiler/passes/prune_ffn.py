@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from slipcast.validation import Strict
+from slipcast.bundle.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.options import Texts, prunes_by_profile
 from slipcast_compiler.passes.units import corrected, damped, select
+from slipcast_compiler.recipe.options import Texts, prunes_by_profile
 
 if TYPE_CHECKING:
-    from slipcast_compiler.layers import FeedForwardLayer
-    from slipcast_compiler.rewrite import Denoiser
+    from slipcast_compiler.model.layers import FeedForwardLayer
+    from slipcast_compiler.model.rewrite import Denoiser
 
 Criterion = Literal["second_order", "taylor", "activation_energy_percentile", "magnitude", "random"]
 
@@ -39,7 +39,7 @@ def needs_profile(options: PruneFFN) -> bool:
 
 def run(denoiser: Denoiser, context: Context, options: PruneFFN) -> Result:
     """See the module's docstring."""
-    from slipcast_compiler.layers import feed_forward_layers
+    from slipcast_compiler.model.layers import feed_forward_layers
 
     layers = feed_forward_layers(denoiser.module)
     report = {"options": options.model_dump(mode="json")}

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from slipcast.validation import Strict
+from slipcast.bundle.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.options import Texts, prunes_by_profile
 from slipcast_compiler.passes.units import columns, corrected, removal_costs, select
+from slipcast_compiler.recipe.options import Texts, prunes_by_profile
 
 if TYPE_CHECKING:
-    from slipcast_compiler.layers import AttentionLayer
-    from slipcast_compiler.rewrite import Denoiser
+    from slipcast_compiler.model.layers import AttentionLayer
+    from slipcast_compiler.model.rewrite import Denoiser
 
 Criterion = Literal[
     "leave_one_out", "second_order", "taylor", "activation_energy_percentile", "magnitude", "random",
@@ -43,7 +43,7 @@ def needs_profile(options: PruneHeads) -> bool:
 
 def run(denoiser: Denoiser, context: Context, options: PruneHeads) -> Result:
     """See the module's docstring."""
-    from slipcast_compiler.layers import attention_layers
+    from slipcast_compiler.model.layers import attention_layers
 
     layers = attention_layers(denoiser.module)
     if options.ratio == 0:
@@ -59,7 +59,7 @@ def run(denoiser: Denoiser, context: Context, options: PruneHeads) -> Result:
 
 def scores(denoiser: Denoiser, context: Context, options: PruneHeads) -> dict[str, Floats]:
     """Importance by layer, float32 [heads]: the larger, the more is lost without the head."""
-    from slipcast_compiler.layers import attention_layers
+    from slipcast_compiler.model.layers import attention_layers
 
     layers = attention_layers(denoiser.module)
     if options.criterion == "random":

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from slipcast.denoiser import guide
+from slipcast.bundle.validation import Strict
 from slipcast.errors import NumericalError, RecipeError
-from slipcast.validation import Strict
+from slipcast.sampling.denoiser import guide
 from slipcast_compiler.passes.context import Context, Result
 
 if TYPE_CHECKING:
     import torch
 
-    from slipcast.manifest import Sampling
+    from slipcast.bundle.manifest import Sampling
+    from slipcast_compiler.model.rewrite import Denoiser
     from slipcast_compiler.passes.trajectories import Image, States
     from slipcast_compiler.plan import Plan
-    from slipcast_compiler.rewrite import Denoiser
 
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
@@ -73,10 +73,10 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
         return Result(report=report)
     import torch
 
-    from slipcast_compiler.original import open_pipeline
+    from slipcast_compiler.host.quiet import quiet
+    from slipcast_compiler.model.original import open_pipeline
     from slipcast_compiler.passes.trajectories import record
-    from slipcast_compiler.profiling import evaluated_sigmas
-    from slipcast_compiler.quiet import quiet
+    from slipcast_compiler.profile.measure import evaluated_sigmas
 
     plan, device = context.plan, "cuda" if torch.cuda.is_available() else "cpu"
     images = split(plan)
@@ -98,7 +98,7 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
 
 def split(plan: Plan) -> tuple[list[Image], list[Image]]:
     """(training, validation) images of the calibration prompts, no prompt in both; RecipeError where there is one."""
-    from slipcast_compiler.profile import calibration_images
+    from slipcast_compiler.profile.profile import calibration_images
 
     images = list(zip(*calibration_images(plan), strict=True))
     keys = list(dict.fromkeys(image[0] or image[1] for image in images))  # without prompts, seeds are told apart

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from slipcast_compiler.layers import linear_layers
+from slipcast_compiler.model.layers import linear_layers
 
 LORA_RANK = 16
 

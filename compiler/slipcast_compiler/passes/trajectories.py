@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from slipcast.errors import NumericalError
-from slipcast_compiler.observe import first_bad
-from slipcast_compiler.original import draw_noise, sample_latents
+from slipcast_compiler.model.original import draw_noise, sample_latents
 from slipcast_compiler.plan import Plan
+from slipcast_compiler.profile.observe import first_bad
 
 Image = tuple[str | None, int]  # prompt, seed
 

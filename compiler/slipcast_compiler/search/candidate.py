@@ -14,28 +14,28 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from slipcast.bundle.validation import dotted, problems
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance, Stages
-from slipcast.validation import dotted, problems
-from slipcast_compiler import package, publish
-from slipcast_compiler.build import build_target, exported_sources
-from slipcast_compiler.build.pool import Pool
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.caching import cache_features, cut_for_caching
-from slipcast_compiler.calibration import calibration_samples
-from slipcast_compiler.closed import cached_prompts
-from slipcast_compiler.export import cached_export
+from slipcast_compiler.engines import build_target, exported_sources, package
+from slipcast_compiler.engines.pool import Pool
+from slipcast_compiler.export.component import cached_export
+from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.export.prompts import cached_prompts
+from slipcast_compiler.host import publish
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.rewrite import Rewrite
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
-from slipcast_compiler.passes.quantize import quantize
 from slipcast_compiler.plan import Plan, replan
-from slipcast_compiler.profile import make_profile
-from slipcast_compiler.reading import put
-from slipcast_compiler.recipe import Recipe, StagingTable
-from slipcast_compiler.rewrite import Rewrite
+from slipcast_compiler.precision.calibration import calibration_samples
+from slipcast_compiler.precision.quantize import quantize
+from slipcast_compiler.profile.profile import make_profile
+from slipcast_compiler.recipe.reading import put
+from slipcast_compiler.recipe.recipe import Recipe, StagingTable
+from slipcast_compiler.schedule.caching import cache_features, cut_for_caching
+from slipcast_compiler.schedule.timesteps import choose_timesteps
 from slipcast_compiler.search.levers import measured_target
 from slipcast_compiler.search.measuring import Variant
-from slipcast_compiler.stages import cached_stages
-from slipcast_compiler.timesteps import choose_timesteps
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from typing import Any, Self
 
 import numpy as np
 
+from slipcast.bundle.manifest import Sampling
 from slipcast.errors import RecipeError
-from slipcast.manifest import Sampling
 from slipcast.progress import Advance, Stages
-from slipcast_compiler import bundled, original
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.evaluate import draw_original
-from slipcast_compiler.isolate import Remote, run_isolated
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import Remote, run_isolated
+from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.judge import bundled
+from slipcast_compiler.judge.evaluate import draw_original
+from slipcast_compiler.model import original
 from slipcast_compiler.plan import Plan, Prompts
-from slipcast_compiler.quiet import quiet
 from slipcast_compiler.search.candidate import Engine, apply, engine_key, make_engine, variant_of
 from slipcast_compiler.search.judge import judge, open_reference
 from slipcast_compiler.search.levers import Overrides

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from slipcast_compiler.evaluate import LIMITS
-from slipcast_compiler.lpips import Lpips
-from slipcast_compiler.metrics import Floats, Reference, Samples, choose_captions, intervals, summarise
+from slipcast_compiler.judge.evaluate import LIMITS
+from slipcast_compiler.judge.lpips import Lpips
+from slipcast_compiler.judge.metrics import Floats, Reference, Samples, choose_captions, intervals, summarise
+from slipcast_compiler.judge.scorer import Scorer
 from slipcast_compiler.plan import Plan, Prompts
-from slipcast_compiler.recipe import GateTable
-from slipcast_compiler.scorer import Scorer
+from slipcast_compiler.recipe.recipe import GateTable
 
 
 def open_reference(plan: Plan, prompts: Prompts, pictures: Floats) -> Reference:

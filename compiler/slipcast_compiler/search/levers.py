@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slipcast.engines import ENGINES
-from slipcast.samplers import SAMPLERS
+from slipcast.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from slipcast_compiler.plan import Plan

@@ -12,10 +12,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle import Bundle
-from slipcast.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
-from slipcast.pipeline import Pipeline
-from slipcast_compiler.stages import write_step_table
+from slipcast.bundle.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
+from slipcast.bundle.reader import Bundle
+from slipcast.run.pipeline import Pipeline
+from slipcast_compiler.export.parts import write_step_table
 
 Floats = npt.NDArray[np.float32]
 Prompts = tuple[str | None, ...]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from slipcast.errors import CheckFailed, SlipcastError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import host
-from slipcast_compiler.cache import Cache, tool_versions
+from slipcast_compiler.host.cache import Cache, tool_versions
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.profile import make_profile
+from slipcast_compiler.profile.profile import make_profile
 from slipcast_compiler.search.candidate import apply
 from slipcast_compiler.search.evaluate import Evaluator
 from slipcast_compiler.search.explore import choose, explore

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.family import Family, expand
 from slipcast_compiler.passes.prune_heads import PruneHeads
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.recipe import EvaluateTable, FamilyTable, Recipe, TargetTable
+from slipcast_compiler.recipe.family import Family, expand
+from slipcast_compiler.recipe.recipe import EvaluateTable, FamilyTable, Recipe, TargetTable
 from slipcast_compiler.study.recipe import GENERIC, MaskTable, StudyRecipe
 
 OUT = "out_of_family"

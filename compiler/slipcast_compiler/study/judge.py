@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from slipcast.progress import Advance
-from slipcast_compiler import original, rewrite
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.metrics import psnr
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.judge.metrics import psnr
+from slipcast_compiler.judge.scorer import Scorer
+from slipcast_compiler.model import original, rewrite
+from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
 from slipcast_compiler.passes import prune_heads
 from slipcast_compiler.passes.context import Context
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.profile import Profile
-from slipcast_compiler.quiet import quiet
-from slipcast_compiler.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
-from slipcast_compiler.scorer import Scorer
+from slipcast_compiler.profile.profile import Profile
 from slipcast_compiler.study.cases import Case, Study
 
 Profiles = Mapping[tuple[str, int], Profile]
@@ -84,7 +84,7 @@ class Judge:
     """The original, the scorer, and what they have said so far."""
 
     def __init__(self, job: Job) -> None:
-        from slipcast_compiler.layers import attention_layers
+        from slipcast_compiler.model.layers import attention_layers
 
         self._study, self._profiles, self._recovered = job.study, job.profiles, job.recovered
         self._cache, plan = Cache(job.cache), job.study.plan

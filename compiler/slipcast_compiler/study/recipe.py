@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from slipcast.validation import Strict, problems
-from slipcast_compiler.passes.options import Texts
+from slipcast.bundle.validation import Strict, problems
 from slipcast_compiler.passes.prune_heads import Criterion, PruneHeads, needs_profile
 from slipcast_compiler.passes.recover import Recover
-from slipcast_compiler.reading import parse_toml, read_text, refusal
-from slipcast_compiler.recipe import FamilyTable, ModelTable, ProfileTable, SamplingTable
+from slipcast_compiler.recipe.options import Texts
+from slipcast_compiler.recipe.reading import parse_toml, read_text, refusal
+from slipcast_compiler.recipe.recipe import FamilyTable, ModelTable, ProfileTable, SamplingTable
 
 GENERIC = "generic"
 

@@ -11,16 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.validation import parse_json
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.progress import Advance, Stages
-from slipcast.validation import parse_json
 from slipcast_compiler.bench.document import host, load_average
-from slipcast_compiler.cache import Cache, tool_versions
-from slipcast_compiler.isolate import run_isolated
+from slipcast_compiler.host.cache import Cache, tool_versions
+from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.passes import PassesTable
 from slipcast_compiler.passes.apply import apply_passes
 from slipcast_compiler.passes.recover import CHECKED, CHECKS, VALIDATION
-from slipcast_compiler.profile import Profile, make_profile
+from slipcast_compiler.profile.profile import Profile, make_profile
 from slipcast_compiler.study.cases import Case, Study
 from slipcast_compiler.study.judge import Job, Profiles, Recovered, judge_all, time_images
 from slipcast_compiler.study.page import render
@@ -171,8 +171,8 @@ def _family(study: Study, name: str) -> dict[str, Any]:
 
 
 def _heads(study: Study) -> int:
-    from slipcast_compiler.layers import attention_layers
-    from slipcast_compiler.rewrite import UNCHANGED, Denoiser
+    from slipcast_compiler.model.layers import attention_layers
+    from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser
 
     return sum(layer.heads for layer in attention_layers(Denoiser(study.plan.checkpoint, UNCHANGED).module))
 

@@ -20,9 +20,9 @@ from typing import Literal, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from slipcast import cuda
+from slipcast.bundle.manifest import Built, Component, Target, TensorSpec
+from slipcast.engines import cuda
 from slipcast.errors import ArtifactError, HostError, RequestError
-from slipcast.manifest import Built, Component, Target, TensorSpec
 
 Array = npt.NDArray[np.generic]
 OLDEST_PORTABLE = 8.0  # engines that name no compute capability run from Ampere on

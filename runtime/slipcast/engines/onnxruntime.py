@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array, LayerTime, cpu_threads
 from slipcast.errors import ArtifactError, HostError, ResourceError
-from slipcast.manifest import TensorSpec
 
 # From 1.29 on, official builds write below HOME and report to Microsoft, unless told not to before they are imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -15,9 +15,9 @@ from typing import Any, Self, cast
 
 import numpy as np
 
+from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array, LayerTime, cpu_threads
 from slipcast.errors import ArtifactError
-from slipcast.manifest import TensorSpec
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """TensorRT-RTX and TensorRT on an NVIDIA GPU: one file, since the libraries share their API.
 
 An engine file is code for the GPU, and one that later versions of TensorRT can run is code for the host too: it is
-deserialised only from bundles whose digests were checked (slipcast.bundle).
+deserialised only from bundles whose digests were checked (slipcast.bundle.reader).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Self
 import numpy as np
 from cuda.bindings import runtime as cuda
 
+from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array
 from slipcast.engines.device import SCRATCH, Graphs, checked
 from slipcast.errors import HostError, RequestError, ResourceError
-from slipcast.manifest import TensorSpec
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # least, usual, most

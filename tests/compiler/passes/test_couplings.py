@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import Bench, tiny_plan
 
-from slipcast_compiler.layers import attention_layers
+from slipcast_compiler.model.layers import attention_layers
 from slipcast_compiler.passes.couplings import couplings, joint_rank, root
 
 RNG = np.random.default_rng(0)

@@ -10,12 +10,12 @@ import torch
 from tiny import Bench, example, tiny_plan
 
 from slipcast.errors import NumericalError, RecipeError
-from slipcast_compiler.layers import attention_layers, linear_layers
+from slipcast_compiler.model.layers import attention_layers, linear_layers
 from slipcast_compiler.passes import low_rank, micro
 from slipcast_compiler.passes.apply import Rewritten
 from slipcast_compiler.passes.low_rank import LowRank, factorise
 from slipcast_compiler.passes.micro import Gain, input_shapes, measure
-from slipcast_compiler.recipe import TargetTable
+from slipcast_compiler.recipe.recipe import TargetTable
 
 Array = np.ndarray[Any, Any]
 ONNXRUNTIME = TargetTable(engine="onnxruntime")

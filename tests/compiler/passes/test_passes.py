@@ -14,13 +14,13 @@ from tiny import RECIPE, Bench, example, tiny_plan
 
 from slipcast.errors import NumericalError, RecipeError
 from slipcast.progress import Stages
-from slipcast_compiler.cache import Cache
-from slipcast_compiler.export import export_component
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.rewrite import Rewrite
 from slipcast_compiler.passes import PASSES, PassesTable, micro
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.micro import Gain
-from slipcast_compiler.reading import parse_recipe
-from slipcast_compiler.rewrite import Rewrite
+from slipcast_compiler.recipe.reading import parse_recipe
 
 # What each does nothing with, and what it certainly does something with.
 ZERO: dict[str, dict[str, Any]] = {

@@ -8,10 +8,10 @@ import torch
 from tiny import Bench, example, tiny_plan
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.layers import attention_layers, feed_forward_layers
+from slipcast_compiler.model.layers import attention_layers, feed_forward_layers
+from slipcast_compiler.model.rewrite import Denoiser
 from slipcast_compiler.passes import prune_ffn
 from slipcast_compiler.passes.units import columns
-from slipcast_compiler.rewrite import Denoiser
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from tiny import Bench, tiny_plan
 
 from slipcast.errors import NumericalError, RecipeError
-from slipcast_compiler import original
-from slipcast_compiler.layers import attention_layers, linear_layers
+from slipcast_compiler.model import original
+from slipcast_compiler.model.layers import attention_layers, linear_layers
+from slipcast_compiler.model.rewrite import Denoiser, Rewrite
 from slipcast_compiler.passes import recover
 from slipcast_compiler.passes.trainable import LORA_RANK, LowRankChange, RoundedWeight, prepare, round_input, weights
 from slipcast_compiler.passes.trajectories import record
-from slipcast_compiler.rewrite import Denoiser, Rewrite
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compiler.quantizing import GUIDANCE, contract, quantise, write_samples
 from slipcast.engines import ENGINES, open_engine
-from slipcast_compiler.build import BUILDERS
-from slipcast_compiler.passes import qdq, sdpa
-from slipcast_compiler.passes.quantize import Quantized
-from slipcast_compiler.passes.sensitivity import prediction_error
+from slipcast_compiler.engines import BUILDERS
+from slipcast_compiler.graph import qdq, sdpa
+from slipcast_compiler.precision.quantize import Quantized
+from slipcast_compiler.precision.sensitivity import prediction_error
 
 SIDE, HEADS, WIDTH = 32, 2, 8
 CHANNELS, TOKENS = HEADS * WIDTH, SIDE * SIDE

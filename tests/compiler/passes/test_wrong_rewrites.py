@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import Bench, tiny_plan
 
-from slipcast_compiler import original
-from slipcast_compiler.evaluate import Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.judge.evaluate import Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.model import original
+from slipcast_compiler.model.rewrite import UNCHANGED, Rewrite
 from slipcast_compiler.passes import PASSES, micro
 from slipcast_compiler.passes.micro import Gain
-from slipcast_compiler.recipe import GateTable
-from slipcast_compiler.rewrite import UNCHANGED, Rewrite
+from slipcast_compiler.recipe.recipe import GateTable
 
 PROMPTS = ("a red circle on a white background", "a blue star on a navy background")
 GENTLE: dict[str, dict[str, Any]] = {

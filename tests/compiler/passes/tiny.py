@@ -13,12 +13,12 @@ import diffusers
 import numpy as np
 import torch
 
-from slipcast_compiler.layers import attention_layers, feed_forward_layers, linear_layers
+from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
+from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite
 from slipcast_compiler.passes import Context, PassesTable
 from slipcast_compiler.passes.apply import REPORT, _run
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import parse_recipe
-from slipcast_compiler.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite
+from slipcast_compiler.recipe.reading import parse_recipe
 
 SHAPES = Path("recipes/models/shapes")
 RECIPE = """

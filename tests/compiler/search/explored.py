@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import read_recipe
+from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.search.explore import explore
 from slipcast_compiler.search.journal import open_journal
 from slipcast_compiler.search.space import Space

@@ -15,12 +15,12 @@ import pytest
 
 from compiler.passes.tiny import RECIPE, write_tiny
 from conftest import run_cli
-from slipcast.bundle import open_bundle
+from slipcast.bundle.reader import open_bundle
 from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
-from slipcast_compiler.cache import Cache
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import make_plan
-from slipcast_compiler.reading import read_recipe
+from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.search import run
 from slipcast_compiler.search.journal import JOURNAL
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(made)
     # Random weights end in latents that are far from any picture, where PSNR says little: the gate is a loose one.
     (made / "tiny.toml").write_text(SEARCHED)
-    command = [sys.executable, "-m", "slipcast.cli", "compile", "tiny.toml"]
+    command = [sys.executable, "-m", "slipcast.cli.main", "compile", "tiny.toml"]
     child = subprocess.Popen(command, cwd=made, env=os.environ, stderr=subprocess.PIPE, text=True)
     assert child.stderr
     said = []

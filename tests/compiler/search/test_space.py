@@ -13,7 +13,7 @@ from explored import RECIPE, planned
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.plan import Plan, make_plan
-from slipcast_compiler.reading import parse_recipe, read_recipe
+from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 from slipcast_compiler.search import levers
 from slipcast_compiler.search.candidate import apply, engine_key
 from slipcast_compiler.search.levers import LEVERS

@@ -13,9 +13,9 @@ _about: dict[str, Any] = {}
 
 def open_side(job: dict[str, Any]) -> Any:
     """job: model, sampling, size (width, height), dtype, threads, compile, device."""
-    from slipcast.manifest import Sampling
-    from slipcast_compiler import original
-    from slipcast_compiler.quiet import quiet
+    from slipcast.bundle.manifest import Sampling
+    from slipcast_compiler.host.quiet import quiet
+    from slipcast_compiler.model import original
 
     with quiet():
         import diffusers

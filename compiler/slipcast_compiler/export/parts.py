@@ -1,0 +1,86 @@
+"""A staged denoiser as a bundle has it: components for the loop and for the prompt, and a table for the timesteps."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from safetensors.numpy import save
+
+from slipcast.bundle.manifest import Component, Sampling, Staging
+from slipcast.engines.onnxruntime import open_engine
+from slipcast.run.step_table import evaluated_timesteps
+from slipcast_compiler.export.component import contract_of
+from slipcast_compiler.graph.cut import Binding, describe, stage
+from slipcast_compiler.graph.tidy import constant
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.recipe.recipe import StagingTable
+
+COMPONENTS = {"denoise": "denoiser", "prompt": "denoiser_prompt", "step": "denoiser_step"}
+STEP_TABLE, FIGURES = "steps.safetensors", "staging.json"
+
+
+def cached_stages(exported: Path, table: StagingTable, cache: Cache) -> dict[str, Path]:
+    """By component, the cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, as cached_export has it."""
+
+    def make(folder: Path) -> None:
+        # The runtime has no place yet for what is computed once per prompt and step: that stays in the loop.
+        staged = stage(ir.load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
+        figures = describe(staged)
+        _pack(staged.graphs["step"].graph, staged.graphs["denoise"].graph)
+        for name, model in staged.graphs.items():
+            component = COMPONENTS[name]
+            ir.save(model, folder / f"{component}.onnx", external_data=f"{component}.onnx.data")
+            (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
+        (folder / FIGURES).write_text(json.dumps(figures))
+
+    folder = cache.get("stages", {"source": exported.name}, make)
+    shipped = [name for name in COMPONENTS.values() if (folder / f"{name}.json").is_file()]
+    return {name: folder for name in shipped if name != "denoiser_step" or table.general}
+
+
+def read_figures(stages: Path) -> dict[str, Any] | None:
+    """staging.describe's, of a directory of cached_stages; None of a denoiser that was not staged."""
+    file = stages / FIGURES
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _pack(step: ir.Graph, loop: ir.Graph) -> None:
+    """One row for all that the loop takes of a timestep: handing a tensor to an engine costs as much as a layer does.
+
+    The row is float32 [1, n]: what the step graph has computed, one after the other.
+    """
+    parts, taken = list(step.outputs), {value.name: value for value in loop.inputs}
+    sizes = [math.prod(part.shape.numpy()) for part in parts]
+    flat = [ir.node("Reshape", [part, constant(step, "flat", np.array([1, -1]))]) for part in parts]
+    joined = ir.node("Concat", [node.outputs[0] for node in flat], {"axis": 1})
+    step.extend([*flat, joined])
+    row = joined.outputs[0]
+    row.name, row.shape, row.type = "row", ir.Shape([1, sum(sizes)]), ir.TensorType(ir.DataType.FLOAT)
+    step.outputs[:] = [row]
+
+    given = ir.Value(name=row.name, shape=row.shape, type=row.type)
+    split = ir.node("Split", [given, constant(loop, "row_sizes", np.array(sizes))], {"axis": 1}, num_outputs=len(parts))
+    shaped = []
+    for part, piece in zip(parts, split.outputs, strict=True):
+        shape = part.shape.numpy()
+        shaped.append(ir.node("Reshape", [piece, constant(loop, "row_" + "_".join(map(str, shape)), np.array(shape))]))
+        taken[part.name].replace_all_uses_with(shaped[-1].outputs[0])
+        loop.inputs.remove(taken[part.name])
+    loop.inputs.append(given)
+    loop.insert_before(loop[0], [split, *shaped])
+
+
+def write_step_table(stages: Path, sampling: Sampling, folder: Path) -> dict[str, Any]:
+    """Evaluate the step graph, in fp32, at every timestep of the schedule; returns the manifest's fields."""
+    contract = Component.model_validate_json((stages / "denoiser_step.json").read_text())
+    timesteps = evaluated_timesteps(sampling, sampling.lay())
+    with open_engine(stages / "denoiser_step.onnx", None, "fp32") as engine:
+        rows = [engine({"timestep": np.array([timestep], np.float32)}) for timestep in timesteps]
+    (folder / STEP_TABLE).write_bytes(save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
+    staging = Staging(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)
+    return {"staging": staging}

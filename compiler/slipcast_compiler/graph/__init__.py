@@ -1,0 +1,1 @@
+"""ONNX graphs: binding times, tidying, broadcast, cost, casts, quantised operators."""

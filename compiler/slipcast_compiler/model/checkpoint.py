@@ -1,0 +1,283 @@
+"""A checkpoint: a diffusers directory, read without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle.tensorfile import TensorEntry, read_header, read_tensor
+from slipcast.bundle.validation import parse_json
+from slipcast.errors import ArtifactError, HostError, RecipeError
+from slipcast.sampling.schedules import NoiseProcess
+from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.model.architectures import Architecture, architecture
+from slipcast_compiler.recipe.recipe import ModelTable
+
+# Names that published checkpoints use for parameters which the libraries of today call otherwise.
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^", "text_model."),  # CLIP text encoders up to transformers 4; version 5 has dropped the prefix
+    (r"\.to_q\.", ".query."),  # the attention of autoencoders before diffusers 0.18
+    (r"\.to_k\.", ".key."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj_attn."),
+)
+_FEW_STEP_EULER = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint, not yet read."""
+
+    file: Path
+    entry: TensorEntry
+
+    def read(self) -> npt.NDArray[Any]:
+        """float32 for floating-point tensors; ArtifactError where it is not finite."""
+        array = read_tensor(self.file, self.entry)
+        return array.astype(np.float32) if np.issubdtype(array.dtype, np.floating) else array
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`name` is what the recipe called it; `root` the directory it was found in."""
+
+    root: Path
+    name: str
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return self._json(self.root / "model_index.json")
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What is known of this class of pipelines."""
+        return architecture(str(self.index.get("_class_name", "?")))
+
+    @cached_property
+    def process(self) -> NoiseProcess:
+        """The noise process the denoiser was trained on, from the scheduler's config."""
+        return NoiseProcess.from_scheduler_config(self._scheduler)
+
+    @property
+    def usual_schedule(self) -> str | None:
+        """The schedule that the scheduler's config asks for, if it does."""
+        if self.few_step_sampler == "lcm":
+            return "lcm"
+        flags = (name for name in ("karras", "exponential", "beta") if self._scheduler.get(f"use_{name}_sigmas"))
+        return next(flags, self.process.timestep_spacing)
+
+    @property
+    def few_step_sampler(self) -> str | None:
+        """The sampler of a checkpoint that was distilled to few steps without guidance; None if it was not, it seems.
+
+        LCM is published with a scheduler of its own, Turbo and Lightning with Euler's on trailing timesteps. Other
+        models are on trailing timesteps for their zero terminal SNR, and say so.
+        """
+        name, euler = self._scheduler.get("_class_name"), _FEW_STEP_EULER
+        if name == "LCMScheduler":
+            return "lcm"
+        distilled = self.process.timestep_spacing == "trailing" and not self.process.rescale_betas_zero_snr
+        return euler.get(str(name)) if distilled and self.process.prediction == "epsilon" else None
+
+    @cached_property
+    def _scheduler(self) -> dict[str, Any]:
+        return self._json(self.root / "scheduler" / "scheduler_config.json")
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        if "vae_decoder" not in self.architecture.components:
+            return 1
+        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions that the configs fix."""
+        return {name: int(self.config(folder)[key]) for name, (folder, key) in self.architecture.sizes.items()}
+
+    @cached_property
+    def native_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the denoiser was trained for."""
+        sample = self.config(self.architecture.components["denoiser"].folder)["sample_size"] or 64
+        rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        return columns * self.factor, rows * self.factor
+
+    @property
+    def not_compiled(self) -> tuple[str, ...]:
+        """Parts that this checkpoint has and a bundle leaves out."""
+        return tuple(part for part in self.architecture.not_compiled if (self.index.get(part) or [None])[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what was read so far, some of which (code of the architecture) cannot go to another process."""
+        return Checkpoint, (self.root, self.name)
+
+    def config(self, folder: str) -> dict[str, Any]:
+        """config.json of a component's folder, completed by its class's defaults: older files lack newer keys."""
+        given = self._json(self.root / folder / "config.json")
+        library, name = self.class_of(folder)
+        kind = library_class(library, name)
+        if library == "transformers":
+            return dict(kind.config_class.from_dict(given).to_dict())
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | given
+
+    def class_of(self, folder: str) -> tuple[str, str]:
+        """(library, class name) of a component, from model_index.json."""
+        entry = self.index.get(folder)
+        library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        if library not in ("diffusers", "transformers"):
+            raise RecipeError(
+                f"{self.name}: component {folder} needs code of its own",
+                expected="a class of diffusers or transformers", got=f"{library}.{name}",
+            )  # fmt: skip
+        return library, str(name)
+
+    def weights(self, folder: str) -> dict[str, Weight]:
+        """All tensors of a component by their name in the checkpoint."""
+        return {
+            name: Weight(file, entry)
+            for file in self.weight_files(folder)
+            for name, entry in read_header(file).items()
+        }  # fmt: skip
+
+    def weight_files(self, folder: str) -> list[Path]:
+        """The safetensors files of a component: sharded, plain, or the fp16 variant where there is no other."""
+        base = self.root / folder
+        indexes = sorted(base.glob("*.safetensors.index*.json"), key=lambda file: ("fp16" in file.name, file.name))
+        for index in indexes[:1]:
+            names = sorted(set(self._json(index)["weight_map"].values()))
+            if strays := [name for name in names if Path(name).name != name]:
+                raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
+            return [base / name for name in names]
+        files = sorted(base.glob("*.safetensors"))
+        plain = [file for file in files if file.suffixes[-2:-1] not in ([".fp16"], [".non_ema"])]
+        for candidates in (plain, [file for file in files if ".fp16." in file.name]):
+            if candidates:
+                return candidates[:1]
+        raise ArtifactError(
+            f"{base}: no weights", expected="*.safetensors",
+            got=", ".join(sorted(p.name for p in base.glob("*"))) or "nothing",
+            hint="save the pipeline again with safe_serialization=True",
+        )  # fmt: skip
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """All files that a bundle depends on."""
+        folders = {source.folder for source in self.architecture.components.values()}
+        folders |= {text.tokenizer for text in self.architecture.text} | {"scheduler"}
+        files = [self.root / "model_index.json"]
+        files += [file for folder in folders for file in (self.root / folder).rglob("*") if file.is_file()]
+        return sorted(files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Over names and contents of all files that a bundle depends on."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            total.update(f"{file.relative_to(self.root).as_posix()}\0{digest}\n".encode())
+        return total.hexdigest()
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            document = parse_json(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{path}: not found", expected="a diffusers directory with model_index.json",
+                hint="check model.path; it is relative to the recipe",
+            ) from None  # fmt: skip
+        if not isinstance(document, dict):
+            raise ArtifactError(f"{path}: not an object", got=type(document).__name__)
+        return document
+
+
+def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
+    """A local directory (relative to `folder`), or else a hub id with a revision, which is downloaded."""
+    local = folder / table.path
+    if local.is_dir():
+        return Checkpoint(local.resolve(), table.path)
+    if table.path.count("/") != 1 or table.path.startswith((".", "/")):
+        raise RecipeError("model.path does not exist", expected="a diffusers directory, or a hub id", got=str(local))
+    if not table.revision:
+        raise RecipeError(
+            f"model.path: no directory {local}; as a hub id it needs model.revision",
+            expected="a commit hash or tag, so that the compile can be repeated",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = snapshot_download(
+            table.path, revision=table.revision, allow_patterns=["*.json", "*.txt", "*.safetensors", "*.model"]
+        )
+    except Exception as error:  # the library raises many kinds, all of which mean that it could not be fetched
+        raise HostError(
+            f"{table.path}@{table.revision}: cannot be downloaded", got=str(error).splitlines()[0],
+            hint="check the network and the name, or download it elsewhere and give its directory as model.path",
+        ) from error  # fmt: skip
+    return Checkpoint(Path(root), f"{table.path}@{table.revision}")
+
+
+def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
+    """The tensor for a parameter, under its name or a name of older checkpoints; None where there is none."""
+    candidates = [parameter, parameter.removeprefix("text_model.")]
+    candidates += [re.sub(pattern, old, parameter) for pattern, old in RENAMES]
+    return next((weights[name] for name in candidates if name in weights), None)
+
+
+def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int]:
+    """(tokenizer.json, length in tokens, pad token id) as transformers reads them, from whichever file has them."""
+    library, name = checkpoint.class_of(folder)
+    try:
+        with quiet():
+            tokenizer = library_class(library, name).from_pretrained(checkpoint.root / folder, local_files_only=True)
+        # The version 4 of transformers wraps a Python tokenizer under this name; the fast one has the same vocabulary.
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            tokenizer = library_class(library, f"{name}Fast").from_pretrained(checkpoint.root / folder)
+        return (
+            tokenizer.backend_tokenizer.to_str().encode(),
+            int(tokenizer.model_max_length),
+            int(tokenizer.pad_token_id),
+        )
+    except Exception as error:  # a missing file, an unknown token, a broken vocabulary: each is another type
+        raise ArtifactError(
+            f"{checkpoint.root / folder}: not a usable tokenizer", expected=f"the files of a {name}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+        ) from error  # fmt: skip
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers by name; ArtifactError where the installed version has none."""
+    import torch  # noqa: F401 - where it is missing, that is the error, and not what diffusers makes of it
+
+    with quiet():
+        found = getattr(importlib.import_module(library), name, None)
+    if found is None:
+        version = importlib.metadata.version(library)
+        raise ArtifactError(f"{library} {version} has no class {name}", hint=f"pip install --upgrade {library}")
+    return found
+
+
+def empty_module(checkpoint: Checkpoint, folder: str) -> Any:
+    """A component's module for inference, with its parameters on torch's meta device and its buffers computed."""
+    from accelerate import init_empty_weights
+    from torch import float32
+
+    library, class_name = checkpoint.class_of(folder)
+    kind = library_class(library, class_name)
+    with init_empty_weights(include_buffers=False):
+        if library == "diffusers":
+            return kind.from_config(checkpoint.config(folder)).eval()
+        config = kind.config_class.from_pretrained(checkpoint.root / folder)
+        return kind._from_config(config, attn_implementation="sdpa", dtype=float32).eval()

@@ -1,0 +1,1 @@
+"""What a denoiser does on calibration prompts, measured."""

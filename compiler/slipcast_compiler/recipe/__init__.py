@@ -1,0 +1,1 @@
+"""The recipe: every table, reading it with lines, and the prompt family."""

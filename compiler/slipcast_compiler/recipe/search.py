@@ -1,0 +1,27 @@
+"""[search] in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from slipcast.bundle.validation import Strict
+from slipcast_compiler.search.levers import LEVERS
+
+
+class SearchTable(Strict):
+    """[search]: the recipe is the first trial, and what is best of all that were tried is compiled.
+
+    `objective`: what shall be least among the points that hold the gate with a margin on calibration prompts. `levers`:
+    what may be turned, beside which the recipe stays as it is; without, all that apply. `budget_minutes` is for trials,
+    all runs of the same search together, and can be raised to go on.
+    """
+
+    objective: Literal["latency", "memory"] = "latency"
+    budget_minutes: Annotated[float, Field(gt=0)] = 10.0
+    levers: Annotated[
+        tuple[Literal[tuple(LEVERS)], ...],  # type: ignore[valid-type]
+        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    ] = ()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

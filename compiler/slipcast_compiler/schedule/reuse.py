@@ -1,0 +1,81 @@
+"""What it costs to take features from an earlier step, along the trajectories of a bundle whose steps are all full;
+imports nothing that the runtime does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle.manifest import Manifest
+from slipcast.bundle.reader import open_bundle
+from slipcast.engines import Array, Engine
+from slipcast.progress import Advance
+from slipcast.sampling.denoiser import PREDICTIONS, guide
+from slipcast_compiler.engines.recording import Recording
+
+Floats = npt.NDArray[np.float32]
+Evaluation = Mapping[str, Array]  # what the full denoiser read and gave, by name
+
+
+def measure_reuse(
+    root: Path, prompts: Sequence[str | None], longest: int, advance: Advance
+) -> list[list[float | None]]:
+    """[i][j]: by how much the latent after step j is off, where that step has the features of step i, i < j.
+
+    In an Euler step of that length: (1 - sigma' / sigma) times the error of D(x, sigma), guided, relative to the
+    latents at the end, by RMS; the mean over images, image k from prompt k with seed k. None where step i had one
+    branch and step j has two, and for more than `longest` steps in between.
+    """
+    bundle = open_bundle(root)
+    totals: npt.NDArray[np.float64] | None = None
+    with Recording(bundle, bundle.manifest.targets[0], ("denoiser",)) as pipe:
+        for k, prompt in enumerate(prompts):
+            advance(k, len(prompts))
+            pipe.forget()
+            latents = pipe(prompt, seed=k, output_type="latent", guard="warn").images
+            with pipe.residency.use("denoiser_shallow") as shallow:
+                errors = _errors(bundle.manifest, pipe.recorded["denoiser"], shallow, longest) / _rms(latents)
+            totals = errors if totals is None else totals + errors
+    assert totals is not None
+    means = totals / len(prompts)
+    return [[float(error) if np.isfinite(error) else None for error in row] for row in means]
+
+
+def _errors(
+    manifest: Manifest, evaluations: Sequence[Evaluation], shallow: Engine, longest: int
+) -> npt.NDArray[np.float64]:
+    """[i, j], of one image; infinite where there are none."""
+    assert manifest.caching
+    schedule, prediction = manifest.sampling.lay(), manifest.sampling.noise.prediction
+    features = [spec.name for spec in manifest.caching.features]
+    errors = np.full((len(evaluations),) * 2, np.inf)
+    for j, now in enumerate(evaluations):
+        inputs = {spec.name: now[spec.name] for spec in shallow.inputs if spec.name not in features}
+        rows, sigma = len(now["sample"]), schedule.sigmas[j]
+        exact = _guided(manifest, now["prediction"])
+        for i in range(max(0, j - longest), j):
+            before = evaluations[i]
+            if len(before["sample"]) < rows:
+                continue
+            given = {name: before[name][-rows:] for name in features}
+            output = _guided(manifest, shallow({**inputs, **given})["prediction"])
+            # D is linear in the output, so that its error is D of the output's.
+            error = PREDICTIONS[prediction](np.zeros_like(output), output - exact, sigma)
+            errors[i, j] = (1 - schedule.sigmas[j + 1] / sigma) * _rms(error)
+    return errors
+
+
+def _guided(manifest: Manifest, output: Array) -> Floats:
+    """Of one image: of its two rows, the unconditional one first, or of the conditional one alone."""
+    settings = manifest.sampling
+    if len(output) == 1:
+        return np.asarray(output, np.float32)
+    guided: Floats = guide(output[1:], output[:1], settings.guidance_scale, settings.guidance_rescale)
+    return guided
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

@@ -1,0 +1,94 @@
+"""What a bundle's own report says: what others go by, and what people read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slipcast.bundle.manifest import Comparison, Manifest, Quality
+from slipcast.bundle.reader import Bundle
+from slipcast.bundle.validation import parse_json
+
+REPORT = "report.json"
+USUAL_PROMPT = "a photograph"  # for a bundle without a report
+
+
+def report_files(manifest: Manifest) -> list[str]:
+    """To be verified before prompts are read from it."""
+    return [entry.path for entry in manifest.files if entry.path == REPORT]
+
+
+def held_out_prompts(bundle: Bundle) -> list[str]:
+    """The prompts that the bundle was judged on; another that it takes where none is known, and none where it takes
+    no text. Its report, if it has one, has to be verified already."""
+    return _prompts(bundle, "held_out_prompts")
+
+
+def calibration_prompts(bundle: Bundle) -> list[str]:
+    """As held_out_prompts, some of those that the bundle was made with."""
+    return _prompts(bundle, "calibration_examples")
+
+
+def _prompts(bundle: Bundle, kind: str) -> list[str]:
+    manifest = bundle.manifest
+    if not manifest.takes_prompt:
+        return []
+    closed = manifest.prompts
+    usual = next(prompt for prompt in closed.prompts if prompt) if closed else USUAL_PROMPT
+    record: Any = {}
+    if report_files(manifest):
+        record = parse_json(bundle.path(REPORT).read_bytes(), REPORT)
+    return list(map(str, (record.get("family") or {}).get(kind) or [usual]))
+
+
+def summarise(manifest: Manifest, record: Any, page: Path) -> str:
+    """What the bundle's targets were judged to be. `record`: what report.json holds."""
+    lines = [manifest.name]
+    if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
+        lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")
+    for target in manifest.targets:
+        quality, speed = target.quality, target.performance
+        other = quality and quality.out_of_family
+        if found := target.addition:
+            lines.append(
+                f"  {target.id}: added later; against {found.against} PSNR worst {found.psnr_worst:.1f} dB, "
+                f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
+            )
+        elif not quality:
+            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
+        if quality and speed:
+            lines += [
+                f"  {target.id}: CLIP {_change(quality)}, "
+                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}, {quality.images} images",
+                *(f"    {label} {text}" for label, text in _means(quality).items()),
+                *([f"    out of the family: CLIP {_change(other)}, {other.images} images"] if other else []),
+                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
+            ]
+    return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+def _change(found: Comparison) -> str:
+    """The change of the mean CLIP score with its 95 % interval."""
+    if found.clip_delta_mean is None:
+        return "not run"
+    low, high = found.intervals.get("clip_delta_mean", (None, None))
+    return f"{found.clip_delta_mean:+.2%}" + ("" if low is None else f" ({low:+.2%} to {high:+.2%})")
+
+
+def _means(quality: Quality) -> dict[str, str]:
+    """The means that are not in the first line, with their 95 % intervals and what they have to be held against."""
+    floor, found = quality.noise_floor.get("precision"), {}
+    for metric, label, digits, beside, other in (
+        ("psnr_mean", "PSNR", 1, "noise floor", floor),
+        ("ssim_mean", "SSIM", 4, "noise floor", floor),
+        ("flip_mean", "FLIP", 4, "noise floor", floor),
+        ("lpips_mean", "LPIPS", 4, "noise floor", floor),
+        ("retrieval_precision", "retrieval precision", 3, "original", quality.original),
+    ):
+        value, against = getattr(quality, metric), getattr(other, metric, None)
+        text = "not run" if value is None else f"{value:.{digits}f}"
+        if ends := quality.intervals.get(metric):
+            text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+        found[label] = text if against is None else f"{text}, {beside} {against:.{digits}f}"
+    return found

@@ -1,0 +1,254 @@
+"""Open and check a bundle: the deployable directory of manifest.json and the plain files that it lists.
+
+Nothing in a bundle is trusted. Names, kinds and sizes of all files are checked by looking at directory entries only;
+then the files that are about to be used are hashed; only what passed is parsed further. Links are not followed,
+special files are not opened, nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Literal
+
+from slipcast.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from slipcast.bundle.onnxfile import check_external_data
+from slipcast.bundle.tensorfile import read_header
+from slipcast.bundle.validation import MAX_JSON_BYTES, bundle_path, colliding
+from slipcast.errors import ArtifactError
+
+SUFFIXES = frozenset([".json", ".onnx", ".data", ".xml", ".bin", ".html", ".txt", ".png", ".safetensors", ".engine"])
+_CODE = re.compile(
+    r"\.(pickle|pkl|pt|pth|ckpt|joblib|py[cdo]?|pyw|so(\.[0-9]+)*|dll|dylib|exe|bat|cmd|sh)[. ]*$", re.IGNORECASE
+)
+
+Progress = Callable[[int, int], None]
+Files = Iterable[str] | Literal["all"]
+Choice = Files | Callable[[Manifest], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle; `root` is absolute and free of links."""
+
+    root: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        """Where a listed file lies; ArtifactError for a file that the manifest does not list."""
+        return self.root / self.entry(relative).path
+
+    def entry(self, relative: str) -> FileEntry:
+        """The manifest's record of a file; ArtifactError for a file that it does not list."""
+        for entry in self.manifest.files:
+            if entry.path == relative:
+                return entry
+        raise _refuse(f"{relative!r}: not in the bundle", f"a file listed in {MANIFEST_NAME}", "a name that is not")
+
+
+def open_bundle(path: str | os.PathLike[str], *, allow_unlisted: bool = False, files: Choice = ()) -> Bundle:
+    """Check the structure of a bundle, and the contents of `files`: "all", or those about to be used,
+    by name or as a function of the manifest.
+
+    `allow_unlisted` tolerates files that the manifest does not list, but neither links nor formats that carry code.
+    Raises ArtifactError for whatever is wrong.
+    """
+    bundle = Bundle(root := _resolve_root(path), manifest := read_manifest(_read_manifest_file(root)))
+    for entry in manifest.files:
+        _check_name(entry.path)
+    _compare(root, {entry.path: entry.size for entry in manifest.files}, allow_unlisted)
+    check_digests(bundle, files(manifest) if callable(files) else files)
+    for entry in manifest.files:
+        if entry.path.endswith(".safetensors"):
+            read_header(root / entry.path)
+    return bundle
+
+
+def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | None = None) -> None:
+    """Compare `files` with the manifest, and look where the ONNX models among them keep their weights.
+
+    All sizes are compared before the first file is hashed; `progress` gets (bytes done, bytes in all) after each.
+    What a model reads is compared too. Raises ArtifactError that names the file and both digests.
+    """
+    chosen = bundle.manifest.files if files == "all" else [bundle.entry(name) for name in dict.fromkeys(files)]
+    _hash(bundle.root, chosen, progress)
+    listed = {entry.path: entry.size for entry in bundle.manifest.files}
+    models = [bundle.root / entry.path for entry in chosen if entry.path.endswith(".onnx")]
+    used = frozenset[str]().union(*(check_external_data(model, bundle.root, listed) for model in models))
+    _hash(bundle.root, [bundle.entry(name) for name in used.difference(entry.path for entry in chosen)], None)
+
+
+def describe_files(root: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:
+    """Manifest entries of files below `root`, sorted by path; what opening would refuse is refused here too."""
+    entries = []
+    for name in sorted(set(paths)):
+        try:
+            bundle_path(name)
+        except ValueError as error:
+            raise _refuse(f"{name!r}: bad path", "a relative path for any system", error, "rename it") from None
+        _check_name(name)
+        size = _plain(root, name).lstat().st_size
+        entries.append(FileEntry(path=name, size=size, sha256=_sha256(root, name)))
+    _check_collisions([MANIFEST_NAME, *(entry.path for entry in entries)])
+    return tuple(entries)
+
+
+def _resolve_root(path: str | os.PathLike[str]) -> Path:
+    """The bundle's directory without links: the way to a bundle may be a link, nothing inside it may."""
+    try:
+        root = Path(os.path.realpath(path, strict=True))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        got = getattr(error, "strerror", None) or error
+        raise _refuse(f"{path}: cannot be opened", "a bundle directory", got, "check the path") from None
+    if not root.is_dir():
+        hint = "give the directory; unpack archives first"
+        raise _refuse(f"{path}: not a bundle", f"a directory that holds {MANIFEST_NAME}", "a file", hint)
+    return root
+
+
+def _read_manifest_file(root: Path) -> bytes:
+    if not os.path.lexists(root / MANIFEST_NAME):
+        got, hint = f"a directory without {MANIFEST_NAME}", "check the path"
+        if os.path.lexists(root / "model_index.json"):
+            got, hint = "a diffusers checkpoint", "make a bundle of it with `slipcast compile`"
+        raise _refuse(f"{root}: not a bundle", f"a directory that holds {MANIFEST_NAME}", got, hint)
+    with _open_plain(root, MANIFEST_NAME) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise _refuse(f"{MANIFEST_NAME}: too large", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes")
+        return file.read(MAX_JSON_BYTES + 1)
+
+
+def _compare(root: Path, listed: dict[str, int], allow_unlisted: bool) -> None:
+    """What lies on the disk against what is listed."""
+    found: dict[str, int] = {}
+    for name, size in _walk(root):
+        if name not in listed and name != MANIFEST_NAME and not allow_unlisted:
+            hint = "remove it, or allow it with --allow-unlisted if you know where it comes from"
+            raise _refuse(f"{name!r}: not listed in {MANIFEST_NAME}", "listed files only", "one more", hint)
+        found[name] = size
+    _check_collisions(found)
+    for name, size in listed.items():
+        if name not in found:
+            raise _refuse(f"{name}: missing", f"a file of {size} bytes", "no such file")
+    for name, size in listed.items():
+        _check_size(name, size, found[name])
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    """(path relative to root, size) of all files; anything but plain files and directories is refused unopened."""
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        try:
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            for entry in entries:
+                name, status = folder + entry.name, entry.stat(follow_symlinks=False)
+                _check_kind(name, status.st_mode)
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(f"{name}/")
+                else:
+                    _refuse_code(name)
+                    yield name, status.st_size
+        except OSError as error:
+            raise _unreadable(folder or str(root), error) from None
+
+
+def _hash(root: Path, entries: Sequence[FileEntry], progress: Progress | None) -> None:
+    for entry in entries:
+        _check_size(entry.path, entry.size, _plain(root, entry.path).lstat().st_size)
+    done, total = 0, sum(entry.size for entry in entries)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        # hashlib releases the interpreter lock, so threads hash at the speed of all cores or of the disk.
+        digests = pool.map(lambda entry: _sha256(root, entry.path), entries)
+        for entry, digest in zip(entries, digests, strict=True):
+            if digest != entry.sha256:
+                pool.shutdown(wait=False, cancel_futures=True)
+                problem = f"{entry.path}: content differs from {MANIFEST_NAME}"
+                raise _refuse(problem, f"sha256 {entry.sha256}", f"sha256 {digest}")
+            done += entry.size
+            if progress:
+                progress(done, total)
+
+
+def _check_name(name: str) -> None:
+    _refuse_code(name)
+    if (suffix := Path(name).suffix) not in SUFFIXES:
+        raise _refuse(f"{name!r}: no kind of file for a bundle", " ".join(sorted(SUFFIXES)), suffix or "no suffix")
+
+
+def _refuse_code(name: str) -> None:
+    if match := _CODE.search(name):
+        problem = f"{name!r}: refused, because opening a {match[0]} file can run code that it carries"
+        hint = "remove it, and do not trust a bundle that came with it"
+        raise _refuse(problem, "weights as .safetensors, .onnx, .data, .bin or .engine", match[0], hint)
+
+
+def _check_kind(name: str, mode: int) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        kinds = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        got = kinds.get(stat.S_IFMT(mode), "device")
+        hint = "put the file itself there (cp -L copies what links point to)"
+        raise _refuse(f"{name!r}: {got} in a bundle", "plain files and directories", f"a {got}", hint)
+
+
+def _check_size(name: str, expected: int, got: int) -> None:
+    if expected != got:
+        problem = f"{name}: {'truncated' if got < expected else 'too long'}"
+        raise _refuse(problem, f"{expected} bytes", f"{got} bytes")
+
+
+def _check_collisions(names: Iterable[str]) -> None:
+    if pair := colliding(names):
+        expected = "names that differ in more than case or Unicode form"
+        raise _refuse("files that collide", expected, f"{pair[0]!r} and {pair[1]!r}", "rename one of them")
+
+
+def _plain(root: Path, name: str) -> Path:
+    """The path of a plain file that no link leads to."""
+    path = root
+    try:
+        for part in name.split("/"):
+            path = path / part
+            mode = path.lstat().st_mode
+            _check_kind(name, mode)
+    except OSError as error:
+        raise _unreadable(name, error) from None
+    if not stat.S_ISREG(mode):
+        raise _refuse(f"{name!r}: not a file", "a plain file", "a directory")
+    return path
+
+
+def _open_plain(root: Path, name: str) -> BufferedReader:
+    # Not following and not blocking, in case it was replaced by a link or a FIFO since it was looked at.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        return open(os.open(_plain(root, name), flags), "rb")
+    except OSError as error:
+        raise _unreadable(name, error) from None
+
+
+def _sha256(root: Path, name: str) -> str:
+    try:
+        with _open_plain(root, name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: OSError) -> ArtifactError:
+    return _refuse(f"{name!r}: cannot be read", "a readable file", error.strerror or error)
+
+
+def _refuse(
+    problem: str, expected: object, got: object, hint: str = "copy the bundle again from where it was built"
+) -> ArtifactError:
+    return ArtifactError(problem, expected=expected, got=got, hint=hint)

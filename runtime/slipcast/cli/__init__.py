@@ -1,0 +1,1 @@
+"""The `slipcast` command: one file per command."""

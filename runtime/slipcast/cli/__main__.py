@@ -1,0 +1,5 @@
+"""`python -m slipcast.cli`."""
+
+from slipcast.cli.main import main
+
+main()

@@ -1,0 +1,86 @@
+"""What `slipcast inspect` says of a bundle."""
+
+from __future__ import annotations
+
+from slipcast.bundle.manifest import Manifest, Target
+
+
+def describe(manifest: Manifest) -> str:
+    """A bundle's manifest, for people."""
+    sampling, image = manifest.sampling, manifest.image
+    schedule = sampling.schedule or "explicit list"
+    lines = [
+        f"{manifest.name}  (schema {manifest.schema_version}, slipcast {manifest.slipcast_version})",
+        f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
+    ]
+    if family := manifest.family:
+        kind, prompts = "closed" if family.closed else "open", f"{family.calibration} + {family.held_out} prompts"
+        lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
+    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
+    lines += [
+        f"  image        {image.width}x{image.height}, latent {latent}",
+        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
+        *caching_lines(manifest),
+        f"  heads kept   {manifest.head_retention_ratio:.0%}",
+        f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
+    ]
+    for name, component in manifest.components.items():
+        lines.append(f"  {name}")
+        for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
+            lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    if closed := manifest.prompts:
+        size = sizes[closed.table] / 1e6
+        lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
+    if guard := manifest.guard:
+        lines.append(
+            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
+        )
+    for target in manifest.targets:
+        size = sum(sizes[path] for path in set(target.files)) / 1e6
+        lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
+        lines += [f"    {line}" for line in profile_lines(manifest, target)]
+    lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
+    return "\n".join(lines)
+
+
+def bound_to(target: Target) -> str:
+    """What compiled engines are bound to; nothing for others."""
+    if not (built := target.built):
+        return ""
+    gpus = (
+        f"compute capability {' and '.join(built.compute_capabilities)}" if built.compute_capabilities else "Ampere on"
+    )
+    later = " and later" if built.version_compatible else ""
+    return f", {target.engine} {built.library_version}{later}, {gpus}, up to {built.max_images} images at once"
+
+
+def caching_lines(manifest: Manifest) -> list[str]:
+    """Which steps evaluate the whole denoiser (F) and which the shallow one (s), and what crosses; nothing without."""
+    if not (record := manifest.caching):
+        return []
+    mask = "".join("F" if full else "s" for full in record.mask)
+    features = ", ".join(f"{spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]" for spec in record.features)
+    return [
+        f"  caching      {record.full_steps} of {len(mask)} steps in full: {mask}",
+        f"               the others from {features}, with {record.share:.1%} of the multiply-adds",
+    ]
+
+
+def profile_lines(manifest: Manifest, target: Target) -> list[str]:
+    """By component, the precision of the graph that its engine was built from, and the sizes that dimensions free in it
+    may have: least to most, with the one that it is fastest at."""
+    if not target.built:
+        return []
+    lines = []
+    for name, profile in target.built.profiles.items():
+        quantised = "int8 and fp16" if name == "denoiser" else "fp16"
+        precision = quantised if target.precision == "int8" else target.precision
+        free = dict.fromkeys(size for spec in manifest.components[name].inputs for size in spec.shape)
+        sizes = [f"{size} {_range(*profile[size])}" for size in free if isinstance(size, str) and size in profile]
+        lines.append(", ".join([f"{name}: graph in {precision}", *sizes]))
+    return lines
+
+
+def _range(least: int, usual: int, most: int) -> str:
+    return str(least) if least == most else f"{least} to {most}, usually {usual}"

@@ -1,0 +1,1 @@
+"""Samplers, schedules, guidance and seeds: arithmetic on arrays, numpy or torch."""

@@ -1,0 +1,405 @@
+"""Schedules: which noise levels a sampler visits, and which timestep the model is told at each.
+
+`NoiseProcess` is what the model was trained on, read from a diffusers scheduler_config.json. `make_schedule` lays n
+steps on it; the conventions in which diffusers' schedulers differ are columns of `samplers.Grid`. Sigmas are noise
+over signal, sqrt((1 - abar) / abar), for variance-preserving models, and the time in [0, 1] for flow-matching ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slipcast.errors import RecipeError, RequestError
+from slipcast.sampling.samplers import SAMPLERS, Grid, Rounding, find_sampler
+
+Floats: TypeAlias = NDArray[np.float64]
+Floats32: TypeAlias = NDArray[np.float32]
+Points: TypeAlias = tuple[Floats, Floats]  # falling sigmas and their timesteps, without the terminal sigma
+
+
+# --- the training process --------------------------------------------------------------------------------------------
+
+
+def _cosine_betas(count: int) -> Floats32:
+    """Nichol and Dhariwal, arXiv 2102.09672: beta from the ratio of successive squared cosines, at most 0.999."""
+    abar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas: Floats = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+    return betas.astype(np.float32)
+
+
+def _sigmoid_betas(start: float, end: float, count: int) -> Floats32:
+    """GeoDiff, arXiv 2203.02923."""
+    logistic = 1 / (1 + np.exp(-np.linspace(-6, 6, count, dtype=np.float32)))
+    return (logistic * np.float32(end - start) + np.float32(start)).astype(np.float32)
+
+
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], Floats32]] = {
+    "linear": lambda start, end, count: np.linspace(start, end, count, dtype=np.float32),
+    "scaled_linear": lambda start, end, count: np.linspace(start**0.5, end**0.5, count, dtype=np.float32) ** 2,
+    "squaredcos_cap_v2": lambda start, end, count: _cosine_betas(count),
+    "sigmoid": _sigmoid_betas,
+}
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample", "flow_prediction": "flow"}
+_LATENT_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+# What these classes take for a key that the config lacks, where it differs from the defaults of NoiseProcess.
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "HeunDiscreteScheduler": _LATENT_BETAS,
+    "KDPM2DiscreteScheduler": _LATENT_BETAS,
+    "DPMSolverSDEScheduler": _LATENT_BETAS,
+    "LCMScheduler": {**_LATENT_BETAS, "beta_schedule": "scaled_linear"},
+}
+_CLIPPING = ("DDPMScheduler", "DDIMScheduler")  # classes that clip unless they are told not to
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def _pick(what: str, value: Any, candidates: Sequence[str] | Mapping[str, Any]) -> str:
+    if value not in candidates:
+        raise RecipeError(f"scheduler config: unknown {what}", expected=", ".join(candidates), got=repr(value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class NoiseProcess:
+    """The noise a model was trained to remove.
+
+    `timestep_spacing` and `set_alpha_to_one` are None where the config is silent: then each sampler family has its own
+    default, as in diffusers. `shift` belongs to flow matching. All fields but `trained_betas` (a tuple of floats or
+    None) are scalars.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}  # how the manifest reads it
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction: str = "epsilon"  # epsilon, v_prediction, sample or flow
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool | None = None
+    shift: float = 1.0
+    clip_sample: float | None = None  # DDPM on pixels: the expected clean picture is kept within +- this
+
+    @classmethod
+    def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseProcess:
+        """Read a scheduler_config.json; RecipeError where it asks for what is not known here.
+
+        Not read: `clip_sample`, meant for models of pixels, and the `use_..._sigmas` switches, which name a schedule,
+        not a process. With `use_dynamic_shifting` the shift depends on the image size: replace `shift` by exp(mu).
+        """
+        name = str(config.get("_class_name", ""))
+        known = {**_CLASS_DEFAULTS.get(name, {}), **{k: v for k, v in config.items() if v is not None}}
+        if known.get("thresholding"):
+            raise RecipeError("scheduler config: thresholding is not supported", expected="false", got="true")
+        values = {f.name: known[f.name] for f in fields(cls) if f.name in known}
+        if "FlowMatch" in name:
+            values["prediction"] = "flow"
+        else:
+            asked = _pick("prediction_type", known.get("prediction_type", "epsilon"), _PREDICTIONS)
+            values["prediction"] = _PREDICTIONS[asked]
+            values["shift"] = known.get("flow_shift", 1.0)
+            count = known.get("num_train_timesteps", 1000)
+            if len(known.get("trained_betas", range(count))) != count:
+                got = len(known["trained_betas"])
+                raise RecipeError("scheduler config: trained_betas has another length", expected=count, got=got)
+            if "trained_betas" not in known:
+                _pick("beta_schedule", known.get("beta_schedule", "linear"), BETA_SCHEDULES)
+        if "timestep_spacing" in known:
+            _pick("timestep_spacing", known["timestep_spacing"], SPACINGS)
+        if known.get("clip_sample", name in _CLIPPING):
+            values["clip_sample"] = float(known.get("clip_sample_range", 1.0))
+        else:
+            values.pop("clip_sample", None)
+        betas = known.get("trained_betas")
+        return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
+
+    @cached_property
+    def sigmas(self) -> Floats:
+        """sigma of every training timestep, rising, length num_train_timesteps.
+
+        Computed in float32 where diffusers does, so that both hold the same table: some of its schedulers cut
+        timesteps to whole numbers, where the last bit of a sigma decides. With rescale_betas_zero_snr the last one
+        would be infinite; abar is held at 2**-24 there, as diffusers' Euler and DPM-Solver schedulers do.
+        """
+        if self.prediction == "flow":
+            return _shifted(np.arange(1, self.num_train_timesteps + 1) / self.num_train_timesteps, self.shift)
+        if self.trained_betas is not None:
+            betas = np.array(self.trained_betas, np.float32)
+        else:
+            betas = BETA_SCHEDULES[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
+        if self.rescale_betas_zero_snr:
+            betas = _zero_terminal_snr(betas)
+        abar = _cumulative_product(1 - betas)
+        if self.rescale_betas_zero_snr:
+            abar[-1] = 2.0**-24
+        sigmas: Floats32 = np.sqrt((1 - abar) / abar)
+        return sigmas.astype(np.float64)
+
+    @cached_property
+    def _log_sigmas(self) -> Floats:
+        return np.log(self.sigmas.astype(np.float32)).astype(np.float64)
+
+    def sigma_at(self, timesteps: Floats) -> Floats:
+        """Sigmas of (possibly fractional) timesteps, linear between those of the table; for flow sigma = t / T."""
+        if self.prediction == "flow":
+            return timesteps / self.num_train_timesteps
+        return np.interp(timesteps, np.arange(len(self.sigmas)), self.sigmas)
+
+    def timestep_at(self, sigmas: Floats) -> Floats:
+        """Fractional timesteps of sigmas, linear in log sigma between those of the table; for flow t = sigma * T."""
+        if self.prediction == "flow":
+            return sigmas * self.num_train_timesteps
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), self._log_sigmas, np.arange(len(self.sigmas)))
+
+
+def _cumulative_product(alphas: Floats32) -> Floats32:
+    return np.cumprod(alphas.astype(np.float64)).astype(np.float32)  # torch, too, accumulates float32 in double
+
+
+def _zero_terminal_snr(betas: Floats32) -> Floats32:
+    """Betas shifted and scaled so that no signal is left at the end: Algorithm 1 of Lin et al., arXiv 2305.08891."""
+    root = np.sqrt(_cumulative_product(1 - betas))
+    abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return np.append(1 - abar[0], 1 - abar[1:] / abar[:-1]).astype(np.float32)
+
+
+def _shifted(times: Floats, shift: float) -> Floats:
+    """Timestep shifting of flow matching for larger images, eq. 23 of Esser et al., arXiv 2403.03206."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """n steps: `sigmas`, n + 1 falling values, the last the terminal one, and `timesteps`, n, that the model is told.
+
+    `spacing`: leading, linspace or trailing, if the schedule is one of these.
+    """
+
+    sigmas: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    process: NoiseProcess
+    spacing: str | None = None
+
+    @cached_property
+    def _told(self) -> dict[float, float]:
+        return dict(zip(self.sigmas, self.timesteps, strict=False))  # the terminal sigma has no timestep
+
+    def timestep(self, sigma: float) -> float:
+        """The timestep to tell the model at that sigma: `timesteps[i]` at `sigmas[i]`, interpolated between them."""
+        told = self._told.get(sigma)
+        return float(self.process.timestep_at(np.array([sigma]))[0]) if told is None else told
+
+
+def _spaced(process: NoiseProcess, steps: int, grid: Grid, spacing: str) -> Points:
+    """Timesteps laid evenly, Table 2 of Lin et al., arXiv 2305.08891; flow has one spacing of its own.
+
+    DDIM and PNDM in diffusers step from t to t - T // n, not to the next timestep of the list. That is the same for
+    leading, and for trailing where n divides T; elsewhere theirs leave gaps or overlap, and ours do not follow.
+    """
+    total = process.num_train_timesteps
+    if process.prediction == "flow":
+        return _flow(process, steps, grid)
+    if spacing == "leading":
+        laid = steps + grid.extra
+        timesteps = np.arange(laid, dtype=np.float64)[::-1][:steps] * (total // laid) + process.steps_offset
+    elif spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, steps + grid.extra)[::-1][:steps]
+        if grid.whole:
+            timesteps = np.round(timesteps)
+    else:
+        timesteps = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1  # arange may round up to one step more
+    return _laid(process, timesteps, grid)
+
+
+def _laid(process: NoiseProcess, timesteps: Floats, grid: Grid) -> Points:
+    sigmas = process.sigma_at(timesteps)
+    if process.rescale_betas_zero_snr and not grid.clamped:
+        sigmas = np.where(timesteps >= len(process.sigmas) - 1, 2.0**30, sigmas)  # as good as infinite in float32
+    return sigmas, timesteps
+
+
+def _flow(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Even times between the ends of the shifted training table, shifted once more, as diffusers does."""
+    sigmas = _shifted(np.linspace(process.sigmas[-1], process.sigmas[0], steps), process.shift)
+    return sigmas, process.timestep_at(sigmas)
+
+
+def _flow_uniform(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Even times from 1 to 1 / n, shifted: what FLUX's pipeline asks for."""
+    sigmas = _shifted(np.linspace(1.0, 1.0 / steps, steps), process.shift)
+    return sigmas, process.timestep_at(sigmas)
+
+
+def _lcm(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """The 50 timesteps latent consistency models (arXiv 2310.04378) are distilled on, thinned as by LCMScheduler."""
+    origin = 50
+    if steps > origin:
+        raise RequestError("too many steps for the lcm schedule", expected=f"1 to {origin}", got=steps)
+    trained = np.arange(origin, 0, -1) * (process.num_train_timesteps // origin) - 1.0
+    timesteps = trained[np.floor(np.linspace(0, origin, steps, endpoint=False)).astype(int)]
+    return process.sigma_at(timesteps), timesteps
+
+
+def _round(process: NoiseProcess, sigmas: Floats, how: Rounding) -> Points:
+    """Give sigmas their timesteps, in whole numbers where the sampler's family has them so."""
+    timesteps = process.timestep_at(sigmas)
+    if process.prediction == "flow" or how == "exact":
+        return sigmas, timesteps
+    return sigmas, np.round(timesteps) if how == "round" else np.floor(timesteps)
+
+
+def _span(process: NoiseProcess, steps: int, grid: Grid) -> tuple[float, float]:
+    """The largest and the smallest sigma that karras, exponential and beta run between."""
+    if grid.span == "table" and process.prediction != "flow":
+        return float(process.sigmas[-1]), float(process.sigmas[0])
+    sigmas, _ = _spaced(process, steps, grid, process.timestep_spacing or grid.spacing)
+    return float(sigmas[0]), float(sigmas[-1])
+
+
+def _karras(process: NoiseProcess, steps: int, grid: Grid, rho: float = 7.0) -> Points:
+    """Even in sigma^(1/rho): eq. 5 of Karras et al., arXiv 2206.00364."""
+    high, low = _span(process, steps, grid)
+    sigmas = (high ** (1 / rho) + np.linspace(0, 1, steps) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    cosine = process.beta_schedule == "squaredcos_cap_v2"
+    return _round(process, np.clip(sigmas, low, high), grid.karras_cosine if cosine else grid.karras)
+
+
+def _exponential(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Even in log sigma, as k-diffusion's `get_sigmas_exponential`."""
+    high, low = _span(process, steps, grid)
+    sigmas = np.exp(np.linspace(math.log(high), math.log(low), steps))
+    return _round(process, np.clip(sigmas, low, high), grid.others)
+
+
+def _beta(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Sigmas at even quantiles of Beta(0.6, 0.6): "Beta Sampling is All You Need", arXiv 2407.12173."""
+    high, low = _span(process, steps, grid)
+    sigmas = low + (high - low) * beta_quantile(1 - np.linspace(0, 1, steps), 0.6, 0.6)
+    return _round(process, sigmas, grid.others)
+
+
+def _align_your_steps(levels: tuple[float, ...]) -> Callable[[NoiseProcess, int, Grid], Points]:
+    """Optimised noise levels for 10 steps, Sabour et al., arXiv 2404.14507; log-linear interpolation for other n."""
+
+    def schedule(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+        places = np.linspace(0, 1, steps + 1)[:-1]  # the last level gives way to the terminal sigma
+        sigmas = np.exp(np.interp(places, np.linspace(0, 1, len(levels)), np.log(levels)))
+        return _round(process, sigmas, grid.karras)
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[NoiseProcess, int, Grid], Points]] = {
+    "leading": lambda process, steps, grid: _spaced(process, steps, grid, "leading"),
+    "linspace": lambda process, steps, grid: _spaced(process, steps, grid, "linspace"),
+    "trailing": lambda process, steps, grid: _spaced(process, steps, grid, "trailing"),
+    "karras": _karras,
+    "exponential": _exponential,
+    "beta": _beta,
+    "ays_sd15": _align_your_steps((14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)),
+    "ays_sdxl": _align_your_steps((14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)),
+    "lcm": _lcm,
+    "flow": _flow,
+    "flow_uniform": _flow_uniform,
+}
+_FOR_FLOW = frozenset({"flow", "flow_uniform", "karras", "exponential", "beta"})
+_FOR_VP = frozenset(SCHEDULES) - {"flow", "flow_uniform"}
+
+
+def make_schedule(process: NoiseProcess, name: str, steps: int, sampler: str = "dpmpp_2m") -> Schedule:
+    """n = `steps` steps of the schedule `name`, laid as diffusers lays them for that sampler.
+
+    RequestError: unknown name (lists the candidates), steps outside 1..num_train_timesteps, or a schedule that cannot
+    have that many steps.
+    """
+    if name not in SCHEDULES:
+        raise RequestError("unknown schedule", expected=", ".join(SCHEDULES), got=repr(name))
+    total = process.num_train_timesteps
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
+        raise RequestError("steps out of range", expected=f"an integer from 1 to {total}", got=repr(steps))
+    legal = _FOR_FLOW if process.prediction == "flow" else _FOR_VP
+    if name not in legal:
+        candidates = ", ".join(n for n in SCHEDULES if n in legal)
+        raise RequestError(f"not a schedule for {process.prediction} prediction", expected=candidates, got=repr(name))
+    sigmas, timesteps = SCHEDULES[name](process, steps, find_sampler(sampler).grid)
+    return _finish(process, sigmas, timesteps, sampler, name if name in SPACINGS else None)
+
+
+def _finish(
+    process: NoiseProcess, sigmas: Floats, timesteps: Floats, sampler: str, spacing: str | None = None
+) -> Schedule:
+    """Append the sampler's terminal sigma and check that noise falls."""
+    _check_sampler(process, sampler)
+    terminal = find_sampler(sampler).grid.terminal
+    if terminal.startswith("config"):
+        one = process.set_alpha_to_one if process.set_alpha_to_one is not None else terminal == "config_one"
+        terminal = "zero" if one else "first"
+    last = 0.0 if terminal == "zero" or process.prediction == "flow" else float(process.sigmas[0])
+    if not (np.diff(sigmas) < 0).all() or not sigmas[-1] >= last or sigmas[-1] <= 0:
+        raise RequestError(
+            "two steps of the schedule fall on the same noise level",
+            expected="falling sigmas and timesteps", got=f"{len(sigmas)} steps", hint="ask for fewer steps",
+        )  # fmt: skip
+    return Schedule((*sigmas.tolist(), last), tuple(timesteps.tolist()), process, spacing)
+
+
+def from_timesteps(process: NoiseProcess, timesteps: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
+    """A schedule from falling timesteps, one per step; at most num_train_timesteps - 1 (flow: num_train_timesteps)."""
+    given = np.array(timesteps, np.float64)
+    high = process.num_train_timesteps - (process.prediction != "flow")
+    if given.ndim != 1 or not given.size or given.min() < 0 or given.max() > high:
+        raise RequestError("timesteps out of range", expected=f"falling numbers from {high} to 0", got=timesteps)
+    return _finish(process, *_laid(process, given, find_sampler(sampler).grid), sampler)
+
+
+def from_sigmas(process: NoiseProcess, sigmas: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
+    """A schedule from n + 1 falling sigmas, the last the terminal one (usually 0); timesteps are interpolated."""
+    given = np.array(sigmas, np.float64)
+    if given.ndim != 1 or given.size < 2 or not (np.diff(given) < 0).all() or given[-1] < 0:
+        raise RequestError("not a list of sigmas", expected="2 or more falling numbers, the last 0 or more", got=sigmas)
+    _check_sampler(process, sampler)
+    return Schedule(tuple(given.tolist()), tuple(process.timestep_at(given[:-1]).tolist()), process)
+
+
+def _check_sampler(process: NoiseProcess, sampler: str) -> None:
+    if process.prediction == "flow" and not find_sampler(sampler).flow:
+        candidates = ", ".join(name for name, s in SAMPLERS.items() if s.flow)
+        raise RequestError("this sampler cannot run a flow-matching model", expected=candidates, got=repr(sampler))
+
+
+def beta_quantile(probability: Floats, a: float, b: float) -> Floats:
+    """Quantile function of the Beta(a, b) distribution, by bisection; absolute error below 1e-12.
+
+    The distribution function up to 1/2 is the hypergeometric series of the incomplete beta function (DLMF 8.17.7),
+    whose terms fall at least as 2^-n there; above 1/2 the distribution is mirrored.
+    """
+    orders = np.arange(60)
+    beta = math.gamma(a) * math.gamma(b) / math.gamma(a + b)
+
+    def mass(x: Floats, a: float, b: float) -> Floats:  # of [0, x], for x up to 1/2
+        terms = np.cumprod(np.append(1.0, (orders[1:] - b) / orders[1:])) / (a + orders)
+        return np.asarray(x**a * (x[:, None] ** orders @ terms) / beta)
+
+    def solve(p: Floats, a: float, b: float) -> Floats:
+        low, high = np.zeros_like(p), np.full_like(p, 0.5)
+        for _ in range(50):
+            middle = (low + high) / 2
+            under = mass(middle, a, b) < p
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        return np.asarray((low + high) / 2)
+
+    lower = probability <= mass(np.array([0.5]), a, b)
+    solved = np.where(lower, solve(probability, a, b), 1 - solve(1 - probability, b, a))
+    return np.where(probability <= 0, 0.0, np.where(probability >= 1, 1.0, solved))

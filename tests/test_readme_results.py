@@ -111,13 +111,13 @@ def test_every_build_has_its_figures(name: str) -> None:
 
 
 def test_models_have_their_rows() -> None:
-    document, table = json.loads((BENCH / "staging" / "published.json").read_text("utf-8")), table_of("staging")
+    document, table = json.loads((BENCH / "cuts" / "published.json").read_text("utf-8")), table_of("cuts")
     assert set(document["denoisers"]) == set(tables.MODELS)
     for name, found in document["denoisers"].items():
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {tables.MODELS[name]} |"))
-        for stage in found["stages"].values():
+        for stage in found["parts"].values():
             assert f"| {stage['nodes']} nodes, {stage['parameters'] / 1e6:.1f} M |" in row
-        assert sum(stage["parameters"] for stage in found["stages"].values()) == pytest.approx(
+        assert sum(stage["parameters"] for stage in found["parts"].values()) == pytest.approx(
             found["original"]["parameters"], rel=1e-3
         )
 

@@ -73,7 +73,7 @@ def add_target(
     _check_space(bundle, portable, output)
     with stages.stage("verify") as advance:
         check_digests(bundle, "all", advance)
-    with publish.staging(output) as folder:
+    with publish.workspace(output) as folder:
         digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
         pool = Pool(folder)
         for target in bundle.manifest.targets:

@@ -12,7 +12,7 @@ from slipcast.progress import Stages
 from slipcast_compiler.engines import build_targets, package
 from slipcast_compiler.export.component import cached_export
 from slipcast_compiler.export.guard import cached_guard, count_alarms, fallbacks, write_guard
-from slipcast_compiler.export.parts import cached_stages, read_figures
+from slipcast_compiler.export.parts import cached_parts, read_figures
 from slipcast_compiler.export.prompts import cached_prompts
 from slipcast_compiler.graph.cost import cost
 from slipcast_compiler.host import publish
@@ -72,9 +72,9 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             exported[name] = cached_export(plan, name, cache, rewritten.rewrite)
 
     # What does not depend on the latent leaves the sampling loop.
-    if plan.recipe.staging:
+    if plan.recipe.cut:
         with stages.stage("stage denoiser"):
-            exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
+            exported |= cached_parts(exported["denoiser"], plan.recipe.cut, cache)
 
     # All prompts of a closed family are known: a table takes the place of the text encoders.
     prompts = None
@@ -110,7 +110,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     casts = measure_casts(plan, exported, quantized, prompts, staged, caching, guard, cache, stages)
 
     # Engines for every target: a bundle that is complete but for the evidence.
-    with publish.staging(output) as folder:
+    with publish.workspace(output) as folder:
         targets = build_targets(
             plan.recipe.targets, exported, plan.image, folder, cache, stages, quantized, casts.found
         )
@@ -135,7 +135,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         record = report.make_record(plan, fields, judged, stages.seconds) | {
             "passes": {**rewritten.reports, **({"quantize": quantized.report} if quantized else {})},
             "mixed_precision": casts.found, "search": searched, "timesteps": timesteps, "early_exit": exits,
-            "staging": read_figures(staged), "caching": cached and cached.report,
+            "cut": read_figures(staged), "caching": cached and cached.report,
             "guard": count_alarms(plan, fields.get("guard"), judged.runs),
             "cost": cost(exported["denoiser"] / "denoiser.onnx"),
         }  # fmt: skip

@@ -56,7 +56,7 @@ def _without(table: str) -> Callable[[Recipe], Recipe]:
 
 # What takes each lever out of a recipe, in the order in which they are added.
 LEVERS: Levers = {
-    "staging": _without("staging"),
+    "cut": _without("cut"),
     "fewer steps": _as_the_original("steps"),
     "timesteps found": _without("timesteps"),
     "caching": _without("caching"),

@@ -37,7 +37,7 @@ def sources(plan: Plan, cache: Cache, stages: Stages) -> dict[str, dict[str, Sou
     """By precision and component, the graphs as compile.py makes them, without passes that rewrite the denoiser."""
     # Here, since the processes that build import this file, too, and torch would count as their memory.
     from slipcast_compiler.export.component import cached_export
-    from slipcast_compiler.export.parts import cached_stages
+    from slipcast_compiler.export.parts import cached_parts
     from slipcast_compiler.model.rewrite import UNCHANGED
     from slipcast_compiler.precision.calibration import calibration_samples
 
@@ -45,9 +45,9 @@ def sources(plan: Plan, cache: Cache, stages: Stages) -> dict[str, dict[str, Sou
     for name in plan.checkpoint.architecture.components:
         with stages.stage(f"export {name}"):
             exported[name] = cached_export(plan, name, cache, UNCHANGED)
-    if plan.recipe.staging:
+    if plan.recipe.cut:
         with stages.stage("stage denoiser"):
-            exported |= cached_stages(exported["denoiser"], plan.recipe.staging, cache)
+            exported |= cached_parts(exported["denoiser"], plan.recipe.cut, cache)
     options = plan.recipe.passes.quantize
     assert options
     with stages.stage("calibrate") as advance:

@@ -1,4 +1,4 @@
-"""What the form of a graph gains: a denoiser as torch exports it, in the form that engines fuse best, and staged.
+"""What the form of a graph gains: a denoiser as torch exports it, in the form that engines fuse best, and cut.
 
     python recipes/bench/hygiene.py recipes/shapes-circles.toml -o recipes/bench/hygiene/shapes-circles.json
 
@@ -27,12 +27,12 @@ from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.bench.figures import spread
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.export.component import cached_export, export_component
-from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.export.parts import cached_parts
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import read_recipe
-from slipcast_compiler.recipe.recipe import StagingTable
+from slipcast_compiler.recipe.recipe import CutTable
 
 ENGINES = {"openvino": "bf16", "onnxruntime": "fp32"}
 ROUNDS, PAUSE_S = 40, 0.02  # between two engines: thread pools spin for a while after their work
@@ -46,7 +46,7 @@ def graphs(plan: Plan, cache: Cache, scratch: Path) -> dict[str, Path]:
         contract = export_component(plan.checkpoint, "denoiser", plan.sizes, plain)
     (plain / "denoiser.json").write_text(contract.model_dump_json())
     tidied = cached_export(plan, "denoiser", cache, UNCHANGED)
-    return {"exported": plain, "tidied": tidied, "staged": cached_stages(tidied, StagingTable(), cache)["denoiser"]}
+    return {"exported": plain, "tidied": tidied, "cut": cached_parts(tidied, CutTable(), cache)["denoiser"]}
 
 
 def measure(engine: str, forms: dict[str, Path], scratch: Path) -> dict[str, dict[str, Any]]:

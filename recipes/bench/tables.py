@@ -46,20 +46,20 @@ def how(document: Document) -> str:
     return f"```console\n$ {document['command']}\n```\n"
 
 
-def staging(file: Path = HERE / "staging" / "published.json") -> str:
+def cuts(file: Path = HERE / "cut" / "published.json") -> str:
     """Nodes and parameters by binding time, a line for each model."""
     document = json.loads(file.read_text("utf-8"))
     lines = [["denoiser", "whole", "`step`", "`prompt`", "`prompt+step`", "the loop's", "left the loop"]]
     for name, found in document["denoisers"].items():
-        whole, loop = found["original"], found["stages"]["denoise"]
-        stages = [found["stages"].get(stage) for stage in ("step", "prompt", "prompt+step", "denoise")]
+        whole, loop = found["original"], found["parts"]["denoise"]
+        stages = [found["parts"].get(part) for part in ("step", "prompt", "prompt+step", "denoise")]
         share = 1 - loop["parameters"] / whole["parameters"]
         lines.append([MODELS[name], *(_size(each) for each in (whole, *stages)), f"{share:.1%}"])
     return markdown(lines) + "\n" + how(document)
 
 
-def _size(stage: dict[str, int] | None) -> str:
-    return f"{stage['nodes']} nodes, {stage['parameters'] / 1e6:.1f} M" if stage else ""
+def _size(part: dict[str, int] | None) -> str:
+    return f"{part['nodes']} nodes, {part['parameters'] / 1e6:.1f} M" if part else ""
 
 
 def denoisers(file: Path = HERE / "denoisers" / "sd15-int8.json") -> str:
@@ -140,5 +140,5 @@ def about_builds(name: str, document: Document) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "builds": builds, "staging": staging, "hygiene": hygiene, "denoisers": denoisers,
+    "builds": builds, "cuts": cuts, "hygiene": hygiene, "denoisers": denoisers,
 }  # fmt: skip

@@ -18,7 +18,7 @@ name = "cached"
 model.path = "{ROOT / "recipes/models/shapes"}"
 family.prompts = {PROMPTS}
 sampling = {{ sampler = "dpmpp_2m", steps = 6, guidance_scale = 4.0, guidance_interval = [0.3, 20.0] }}
-staging.general = true
+cut.general = true
 caching.full_steps = 3
 evaluate.images = 1
 [[targets]]
@@ -45,8 +45,8 @@ def test_the_manifest_and_the_report_say_what_is_cached(bundle: Path) -> None:
     record = json.loads((bundle / "report.json").read_text())
     assert record["caching"]["mask"] == list(manifest.caching.mask)
     assert record["recipe"]["caching"] == {"full_steps": 3, "share": 0.2}
-    stages = record["staging"]["stages"]
-    assert stages["denoise"]["parameters"] < record["staging"]["original"]["parameters"]
+    parts = record["cut"]["parts"]
+    assert parts["denoise"]["parameters"] < record["cut"]["original"]["parameters"]
     page = (bundle / "report.html").read_text()
     assert "Feature caching" in page and "What left the sampling loop" in page
     shown = run_cli("inspect", str(bundle))

@@ -19,7 +19,7 @@ name = "six"
 model.path = "{ROOT / "recipes/models/shapes"}"
 family.prompts = {PROMPTS}
 sampling = {{ sampler = "dpmpp_2m", steps = 2, guidance_scale = 4.0 }}
-staging = {{}}
+cut = {{}}
 evaluate.images = 1
 [[targets]]
 engine = "onnxruntime"
@@ -43,7 +43,7 @@ def test_nothing_of_the_text_encoder_is_shipped(folder: Path) -> None:
     assert [name for name in names if "encoder" in name or "token" in name] == []
     manifest = open_bundle(folder / "closed", files="all").manifest
     assert manifest.prompts and set(manifest.prompts.prompts) == {"", *PROMPTS}
-    assert manifest.requires == ("staging", "closed_family") and not manifest.text
+    assert manifest.requires == ("cut", "closed_family") and not manifest.text
     report = (folder / "closed" / "report.html").read_text()
     assert "Not shipped: text_encoder" in report and "Not shipped" not in (folder / "open" / "report.html").read_text()
 

@@ -19,7 +19,7 @@ model.path = "{ROOT / "recipes/models/shapes"}"
 sampling = {{ sampler = "dpmpp_2m", steps = 4, guidance_scale = 4.0 }}
 reference.steps = 3
 early_exit = {{ max_error = 0.3, prompts = 2 }}
-staging = {{}}
+cut = {{}}
 passes.prune_heads = {{ ratio = 0.5, criterion = "magnitude", correct = false }}
 guard = {{ policy = "fallback", false_alarms = 0.1 }}
 evaluate = {{ images = 1, out_of_family = ["{STRANGER}"] }}
@@ -54,7 +54,7 @@ def test_strangers_get_the_originals_picture(folder: Path) -> None:
 
 def test_a_batch_of_both(folder: Path) -> None:
     with slipcast.load(folder / "bundle") as pipe:
-        assert pipe.manifest.requires == ("staging", "guard", "early_exit")
+        assert pipe.manifest.requires == ("cut", "guard", "early_exit")
         prompts = [MEMBER, STRANGER, MEMBER, STRANGER]
         out = pipe(prompts, seed=5, output_type="np")
         assert [verdict.fallback for verdict in out.guard] == [False, True, False, True]

@@ -1,6 +1,6 @@
 """Denoisers of every architecture with random weights, exported as a compile would: for tests that need no checkpoint.
 
-They are those of recipes/bench/staging.py, made small.
+They are those of recipes/bench/cuts.py, made small.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from slipcast_compiler.export.component import export_component
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "bench"))
-from staging import DENOISERS as PUBLISHED
-from staging import Denoiser, pixart_mask, write_configs
+from cuts import DENOISERS as PUBLISHED
+from cuts import Denoiser, pixart_mask, write_configs
 
 SIZE, TEXT = 8, 6  # the latent's height and width, and the prompt's length in tokens
 

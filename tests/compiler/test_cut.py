@@ -11,7 +11,7 @@ import pytest
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from slipcast_compiler.graph.broadcast import broadcast_late
-from slipcast_compiler.graph.cut import Binding, bind, stage
+from slipcast_compiler.graph.cut import Binding, bind, cut
 
 # Shapes that the exporter knows, and ONNX's shape inference does not find.
 KNOWN = {
@@ -34,7 +34,7 @@ def _run(model: ir.Model, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _crosses(model: ir.Model, stage_name: str) -> set[str | None]:
-    return {value.name for value in stage(model).graphs[stage_name].graph.outputs}
+    return {value.name for value in cut(model).graphs[stage_name].graph.outputs}
 
 
 SAMPLE, TEXT, TIME = "float[batch,4] sample", "float[batch,4] text", "float[1] timestep"
@@ -80,8 +80,8 @@ def test_real_work_stays_outside_however_large_its_result() -> None:
 
 def test_a_tensor_that_many_use_crosses_once() -> None:
     body = W + ("k = MatMul(text, w) a = Add(k, sample) b = Mul(k, a) c = Sub(k, b) prediction = MatMul(c, w)")
-    staged = stage(_model(f"{SAMPLE}, {TEXT}", body))
-    assert [value.name for value in staged.graphs["denoise"].graph.inputs] == ["sample", "k"]
+    parts = cut(_model(f"{SAMPLE}, {TEXT}", body))
+    assert [value.name for value in parts.graphs["denoise"].graph.inputs] == ["sample", "k"]
 
 
 # Each expands the timestep to the batch, and then does something else with it.

@@ -11,15 +11,15 @@ import pytest
 from slipcast.bundle.manifest import MANIFEST_NAME
 from slipcast.errors import RecipeError
 from slipcast_compiler.host import publish as publishing
-from slipcast_compiler.host.publish import check_output, publish, staging
+from slipcast_compiler.host.publish import check_output, publish, workspace
 
 
 def test_staging_disappears_unless_published(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "bundle"
-    with staging(output) as folder:
+    with workspace(output) as folder:
         (folder / "a").write_text("a")
     assert list(output.parent.iterdir()) == []
-    with staging(output) as folder:
+    with workspace(output) as folder:
         (folder / MANIFEST_NAME).write_text("1")
         publish(folder, output)
     assert [p.name for p in output.parent.iterdir()] == ["bundle"]
@@ -29,7 +29,7 @@ def test_staging_disappears_unless_published(tmp_path: Path) -> None:
 def test_an_old_bundle_is_replaced_whole(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     for generation in ("1", "2"):
-        with staging(output) as folder:
+        with workspace(output) as folder:
             (folder / MANIFEST_NAME).write_text(generation)
             (folder / f"only-in-{generation}").write_text("")
             publish(folder, output)
@@ -46,7 +46,7 @@ def test_a_failing_sync_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with staging(output) as folder:
+    with workspace(output) as folder:
         (folder / MANIFEST_NAME).write_text("new")
         with pytest.raises(OSError, match="Input/output"):
             publish(folder, output)
@@ -122,5 +122,5 @@ def test_a_place_that_can_no_longer_be_made(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(publishing, "check_output", lambda *_: None)
     monkeypatch.setattr(*((Path, call) if call == "mkdir" else (publishing.tempfile, call)), full)
-    with pytest.raises(RecipeError, match="No space left"), staging(tmp_path / "bundle"):
+    with pytest.raises(RecipeError, match="No space left"), workspace(tmp_path / "bundle"):
         pass

@@ -21,9 +21,9 @@ def test_samples_are_the_denoisers_own_and_cover_the_schedule(shapes_bundle: Pat
     assert [file.name for file in files] == [f"{i:04}.npz" for i in range(20)]
     samples = [dict(np.load(file)) for file in files]
     bundle = open_bundle(shapes_bundle)
-    staging = bundle.manifest.staging
-    assert staging
-    table = np.concatenate([row["row"] for row in read_step_table(bundle.path(staging.step_table), staging).values()])
+    cut = bundle.manifest.cut
+    assert cut
+    table = np.concatenate([row["row"] for row in read_step_table(bundle.path(cut.step_table), cut).values()])
     seen = {int(np.flatnonzero((table == sample["row"]).all(-1))[0]) for sample in samples}  # places in the schedule
     assert len(seen) > 14  # each of three images gives six or seven of twenty steps, and not the same ones
     assert min(seen) <= 2 and max(seen) >= len(table) - 3

@@ -167,7 +167,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
         "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
-        "not_run": {}, "guard": None, "mixed_precision": {}, "early_exit": None, "staging": None, "caching": None,
+        "not_run": {}, "guard": None, "mixed_precision": {}, "early_exit": None, "cut": None, "caching": None,
     }  # fmt: skip
 
 
@@ -275,16 +275,16 @@ def test_a_picture_that_is_not_finite(tmp_path: Path) -> None:
 def test_what_left_the_loop_and_what_is_cached(tmp_path: Path) -> None:
     figures = {"nodes": 697, "parameters": 10_338_408, "multiply_adds": 500_498_432}
     shallow = {"nodes": 123, "parameters": 301_001, "multiply_adds": 92_000_000}
-    staging = {
+    cut = {
         "original": {"nodes": 795, "parameters": 11_159_688},
-        "stages": {"step": {"nodes": 36, "parameters": 477_216}, "denoise": figures},
+        "parts": {"step": {"nodes": 36, "parameters": 477_216}, "denoise": figures},
         "crossings": [{"name": "a", "bytes": 1_200_000}, {"name": "b", "bytes": 300_000}],
     }
     caching = {
         "feature": "add_7", "after": "up_blocks.1.conv", "share": 0.184, "full_steps": 2, "mask": [True, False, True],
         "error": 0.0123, "images": 8, "engines": {"denoiser": figures, "denoiser_shallow": shallow},
     }  # fmt: skip
-    text = _page(tmp_path, _record() | {"staging": staging, "caching": caching})
+    text = _page(tmp_path, _record() | {"cut": cut, "caching": caching})
     plain = re.sub(r"<[^>]*>|\s+", " ", text)
     for found in (
         "as exported +795 +11,159,688", "step +36 +477,216", "2 tensors cross, 1.5 MB",

@@ -17,21 +17,21 @@ from slipcast.engines import Engine
 from slipcast.engines import onnxruntime as portable
 from slipcast.errors import RecipeError
 from slipcast_compiler.engines import BUILDERS
-from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.export.parts import cached_parts
 from slipcast_compiler.graph.shallow import find_cut
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import StagingTable
+from slipcast_compiler.recipe.recipe import CutTable
 from slipcast_compiler.schedule.caching import cached_cut
 
 SHARES = (0.3, 0.6)
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd15 staged"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd15 parts"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    name, *staged = request.param.split()
+    name, *parts = request.param.split()
     folder = tmp_path_factory.mktemp(name)
     export_denoiser(DENOISERS[name], folder)
-    return cached_stages(folder, StagingTable(), Cache(folder / "cache"))["denoiser"] if staged else folder
+    return cached_parts(folder, CutTable(), Cache(folder / "cache"))["denoiser"] if parts else folder
 
 
 def _inputs(engine: Engine, batch: int) -> dict[str, Any]:

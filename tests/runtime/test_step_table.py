@@ -1,4 +1,4 @@
-"""A staged denoiser in the pipeline: what left the loop comes from a table and from a component that runs once."""
+"""A parts denoiser in the pipeline: what left the loop comes from a table and from a component that runs once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from slipcast.sampling.samplers import SAMPLERS
 PROMPT, TABLE = "a red circle", "steps.safetensors"
 
 
-def _staged(root: Path, *, general: bool = False, sampling: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+def _cut(root: Path, *, general: bool = False, sampling: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """The fake bundle with its denoiser in parts: the row is the timestep, the keys are the context."""
     write_fake(root)
     document = json.loads((root / "manifest.json").read_text())
@@ -41,7 +41,7 @@ def _staged(root: Path, *, general: bool = False, sampling: Mapping[str, Any] | 
     plain = read_manifest(json.dumps(document | {"files": list_files(root)}).encode())
     timesteps = evaluated_timesteps(plain.sampling, plain.sampling.lay())
     save_file({"row": np.array([[[t, 0]] for t in timesteps], np.float32)}, root / TABLE)
-    document |= {"staging": {"step_table": TABLE, "timesteps": timesteps, "rows": [row]}, "requires": ["staging"]}
+    document |= {"cut": {"step_table": TABLE, "timesteps": timesteps, "rows": [row]}, "requires": ["cut"]}
     document |= {"files": list_files(root)} | changes
     (root / "manifest.json").write_text(json.dumps(document))
     return root
@@ -75,13 +75,13 @@ def test_staged_makes_the_same_pictures(tmp_path: Path, engines: Fakes, sampler:
     document = json.loads((write_fake(tmp_path / "whole") / "manifest.json").read_text())
     sampling = document["sampling"] | {"sampler": sampler}
     whole = load(write_fake(tmp_path / "plain", sampling=sampling))
-    staged = load(_staged(tmp_path / "staged", sampling={"sampler": sampler}))
-    np.testing.assert_array_equal(_image(staged, guidance_scale=3.0), _image(whole, guidance_scale=3.0))
-    np.testing.assert_array_equal(_image(staged, guidance_scale=1.0), _image(whole, guidance_scale=1.0))
+    parts = load(_cut(tmp_path / "parts", sampling={"sampler": sampler}))
+    np.testing.assert_array_equal(_image(parts, guidance_scale=3.0), _image(whole, guidance_scale=3.0))
+    np.testing.assert_array_equal(_image(parts, guidance_scale=1.0), _image(whole, guidance_scale=1.0))
 
 
 def test_the_prompts_part_runs_once_on_distinct_prompts(tmp_path: Path, engines: Fakes) -> None:
-    pipe = load(_staged(tmp_path / "b"))
+    pipe = load(_cut(tmp_path / "b"))
     pipe([PROMPT, "a blue star", PROMPT], seed=1)
     assert engines.count("denoiser_prompt") == 1 and engines.count("denoiser") == 6
     call = next(call for name, call in engines.calls if name == "denoiser_prompt")
@@ -90,22 +90,22 @@ def test_the_prompts_part_runs_once_on_distinct_prompts(tmp_path: Path, engines:
 
 
 def test_other_timesteps_are_refused_with_the_legal_ones(tmp_path: Path, engines: Fakes) -> None:
-    pipe = load(_staged(tmp_path / "b"))
+    pipe = load(_cut(tmp_path / "b"))
     with pytest.raises(RequestError, match="num_inference_steps is fixed") as caught:
         pipe(PROMPT, num_inference_steps=7)
-    legal = [f"{timestep:g}" for timestep in pipe.manifest.staging.timesteps] if pipe.manifest.staging else []
+    legal = [f"{timestep:g}" for timestep in pipe.manifest.cut.timesteps] if pipe.manifest.cut else []
     assert len(legal) == 6 and all(timestep in str(caught.value) for timestep in legal)
-    assert "staging.general=true" in str(caught.value)
+    assert "cut.general=true" in str(caught.value)
     assert engines.calls == []
 
 
 def test_a_general_bundle_computes_other_rows(tmp_path: Path, engines: Fakes) -> None:
-    staged, whole = load(_staged(tmp_path / "b", general=True)), load(write_fake(tmp_path / "plain"))
-    np.testing.assert_array_equal(_image(staged, num_inference_steps=7), _image(whole, num_inference_steps=7))
+    parts, whole = load(_cut(tmp_path / "b", general=True)), load(write_fake(tmp_path / "plain"))
+    np.testing.assert_array_equal(_image(parts, num_inference_steps=7), _image(whole, num_inference_steps=7))
     asked = [float(call.timestep[0]) for name, call in engines.calls if name == "denoiser_step"]
-    assert asked and not set(asked) & set(staged.manifest.staging.timesteps if staged.manifest.staging else ())
+    assert asked and not set(asked) & set(parts.manifest.cut.timesteps if parts.manifest.cut else ())
     engines.calls.clear()
-    _image(staged)
+    _image(parts)
     assert engines.count("denoiser_step") == 0  # these are in the table
 
 
@@ -119,7 +119,7 @@ def test_a_general_bundle_computes_other_rows(tmp_path: Path, engines: Fakes) ->
     ],
 )
 def test_a_table_that_is_not_the_manifests(tmp_path: Path, engines: Fakes, table: dict[str, Any], says: str) -> None:
-    root = _staged(tmp_path / "b")
+    root = _cut(tmp_path / "b")
     save_file(table, root / TABLE)
     document = json.loads((root / "manifest.json").read_text())
     (root / "manifest.json").write_text(json.dumps(document | {"files": list_files(root)}))
@@ -128,7 +128,7 @@ def test_a_table_that_is_not_the_manifests(tmp_path: Path, engines: Fakes, table
 
 
 def test_a_damaged_table_is_found_before_it_is_read(tmp_path: Path, engines: Fakes) -> None:
-    root = _staged(tmp_path / "b")
+    root = _cut(tmp_path / "b")
     data = bytearray((root / TABLE).read_bytes())
     data[-1] ^= 1
     (root / TABLE).write_bytes(data)
@@ -147,7 +147,7 @@ def test_a_damaged_table_is_found_before_it_is_read(tmp_path: Path, engines: Fak
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(tmp_path: Path, engines: Fakes, component: str, inputs: Any) -> None:
-    root = _staged(tmp_path / "b", general=True)
+    root = _cut(tmp_path / "b", general=True)
     document = json.loads((root / "manifest.json").read_text())
     document["components"][component]["inputs"] = inputs
     (root / "manifest.json").write_text(json.dumps(document))
@@ -157,4 +157,4 @@ def test_parts_that_do_not_go_together_are_refused(tmp_path: Path, engines: Fake
 
 def test_a_reader_that_knows_no_staging_has_to_refuse(tmp_path: Path, engines: Fakes) -> None:
     with pytest.raises(ArtifactError, match="under requires"):
-        load(_staged(tmp_path / "b", requires=[]))
+        load(_cut(tmp_path / "b", requires=[]))

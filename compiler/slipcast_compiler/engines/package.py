@@ -40,7 +40,7 @@ def describe(
     closed, family = prompts and describe_prompts(plan, prompts), plan.family
     if prompts and closed:
         shutil.copyfile(prompts, folder / closed.table)
-    named = {"staging": plan.recipe.staging, "caching": caching, "closed_family": closed}
+    named = {"cut": plan.recipe.cut, "caching": caching, "closed_family": closed}
     stages = staged or exported["denoiser"]
     return {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)), "slipcast_version": slipcast.__version__,
@@ -55,7 +55,7 @@ def describe(
         "requires": (*plan.sampling.requires, *(name for name, record in named.items() if record)),
         "not_compiled": plan.checkpoint.not_compiled,
         "caching": caching,
-        **(write_step_table(stages, plan.sampling, folder) if plan.recipe.staging else {}),
+        **(write_step_table(stages, plan.sampling, folder) if plan.recipe.cut else {}),
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A staged denoiser as a bundle has it: components for the loop and for the prompt, and a table for the timesteps."""
+"""The parts of a denoiser that was cut, as a bundle has them: for the loop, for the prompt, and a table of timesteps."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import numpy as np
 import onnx_ir as ir
 from safetensors.numpy import save
 
-from slipcast.bundle.manifest import Component, Sampling, Staging
+from slipcast.bundle.manifest import Component, Cut, Sampling
 from slipcast.engines.onnxruntime import open_engine
 from slipcast.run.step_table import evaluated_timesteps
 from slipcast_compiler.export.component import contract_of
-from slipcast_compiler.graph.cut import Binding, describe, stage
+from slipcast_compiler.graph.cut import Binding, count_parts, cut
 from slipcast_compiler.graph.tidy import constant
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import StagingTable
+from slipcast_compiler.recipe.recipe import CutTable
 
 COMPONENTS = {"denoise": "denoiser", "prompt": "denoiser_prompt", "step": "denoiser_step"}
-STEP_TABLE, FIGURES = "steps.safetensors", "staging.json"
+STEP_TABLE, FIGURES = "steps.safetensors", "cut.json"
 
 
-def cached_stages(exported: Path, table: StagingTable, cache: Cache) -> dict[str, Path]:
+def cached_parts(exported: Path, table: CutTable, cache: Cache) -> dict[str, Path]:
     """By component, the cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, as cached_export has it."""
 
     def make(folder: Path) -> None:
         # The runtime has no place yet for what is computed once per prompt and step: that stays in the loop.
-        staged = stage(ir.load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
-        figures = describe(staged)
-        _pack(staged.graphs["step"].graph, staged.graphs["denoise"].graph)
-        for name, model in staged.graphs.items():
+        parts = cut(ir.load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
+        figures = count_parts(parts)
+        _pack(parts.graphs["step"].graph, parts.graphs["denoise"].graph)
+        for name, model in parts.graphs.items():
             component = COMPONENTS[name]
             ir.save(model, folder / f"{component}.onnx", external_data=f"{component}.onnx.data")
             (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
         (folder / FIGURES).write_text(json.dumps(figures))
 
-    folder = cache.get("stages", {"source": exported.name}, make)
+    folder = cache.get("parts", {"source": exported.name}, make)
     shipped = [name for name in COMPONENTS.values() if (folder / f"{name}.json").is_file()]
     return {name: folder for name in shipped if name != "denoiser_step" or table.general}
 
 
 def read_figures(stages: Path) -> dict[str, Any] | None:
-    """staging.describe's, of a directory of cached_stages; None of a denoiser that was not staged."""
+    """graph.cut.count_parts, of a directory of cached_parts; None of a denoiser that was not cut."""
     file = stages / FIGURES
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -82,5 +82,5 @@ def write_step_table(stages: Path, sampling: Sampling, folder: Path) -> dict[str
     with open_engine(stages / "denoiser_step.onnx", None, "fp32") as engine:
         rows = [engine({"timestep": np.array([timestep], np.float32)}) for timestep in timesteps]
     (folder / STEP_TABLE).write_bytes(save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
-    staging = Staging(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)
-    return {"staging": staging}
+    cut_record = Cut(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)
+    return {"cut": cut_record}

@@ -7,7 +7,7 @@ Every value is bound at the join of its inputs' binding times. What is bound bef
 - `prompt+step`: mixes both (transformers modulated by timestep and pooled text); once per prompt and timestep;
 - `denoise`: the rest, evaluated at every step.
 
-The cut is exact: each stage consists of the graph's own nodes, and what a node computes does not change.
+The cut is exact: each part consists of the graph's own nodes, and what a node computes does not change.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ BATCH = 2  # the free dimension when bytes are counted: one image with guidance
 
 
 @dataclass(frozen=True)
-class Staged:
-    """Graphs by stage ("step", "prompt", "prompt+step", "denoise"); a stage without nodes is absent.
+class Parts:
+    """Graphs by part ("step", "prompt", "prompt+step", "denoise"); a part without nodes is absent.
 
-    An input of a graph is an input of the original, or an output of an earlier stage under the same name. Outputs of
+    An input of a graph is an input of the original, or an output of an earlier part under the same name. Outputs of
     `step` have a batch of 1, and broadcast. `nodes` and `parameters` count the original.
     """
 
@@ -59,7 +59,7 @@ class Staged:
     parameters: int
 
 
-def stage(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Staged:
+def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Parts:
     """Cut a denoiser as it was exported; what is bound neither `early` nor later than that stays in the loop.
 
     The model is rewritten on the way (see broadcast_late).
@@ -79,7 +79,7 @@ def stage(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Staged:
             graphs[name] = extract(model, given, wanted)
     latent = {value for value in graph.inputs if bound[value] == Binding.LATENT}  # or not to be taken out
     graphs["denoise"] = extract(model, latent | into_loop, graph.outputs)
-    return Staged(graphs, nodes, parameters)
+    return Parts(graphs, nodes, parameters)
 
 
 def bind(graph: ir.Graph) -> dict[ir.Value, Binding]:
@@ -154,22 +154,22 @@ def extract(model: ir.Model, inputs: Collection[ir.Value], outputs: Collection[i
     return ir.Model(extracted, ir_version=model.ir_version, producer_name=model.producer_name)
 
 
-def describe(staged: Staged) -> dict[str, Any]:
-    """Nodes and parameters by stage, against the `original`'s, and the tensors that cross; bytes for BATCH images."""
-    stages = {
+def count_parts(parts: Parts) -> dict[str, Any]:
+    """Nodes and parameters by part, against the `original`'s, and the tensors that cross; bytes for BATCH images."""
+    counted = {
         name: {"nodes": len(model.graph), "parameters": count_parameters(model.graph)}
-        for name, model in staged.graphs.items()
+        for name, model in parts.graphs.items()
     }
-    takers = {name: {value.name for value in model.graph.inputs} for name, model in staged.graphs.items()}
+    takers = {name: {value.name for value in model.graph.inputs} for name, model in parts.graphs.items()}
     crossings = [
         {
             "name": value.name, "shape": [d if isinstance(d, int) else d.value for d in value.shape],
             "bytes": bytes_of(value), "from": name, "to": [to for to, taken in takers.items() if value.name in taken],
         }
-        for name, model in staged.graphs.items() if name != "denoise" for value in model.graph.outputs
+        for name, model in parts.graphs.items() if name != "denoise" for value in model.graph.outputs
     ]  # fmt: skip
-    original = {"nodes": staged.nodes, "parameters": staged.parameters}
-    return {"original": original, "stages": stages, "crossings": crossings}
+    original = {"nodes": parts.nodes, "parameters": parts.parameters}
+    return {"original": original, "parts": counted, "crossings": crossings}
 
 
 def count_parameters(graph: ir.Graph) -> int:

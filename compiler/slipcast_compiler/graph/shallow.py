@@ -21,14 +21,14 @@ PARAMETER = re.compile(r"model\.(.+)\.(?:weight|bias)(?:\.T)?")  # what exported
 
 
 @dataclass(frozen=True)
-class Cut:
+class FeatureCut:
     """The value that crosses, and the share of the denoiser's multiply-adds that is left."""
 
     feature: ir.Value
     share: float
 
 
-def find_cut(graph: ir.Graph, ceiling: float) -> Cut:
+def find_cut(graph: ir.Graph, ceiling: float) -> FeatureCut:
     """The single value that leaves most to the shallow graph within `ceiling`: what it computes is not out of date.
 
     Of cuts that leave as much, the one that carries the fewest bytes, and then the one that leaves the fewest nodes.
@@ -52,7 +52,7 @@ def find_cut(graph: ir.Graph, ceiling: float) -> Cut:
             expected=f"a cut that leaves at most {ceiling:.0%} of its multiply-adds", got="none",
             hint="give a larger caching.share, or leave [caching] out: it is for U-Nets",
         )  # fmt: skip
-    return Cut(best[1], -best[0][0] / total)
+    return FeatureCut(best[1], -best[0][0] / total)
 
 
 def full_model(model: ir.Model, feature: ir.Value) -> ir.Model:

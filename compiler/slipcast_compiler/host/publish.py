@@ -19,12 +19,12 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
 
 
 @contextlib.contextmanager
-def staging(output: Path, index: str = MANIFEST_NAME) -> Iterator[Path]:
+def workspace(output: Path, index: str = MANIFEST_NAME) -> Iterator[Path]:
     """An empty directory on the output's file system; gone afterwards, unless it was published."""
     check_output(output, index)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
     except OSError as error:
         raise _cannot_be_made(output, output.parent, error) from None
     try:
@@ -74,7 +74,7 @@ def publish(folder: Path, output: Path, index: str = MANIFEST_NAME) -> None:
     _sync(folder)
     check_output(output, index)
     if output.exists():
-        _exchange(folder, output)  # the old bundle is removed with the staging directory
+        _exchange(folder, output)  # the old bundle is removed with the workspace
     else:
         os.replace(folder, output)
     _sync(output.parent)

@@ -21,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand t
 
 def publish(profile: ProfileFile, output: Path) -> None:
     """A copy of the profile with its page, in one rename."""
-    with publishing.staging(output, RECORD_NAME) as folder:
+    with publishing.workspace(output, RECORD_NAME) as folder:
         for name in (RECORD_NAME, TENSORS_NAME):
             shutil.copyfile(profile.folder / name, folder / name)
         (folder / "profile.html").write_text(render_page(profile), encoding="utf-8")

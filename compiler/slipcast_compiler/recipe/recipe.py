@@ -140,7 +140,7 @@ class ProfileTable(Strict):
     sampling: Literal["bundle", "reference"] = "bundle"  # whose trajectories
 
 
-class StagingTable(Strict):
+class CutTable(Strict):
     """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
 
     general: bool = False
@@ -278,7 +278,7 @@ class Recipe(Strict):
     decode: DecodeTable = DecodeTable()
     profile: ProfileTable = ProfileTable()
     passes: PassesTable = PassesTable()
-    staging: StagingTable | None = None
+    cut: CutTable | None = None
     caching: CachingTable | None = None
     search: SearchTable | None = None
     guard: GuardTable | None = None

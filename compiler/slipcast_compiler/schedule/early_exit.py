@@ -38,8 +38,8 @@ REPORT = "early_exit.json"
 def choose_exits(
     plan: Plan, folder: Path, targets: Sequence[Target], cache: Cache, stages: Stages
 ) -> tuple[list[Target], dict[str, Any]]:
-    """The targets of the bundle in `folder` with a threshold for sampling.early_exit, as [early_exit] in the recipe asks; and
-    what it gains.
+    """The targets of the bundle in `folder` with a threshold for sampling.early_exit, as [early_exit] in the recipe
+    asks; and what it gains.
 
     None for those that cannot run here, and, with a warning, where no evaluation could be left out at that error.
     """

@@ -20,7 +20,7 @@ from slipcast.progress import Advance, Stages
 from slipcast_compiler.engines import build_target, exported_sources, package
 from slipcast_compiler.engines.pool import Pool
 from slipcast_compiler.export.component import cached_export
-from slipcast_compiler.export.parts import cached_stages
+from slipcast_compiler.export.parts import cached_parts
 from slipcast_compiler.export.prompts import cached_prompts
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
@@ -31,7 +31,7 @@ from slipcast_compiler.precision.calibration import calibration_samples
 from slipcast_compiler.precision.quantize import quantize
 from slipcast_compiler.profile.profile import make_profile
 from slipcast_compiler.recipe.reading import put
-from slipcast_compiler.recipe.recipe import Recipe, StagingTable
+from slipcast_compiler.recipe.recipe import CutTable, Recipe
 from slipcast_compiler.schedule.caching import cache_features, cut_for_caching
 from slipcast_compiler.schedule.timesteps import choose_timesteps
 from slipcast_compiler.search.levers import measured_target
@@ -99,8 +99,8 @@ def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
     exported = {
         name: cached_export(plan, name, cache, rewritten.rewrite) for name in plan.checkpoint.architecture.components
     }
-    if plan.recipe.staging:
-        exported |= cached_stages(exported["denoiser"], StagingTable(general=True), cache)
+    if plan.recipe.cut:
+        exported |= cached_parts(exported["denoiser"], CutTable(general=True), cache)
     prompts = cached_prompts(plan, exported, cache, silent) if plan.closed_prompts else None
     exported = {name: source for name, source in exported.items() if name not in plan.not_shipped}
     quantized = None
@@ -114,7 +114,7 @@ def make_engine(plan: Plan, cache: Cache, folder: Path) -> Engine:
     target = build_target(table, sources, plan.image, Pool(folder), cache, silent, check)
     fields = package.describe(plan, parts, prompts, folder, exported["denoiser"], caching)
     publish.write_manifest(folder, {**fields, "targets": (target,)})
-    stages = exported["denoiser"] if plan.recipe.staging else None
+    stages = exported["denoiser"] if plan.recipe.cut else None
     return Engine(folder, rewritten.rewrite, stages, target.id, exported, prompts)
 
 

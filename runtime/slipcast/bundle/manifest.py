@@ -31,7 +31,7 @@ from slipcast.sampling.schedules import (
 SCHEMA_VERSION = (1, 0)
 MANIFEST_NAME = "manifest.json"
 FEATURES = frozenset(
-    {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "staging"}
+    {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "cut"}
 )  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 
@@ -236,7 +236,7 @@ class Performance(Strict):
     components_s: dict[str, float] = Field(default_factory=dict)
 
 
-class Staging(Strict):
+class Cut(Strict):
     """A denoiser whose early parts have left the sampling loop.
 
     `step_table`: safetensors with, for each of `rows`, the value at each of `timesteps`, in their order, along a new
@@ -413,7 +413,7 @@ class Manifest(Strict):
     ffn_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     low_rank_layers: tuple[LowRankLayer, ...] = ()
     not_compiled: tuple[str, ...] = ()
-    staging: Staging | None = None
+    cut: Cut | None = None
     caching: Caching | None = None
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     quality: Quality | None = None
@@ -432,8 +432,8 @@ class Manifest(Strict):
             raise ValueError(f"{missing[0]} has to be named under requires")
         if ("early_exit" in self.requires) != any(target.early_exit for target in self.targets):
             raise ValueError("early_exit has to be named under requires")
-        if ("staging" in self.requires) != (self.staging is not None):
-            raise ValueError("staging has to be named under requires")
+        if ("cut" in self.requires) != (self.cut is not None):
+            raise ValueError("cut has to be named under requires")
         if ("caching" in self.requires) != (self.caching is not None):
             raise ValueError("caching has to be named under requires")
         if self.caching and len(self.caching.mask) != self.sampling.steps:
@@ -470,7 +470,7 @@ class Manifest(Strict):
     @property
     def shared_files(self) -> list[str]:
         """What is read whatever the target: tokenizers and tables."""
-        tables = [self.staging.step_table] if self.staging else []
+        tables = [self.cut.step_table] if self.cut else []
         tables += [self.prompts.table] if self.prompts else []
         tables += [self.guard.table] if self.guard else []
         return [*(text.tokenizer for text in self.text), *tables]

@@ -78,7 +78,7 @@ class OpenVinoEngine:
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the graph; every input by name. The results are copies, not views of the engine's memory."""
-        # Handing an array over costs tens of microseconds, and a staged denoiser takes dozens that stay: those of the
+        # Handing an array over costs tens of microseconds, and a loop takes dozens that stay: those of the
         # last call are not handed over again. Their memory is shared, so that a change inside them is seen.
         fresh = {
             name: np.ascontiguousarray(array) for name, array in arrays.items() if self._given.get(name) is not array

@@ -21,7 +21,7 @@ def check_contract(manifest: Manifest) -> None:
         rows = _wanted(manifest.prompts.outputs)
         conditioning = {name: (dtype, (None, *shape)) for name, (dtype, shape) in rows.items()}
     fed: Wanted = {"sample": latent, "timestep": ("float32", (1,)), **conditioning}
-    fed_denoiser = _fed_when_staged(manifest, fed) if manifest.staging else fed
+    fed_denoiser = _fed_when_cut(manifest, fed) if manifest.cut else fed
     features = _wanted(manifest.caching.features) if manifest.caching else {}
     _compare(manifest, "denoiser", fed_denoiser, {"prediction": latent, **features})
     if manifest.caching:
@@ -41,10 +41,10 @@ def check_contract(manifest: Manifest) -> None:
         _compare(manifest, "vae_decoder", {"latent": tile}, {"image": ("float32", (None, None, None, None))})
 
 
-def _fed_when_staged(manifest: Manifest, fed: Wanted) -> Wanted:
+def _fed_when_cut(manifest: Manifest, fed: Wanted) -> Wanted:
     """What the denoiser takes of what there is: the pipeline's inputs, and what is computed of them beforehand."""
-    assert manifest.staging
-    ready = {**fed, **_wanted(manifest.staging.rows)}
+    assert manifest.cut
+    ready = {**fed, **_wanted(manifest.cut.rows)}
     if prompt := manifest.components.get("denoiser_prompt"):
         inputs = {spec.name for spec in prompt.inputs}
         _compare(
@@ -52,7 +52,7 @@ def _fed_when_staged(manifest: Manifest, fed: Wanted) -> Wanted:
         )
         ready |= _wanted(prompt.outputs)
     if "denoiser_step" in manifest.components:
-        _compare(manifest, "denoiser_step", {"timestep": fed["timestep"]}, _wanted(manifest.staging.rows))
+        _compare(manifest, "denoiser_step", {"timestep": fed["timestep"]}, _wanted(manifest.cut.rows))
     taken = {"sample", *(spec.name for spec in manifest.components["denoiser"].inputs)}
     return {name: wanted for name, wanted in ready.items() if name in taken}
 

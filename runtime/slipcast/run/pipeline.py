@@ -75,9 +75,9 @@ class Pipeline:
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
-        staging, closed = self.manifest.staging, self.manifest.prompts
+        cut, closed = self.manifest.cut, self.manifest.prompts
         self._prompt_table = PromptTable(bundle.path(closed.table), closed) if closed else None
-        self._step_table = read_step_table(bundle.path(staging.step_table), staging) if staging else None
+        self._step_table = read_step_table(bundle.path(cut.step_table), cut) if cut else None
         self._guard = self._open_guard()
         openers = {str(name): partial(self._open, str(name)) for name in target.components}
         self.residency = Residency(openers, residency, rare={FALLBACK})

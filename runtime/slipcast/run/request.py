@@ -147,18 +147,18 @@ def _check_size(image: ImageGeometry, width: int | None, height: int | None) -> 
 
 
 def _lay(manifest: Manifest, steps: int | None) -> Schedule:
-    settings, staging = manifest.sampling, manifest.staging
+    settings, cut = manifest.sampling, manifest.cut
     if steps is not None:
         check_integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
     schedule = settings.lay(steps)
-    if staging and "denoiser_step" not in manifest.components:
-        known = [told(timestep) for timestep in staging.timesteps]
+    if cut and "denoiser_step" not in manifest.components:
+        known = [told(timestep) for timestep in cut.timesteps]
         asked = evaluated_timesteps(settings, schedule)
         if others := [f"{timestep:g}" for timestep in asked if timestep not in known]:
             raise RequestError(
                 f"num_inference_steps is fixed in this bundle: {settings.steps}",
                 expected="timesteps " + ", ".join(f"{timestep:g}" for timestep in known),
-                got=", ".join(others), hint="compile a bundle with --set staging.general=true",
+                got=", ".join(others), hint="compile a bundle with --set cut.general=true",
             )  # fmt: skip
     return schedule
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import Sampling, Staging
+from slipcast.bundle.manifest import Cut, Sampling
 from slipcast.bundle.tensorfile import read_header, read_tensor
 from slipcast.errors import ArtifactError
 from slipcast.sampling.denoiser import Denoiser
@@ -40,10 +40,10 @@ def told(timestep: float) -> float:
     return float(np.float32(timestep))
 
 
-def read_step_table(path: Path, staging: Staging) -> dict[float, Row]:
+def read_step_table(path: Path, cut: Cut) -> dict[float, Row]:
     """Rows by timestep; ArtifactError where the file is not what the manifest says."""
     entries = read_header(path)
-    wanted = {spec.name: (len(staging.timesteps), *spec.shape) for spec in staging.rows}
+    wanted = {spec.name: (len(cut.timesteps), *spec.shape) for spec in cut.rows}
     found = {name: entry.shape for name, entry in entries.items()}
     if found != wanted or any(entry.dtype != "F32" for entry in entries.values()):
         raise ArtifactError(
@@ -53,5 +53,5 @@ def read_step_table(path: Path, staging: Staging) -> dict[float, Row]:
     columns = {name: read_tensor(path, entry) for name, entry in entries.items()}
     return {
         told(timestep): {name: column[i] for name, column in columns.items()}
-        for i, timestep in enumerate(staging.timesteps)
+        for i, timestep in enumerate(cut.timesteps)
     }

@@ -27,7 +27,7 @@ from slipcast_compiler.search.journal import JOURNAL
 SEARCHED = (
     RECIPE.replace("steps = 2", "steps = 6")
     + """
-[staging]
+[cut]
 [evaluate]
 images = 4
 [gate]

@@ -1,9 +1,9 @@
 """What leaves the sampling loop: parameters and nodes by binding time, for denoisers of the published sizes.
 
-    python recipes/bench/staging.py -o recipes/bench/staging/published.json
+    python recipes/bench/cuts.py -o recipes/bench/cuts/published.json
 
 Graphs are exported as a compile would, from the configs alone: there are no weights, and so no limit of memory. That
-what is staged computes the same is shown by tests/compiler/test_staging.py, on small denoisers of the same classes.
+what is cut computes the same is shown by tests/compiler/test_parts.py, on small denoisers of the same classes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from slipcast.bundle.tensorfile import TensorEntry
 from slipcast.progress import Advance
 from slipcast_compiler.export.component import trace_component
-from slipcast_compiler.graph.cut import describe, stage
+from slipcast_compiler.graph.cut import count_parts, cut
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.architectures import Architecture, ComponentSource, Input
 from slipcast_compiler.model.checkpoint import Checkpoint, Weight, empty_module
@@ -201,14 +201,14 @@ def as_saved(model: ir.Model) -> ir.Model:
     return ir.from_proto(ir.to_proto(model))
 
 
-def staged(name: str, _: Advance) -> dict[str, Any]:
+def cut_denoiser(name: str, _: Advance) -> dict[str, Any]:
     """What `describe` says of one denoiser, with the seconds it took."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_configs(DENOISERS[name], Path(folder), Unwritten)
         model = as_saved(trace_component(checkpoint, "denoiser", {}))
         traced = time.perf_counter() - begin
-        found = describe(stage(model))
+        found = count_parts(cut(model))
     crossing = sum(each["bytes"] for each in found.pop("crossings") if "denoise" in each["to"])
     return {
         "class": DENOISERS[name].kind, **found, "crossing_bytes": crossing, "export_s": round(traced, 1),
@@ -225,10 +225,10 @@ def main() -> None:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     for name in given.only or DENOISERS:
-        isolated = run_isolated(staged, name)
+        isolated = run_isolated(cut_denoiser, name)
         found[name] = isolated.result | {"peak_memory_mb": round(isolated.peak_memory_mb)}
         print(name, json.dumps(found[name]), flush=True)
-    command = f"python recipes/bench/staging.py -o {given.output}"
+    command = f"python recipes/bench/cuts.py -o {given.output}"
     given.output.write_text(json.dumps({"command": command, "denoisers": found}, indent=1) + "\n", "utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Staged graphs compute what the whole one does, and what is bound early has left the loop."""
+"""Parts of a cut graph compute what the whole one does, and what is bound early has left the loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from denoisers import DENOISERS, export_denoiser
 
 from slipcast_compiler.export.component import export_component
-from slipcast_compiler.graph.cut import describe, stage
+from slipcast_compiler.graph.cut import count_parts, cut
 from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
@@ -42,17 +42,17 @@ class Graph:
 
 
 class Case:
-    """A denoiser, whole and staged."""
+    """A denoiser, whole and parts."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
         self.model = ir.load(folder / "denoiser.onnx")
-        self.staged = stage(ir.load(folder / "denoiser.onnx"))
-        (folder / "staged").mkdir()
-        for part, model in self.staged.graphs.items():
-            ir.save(model, folder / "staged" / f"{part}.onnx", external_data=f"{part}.onnx.data")
+        self.parts = cut(ir.load(folder / "denoiser.onnx"))
+        (folder / "parts").mkdir()
+        for part, model in self.parts.graphs.items():
+            ir.save(model, folder / "parts" / f"{part}.onnx", external_data=f"{part}.onnx.data")
         self.whole = Graph(folder / "denoiser.onnx")
-        self.parts = {part: Graph(folder / "staged" / f"{part}.onnx") for part in self.staged.graphs}
+        self.parts = {part: Graph(folder / "parts" / f"{part}.onnx") for part in self.parts.graphs}
 
     def inputs(self, batch: int) -> Arrays:
         random = np.random.default_rng(batch)
@@ -102,30 +102,30 @@ def test_every_tensor_that_crosses_matters(case: Case) -> None:
     """Otherwise the equality above would not see a wrong one."""
     arrays, random = case.inputs(2), np.random.default_rng(0)
     values = case.run(arrays)
-    for crossing in describe(case.staged)["crossings"]:
+    for crossing in count_parts(case.parts)["crossings"]:
         value = values[crossing["name"]]
         noise = np.asarray(random.standard_normal(value.shape) * (1 + value.std()), value.dtype)
         assert _error(case.run(arrays, {crossing["name"]: value + noise}), values) > 1e-5, crossing
 
 
 def test_what_is_bound_early_has_left_the_loop(case: Case) -> None:
-    assert list(case.staged.graphs) == STAGES[case.name]
-    whole, loop = case.model.graph, case.staged.graphs["denoise"].graph
+    assert list(case.parts.graphs) == STAGES[case.name]
+    whole, loop = case.model.graph, case.parts.graphs["denoise"].graph
     assert {value.name for value in whole.inputs} & {value.name for value in loop.inputs} == {"sample"}
     assert not {node.op_type for node in loop} & {"Shape", "Constant", "Sin", "Cos"}
-    for value in case.staged.graphs["step"].graph.outputs:
+    for value in case.parts.graphs["step"].graph.outputs:
         assert value.shape is not None and value.shape[0] == 1  # one row of the table serves every image of a batch
 
 
 def test_weights_are_in_the_stage_that_uses_them(case: Case) -> None:
     holders: dict[str, list[str]] = {}
-    for name, model in case.staged.graphs.items():
+    for name, model in case.parts.graphs.items():
         for weight in model.graph.initializers:
             if weight.startswith("model."):  # a parameter, and not a constant of the traced code
                 holders.setdefault(weight, []).append(name)
     assert holders and [names for names in holders.values() if len(names) > 1] == []
-    figures = describe(case.staged)
-    parts = figures["stages"].values()
+    figures = count_parts(case.parts)
+    parts = figures["parts"].values()
     assert sum(part["parameters"] for part in parts) == pytest.approx(figures["original"]["parameters"], abs=64)
-    assert figures["stages"]["denoise"]["parameters"] < 0.97 * figures["original"]["parameters"]
-    assert figures["stages"]["denoise"]["nodes"] < 0.9 * figures["original"]["nodes"]
+    assert figures["parts"]["denoise"]["parameters"] < 0.97 * figures["original"]["parameters"]
+    assert figures["parts"]["denoise"]["nodes"] < 0.9 * figures["original"]["nodes"]

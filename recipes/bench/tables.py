@@ -46,15 +46,15 @@ def how(document: Document) -> str:
     return f"```console\n$ {document['command']}\n```\n"
 
 
-def cuts(file: Path = HERE / "cut" / "published.json") -> str:
+def cuts(file: Path = HERE / "cuts" / "published.json") -> str:
     """Nodes and parameters by binding time, a line for each model."""
     document = json.loads(file.read_text("utf-8"))
     lines = [["denoiser", "whole", "`step`", "`prompt`", "`prompt+step`", "the loop's", "left the loop"]]
     for name, found in document["denoisers"].items():
         whole, loop = found["original"], found["parts"]["denoise"]
-        stages = [found["parts"].get(part) for part in ("step", "prompt", "prompt+step", "denoise")]
+        found_parts = [found["parts"].get(part) for part in ("step", "prompt", "prompt+step", "denoise")]
         share = 1 - loop["parameters"] / whole["parameters"]
-        lines.append([MODELS[name], *(_size(each) for each in (whole, *stages)), f"{share:.1%}"])
+        lines.append([MODELS[name], *(_size(each) for each in (whole, *found_parts)), f"{share:.1%}"])
     return markdown(lines) + "\n" + how(document)
 
 

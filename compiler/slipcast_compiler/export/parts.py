@@ -1,4 +1,4 @@
-"""The parts of a denoiser that was cut, as a bundle has them: for the loop, for the prompt, and a table of timesteps."""
+"""Parts of a denoiser that was cut, as a bundle has them: for the loop, for the prompt, and a table of timesteps."""
 
 from __future__ import annotations
 

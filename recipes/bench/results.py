@@ -1,8 +1,8 @@
-"""Write the README's results from the documents beside this file, which `slipcast bench` wrote; and its tables.py:
+"""Write docs/results.md from the documents beside this file, which `slipcast bench` wrote; and its tables, by tables.py:
 
     python recipes/bench/results.py
 
-NAME.json is a run, NAME-2.json a second one of the same command, of which the README says how far it agrees.
+NAME.json is a run, NAME-2.json a second one of the same command, of which the page says how far it agrees.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tables import TABLES, markdown, marks, paragraph
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
+PAGE = HERE.parent.parent / "docs" / "results.md"
 BEGIN, END = "<!-- written by recipes/bench/results.py -->\n", "<!-- end of the results -->\n"
 TITLES = {
     "shapes-circles": "The reference model",
@@ -63,14 +63,14 @@ def section(name: str, title: str, document: Document, again: Document | None) -
         f"{sampling['guidance_scale']:g}, {settings['images']} images; {host['processor']} with {host['cores']} cores, "
         f"{document['date'][:10]}, load {host['load_before']} before. `bundle` is "
         f"{document['sides']['bundle']['title']}; its compile took {document['compile_s']:.0f} s. "
-        f"[The document](recipes/bench/{name}.json) notes:"
+        f"[The document](../recipes/bench/{name}.json) notes:"
     )
     notes = "".join(f"- {note}\n" for note in document["notes"])
-    text = [f"#### {title}\n", paragraph(about), notes, table(document), paragraph(faster(document))]
+    text = [f"### {title}\n", paragraph(about), notes, table(document), paragraph(faster(document))]
     if remark := REMARKS.get(name):
         text.append(paragraph(remark))
     if (plot := HERE / f"{name}.svg").is_file():
-        text.append(f"![{title}](recipes/bench/{plot.name})\n")
+        text.append(f"![{title}](../recipes/bench/{plot.name})\n")
     if absent := [*document["missing"], *document["failed"]]:
         text.append(paragraph(f"Not measured: {_names(absent)}."))
     return "\n".join([*text, paragraph(agreement(document, again)), f"```console\n$ {document['command']}\n```\n"])
@@ -153,13 +153,13 @@ def _figure(value: float | None, form: str) -> str:
     return format(round(value, 4) + 0.0, form)  # no negative zero
 
 
-def replaced(readme: str) -> str:
-    """The README with its results written anew."""
+def replaced(page: str) -> str:
+    """The page with its results written anew."""
     for begin, end, text in ((BEGIN, END, results()), *((*marks(name), table()) for name, table in TABLES.items())):
-        before, rest = readme.split(begin)
-        readme = before + begin + "\n" + text + "\n" + rest[rest.index(end) :]
-    return readme
+        before, rest = page.split(begin)
+        page = before + begin + "\n" + text + "\n" + rest[rest.index(end) :]
+    return page
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text("utf-8")), "utf-8")
+    PAGE.write_text(replaced(PAGE.read_text("utf-8")), "utf-8")

@@ -1,4 +1,4 @@
-"""Tables of the README that are not of `slipcast bench`: what the other scripts here measured."""
+"""Tables of docs/results.md that are not of `slipcast bench`: what the other scripts here measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Document = dict[str, Any]
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Between which lines of the README a table stands."""
+    """Between which lines of the page a table stands."""
     return f"<!-- {name}, written by recipes/bench/results.py -->\n", f"<!-- end of the {name} -->\n"
 
 
@@ -37,7 +37,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Wrapped as the README is."""
+    """Wrapped as the page is."""
     return textwrap.fill(text, 150, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
@@ -134,7 +134,7 @@ def about_builds(name: str, document: Document) -> str:
     text = (
         f"{name}: {BUILDS[name]}, {document['image']}; {document['library']} on {host['processor']} with "
         f"{host['cores']} cores and no GPU, {document['date'][:10]}, load up to {load:g} before a build. "
-        f"[The document](recipes/bench/builds/{name}.json) is by"
+        f"[The document](../recipes/bench/builds/{name}.json) is by"
     )
     return paragraph(text) + f"\n```console\n$ {document['command']}\n```\n"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from slipcast.bundle.manifest import Sampling
-from slipcast.sampling.denoiser import Guidance
+from slipcast.sampling.guidance import Guidance
 from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
 from slipcast_compiler.host.cache import Cache

@@ -111,7 +111,9 @@ class Fakes:
     def count(self, component: str) -> int:
         return sum(name == component for name, _ in self.calls)
 
-    def __call__(self, name: str, model: Path, weights: Path | None, precision: str, contract: Any) -> Any:
+    def __call__(
+        self, name: str, model: Path, weights: Path | None, precision: str, contract: Any, profile: bool = False
+    ) -> Any:
         with self._lock:
             self.opened.append((model.stem, precision))
             self.open_now.append(model.stem)

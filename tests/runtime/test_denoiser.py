@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from slipcast.sampling.denoiser import (
-    PREDICTIONS,
-    Denoiser,
-    Guidance,
-    Guided,
-    final_scale,
-    guide,
-    initial_scale,
-    input_scale,
-)
+from slipcast.sampling.denoiser import PREDICTIONS, Denoiser, final_scale, initial_scale, input_scale
+from slipcast.sampling.guidance import Guidance, Guided, guide
 from slipcast.sampling.samplers import sample
 from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
 

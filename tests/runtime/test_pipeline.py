@@ -21,7 +21,8 @@ from slipcast.engines.targets import choose_target
 from slipcast.errors import ArtifactError, Cancelled, HostError, NumericalError, RequestError
 from slipcast.run.pipeline import Pipeline, load, to_pil
 from slipcast.run.tokenizer import PromptTokenizer
-from slipcast.sampling.denoiser import Denoiser, final_scale, guide, initial_scale
+from slipcast.sampling.denoiser import Denoiser, final_scale, initial_scale
+from slipcast.sampling.guidance import guide
 from slipcast.sampling.samplers import sample
 from slipcast.sampling.seeds import TorchGenerator
 

@@ -2,101 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 import numpy as np
 
-from slipcast.bundle.manifest import Target
+from slipcast.bundle.manifest import FALLBACK, ComponentName, Target
 from slipcast.bundle.reader import Bundle, open_bundle
 from slipcast.engines import Array, Engine
 from slipcast.progress import Advance
-from slipcast.run.guard import FALLBACK
-from slipcast.run.pipeline import Floats, Indices, OnStepEnd, Pipeline
-from slipcast.run.request import Request
+from slipcast.run.pipeline import Pipeline
+
+DENOISER: Final = "denoiser"
+STEP: Final = "denoiser_step"
+Images = Sequence[tuple[str | None, int]]  # prompt and seed of each
+Evaluation = dict[str, Array]  # what an engine read and gave, by name
 
 
-def record(
-    root: Path,
-    target: str,
-    components: Collection[str],
-    prompts: Sequence[str | None],
-    count: int,
-    out: Path,
-    advance: Advance,
-) -> None:
-    """Draw image i from prompt i with seed i, and write `count` evaluations of each of the components, or all where
-    there are fewer, to out/COMPONENT/0000.npz and so on.
+class Recording:
+    """An instrument of pipelines that remembers what some components read and gave.
 
-    Every image gives about as many, spread over its steps and beginning at another one than the last image's. What is
-    in memory is one image's.
-    """
-    bundle, written = open_bundle(root), Counter[str]()
-    chosen = next(each for each in bundle.manifest.targets if each.id == target)
-    with Recording(bundle, chosen, components) as pipe:
-        guard: Any = "fallback" if FALLBACK in components else "warn"
-        for i, prompt in enumerate(prompts):
-            advance(i, len(prompts))
-            pipe.forget()
-            pipe(prompt, seed=i, output_type="np" if "vae_decoder" in components else "latent", guard=guard)
-            for component, evaluations in pipe.recorded.items():
-                (out / component).mkdir(exist_ok=True)
-                share = min(count * (i + 1) // len(prompts) - written[component], len(evaluations))
-                for k in range(share):
-                    place = int((k + (i + 0.5) / len(prompts)) * len(evaluations) / share)
-                    file = out / component / f"{written[component] + k:04}.npz"
-                    np.savez(file, **cast(Any, evaluations[place]))
-                written[component] += share
-
-
-class Recording(Pipeline):
-    """A pipeline that remembers what its engines read and gave, in `recorded`, by component and evaluation.
-
-    None of `components` is spared: what is tabled by timestep is computed, and what draws strangers draws everyone.
+    `calls`: in their order, the component and copies of its arrays by name. Clear it to begin anew.
     """
 
-    def __init__(self, bundle: Bundle, target: Target, components: Collection[str]) -> None:
-        """See Pipeline; every engine stays open."""
-        self.recorded: dict[str, list[dict[str, Array]]] = {name: [] for name in components}
-        super().__init__(bundle, target)
-        if "denoiser_step" in components:
-            self._step_table = {}
+    def __init__(self, components: Collection[str]) -> None:
+        self._components = components
+        self.calls: list[tuple[str, Evaluation]] = []
 
-    def forget(self) -> None:
-        """Begin anew."""
-        for evaluations in self.recorded.values():
-            evaluations.clear()
+    def __call__(self, component: str, open: Callable[..., Engine]) -> Engine:
+        engine = open()
+        return _Recorder(component, engine, self.calls) if component in self._components else engine
 
-    def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
-        engine = super()._open(component, precision, target)
-        return _Recorder(engine, self.recorded[component]) if component in self.recorded else engine
-
-    def _denoise(
-        self, request: Request, conditioning: dict[str, Floats], callback: OnStepEnd | None, seconds: dict[str, float]
-    ) -> tuple[Floats, Indices]:
-        if request.fallback and FALLBACK in self.recorded:
-            super()._denoise(request.fallback, conditioning, callback, seconds)
-        return super()._denoise(request, conditioning, callback, seconds)
-
-    def _denoise_apart(
-        self, request: Request, strangers: list[int], conditioning: dict[str, Floats], *rest: Any
-    ) -> tuple[Floats, Indices]:
-        return self._denoise(request, conditioning, *rest)
+    def evaluations(self, component: str) -> list[Evaluation]:
+        """The calls of one component."""
+        return [arrays for name, arrays in self.calls if name == component]
 
 
 class _Recorder:
     """An engine that keeps copies of its arrays."""
 
-    def __init__(self, engine: Engine, recorded: list[dict[str, Array]]) -> None:
-        self._engine, self._recorded = engine, recorded
+    def __init__(self, component: str, engine: Engine, calls: list[tuple[str, Evaluation]]) -> None:
+        self._component, self._engine, self._calls = component, engine, calls
         self.inputs, self.outputs = engine.inputs, engine.outputs
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         outputs = self._engine(arrays)
-        self._recorded.append({name: array.copy() for name, array in {**arrays, **outputs}.items()})
+        self._calls.append((self._component, {name: array.copy() for name, array in {**arrays, **outputs}.items()}))
         return outputs
 
     def __enter__(self) -> Self:
@@ -104,3 +59,77 @@ class _Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._engine.__exit__(kind, error, at)
+
+
+def record(
+    root: Path,
+    target: str,
+    components: Collection[str],
+    images: Images,
+    count: int,
+    out: Path,
+    advance: Advance,
+) -> None:
+    """Draw the images, each by its prompt and seed, and write `count` evaluations of each of the components, or all where
+    there are fewer, to out/COMPONENT/0000.npz and so on.
+
+    Every image gives about as many, spread over its steps and beginning at another one than the last image's. What is
+    in memory is one image's. No component is spared: what is tabled by timestep is computed at each that is tabled, and
+    what draws strangers draws everyone, after the others have been recorded.
+    """
+    bundle = open_bundle(root)
+    chosen = next(each for each in bundle.manifest.targets if each.id == target)
+    if folders := {name: out / name for name in components if name != FALLBACK}:
+        _record(bundle, chosen, folders, images, count, advance)
+    if FALLBACK in components:
+        _record(*_unspecialised(bundle, chosen), {DENOISER: out / FALLBACK}, images, count, advance)
+
+
+def _record(
+    bundle: Bundle,
+    target: Target,
+    folders: Mapping[str, Path],
+    images: Images,
+    count: int,
+    advance: Advance,
+) -> None:
+    """As `record`, of the components that have folders."""
+    recording, written = Recording(folders), Counter[str]()
+    timesteps = bundle.manifest.cut.timesteps if bundle.manifest.cut and STEP in folders else ()
+    with Pipeline(bundle, target, instrument=recording) as pipe:
+        for i, (prompt, seed) in enumerate(images):
+            advance(i, len(images))
+            recording.calls.clear()
+            pipe(prompt, seed=seed, output_type="np" if "vae_decoder" in folders else "latent", guard="warn")
+            if timesteps:
+                with pipe.residency.use(STEP) as engine:
+                    for timestep in timesteps:
+                        engine({"timestep": np.array([timestep], np.float32)})
+            for component, folder in folders.items():
+                folder.mkdir(exist_ok=True)
+                evaluations = recording.evaluations(component)
+                share = min(count * (i + 1) // len(images) - written[component], len(evaluations))
+                for k in range(share):
+                    place = int((k + (i + 0.5) / len(images)) * len(evaluations) / share)
+                    np.savez(folder / f"{written[component] + k:04}.npz", **cast(Any, evaluations[place]))
+                written[component] += share
+
+
+def _unspecialised(bundle: Bundle, target: Target) -> tuple[Bundle, Target]:
+    """What draws strangers, as a bundle of its own and its target, which draw everyone so: latents alone.
+
+    Not the bundle itself with a guard that lets nobody in: that would warn of every prompt.
+    """
+    manifest = bundle.manifest
+    names: dict[ComponentName, ComponentName] = {text.component: text.component for text in manifest.text}
+    names[DENOISER] = FALLBACK
+    fields = {
+        "components": {name: manifest.components[source] for name, source in names.items()},
+        "sampling": manifest.reference or manifest.sampling,
+        "guard": None,
+        "cut": None,
+        "caching": None,
+    }
+    engines = {name: target.components[source] for name, source in names.items()}
+    alone = dataclasses.replace(bundle, manifest=manifest.model_copy(update=fields))
+    return alone, target.model_copy(update={"components": engines, "early_exit": None})

@@ -11,22 +11,28 @@ import itertools
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import MANIFEST_NAME, Target
+from slipcast.bundle.manifest import MANIFEST_NAME, SHALLOW, Manifest, Target
 from slipcast.bundle.reader import open_bundle
+from slipcast.engines import Array, refusal
 from slipcast.progress import Advance, Stages
 from slipcast.run.pipeline import Pipeline
-from slipcast.sampling.denoiser import Guided
-from slipcast.sampling.early_exit import EarlyExit, Floats, change
+from slipcast.sampling.denoiser import final_scale, initial_scale
+from slipcast.sampling.early_exit import Floats, change
+from slipcast.sampling.guidance import Guided
+from slipcast.sampling.samplers import sample
+from slipcast.sampling.seeds import TorchGenerator, batch_noise
+from slipcast_compiler.engines.recording import Recording
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.judge.evaluate import not_runnable
-from slipcast_compiler.plan import Plan, Prompts
+from slipcast_compiler.model.original import Images
+from slipcast_compiler.recipe.sampling import EarlyExitTable
 
 logger = logging.getLogger("slipcast")
 
@@ -36,25 +42,28 @@ REPORT = "early_exit.json"
 
 
 def choose_exits(
-    plan: Plan, folder: Path, targets: Sequence[Target], cache: Cache, stages: Stages
+    folder: Path, targets: Sequence[Target], table: EarlyExitTable, images: Images, cache: Cache, stages: Stages
 ) -> tuple[list[Target], dict[str, Any]]:
     """The targets of the bundle in `folder` with a threshold for sampling.early_exit, as [early_exit] in the recipe
     asks; and what it gains.
 
     None for those that cannot run here, and, with a warning, where no evaluation could be left out at that error.
     """
-    table = plan.recipe.early_exit
-    assert table
-    prompts = plan.family.calibration[: table.prompts] if plan.family else (None,) * table.prompts
-    manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    chosen, found, not_run = list[Target](), dict[str, Any](), not_runnable(targets)
+    chosen, found = list[Target](), dict[str, Any]()
     for target in targets:
-        if target.id not in not_run:
+        if not refusal(target):
             with stages.stage(f"early exit {target.id}") as advance:
-                found[target.id] = _choose(folder, manifest, target.id, prompts, table.max_error, cache, advance)
+                changes, errors = _curves(folder, target.id, images, cache, advance)
+            found[target.id] = choose_threshold(changes, errors, table.max_error)
+            if found[target.id]["threshold"] is None:
+                logger.warning(
+                    "early_exit: %s: no evaluation can be left out at an error of %g: all are made",
+                    target.id,
+                    table.max_error,
+                )
         threshold = found.get(target.id, {}).get("threshold")
         chosen.append(target.model_copy(update={"early_exit": threshold}))
-    return chosen, {"max_error": table.max_error, "prompts": len(prompts), "targets": found}
+    return chosen, {"max_error": table.max_error, "prompts": len(images), "targets": found}
 
 
 def choose_threshold(changes: Curves, errors: Curves, max_error: float) -> dict[str, Any]:
@@ -75,54 +84,55 @@ def choose_threshold(changes: Curves, errors: Curves, max_error: float) -> dict[
     return best | {"all_evaluations": last + 2}
 
 
-def _choose(
-    folder: Path, manifest: str, target: str, prompts: Prompts, max_error: float, cache: Cache, advance: Advance
-) -> dict[str, Any]:
+def _curves(folder: Path, target: str, images: Images, cache: Cache, advance: Advance) -> tuple[Curves, Curves]:
+    """Changes between clean images, and how far each is from the end: of a target's engines, or from the cache."""
+
     def build(out: Path) -> None:
-        curves = run_isolated(_measure, folder, target, prompts, advance=advance).result
+        curves = run_isolated(_measure, folder, target, images, advance=advance).result
         (out / REPORT).write_text(json.dumps(curves, allow_nan=False))
 
-    inputs = {"manifest": manifest, "target": target, "prompts": prompts}
+    manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    inputs = {"manifest": manifest, "target": target, "images": images}
     curves = json.loads((cache.get("early_exit", inputs, build) / REPORT).read_text())
-    found = choose_threshold(np.array(curves["changes"]), np.array(curves["errors"]), max_error)
-    if found["threshold"] is None:
-        logger.warning(
-            "early_exit: %s: no evaluation can be left out at an error of %g: all are made", target, max_error
-        )
-    return found
+    return np.array(curves["changes"]), np.array(curves["errors"])
 
 
-def _measure(root: Path, target: str, prompts: Prompts, advance: Advance) -> dict[str, Any]:
+def _measure(root: Path, target: str, images: Images, advance: Advance) -> dict[str, Any]:
     """Runs in a process of its own: changes between clean images, and how far each is from the end, [images, k]."""
-    bundle, changes, errors = open_bundle(root), list[list[float]](), list[list[float]]()
-    with _Watching(bundle, next(each for each in bundle.manifest.targets if each.id == target)) as pipe:
-        for i, prompt in enumerate(prompts):
-            advance(i, len(prompts))
-            end = pipe(prompt, seed=i, output_type="latent", guard="warn").images
-            clean = pipe.watched.clean
+    bundle, recording = open_bundle(root), Recording(("denoiser", SHALLOW))
+    chosen = next(each for each in bundle.manifest.targets if each.id == target)
+    changes, errors = list[list[float]](), list[list[float]]()
+    with Pipeline(bundle, chosen.model_copy(update={"early_exit": None}), instrument=recording) as pipe:
+        for i, (prompt, seed) in enumerate(images):
+            advance(i, len(images))
+            recording.calls.clear()
+            end = pipe(prompt, seed=seed, output_type="latent", guard="warn").images
+            clean, _ = replay(bundle.manifest, seed, [arrays["prediction"] for _, arrays in recording.calls])
             changes.append([float(change(now, before)[0]) for before, now in itertools.pairwise(clean)])
             errors.append([float(change(end, now)[0]) for now in clean[1:]])
     return {"changes": changes, "errors": errors}
 
 
-class _Watching(Pipeline):
-    """A pipeline that stops no image; `watched`: of the last one."""
+def replay(manifest: Manifest, seed: int, predictions: Sequence[Array]) -> tuple[list[Floats], Floats]:
+    """The clean images D(x, sigma) of a seed's run, and the latent at its end, from what its denoiser gave.
 
-    watched: _Watched
+    predictions[k]: of evaluation k, float32 [1 or 2, c, h, w], unconditional rows first. The same arithmetic in the
+    same order, so that bits are those of the run.
+    """
+    settings, given, clean = manifest.sampling, iter(predictions), list[Floats]()
+    schedule, noise = settings.lay(), partial(batch_noise, [TorchGenerator(seed)], manifest.image.latent_shape)
 
-    def _watch(self, guided: Guided, threshold: float | None, images: int) -> EarlyExit:
-        self.watched = _Watched(guided, None, images)
-        return self.watched
+    def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Array, Array | None]:
+        rows = next(given)
+        return rows[-1:], rows[:1] if both else None
 
+    def denoise(x: Floats, sigma: float) -> Floats:
+        clean.append(guided(x, sigma))
+        return clean[-1].copy()
 
-class _Watched(EarlyExit):
-    """`clean`: every clean image that the denoiser expected."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.clean: list[Floats] = []
-
-    def __call__(self, x: Floats, sigma: float) -> Floats:
-        denoised = super().__call__(x, sigma)
-        self.clean.append(denoised.copy())
-        return denoised
+    guidance = settings.guidance(settings.guidance_scale if manifest.takes_prompt else 1.0)
+    guided = Guided(settings.noise, schedule, evaluate, guidance)
+    x: Floats = noise() * initial_scale(settings.noise, schedule, settings.sampler)
+    for latent in sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta):
+        x = latent
+    return clean, x * final_scale(settings.noise, schedule)

@@ -3,44 +3,45 @@ imports nothing that the runtime does not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import Manifest
+from slipcast.bundle.manifest import SHALLOW, Manifest
 from slipcast.bundle.reader import open_bundle
 from slipcast.engines import Array, Engine
 from slipcast.progress import Advance
-from slipcast.sampling.denoiser import PREDICTIONS, guide
-from slipcast_compiler.engines.recording import Recording
+from slipcast.run.pipeline import Pipeline
+from slipcast.sampling.denoiser import PREDICTIONS
+from slipcast.sampling.guidance import guide
+from slipcast_compiler.engines.recording import Evaluation, Images, Recording
 
 Floats = npt.NDArray[np.float32]
-Evaluation = Mapping[str, Array]  # what the full denoiser read and gave, by name
 
 
-def measure_reuse(
-    root: Path, prompts: Sequence[str | None], longest: int, advance: Advance
-) -> list[list[float | None]]:
+def measure_reuse(root: Path, images: Images, longest: int, advance: Advance) -> list[list[float | None]]:
     """[i][j]: by how much the latent after step j is off, where that step has the features of step i, i < j.
 
     In an Euler step of that length: (1 - sigma' / sigma) times the error of D(x, sigma), guided, relative to the
-    latents at the end, by RMS; the mean over images, image k from prompt k with seed k. None where step i had one
+    latents at the end, by RMS; the mean over images, each image by its prompt and seed. None where step i had one
     branch and step j has two, and for more than `longest` steps in between.
     """
     bundle = open_bundle(root)
     totals: npt.NDArray[np.float64] | None = None
-    with Recording(bundle, bundle.manifest.targets[0], ("denoiser",)) as pipe:
-        for k, prompt in enumerate(prompts):
-            advance(k, len(prompts))
-            pipe.forget()
-            latents = pipe(prompt, seed=k, output_type="latent", guard="warn").images
-            with pipe.residency.use("denoiser_shallow") as shallow:
-                errors = _errors(bundle.manifest, pipe.recorded["denoiser"], shallow, longest) / _rms(latents)
+    recording = Recording(("denoiser",))
+    with Pipeline(bundle, bundle.manifest.targets[0], instrument=recording) as pipe:
+        for k, (prompt, seed) in enumerate(images):
+            advance(k, len(images))
+            recording.calls.clear()
+            latents = pipe(prompt, seed=seed, output_type="latent", guard="warn").images
+            with pipe.residency.use(SHALLOW) as shallow:
+                evaluations = recording.evaluations("denoiser")
+                errors = _errors(bundle.manifest, evaluations, shallow, longest) / _rms(latents)
             totals = errors if totals is None else totals + errors
     assert totals is not None
-    means = totals / len(prompts)
+    means = totals / len(images)
     return [[float(error) if np.isfinite(error) else None for error in row] for row in means]
 
 

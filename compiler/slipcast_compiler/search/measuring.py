@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
 from slipcast.bundle.reader import Bundle
+from slipcast.engines import Array, Engine, Instrument
 from slipcast.run.pipeline import Pipeline
 from slipcast_compiler.export.parts import write_step_table
 
@@ -26,13 +29,13 @@ PAUSE_S = 0.02  # between two runs: thread pools spin for a while after their wo
 
 @dataclass(frozen=True)
 class Variant:
-    """Engines and a way to sample with them. `folder`: a bundle with its first target. `stages`: where the denoiser's
-    step graph is, with which a table is made for the schedule; None where it was not staged. `caching`: with a shallow
+    """Engines and a way to sample with them. `folder`: a bundle with its first target. `step`: where the denoiser's
+    step graph is, with which a table is made for the schedule; None where it was not cut. `caching`: with a shallow
     denoiser, the steps that it is for."""
 
     folder: Path
     sampling: Sampling
-    stages: Path | None
+    step: Path | None
     caching: Caching | None = None
 
 
@@ -50,7 +53,7 @@ class Measuring:
     """Two sets of engines are open: the baseline's, and those of the last variant."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._open = job, dict[Path, Pipeline]()
+        self._job, self._open = job, dict[Path, _Engines]()
         self._latents: Floats = np.load(job.latents)
         self._baseline = self._pipeline(job.baseline)
 
@@ -83,27 +86,66 @@ class Measuring:
 
     def _pipeline(self, variant: Variant) -> Pipeline:
         """A pipeline on the engines of the variant's folder, with its sampling in place of the manifest's."""
-        engines = self._engines(variant.folder)
-        manifest, target = engines.manifest, engines.manifest.targets[0]
+        # Ours, and just made; only its step table is written again and again.
+        manifest = read_manifest((variant.folder / MANIFEST_NAME).read_bytes())
         others = [name for name in manifest.requires if not name.startswith("guidance")]
         fields: dict[str, Any] = {
             "sampling": variant.sampling, "requires": (*others, *variant.sampling.requires), "caching": variant.caching,
         }  # fmt: skip
-        if variant.stages:
-            fields |= write_step_table(variant.stages, variant.sampling, variant.folder)
-        bundle = dataclasses.replace(engines.bundle, manifest=manifest.model_copy(update=fields))
-        pipe = Pipeline(bundle, target, "sequential")  # which opens none
-        pipe.residency = engines.residency
-        return pipe
+        if variant.step:
+            fields["cut"] = write_step_table(variant.step, variant.sampling, variant.folder)
+        bundle = Bundle(variant.folder, manifest.model_copy(update=fields))
+        return Pipeline(bundle, manifest.targets[0], instrument=self._engines(variant.folder).lend())
 
-    def _engines(self, folder: Path) -> Pipeline:
+    def _engines(self, folder: Path) -> _Engines:
         if folder not in self._open:
             for other in [path for path in self._open if path != self._job.baseline.folder]:
                 self._open.pop(other).close()
-            # Ours, and just made; only its step table is written again and again.
-            manifest = read_manifest((folder / MANIFEST_NAME).read_bytes())
-            self._open[folder] = Pipeline(Bundle(folder, manifest), manifest.targets[0])
+            self._open[folder] = _Engines()
         return self._open[folder]
+
+
+class _Engines:
+    """Engines that are opened once and lent to one pipeline after the other."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Engine] = {}
+        self._to_close = ExitStack()
+
+    def lend(self) -> Instrument:
+        """Of one pipeline: what is open already, in place of opening it."""
+        lent = set[str]()
+
+        def instrument(component: str, open: Callable[..., Engine]) -> Engine:
+            if component in lent:  # a second one: a decoder of higher precision, where the first overflowed
+                return open()
+            lent.add(component)
+            if component not in self._open:
+                self._open[component] = self._to_close.enter_context(open())
+            return _Lent(self._open[component])
+
+        return instrument
+
+    def close(self) -> None:
+        """Free them."""
+        self._open.clear()
+        self._to_close.close()
+
+
+class _Lent:
+    """An engine that stays open when whoever uses it has done."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return self._engine(arrays)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
 
 
 def _run(pipe: Pipeline, prompts: Prompts, seeds: tuple[int, ...], output: str) -> Floats:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from slipcast.bundle.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dotted, parse_json, problems
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.run.guard import FALLBACK, GuardRecord
-from slipcast.sampling.denoiser import PREDICTIONS, Guidance
+from slipcast.sampling.denoiser import PREDICTIONS
+from slipcast.sampling.guidance import Guidance
 from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import (
     BETA_SCHEDULES,
@@ -34,6 +34,9 @@ FEATURES = frozenset(
     {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "cut"}
 )  # what Manifest.requires may name
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
+SHALLOW: Final = "denoiser_shallow"  # the component that takes features in place of computing them
+FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers
+EMBEDDINGS = "embeddings"  # the one tensor of a guard's table
 
 ComponentName = Literal[
     "text_encoder", "text_encoder_2", "denoiser", "denoiser_shallow", "denoiser_prompt", "denoiser_step",
@@ -43,6 +46,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+GuardPolicy = Literal["warn", "refuse", "fallback"]
 
 
 class FileEntry(Strict):
@@ -110,7 +114,7 @@ class ImageGeometry(Strict):
 class Sampling(Strict):
     """The sampling schedule the bundle was made and judged with; a run may ask for other steps or guidance.
 
-    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see denoiser.Guidance.
+    `guidance_interval` (sigmas) and `guidance_reuse` (evaluations): see guidance.Guidance.
     """
 
     sampler: Name
@@ -295,6 +299,22 @@ class ClosedPrompts(Strict):
         return prompts
 
 
+class GuardRecord(Strict):
+    """The manifest's record of a guard.
+
+    `table`: safetensors with float32 `embeddings` of this shape, [calibration prompts, width], each of length 1.
+    `input`: the denoiser's input that they are averages of. `policy`: what becomes of a prompt whose distance is above
+    `threshold`: it is drawn with a warning, refused, or drawn by the component `denoiser_fallback`.
+    """
+
+    policy: GuardPolicy
+    table: BundlePath
+    shape: tuple[Positive, Positive]
+    input: Name
+    threshold: Annotated[float, Field(ge=0)]
+    false_alarms: Annotated[float, Field(gt=0, lt=1)]
+
+
 class EngineFiles(Strict):
     """The files of one engine; `weights` where the format keeps them apart."""
 
@@ -438,8 +458,8 @@ class Manifest(Strict):
             raise ValueError("caching has to be named under requires")
         if self.caching and len(self.caching.mask) != self.sampling.steps:
             raise ValueError(f"caching.mask is for {len(self.caching.mask)} steps, and sampling has another number")
-        if ("denoiser_shallow" in self.components) != (self.caching is not None):
-            raise ValueError("the component denoiser_shallow belongs to caching")
+        if (SHALLOW in self.components) != (self.caching is not None):
+            raise ValueError(f"the component {SHALLOW} belongs to caching")
         if ("closed_family" in self.requires) != (self.prompts is not None):
             raise ValueError("closed_family has to be named under requires")
         if self.prompts and self.text:

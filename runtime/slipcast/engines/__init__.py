@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,6 +68,16 @@ class ProfiledEngine(Engine, Protocol):
     def layers(self) -> tuple[LayerTime, ...]:
         """Layers that took time since `start_profile`. To be asked once, after the last call."""
         ...
+
+
+Instrument = Callable[[str, Callable[..., Engine]], Engine]
+"""What a pipeline calls whenever it opens an engine: `instrument(component, open)` returns the engine that it uses, and
+closes. `open()` opens the real one, `open(profile=True)` a ProfiledEngine."""
+
+
+def as_it_is(component: str, open: Callable[..., Engine]) -> Engine:
+    """The engine itself: the Instrument of a pipeline that has no other."""
+    return open()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ engines of one denoiser: the full one also gives the features that cross the cut
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +14,6 @@ import numpy.typing as npt
 from slipcast.bundle.manifest import Caching
 
 Floats = npt.NDArray[np.float32]
-
-SHALLOW: Final = "denoiser_shallow"  # the component that takes features in place of computing them
 
 
 class Features:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from slipcast.bundle.manifest import Manifest, TensorSpec
+from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardRecord, Manifest, TensorSpec
 from slipcast.errors import ArtifactError
-from slipcast.run.guard import FALLBACK, GuardRecord
 
 Wanted = Mapping[str, tuple[str, tuple[int | None, ...] | None]]
 """dtype and shape by name; None: any dimension, or any shape."""
@@ -25,10 +24,10 @@ def check_contract(manifest: Manifest) -> None:
     features = _wanted(manifest.caching.features) if manifest.caching else {}
     _compare(manifest, "denoiser", fed_denoiser, {"prediction": latent, **features})
     if manifest.caching:
-        shallow = manifest.components["denoiser_shallow"]
+        shallow = manifest.components[SHALLOW]
         taken = {"sample", *features, *(spec.name for spec in shallow.inputs)}
         fed_shallow = {name: wanted for name, wanted in {**fed_denoiser, **features}.items() if name in taken}
-        _compare(manifest, "denoiser_shallow", fed_shallow, {"prediction": latent})
+        _compare(manifest, SHALLOW, fed_shallow, {"prediction": latent})
     if FALLBACK in manifest.components:
         _compare(manifest, FALLBACK, fed, {"prediction": latent})
     for text in manifest.text:

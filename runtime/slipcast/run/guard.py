@@ -12,40 +12,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
+from slipcast.bundle.manifest import EMBEDDINGS, GuardPolicy, GuardRecord
 from slipcast.bundle.tensorfile import read_header, read_tensor
-from slipcast.bundle.validation import BundlePath, Strict
 from slipcast.errors import ArtifactError, RequestError
 
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
-Policy = Literal["warn", "refuse", "fallback"]
 
 NEIGHBOURS = 3
-EMBEDDINGS = "embeddings"  # the table's one tensor
-FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers
-
-
-class GuardRecord(Strict):
-    """The manifest's record of a guard.
-
-    `table`: safetensors with float32 `embeddings` of this shape, [calibration prompts, width], each of length 1.
-    `input`: the denoiser's input that they are averages of. `policy`: what becomes of a prompt whose distance is above
-    `threshold`: it is drawn with a warning, refused, or drawn by the component `denoiser_fallback`.
-    """
-
-    policy: Policy
-    table: BundlePath
-    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    input: Annotated[str, Field(min_length=1, max_length=200)]
-    threshold: Annotated[float, Field(ge=0)]
-    false_alarms: Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +53,7 @@ class Guard:
         self._family: Floats = read_tensor(path, entries[EMBEDDINGS])
 
     def judge(
-        self, prompts: Sequence[str], ids: npt.NDArray[np.int64], hidden: Floats, policy: Policy
+        self, prompts: Sequence[str], ids: npt.NDArray[np.int64], hidden: Floats, policy: GuardPolicy
     ) -> list[Verdict]:
         """One for each prompt, with its tokens [n, length] and what the encoder makes of them, [n, length, width].
 
@@ -88,7 +68,7 @@ class Guard:
             verdicts.append(Verdict(distance, limit, inside, not inside and policy == "fallback"))
         return verdicts
 
-    def _meet(self, prompt: str, distance: float, policy: Policy) -> None:
+    def _meet(self, prompt: str, distance: float, policy: GuardPolicy) -> None:
         """Say that there is a stranger, or refuse it."""
         limit = self.record.threshold
         problem = f"{shorten(prompt)} is not of the family that this bundle was made for"
@@ -116,19 +96,19 @@ def nearness(family: Floats, embedding: Floats) -> float:
     return float(np.sort(distances)[:NEIGHBOURS].mean())
 
 
-def choose_policy(record: GuardRecord | None, asked: object) -> Policy:
+def choose_policy(record: GuardRecord | None, asked: object) -> GuardPolicy:
     """What a call asks for in place of the bundle's own policy; RequestError where the bundle cannot do it."""
     if asked is None:
         return record.policy if record else "warn"
-    legal: list[Any] = ["warn"]  # which any bundle can: without a guard there is nothing to warn of
+    legal: list[GuardPolicy] = ["warn"]  # which any bundle can: without a guard there is nothing to warn of
     if record:
-        legal = [name for name in get_args(Policy) if name != "fallback" or record.policy == "fallback"]
+        legal = [name for name in get_args(GuardPolicy) if name != "fallback" or record.policy == "fallback"]
     if asked not in legal:
         raise RequestError(
             "guard is not usable", expected=" or ".join(legal), got=repr(asked),
-            hint=f'compile a bundle with --set guard.policy="{asked}"' if asked in get_args(Policy) else None,
+            hint=f'compile a bundle with --set guard.policy="{asked}"' if asked in get_args(GuardPolicy) else None,
         )  # fmt: skip
-    return asked  # type: ignore[return-value]
+    return asked
 
 
 def shorten(prompt: str) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import Component, ImageGeometry
+from slipcast.bundle.manifest import SHALLOW, Component, ImageGeometry
 from slipcast.engines import Engine
 from slipcast.errors import NumericalError
-from slipcast.run.caching import SHALLOW, Features
+from slipcast.run.caching import Features
 from slipcast.run.step_table import Row, told
 
 Floats = npt.NDArray[np.float32]
@@ -22,7 +22,7 @@ ATTENTION_BYTES = 2**26  # what more than one image in a call of the denoiser ma
 
 
 class Evaluator:
-    """The model as sampling.denoiser.Guided evaluates it: (scaled x, timestep, both branches?) -> their outputs.
+    """The model as sampling.guidance.Guided evaluates it: (scaled x, timestep, both branches?) -> their outputs.
 
     `left()`: the images that are evaluated; the others' outputs are their inputs.
     """

@@ -17,24 +17,24 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from slipcast.bundle.manifest import Target
+from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardPolicy, Target
 from slipcast.bundle.reader import Bundle, check_digests, open_bundle
-from slipcast.engines import Engine, open_engine, refusal
+from slipcast.engines import Engine, Instrument, as_it_is, open_engine, refusal
 from slipcast.engines.targets import choose_target
 from slipcast.errors import HostError, ResourceError
-from slipcast.run.caching import SHALLOW, Features
+from slipcast.run.caching import Features
 from slipcast.run.contract import check_contract
 from slipcast.run.decoding import decode_frugally, out_of_memory
-from slipcast.run.guard import FALLBACK, Guard, Verdict
-from slipcast.run.guard import Policy as GuardPolicy
+from slipcast.run.guard import Guard, Verdict
 from slipcast.run.loop import Evaluator, check_finite, chosen_rows, images_at_once, timed
 from slipcast.run.prompt_table import PromptTable
 from slipcast.run.request import OutputType, Request, check_latents, check_request
 from slipcast.run.residency import Policy, Residency
 from slipcast.run.step_table import Row, evaluated_timesteps, read_step_table
 from slipcast.run.tokenizer import OnLongPrompt, PromptTokenizer
-from slipcast.sampling.denoiser import Guided, final_scale, initial_scale
+from slipcast.sampling.denoiser import final_scale, initial_scale
 from slipcast.sampling.early_exit import EarlyExit
+from slipcast.sampling.guidance import Guided
 from slipcast.sampling.samplers import SAMPLERS, sample
 from slipcast.sampling.schedules import SCHEDULES
 from slipcast.sampling.seeds import TorchGenerator, batch_noise
@@ -65,11 +65,16 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A bundle, ready to make images on one target. Close it, or use it in a `with` block, to free its engines."""
+    """A bundle, ready to make images on one target. Close it, or use it in a `with` block, to free its engines.
 
-    def __init__(self, bundle: Bundle, target: Target, residency: Policy = "all") -> None:
+    `residency` and `instrument`: see load. `residency.use(component)` is a component's engine for a `with` block.
+    """
+
+    def __init__(
+        self, bundle: Bundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
+    ) -> None:
         self.bundle, self.manifest, self.target = bundle, bundle.manifest, target.id
-        self._target = target
+        self._target, self._instrument = target, instrument
         check_contract(self.manifest)
         self._tokenizers = [
             PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
@@ -138,7 +143,8 @@ class Pipeline:
         weights = self.bundle.path(files.weights) if files.weights else None
         model = self.bundle.path(files.model)
         contract = self.manifest.components[name]
-        return open_engine(target.engine, model, weights, precision or target.precision, contract)
+        opener = partial(open_engine, target.engine, model, weights, precision or target.precision, contract)
+        return self._instrument(component, opener)
 
     def _open_guard(self) -> Guard | None:
         if not (record := self.manifest.guard):
@@ -256,7 +262,7 @@ class Pipeline:
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
             guided = Guided(settings.noise, schedule, evaluate, guidance)
             threshold = self._target.early_exit if own and request.component == "denoiser" else None
-            denoise = self._watch(guided, threshold, images)
+            denoise = EarlyExit(guided, threshold, images)
             start = noise() if request.latents is None else request.latents
             x: Floats = start * initial_scale(settings.noise, schedule, settings.sampler)
             steps = sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta)
@@ -272,10 +278,6 @@ class Pipeline:
                 if not denoise.end_step():
                     break
         return denoise.results(x * final_scale(settings.noise, schedule)), denoise.steps
-
-    def _watch(self, guided: Guided, threshold: float | None, images: int) -> EarlyExit:
-        """What stops images early; a place for compilers to see what they pass through."""
-        return EarlyExit(guided, threshold, images)
 
     def _decode(self, latents: Floats, seconds: dict[str, float]) -> Floats:
         """float32 [n, height, width, channels] in [0, 1]."""
@@ -327,16 +329,22 @@ class Pipeline:
 
 
 def load(
-    path: str | os.PathLike[str], *, target: str = "auto", residency: Policy = "all", allow_unlisted: bool = False
+    path: str | os.PathLike[str],
+    *,
+    target: str = "auto",
+    residency: Policy = "all",
+    instrument: Instrument = as_it_is,
+    allow_unlisted: bool = False,
 ) -> Pipeline:
     """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
 
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
     that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
-    component, or both denoisers of feature caching. Raises ArtifactError for a damaged bundle, HostError where no
-    target can run here.
+    component, or both denoisers of feature caching. `instrument(component, open)` is called whenever an engine is
+    opened, perhaps by several threads at once, and returns what takes its place: `open()`, the engine itself, or
+    something around it that records, times or lends; `open(profile=True)` has the engine's own profiler on. Raises
+    ArtifactError for a damaged bundle, HostError where no target can run here.
     """
-
     bundle = open_bundle(path, allow_unlisted=allow_unlisted)
     sampling = bundle.manifest.sampling
     for kind, name, known in (("sampler", sampling.sampler, SAMPLERS), ("schedule", sampling.schedule, SCHEDULES)):
@@ -345,7 +353,7 @@ def load(
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
     check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])
-    return Pipeline(bundle, chosen, residency)
+    return Pipeline(bundle, chosen, residency, instrument)
 
 
 def to_pil(picture: Floats) -> Image.Image:

@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import ImageGeometry, Manifest, Sampling, Target
+from slipcast.bundle.manifest import FALLBACK, GuardPolicy, ImageGeometry, Manifest, Sampling, Target
 from slipcast.errors import RequestError
-from slipcast.run.guard import FALLBACK, Policy, choose_policy
+from slipcast.run.guard import choose_policy
 from slipcast.run.prompt_table import PromptTable
 from slipcast.run.step_table import evaluated_timesteps, told
 from slipcast.run.tokenizer import OnLongPrompt, check_prompts
@@ -41,7 +41,7 @@ class Request:
     on_long_prompt: OnLongPrompt
     sampling: Sampling
     component: Literal["denoiser", "denoiser_fallback"] = "denoiser"
-    guard: Policy = "warn"
+    guard: GuardPolicy = "warn"
     fallback: Request | None = None
 
     @property
@@ -73,7 +73,7 @@ def check_request(
     latents: Floats | None,
     output_type: OutputType,
     on_long_prompt: OnLongPrompt,
-    guard: Policy | None,
+    guard: GuardPolicy | None,
 ) -> Request:
     """The arguments of Pipeline.__call__, resolved. RequestError with the legal range for the first that is not."""
     check_integer("num_images_per_prompt", num_images_per_prompt, 1, 4096)

@@ -157,6 +157,16 @@ def test_links_lead_somewhere(file: Path) -> None:
             assert anchor in anchors(there.read_text("utf-8")), target
 
 
+def test_paths_in_contributing_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    paths = set(re.findall(r"`((?:runtime|compiler|tests|recipes|docs|\.ci)/[\w./-]+)`", text))
+    assert len(paths) > 30
+    assert [path for path in sorted(paths) if "NAME" not in path and not (ROOT / path).exists()] == []
+    assert [path for path in paths if "NAME" in path and not (ROOT / path).parent.exists()] == []
+    for how in text.split("\n## How to ")[1:]:
+        assert sum(bool(line.strip()) for line in how.splitlines()[1:]) <= 10, how
+
+
 def test_references_are_defined() -> None:
     prose = re.sub(r"`[^`\n]*`", "", FENCED.sub("", README))
     defined = set(re.findall(r"^\[([^\]]+)\]: ", prose, re.MULTILINE))

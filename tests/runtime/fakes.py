@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from bundles import list_files
 
+from slipcast.bundle.manifest import Component
+
 TOKENIZER = Path(__file__).parents[2] / "recipes" / "models" / "shapes" / "tokenizer" / "tokenizer.json"
 CHANNELS, SIZE, FACTOR, LENGTH, WIDTH = 4, 8, 2, 12, 5
 COMPONENTS = ("text_encoder", "denoiser", "vae_decoder")
@@ -112,18 +114,19 @@ class Fakes:
         return sum(name == component for name, _ in self.calls)
 
     def __call__(
-        self, name: str, model: Path, weights: Path | None, precision: str, contract: Any, profile: bool = False
+        self, name: str, model: Path, weights: Path | None, precision: str, contract: Component, profile: bool = False
     ) -> Any:
         with self._lock:
             self.opened.append((model.stem, precision))
             self.open_now.append(model.stem)
             self.most_open = max(self.most_open, len(self.open_now))
-        return _FakeEngine(self, model.stem, precision)
+        return _FakeEngine(self, model.stem, precision, contract)
 
 
 class _FakeEngine:
-    def __init__(self, fakes: Fakes, name: str, precision: str) -> None:
+    def __init__(self, fakes: Fakes, name: str, precision: str, contract: Component) -> None:
         self.fakes, self.name, self.precision, self.is_open = fakes, name, precision, True
+        self.inputs, self.outputs = contract.inputs, contract.outputs
 
     def __call__(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         assert self.is_open, f"{self.name} is closed"

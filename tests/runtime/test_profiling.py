@@ -24,12 +24,12 @@ from slipcast.bundle.evidence import USUAL_PROMPT
 from slipcast.bundle.manifest import Component, TensorSpec
 from slipcast.bundle.reader import open_bundle
 from slipcast.cli.main import main
-from slipcast.engines import LayerTime, ProfiledEngine, open_engine
+from slipcast.engines import EngineWrapper, LayerTime, ProfiledEngine, open_engine
 from slipcast.errors import HostError, RequestError, ResourceError
 from slipcast.progress import Stages
+from slipcast.timing.component import measure_component
 from slipcast.timing.flame import WIDTH, Block, draw
 from slipcast.timing.measure import profile_run
-from slipcast.timing.memory import measure_memory
 from slipcast.timing.page import _calls, render_page
 from slipcast.timing.table import render_table
 
@@ -117,24 +117,19 @@ def test_an_engine_without_a_profiler(
         opened("onnxruntime", product)
 
 
-class FakeProfiler:
+class FakeProfiler(EngineWrapper):
     """A fake engine that says where the time of its calls went: nine tenths of it into three layers."""
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.times = engine, list[float]()
+        super().__init__(engine)
+        self.times = list[float]()
 
     def __call__(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
         time.sleep(0.002)
-        outputs: dict[str, Any] = self.engine(arrays)
+        outputs = self.engine(arrays)
         self.times.append(time.perf_counter() - begin)
         return outputs
-
-    def __enter__(self) -> FakeProfiler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.__exit__(*_)
 
     def start_profile(self) -> None:
         self.times.clear()
@@ -153,13 +148,12 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     """Fakes, plain and profiled; no process is started to measure memory."""
     found = fakes.install(monkeypatch)
 
-    def open_fake(*arguments: Any) -> Any:
-        *rest, profile = arguments
-        return FakeProfiler(found(*rest)) if profile else found(*rest)
+    def open_fake(*arguments: Any, profile: bool = False) -> Any:
+        return FakeProfiler(found(*arguments)) if profile else found(*arguments)
 
-    monkeypatch.setattr("slipcast.timing.measure.open_engine", open_fake)
+    monkeypatch.setattr("slipcast.run.pipeline.open_engine", open_fake)
     memory = {"added_mb": 12.5, "peak_mb": 20.0}
-    monkeypatch.setattr("slipcast.timing.measure.measure_memory", lambda *_: memory)
+    monkeypatch.setattr("slipcast.timing.measure.measure_component", lambda *_: memory)
     return found
 
 
@@ -220,9 +214,9 @@ class TestDocument:
     def test_engines_are_closed(self, document: dict[str, Any], engines: Fakes) -> None:
         assert sorted(engines.closed) == sorted(name for name, _ in engines.opened) == sorted(2 * fakes.COMPONENTS)
 
-    @pytest.mark.parametrize(("available", "in_turn"), [(1e9, True), (0.0, False), (None, False)])
+    @pytest.mark.parametrize(("available", "in_turn"), [(1e9, True), (0.0, False)])
     def test_both_kinds_are_open_where_there_is_room(
-        self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: float | None, in_turn: bool
+        self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: float, in_turn: bool
     ) -> None:
         monkeypatch.setattr("slipcast.timing.measure.available_mb", lambda: available)
         found = profiled(write_fake(tmp_path / "bundle"))
@@ -292,14 +286,14 @@ class TestMemory:
         contract = {"inputs": [{"name": "x", **spec}], "outputs": [{"name": "y", **spec}]}
         write_manifest(root, components={"denoiser": contract})
         bundle = open_bundle(root)
-        found = measure_memory(bundle, bundle.manifest.targets[0], "denoiser", {"x": np.zeros(shape, np.float32)})
+        found = measure_component(bundle, bundle.manifest.targets[0], "denoiser", {"x": np.zeros(shape, np.float32)})
         assert found
         assert 75 < found["added_mb"] < 160  # b and y; of x, which is zeros, nothing is resident
         assert found["added_mb"] <= found["peak_mb"] + 1
 
     def test_unknown_where_the_process_fails(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         bundle = open_bundle(write_fake(tmp_path / "bundle"))  # its engines are text
-        assert measure_memory(bundle, bundle.manifest.targets[0], "denoiser", {"x": np.zeros(1)}) is None
+        assert measure_component(bundle, bundle.manifest.targets[0], "denoiser", {"x": np.zeros(1)}) is None
         assert "the memory of denoiser is not known" in caplog.text
 
 
@@ -364,7 +358,7 @@ class TestPage:
         assert len(re.findall(r"<title>step \d", page)) == 6
 
     def test_table(self, document: dict[str, Any]) -> None:
-        text = render_table(document | {"memory": {"before_mb": None, "peak_mb": None}})
+        text = render_table(document)
         for wanted in ("denoiser", "Convolution", "<b>.1.conv", "jit_f32", "host", "a step: median", "by pairs"):
             assert wanted in text
         document["components"][0]["memory"] = None

@@ -6,14 +6,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, cast
 
 import numpy as np
 
 from slipcast.bundle.manifest import FALLBACK, ComponentName, Target
 from slipcast.bundle.reader import Bundle, open_bundle
-from slipcast.engines import Array, Engine
+from slipcast.engines import Array, Engine, EngineWrapper
 from slipcast.progress import Advance
 from slipcast.run.pipeline import Pipeline
 
@@ -42,23 +41,17 @@ class Recording:
         return [arrays for name, arrays in self.calls if name == component]
 
 
-class _Recorder:
+class _Recorder(EngineWrapper):
     """An engine that keeps copies of its arrays."""
 
     def __init__(self, component: str, engine: Engine, calls: list[tuple[str, Evaluation]]) -> None:
-        self._component, self._engine, self._calls = component, engine, calls
-        self.inputs, self.outputs = engine.inputs, engine.outputs
+        super().__init__(engine)
+        self._component, self._calls = component, calls
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self._engine(arrays)
+        outputs = self.engine(arrays)
         self._calls.append((self._component, {name: array.copy() for name, array in {**arrays, **outputs}.items()}))
         return outputs
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._engine.__exit__(kind, error, at)
 
 
 def record(
@@ -70,8 +63,8 @@ def record(
     out: Path,
     advance: Advance,
 ) -> None:
-    """Draw the images, each by its prompt and seed, and write `count` evaluations of each of the components, or all where
-    there are fewer, to out/COMPONENT/0000.npz and so on.
+    """Draw the images, each by its prompt and seed, and write `count` evaluations of each of the components, or all
+    where there are fewer, to out/COMPONENT/0000.npz and so on.
 
     Every image gives about as many, spread over its steps and beginning at another one than the last image's. What is
     in memory is one image's. No component is spared: what is tabled by timestep is computed at each that is tabled, and

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
 from slipcast.bundle.reader import Bundle
-from slipcast.engines import Array, Engine, Instrument
+from slipcast.engines import Engine, EngineWrapper, Instrument
 from slipcast.run.pipeline import Pipeline
 from slipcast_compiler.export.parts import write_step_table
 
@@ -132,17 +132,8 @@ class _Engines:
         self._to_close.close()
 
 
-class _Lent:
+class _Lent(EngineWrapper):
     """An engine that stays open when whoever uses it has done."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
-
-    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        return self._engine(arrays)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         pass

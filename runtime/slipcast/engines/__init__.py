@@ -75,6 +75,22 @@ Instrument = Callable[[str, Callable[..., Engine]], Engine]
 closes. `open()` opens the real one, `open(profile=True)` a ProfiledEngine."""
 
 
+class EngineWrapper:
+    """An engine around another, which passes everything on: to derive from, for what instruments return."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+
+    def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return self.engine(arrays)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.engine.__exit__(kind, error, at)
+
+
 def as_it_is(component: str, open: Callable[..., Engine]) -> Engine:
     """The engine itself: the Instrument of a pipeline that has no other."""
     return open()

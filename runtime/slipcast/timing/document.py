@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import slipcast
 from slipcast.bundle.manifest import Manifest, Target
-from slipcast.engines import ENGINES, cpu_threads
-
-if TYPE_CHECKING:
-    from slipcast.timing.measure import Measured, Run
+from slipcast.engines import ENGINES, LayerTime, cpu_threads
+from slipcast.timing.clock import Run
 
 NOTES = (
     "Times and shares are of one run with the profiler on, the mean of those that were made; the overhead compares each"
@@ -23,6 +22,21 @@ NOTES = (
     "Memory is resident memory (RSS). Of a component: what opening it and one call add to a process of its own, and "
     "the most on the way. The peak of the run is of this process without the profiler, Python and libraries included.",
 )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`plain` and `profiled` runs after a `first_s` that warmed up, one after the other where `in_turn`; `layers` are
+    of all profiled runs together. `memory`: by component, where it is known. `before_mb`: resident before loading."""
+
+    first_s: float
+    plain: list[Run]
+    profiled: list[Run]
+    in_turn: bool
+    layers: dict[str, tuple[LayerTime, ...]]
+    before_mb: float
+    peak_mb: float
+    memory: dict[str, dict[str, float] | None]
 
 
 def make_document(manifest: Manifest, target: Target, request: dict[str, Any], measured: Measured) -> dict[str, Any]:
@@ -38,7 +52,7 @@ def make_document(manifest: Manifest, target: Target, request: dict[str, Any], m
         for component, found in measured.layers.items() for layer in found
     ]  # fmt: skip
     layers.sort(key=lambda layer: -layer["seconds"])
-    components = [_component(name, calls, layers, total, measured.memory.get(name)) for name in measured.layers]
+    components = [_component(name, calls, layers, total, measured.memory[name]) for name in measured.layers]
     plain, profiled = ([run.total for run in runs] for runs in (measured.plain, measured.profiled))
     ratios = [with_it / without for with_it, without in zip(profiled, plain, strict=True)]
     steps = _steps(calls, ends)

@@ -1,77 +1,35 @@
-"""Memory that one component adds to a process. Run as a module it measures, with a job on stdin and JSON on stdout."""
+"""Memory of this process and of the machine, in megabytes (1e6 bytes)."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import logging
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
-import numpy as np
-
-from slipcast.bundle.manifest import Component, Target
-from slipcast.bundle.reader import Bundle
-from slipcast.engines import ENGINES, Array, open_engine
-
-logger = logging.getLogger("slipcast")
+import psutil
 
 
-def status_mb(field: str, file: str = "/proc/self/status") -> float | None:
-    """A line of a status file in megabytes (1e6 bytes), such as VmRSS or VmHWM; None where there is none."""
+def resident_mb() -> float:
+    """What is resident of this process."""
+    return float(psutil.Process().memory_info().rss / 1e6)
+
+
+def peak_mb() -> float:
+    """The most that was ever resident of this process."""
+    if sys.platform == "linux":
+        # psutil does not tell, and ru_maxrss begins with the parent's: a new process inherits it.
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmHWM:"))
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset / 1e6)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
+
+
+def available_mb(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """What can be had without swapping; in a container at most what it may use, which psutil does not know."""
+    free = float(psutil.virtual_memory().available / 1e6)
     try:
-        with open(file, encoding="ascii") as status:
-            return next(int(line.split()[1]) * 1024 / 1e6 for line in status if line.startswith(f"{field}:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def available_mb() -> float | None:
-    """What the machine could give to new programs; a container's limit may be lower."""
-    return status_mb("MemAvailable", "/proc/meminfo")
-
-
-def measure_memory(
-    bundle: Bundle, target: Target, component: str, inputs: Mapping[str, Array]
-) -> dict[str, float] | None:
-    """`added_mb`: resident after opening the component and calling it once with inputs of these shapes, less before.
-    `peak_mb`: the most that was resident on the way, less before. None where that cannot be told.
-
-    In a process of its own: in one for all, what one component has freed hides what the next one takes.
-    """
-    name = cast(Any, component)
-    files = target.components[name]
-    job = {
-        "engine": target.engine, "precision": target.precision, "model": str(bundle.path(files.model)),
-        "weights": str(bundle.path(files.weights)) if files.weights else None,
-        "contract": bundle.manifest.components[name].model_dump(mode="json"),
-        "inputs": {name: [str(array.dtype), array.shape] for name, array in inputs.items()},
-    }  # fmt: skip
-    command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        logger.warning("the memory of %s is not known: its process ended with %s", component, last[0])
-        return None
-    found: dict[str, float] | None = json.loads(done.stdout)
-    return found
-
-
-def _measure(job: dict[str, Any]) -> dict[str, float] | None:
-    importlib.import_module(ENGINES[job["engine"]].module)  # the library is there whatever the component
-    contract = Component.model_validate_json(json.dumps(job["contract"]))
-    weights = Path(job["weights"]) if job["weights"] else None
-    before = status_mb("VmRSS")
-    with open_engine(job["engine"], Path(job["model"]), weights, job["precision"], contract) as engine:
-        engine({name: np.zeros(shape, dtype) for name, (dtype, shape) in job["inputs"].items()})
-        after, peak = status_mb("VmRSS"), status_mb("VmHWM")
-    if before is None or after is None or peak is None:
-        return None
-    return {"added_mb": round(after - before, 1), "peak_mb": round(peak - before, 1)}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(json.load(sys.stdin))))
+        return min(free, int(limit.read_text("ascii")) / 1e6)
+    except (OSError, ValueError):  # no container, or one without a limit, whose file says "max"
+        return free

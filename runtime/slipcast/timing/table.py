@@ -49,8 +49,7 @@ def headline(d: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"a step: median {ms(statistics.median(seconds))}, slowest {ms(slowest['seconds'])} (step {slowest['step']})"
     )
-    if d["memory"]["peak_mb"] is not None:
-        lines.append(f"memory: peak {d['memory']['peak_mb']:.0f} MB, {d['memory']['before_mb']:.0f} MB before loading")
+    lines.append(f"memory: peak {d['memory']['peak_mb']:.0f} MB, {d['memory']['before_mb']:.0f} MB before loading")
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from slipcast.bundle.manifest import EngineFiles
-from slipcast.bundle.onnxfile import external_files
+from slipcast.bundle.onnxfile import external_ranges
 from slipcast_compiler.engines.needs import need_graph_libraries
 
 
@@ -21,16 +21,25 @@ def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) ->
     that one's .bin."""
     target = out / f"{model.stem}.xml"
     _convert(model, precision, target, fp32)
-    owners = [model.with_name(name.removesuffix(".data")) for name in external_files(model)]
-    if owners and owners[0] != model:
+    if owner_model := _owner(model):
         with tempfile.TemporaryDirectory(prefix=".owner-", dir=out) as scratch:
-            owner = Path(scratch) / f"{owners[0].stem}.xml"
-            _convert(owners[0], precision, owner, fp32)
+            owner = Path(scratch) / f"{owner_model.stem}.xml"
+            _convert(owner_model, precision, owner, fp32)
             if share_weights(target, owner):
                 target.with_suffix(".bin").unlink()
                 weights = owner.with_suffix(".bin").rename(out / f"{owner.stem}.bin")
                 return EngineFiles(model=target.name, weights=weights.name)
     return EngineFiles(model=target.name, weights=target.with_suffix(".bin").name)
+
+
+def _owner(model: Path) -> Path | None:
+    """The graph beside it that has all of its weights, in a file that is called after that graph."""
+    read = external_ranges(model)
+    for name in sorted({name for name, _, _ in read}):
+        other = model.with_name(name.removesuffix(".data"))
+        if other != model and other.is_file() and read <= external_ranges(other):
+            return other
+    return None
 
 
 def share_weights(graph: Path, owner: Path) -> bool:

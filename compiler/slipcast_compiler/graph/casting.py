@@ -16,6 +16,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from slipcast.errors import SlipcastError
 from slipcast_compiler.graph.tidy import constant
+from slipcast_compiler.graph.weights import anchor
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Inputs that are fp32 whatever the type of the data: (operator, first place that is so).
@@ -31,7 +32,7 @@ def cast_graph(source: Path, precision: str, target: Path, fp32: Collection[str]
     which is in the operators' own definition. A weight that the precision cannot hold becomes infinite: what that does
     is for mixed_precision.py to measure (a mask that is the least number of all may be so without harm).
     """
-    model = _load(source)
+    model = anchor(_load(source), source.parent)
     _Caster(model.graph, DTYPES[precision], precision, fp32).run()
     ir.save(model, target, external_data=f"{target.name}.data")
 

@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
 
+from slipcast_compiler.graph.weights import anchor, load, read_tensor
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -45,7 +47,7 @@ def smooth(
     """
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    read = partial(numpy_helper.to_array, base_dir=str(folder or ""))
+    read = partial(read_tensor, folder=folder or Path())
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
@@ -117,7 +119,7 @@ def make_signed(source: Path, target: Path) -> int:
     uint8 about 128 is int8 about 0, number for number; about another zero it is widened to a range that is symmetric,
     and loses up to one bit.
     """
-    model = ir.load(source)
+    model = load(source)
     constants, widened = model.graph.initializers, set[str]()
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
@@ -191,7 +193,7 @@ def save(model: Any, path: Path, folder: Path | None = None) -> None:
     from their file in `folder`. (onnx.save looks for the weights' file in the working directory.)"""
     whole = ir.from_proto(model)
     if folder:
-        ir.external_data.set_base_dir(whole.graph, folder)
+        anchor(whole, folder)
     ir.save(whole, path, external_data=f"{path.name}.data")
 
 

@@ -68,6 +68,15 @@ def external_files(model: Path) -> frozenset[str]:
         return frozenset(entries["location"] for _, entries in _external_tensors(data))
 
 
+def external_ranges(model: Path) -> frozenset[tuple[str, int, int]]:
+    """(file, offset, length in bytes) of every tensor that a model of one's own keeps in a file."""
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return frozenset(
+            (entries["location"], int(entries.get("offset", 0)), int(entries["length"]))
+            for _, entries in _external_tensors(data)
+        )
+
+
 def _check_entries(what: str, entries: dict[str, str], folder: PurePosixPath, listed: Mapping[str, int]) -> str:
     """The file that one tensor lies in, once its location, offset and length have been checked."""
 

@@ -15,7 +15,7 @@ import pytest
 from bundles import MODEL, REPORT, TABLE, WEIGHTS, add_model, list_files, save_external, write_bundle, write_manifest
 
 import slipcast.bundle.reader as bundle_module
-from slipcast.bundle.reader import check_digests, describe_files, open_bundle
+from slipcast.bundle.reader import check_digests, file_entries, open_bundle
 from slipcast.bundle.validation import MAX_JSON_BYTES
 from slipcast.errors import ArtifactError
 
@@ -414,7 +414,7 @@ def test_row_15_code_in_the_manifest(root: Path, name: str, allow_unlisted: bool
     write_manifest(root)
     refusal(root, name, "can run code", allow_unlisted=allow_unlisted)
     with pytest.raises(ArtifactError, match="can run code"):
-        describe_files(root, [name])
+        file_entries(root, [name])
 
 
 @pytest.mark.parametrize("name", ["x.exe2", "x", "x.gguf", "x.JSON", ".json", "x.onnx.zip"])
@@ -423,7 +423,7 @@ def test_row_15_listed_files_are_of_known_kinds(root: Path, name: str):
     write_manifest(root)
     refusal(root, name, "no kind of file", ".safetensors", allow_unlisted=True)
     with pytest.raises(ArtifactError, match="no kind of file"):
-        describe_files(root, [name])
+        file_entries(root, [name])
 
 
 # --- unreadable files, and describing files --------------------------------------------------------------------------
@@ -439,11 +439,11 @@ def test_reading_that_fails_names_the_file(root: Path, monkeypatch: pytest.Monke
     refusal(root, "Input/output error")
 
 
-def test_describe_files_is_what_opening_expects(root: Path):
+def test_file_entries_is_what_opening_expects(root: Path):
     names = [REPORT, MODEL, WEIGHTS, TABLE]
-    described = describe_files(root, [*names, REPORT])
-    assert [entry.model_dump() for entry in described] == list_files(root)
-    assert described == open_bundle(root).manifest.files
+    entries = file_entries(root, [*names, REPORT])
+    assert [entry.model_dump() for entry in entries] == list_files(root)
+    assert entries == open_bundle(root).manifest.files
 
 
 @pytest.mark.parametrize(
@@ -459,12 +459,12 @@ def test_describe_files_is_what_opening_expects(root: Path):
         ("manifest.json", "collide"),
     ],
 )
-def test_describe_files_refuses_what_opening_would(root: Path, tmp_path: Path, name: str, words: str):
+def test_file_entries_refuses_what_opening_would(root: Path, tmp_path: Path, name: str, words: str):
     (root / "folder.json").mkdir()
     (root / "link.json").symlink_to("manifest.json")
     (tmp_path / "x.json").write_text("{}")
     (root / "linked").symlink_to(tmp_path)
     (root / "Manifest.json").write_text("{}")
     with pytest.raises(ArtifactError, match=words) as caught:
-        describe_files(root, [name])
+        file_entries(root, [name])
     assert "expected" in str(caught.value)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bundles import document, list_files, write_files
 
-from slipcast.bundle.evidence import summarise
+from slipcast.bundle.evidence import render_evidence
 from slipcast.bundle.manifest import Manifest, read_manifest
 from slipcast.cli.inspect import bound_to, profile_lines
 
@@ -46,7 +46,7 @@ def test_what_engines_are_bound_to(manifest: Manifest) -> None:
 
 
 def test_a_report_names_what_an_added_target_was_compared_with(manifest: Manifest) -> None:
-    text = summarise(manifest, {}, Path("report.html"))
+    text = render_evidence(manifest, {}, Path("report.html"))
     assert "tensorrt-rtx-cuda-int8-sm86-sm89: not judged: the machine that built it could not run it" in text
     assert (
         "onnxruntime-cpu-fp32: added later; against another-cpu-fp32 PSNR worst 48.2 dB, 3 images, "

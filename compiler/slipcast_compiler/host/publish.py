@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Manifest
-from slipcast.bundle.reader import describe_files
+from slipcast.bundle.reader import file_entries
 from slipcast.errors import RecipeError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
@@ -61,7 +61,7 @@ def _any_inside(path: Path) -> bool:
 def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
     """Write manifest.json: `fields`, and the digests of all files that are there now."""
     paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME]
-    manifest = Manifest(**fields, files=describe_files(folder, paths))
+    manifest = Manifest(**fields, files=file_entries(folder, paths))
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
 

@@ -41,8 +41,8 @@ def _prompts(bundle: Bundle, kind: str) -> list[str]:
     return list(map(str, (record.get("family") or {}).get(kind) or [usual]))
 
 
-def summarise(manifest: Manifest, record: Any, page: Path) -> str:
-    """What the bundle's targets were judged to be. `record`: what report.json holds."""
+def render_evidence(manifest: Manifest, record: Any, page: Path) -> str:
+    """The text of what the bundle's targets were judged to be. `record`: what report.json holds."""
     lines = [manifest.name]
     if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
         lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")

@@ -85,7 +85,7 @@ def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | Non
     _hash(bundle.root, [bundle.entry(name) for name in used.difference(entry.path for entry in chosen)], None)
 
 
-def describe_files(root: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:
+def file_entries(root: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:
     """Manifest entries of files below `root`, sorted by path; what opening would refuse is refused here too."""
     entries = []
     for name in sorted(set(paths)):

@@ -1,22 +1,40 @@
-"""What this machine has: interpreter, processor, memory, disk, engines; and which targets of a bundle run here."""
+"""`slipcast doctor`: interpreter, processor, memory, disk and engines here; and which targets of a bundle run."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from slipcast.bundle.manifest import Manifest
-from slipcast.bundle.reader import open_bundle
-from slipcast.engines import ENGINES, cpu_threads, cuda, refusal
-from slipcast.timing.memory import available_mb
+import click
+
+from slipcast.cli.common import emit, json_option
+from slipcast.errors import HostError
+
+if TYPE_CHECKING:
+    from slipcast.bundle.manifest import Manifest
 
 # Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 RUNS = "runs here (structure checked, digests not)"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@json_option
+def doctor(bundle: Path | None, as_json: bool) -> None:
+    """Tell what this machine can run, and which targets of a bundle."""
+    findings = examine(bundle)
+    width = max(len(finding.name) for finding in findings)
+    lines = [f"{'ok ' if f.ok else 'BAD'}  {f.name:<{width}}  {f.detail}" for f in findings]
+    bad = [f"{finding.name}: {finding.detail}" for finding in findings if not finding.ok]
+    emit({"ok": not bad, "findings": [vars(f) for f in findings]}, "\n".join(lines), as_json)
+    if bad:
+        sys.exit(HostError.exit_code)
 
 
 @dataclass(frozen=True)
@@ -29,8 +47,13 @@ class Finding:
 
 
 def examine(bundle: Path | None = None) -> list[Finding]:
-    """Look, and import no engine library but ONNX Runtime. Raises ArtifactError for a damaged bundle."""
+    """What this machine has, and the targets of a bundle. No engine library is imported but ONNX Runtime.
+
+    Raises ArtifactError for a damaged bundle.
+    """
     import slipcast
+    from slipcast.bundle.reader import open_bundle
+    from slipcast.engines import ENGINES, cpu_threads
 
     manifest = open_bundle(bundle).manifest if bundle else None
     findings = [
@@ -54,6 +77,8 @@ def examine(bundle: Path | None = None) -> list[Finding]:
 
 
 def _gpus() -> list[Finding]:
+    from slipcast.engines import cuda
+
     found = cuda.look()
     if found.problem:
         return [Finding("GPU", True, found.problem)]
@@ -67,6 +92,8 @@ def _gpus() -> list[Finding]:
 
 
 def _engine(name: str) -> Finding:
+    from slipcast.engines import ENGINES
+
     kind = ENGINES[name]
     if not kind.installed():
         builds = "; targets for it can be built" * kind.can_build()
@@ -104,6 +131,8 @@ def _compiler() -> str:
 
 
 def _targets(manifest: Manifest) -> list[Finding]:
+    from slipcast.engines import refusal
+
     findings = []
     for target in manifest.targets:
         why_not = refusal(target)
@@ -139,9 +168,8 @@ def _vector_units(flags: list[str]) -> str:
 
 
 def _memory() -> str:
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError, AttributeError):
-        return "unknown"
-    available = available_mb()
-    return f"{total:.1f} GB" + ("" if available is None else f", {available / 1e3:.1f} GB available")
+    import psutil
+
+    from slipcast.timing.memory import available_mb
+
+    return f"{psutil.virtual_memory().total / 1e9:.1f} GB, {available_mb() / 1e3:.1f} GB available"

@@ -1,12 +1,37 @@
-"""What `slipcast inspect` says of a bundle."""
+"""`slipcast inspect`: what a bundle holds, or what a profile says."""
 
 from __future__ import annotations
 
-from slipcast.bundle.manifest import Manifest, Target
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from slipcast.cli.common import bundle_argument, emit, json_option, unlisted_option
+
+if TYPE_CHECKING:
+    from slipcast.bundle.manifest import Manifest, Target
 
 
-def describe(manifest: Manifest) -> str:
-    """A bundle's manifest, for people."""
+@click.command()
+@bundle_argument
+@unlisted_option
+@json_option
+def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
+    """Show what a bundle holds, without hashing its files; or what a profile says."""
+    from slipcast.bundle.profiles import is_profile, open_profile_file, render_summary, summarise
+    from slipcast.bundle.reader import open_bundle
+
+    if is_profile(bundle):
+        summary = summarise(open_profile_file(bundle))
+        emit(summary, render_summary(summary), as_json)
+        return
+    manifest = open_bundle(bundle, allow_unlisted=allow_unlisted).manifest
+    emit(manifest.model_dump(mode="json"), render_manifest(manifest), as_json)
+
+
+def render_manifest(manifest: Manifest) -> str:
+    """The text of a bundle's manifest, for people."""
     sampling, image = manifest.sampling, manifest.image
     schedule = sampling.schedule or "explicit list"
     lines = [

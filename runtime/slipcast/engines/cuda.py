@@ -39,12 +39,12 @@ def look() -> Cuda:
         if error != runtime.cudaError_t.cudaSuccess or not count:
             why = f"{error.name}, driver for CUDA {driver}" if driver else "no NVIDIA driver"
             return Cuda(driver=driver, problem=f"no CUDA device ({why}): install one with a current driver")
-        return Cuda(tuple(_describe(runtime, index) for index in range(count)), driver)
+        return Cuda(tuple(_gpu(runtime, index) for index in range(count)), driver)
     except RuntimeError as error:  # the bindings did not find the library that they bind
         return Cuda(problem=f"no CUDA device: {str(error).splitlines()[0]}")
 
 
-def _describe(runtime: object, index: int) -> Gpu:
+def _gpu(runtime: object, index: int) -> Gpu:
     error, found = runtime.cudaGetDeviceProperties(index)  # type: ignore[attr-defined]
     if int(error):
         raise RuntimeError(f"device {index} does not answer ({error.name})")

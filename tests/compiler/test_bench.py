@@ -14,13 +14,13 @@ import pytest
 
 from conftest import ROOT, run_cli
 from slipcast.progress import Stages
+from slipcast.timing import memory
 from slipcast_compiler.bench import plots
 from slipcast_compiler.bench.document import make_document
 from slipcast_compiler.bench.measure import ROUNDS, measure
 from slipcast_compiler.bench.pages import render_page
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options, Side, make_plan
 from slipcast_compiler.bench.table import render_table
-from slipcast_compiler.host import memory
 
 SHAPES = ROOT / "recipes" / "models" / "shapes"
 HOSTILE = '<script>document.title="owned"</script> "&[bold]'
@@ -190,11 +190,11 @@ def describe():
     plan = _plan(shapes_bundle, tmp_path, side)
     peers = [Side(name, name, sys.executable, plan.sides[1].job) for name in ("first", "second")]
     plan = BenchPlan(**{**vars(plan), "sides": (plan.sides[0], *peers)})
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**15)
+    monkeypatch.setattr(memory, "available_mb", lambda: 1e9)
     assert "AssertionError: another peer is in memory" in measure(plan, Stages()).failed["second"]
     for file in tmp_path.glob("alive-*"):
         file.unlink()
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory, "available_mb", lambda: 1e3)
     results = measure(plan, Stages())
     assert results.failed == {}
     assert set(results.measured) == {BUNDLE, "first", "second"}

@@ -12,7 +12,6 @@ import pytest
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.gpu import Gpus
-from slipcast_compiler.host.memory import available_bytes
 from slipcast_compiler.judge.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
@@ -130,16 +129,3 @@ def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broken, "nvmlDeviceGetCount", lambda: 1 / 0)  # a library without its driver
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert (len(Gpus()), Gpus().read(), Gpus().memory_mb(7)) == (0, None, None)
-
-
-def test_free_memory_is_at_most_the_containers(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
-    root = f"{tmp_path}/"
-    assert available_bytes(root) is None
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2000 kB\n")
-    assert available_bytes(root) == 2000 * 1024
-    limit = tmp_path / "sys/fs/cgroup/memory.max"
-    for text, expected in (("max\n", 2000 * 1024), ("4096\n", 4096), ("9999999999\n", 2000 * 1024)):
-        limit.write_text(text)
-        assert available_bytes(root) == expected

@@ -149,10 +149,10 @@ def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from slipcast_compiler.export.component import export_component\n"
         "from slipcast_compiler.model.checkpoint import Checkpoint\n"
-        "from slipcast_compiler.host.isolate import peak_memory_mb\n"
-        "before = peak_memory_mb()\n"
+        "from slipcast.timing.memory import peak_mb\n"
+        "before = peak_mb()\n"
         "export_component(Checkpoint(Path(sys.argv[1]), 'm'), 'text_encoder', {'text_length': 32}, Path(sys.argv[2]))\n"
-        "print(peak_memory_mb() - before)\n"
+        "print(peak_mb() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, root, tmp_path], capture_output=True, text=True, check=True)
     written = (tmp_path / "text_encoder.onnx.data").stat().st_size / 1e6

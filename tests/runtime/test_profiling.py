@@ -15,6 +15,7 @@ from typing import Any
 import fakes
 import numpy as np
 import onnx
+import psutil
 import pytest
 from bundles import MODEL, save_external, write_files, write_manifest
 from fakes import Fakes, write_fake
@@ -30,6 +31,7 @@ from slipcast.progress import Stages
 from slipcast.timing.component import measure_component
 from slipcast.timing.flame import WIDTH, Block, draw
 from slipcast.timing.measure import profile_run
+from slipcast.timing.memory import available_mb, peak_mb, resident_mb
 from slipcast.timing.page import _calls, render_page
 from slipcast.timing.table import render_table
 
@@ -272,6 +274,22 @@ class TestCommand:
 
 
 class TestMemory:
+    def test_of_this_process(self) -> None:
+        before = resident_mb()
+        held = np.ones(10_000_000)
+        assert held.nbytes / 1e6 - 1 < resident_mb() - before < held.nbytes / 1e6 + 20
+        most = peak_mb()
+        assert most >= resident_mb() - 5  # the kernel counts in batches
+        del held
+        assert min(peak_mb(), most) > resident_mb() + 50
+
+    @pytest.mark.parametrize(("limit", "expected"), [("4096000\n", 4.096), ("max\n", None), (f"{10**18}\n", None)])
+    def test_what_is_free_is_at_most_the_containers(self, tmp_path: Path, limit: str, expected: float | None) -> None:
+        free = available_mb(tmp_path / "nothing")
+        assert 10 < free < psutil.virtual_memory().total / 1e6
+        (tmp_path / "memory.max").write_text(limit)
+        assert available_mb(tmp_path / "memory.max") == (expected or pytest.approx(free, rel=0.5))
+
     def test_of_a_process_of_its_own(self, tmp_path: Path) -> None:
         """y = x + b, where b has 40 MB."""
         root, shape = tmp_path / "bundle", [1, 4, 1250, 2000]

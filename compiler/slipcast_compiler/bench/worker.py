@@ -25,7 +25,6 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to the log: the channel is ours alone
     here = Path(__file__).parent
-    memory = _load(here.parent / "memory.py")
     job = json.loads(sys.stdin.readline())
     try:
         side = _load(here / "sides" / job["side"])
@@ -37,7 +36,7 @@ def main() -> None:
         draw: Draw = side.open_side(job)
         _answer(channel, {"load_s": time.perf_counter() - begin, "about": side.describe()})
         for line in sys.stdin:
-            _answer(channel, _draw(draw, json.loads(line)) | {"peak_memory_mb": memory.peak_memory_mb()})
+            _answer(channel, _draw(draw, json.loads(line)) | {"peak_memory_mb": _peak_memory_mb()})
     except Exception as error:
         traceback.print_exc()
         _answer(channel, {"error": type(error).__name__, "message": str(error)})
@@ -50,6 +49,16 @@ def _draw(draw: Draw, request: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     np.save(request["file"], np.asarray(pictures, np.float32))
     return {"seconds": seconds, "components_s": components}
+
+
+def _peak_memory_mb() -> float:
+    """As slipcast.timing.memory.peak_mb, which is not installed everywhere."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith("VmHWM:"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 
 def _answer(channel: TextIO, content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVarTuple
 
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
-from slipcast_compiler.host.memory import peak_memory_mb
+from slipcast.timing.memory import peak_mb
 
 Ts = TypeVarTuple("Ts")
 
@@ -168,7 +168,7 @@ def _tied_to_parent() -> bool:
 def _outcome(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         result = function(*arguments, lambda done, total: pipe.send(("progress", (done, total))))
-        return "result", (result, peak_memory_mb())
+        return "result", (result, peak_mb())
     except BrokenPipeError:
         raise
     except Exception as error:

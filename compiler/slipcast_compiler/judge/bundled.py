@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from slipcast.engines import ENGINES
 from slipcast.progress import Advance
+from slipcast.timing.memory import resident_mb
 
 
 def make_images(
@@ -50,8 +50,8 @@ def make_images(
     }  # fmt: skip
 
 
-def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float | None:
-    """Megabytes that a component adds to a process when it is opened and run once; None where that cannot be told."""
+def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float:
+    """Megabytes that a component adds to a process when it is opened and run once."""
     import slipcast
 
     with slipcast.load(root, target=target, residency="sequential") as pipe:
@@ -62,18 +62,10 @@ def measure_memory(root: Path, target: str, component: str, advance: Advance) ->
         height, width = (min(image.tile, size // image.factor) for size in (image.height, image.width))
         free = {"batch": 1 if component == "vae_decoder" else 2, "tile_height": height, "tile_width": width}
         shapes = [[free.get(d, 1) if isinstance(d, str) else d for d in spec.shape] for spec in contract.inputs]
-        before = _resident_mb()
+        before = resident_mb()
         with pipe.residency.use(component) as engine:
             engine(
                 {spec.name: np.zeros(shape, spec.dtype) for spec, shape in zip(contract.inputs, shapes, strict=True)}
             )
-            after = _resident_mb()
-    return None if before is None or after is None else round(after - before, 1)
-
-
-def _resident_mb() -> float | None:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as status:
-            return int(status.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except OSError:
-        return None
+            after = resident_mb()
+    return round(after - before, 1)

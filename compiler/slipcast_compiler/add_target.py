@@ -21,7 +21,7 @@ from slipcast.bundle.reader import Bundle, check_digests, open_bundle
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
 from slipcast.progress import Advance, Stages
-from slipcast_compiler.engines import Source, build_target, declare
+from slipcast_compiler.engines import Source, Sources, build_target, declare
 from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.engines.pool import Pool
 from slipcast_compiler.engines.recording import record
@@ -30,8 +30,9 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.metrics import psnr
-from slipcast_compiler.precision.mixed import IMAGES, SAMPLES, check_cast, measure_cast
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.precision.mixed import IMAGES, SAMPLES, Found, check_cast, measure_cast
+from slipcast_compiler.recipe.seeds import CALIBRATION, GATE
+from slipcast_compiler.recipe.targets import TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -39,7 +40,6 @@ PORTABLE = "onnxruntime"  # the engine whose files are the graphs themselves
 # dB on the worst picture. Rounding stays above it (the reference model: bf16 at 48, INT8 at 37), and an engine that
 # reads its graph wrongly does not.
 LEAST_PSNR = 20.0
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def add_target(
                 pool.know(files, digests)
         with stages.stage("copy"):
             _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
-        sources, casts = _sources(bundle, portable, digests), {}
+        sources, casts = _sources(bundle, portable, digests), Found()
         if table.half:
             exact, measured = _measured(bundle, portable, digests)
             with stages.stage("record inputs") as advance:
@@ -89,7 +89,7 @@ def add_target(
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
-            target = build_target(table, sources, bundle.manifest.image, pool, cache, advance, casts=casts)
+            target = build_target(table, Sources(sources, bundle.manifest.image), pool, cache, advance, casts)
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)
@@ -120,12 +120,13 @@ def _measured(bundle: Bundle, portable: Target, digests: dict[str, str]) -> tupl
 def _inputs(bundle: Bundle, target: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
     """What the target's components read and give; see mixed_precision.measure_cast."""
     prompts: Sequence[str | None] = calibration_prompts(bundle)[:IMAGES] or [None]
+    images = tuple(zip(prompts, CALIBRATION.take(len(prompts)), strict=True))
     drawn_by = bundle.manifest.model_dump(mode="json", exclude={"targets", "quality", "performance"})
 
     def make(out: Path) -> None:
-        run_isolated(record, bundle.root, target.id, tuple(components), prompts, SAMPLES, out, advance=advance)
+        run_isolated(record, bundle.root, target.id, tuple(components), images, SAMPLES, out, advance=advance)
 
-    return cache.get("inputs", {"manifest": drawn_by, "target": target.id, "prompts": prompts}, make)
+    return cache.get("inputs", {"manifest": drawn_by, "target": target.id, "images": images}, make)
 
 
 def find_portable(manifest: Manifest, precision: str) -> Target:
@@ -217,7 +218,7 @@ def _remove_unused(folder: Path, before: Manifest, targets: Sequence[Target]) ->
 def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, images: int, stages: Stages) -> Addition:
     """Pictures of held-out prompts on both, with the same noise, each in a process of its own."""
     prompts: Sequence[str | None] = held_out_prompts(bundle) or [None]
-    chosen, seeds = [prompts[i % len(prompts)] for i in range(images)], range(SEED, SEED + images)
+    chosen, seeds = [prompts[i % len(prompts)] for i in range(images)], GATE.take(images)
     made = []
     for each in (portable, target):
         with stages.stage(f"pictures on {each.id}") as advance:

@@ -7,44 +7,48 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
-from slipcast.run.guard import FALLBACK, NEIGHBOURS
+from slipcast.run.guard import NEIGHBOURS
 from slipcast.sampling.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.judge.lpips import SMALLEST, find_weights
+from slipcast_compiler.judge.originals import Evaluation
 from slipcast_compiler.judge.scorer import find_scorer
-from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_file
+from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
+from slipcast_compiler.model.original import Drawing, Original, Prompts
+from slipcast_compiler.passes import Task
+from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand, outside
-from slipcast_compiler.recipe.recipe import Recipe, ReferenceTable
-from slipcast_compiler.search.space import Space
-
-Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
+from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.sampling import ReferenceTable
+from slipcast_compiler.recipe.seeds import CALIBRATION
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 MOST_GUARDED = 4096
 LEAST_TO_EXIT = 3
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with everything that it leaves open resolved against its checkpoint. `sizes`: see Architecture.sizes.
+    """A recipe with everything that it leaves open resolved against its checkpoint. `sampling` is the bundle's.
 
-    `sampling` is the bundle's.
+    Stages are not given a plan: its properties below are what each of them needs.
     """
 
     recipe: Recipe
     folder: Path
-    checkpoint: Checkpoint
+    original: Original
     family: Family | None  # None for an unconditional model
     sampling: Sampling
-    image: ImageGeometry
-    sizes: dict[str, int]
     out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The original's."""
+        return self.original.checkpoint
 
     @cached_property
     def reference(self) -> Sampling:
@@ -58,15 +62,32 @@ class Plan:
         return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
 
     @property
-    def prompts(self) -> Prompts:
+    def task(self) -> Task:
+        """What passes rewrite the denoiser for."""
+        drawing = calibration_drawing(self.original, self.measuring, self.family, self.recipe.profile)
+        guided = self.family is not None and self.sampling.guidance_scale > 1
+        return Task(drawing, self.recipe.targets[0], guided, self.recipe.profile.batch)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """What the bundle is judged on."""
+        recipe, family = self.recipe, self.family
+        return Evaluation(
+            self.original,
+            self.reference,
+            self.held_out,
+            self.out_of_family,
+            family.calibration + family.held_out if family else (),
+            recipe.evaluate,
+            recipe.gate,
+            self.folder,
+        )
+
+    @property
+    def held_out(self) -> Prompts:
         """The held-out prompts that the gate is measured on, one image each."""
         count = self.recipe.evaluate.images
         return self.family.held_out[:count] if self.family else (None,) * count
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        return self.image.width, self.image.height
 
     @property
     def closed_prompts(self) -> tuple[str, ...]:
@@ -74,12 +95,6 @@ class Plan:
         if not (self.family and self.family.closed):
             return ()
         return tuple(dict.fromkeys(("", *self.family.calibration, *self.family.held_out)))
-
-    @property
-    def full_steps(self) -> int:
-        """With [caching], how many of the steps evaluate the whole denoiser."""
-        asked = self.recipe.caching and self.recipe.caching.full_steps
-        return asked or math.ceil(self.sampling.steps / 2)
 
     @property
     def guarded_prompts(self) -> tuple[str, ...]:
@@ -91,57 +106,10 @@ class Plan:
         """The components that a table takes the place of: the text encoders, for a closed family."""
         return tuple(text.component for text in self.checkpoint.architecture.text) if self.closed_prompts else ()
 
-    @property
-    def prompt_table_bytes(self) -> int:
-        """Of the table for a closed family's prompts, without the header."""
-        texts, denoiser = self.checkpoint.architecture.text, self.checkpoint.architecture.components["denoiser"]
-        names = {name for text in texts for _, name in text.outputs}
-        row = sum(
-            math.prod(d if isinstance(d, int) else self.sizes[d] for d in given.shape[1:])
-            for given in denoiser.inputs
-            if given.name in names
-        )
-        return len(self.closed_prompts) * row * BYTES["fp32"]
-
-    def summary(self) -> dict[str, Any]:
-        """What --dry-run prints. Bytes are estimates from the numbers of parameters."""
-        parameters = {
-            name: sum(math.prod(weight.entry.shape) for weight in self.checkpoint.weights(source.folder).values())
-            for name, source in self.checkpoint.architecture.components.items()
-        }
-        if self.recipe.guard and self.recipe.guard.policy == "fallback":
-            parameters[FALLBACK] = parameters["denoiser"]
-        total = sum(parameters.values())
-        targets = [f"{t.engine}-{ENGINES[t.engine].device}-{t.precision}" for t in self.recipe.targets]
-        bundle = sum(
-            count * (BYTES[target.precision] if target.precision != "int8" or name == "denoiser" else BYTES["fp32"])
-            for target in self.recipe.targets
-            for name, count in parameters.items()
-            if name not in self.not_shipped
-        )  # the denoiser alone is int8, and fp32 is the most that the rest can be
-        return {
-            "name": self.recipe.name,
-            "model": self.checkpoint.name,
-            "family": {
-                "calibration": len(self.family.calibration) if self.family else 0,
-                "held_out": len(self.family.held_out) if self.family else 0,
-            },
-            "sampling": self.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
-            "reference": self.reference.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
-            "few_step": self.checkpoint.few_step_sampler is not None,
-            "image": f"{self.image.width}x{self.image.height}",
-            "components": {name: {"parameters": count} for name, count in parameters.items()},
-            "not_compiled": list(self.checkpoint.not_compiled),
-            "not_shipped": list(self.not_shipped),
-            "prompt_table": {"prompts": len(self.closed_prompts), "bytes": self.prompt_table_bytes},
-            "targets": targets,
-            "search": Space(self).summary() if self.recipe.search else None,
-            "judged_on": len(self.prompts),
-            "out_of_family": len(self.out_of_family),
-            "disk_bytes": {"bundle": bundle + self.prompt_table_bytes, "cache": bundle + total * 4},
-            # The original in fp32 is the largest thing that is ever in memory; 0.6 GB is torch itself.
-            "memory_bytes": 600_000_000 + total * 4 * 2,
-        }
+    def drawing(self, count: int) -> Drawing:
+        """Images of the first `count` calibration prompts, as the bundle samples."""
+        prompts: Prompts = self.family.calibration[:count] if self.family else (None,) * count
+        return Drawing(self.original, self.sampling, prompts, CALIBRATION.take(len(prompts)))
 
 
 def make_plan(recipe: Recipe, folder: Path) -> Plan:
@@ -182,26 +150,28 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             )  # fmt: skip
     sampling = _sampling(recipe.sampling, checkpoint)
     _check_sampling(recipe, checkpoint, sampling)
-    sizes = {
-        **checkpoint.sizes,
-        "latent_height": image.height // image.factor,
-        "latent_width": image.width // image.factor,
-    }
-    for text in checkpoint.architecture.text:  # a tokenizer may stop before its encoder would
-        sizes["text_length"] = min(sizes["text_length"], tokenizer_file(checkpoint, text.tokenizer)[1])
+    original = _original(checkpoint, image)
     strangers = outside(recipe.evaluate, family, folder) if family else ()
     if strangers and family and family.closed:
         raise RecipeError(
             "evaluate.out_of_family: a closed family's bundle takes no other prompts",
             expected="none, or an open family", got=f"{len(strangers)} prompts",
         )  # fmt: skip
-    plan = Plan(recipe, folder, checkpoint, family, sampling, image, sizes, strangers)
+    plan = Plan(recipe, folder, original, family, sampling, strangers)
     _check_guard(plan)
     _check_caching(plan)
     plan.reference.lay()
-    if recipe.search:
-        Space(plan)  # what it may turn is refused now
     return plan
+
+
+def _original(checkpoint: Checkpoint, image: ImageGeometry) -> Original:
+    """The checkpoint at this size, with the dimensions that are known."""
+    tokenizers = {text.tokenizer: read_tokenizer(checkpoint, text.tokenizer) for text in checkpoint.architecture.text}
+    _, height, width = image.latent_shape
+    sizes = {**checkpoint.sizes, "latent_height": height, "latent_width": width}
+    for tokenizer in tokenizers.values():  # which may stop before its encoder would
+        sizes["text_length"] = min(sizes["text_length"], tokenizer.length)
+    return Original(checkpoint, image, sizes, tokenizers)
 
 
 def replan(plan: Plan, recipe: Recipe) -> Plan:
@@ -237,10 +207,10 @@ def _check_caching(plan: Plan) -> None:
             f"[caching]: {sampling.sampler} evaluates the denoiser more often than once a step",
             expected="another sampler", got=sampling.sampler,
         )  # fmt: skip
-    if plan.full_steps >= sampling.steps:
+    if plan.recipe.caching.full_of(sampling.steps) >= sampling.steps:
         raise RecipeError(
             "caching.full_steps: no step is left that could be shallow",
-            expected=f"fewer than sampling.steps = {sampling.steps}", got=plan.full_steps,
+            expected=f"fewer than sampling.steps = {sampling.steps}", got=plan.recipe.caching.full_of(sampling.steps),
         )  # fmt: skip
 
 

@@ -1,255 +1,167 @@
-"""The benchmark's one JSON document: every figure that the table and the page show."""
+"""The benchmark's one JSON document: its format, and nothing of how it is measured, shown or written."""
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from slipcast.engines import cpu_threads
-from slipcast.sampling.samplers import find_sampler
-from slipcast_compiler.bench import figures
-from slipcast_compiler.bench.measure import Results
-from slipcast_compiler.bench.plan import BUNDLE, REFERENCE, BenchPlan, Options
-from slipcast_compiler.bench.process import Drawn
-from slipcast_compiler.bench.running import Measured
-from slipcast_compiler.judge.scorer import Scorer
+from pydantic import Field, JsonValue
 
-SCHEMA = "slipcast-bench/1"
-BUSY = 0.25  # load per core, before anything was started, from which figures are not to be trusted
+from slipcast.bundle.validation import Strict
+from slipcast_compiler.bench.plan import BUNDLE
+from slipcast_compiler.host.machine import Machine
+
+SCHEMA: Literal["slipcast-bench/1"] = "slipcast-bench/1"
 
 
-def make_document(plan: BenchPlan, results: Results, load_before: float | None) -> dict[str, Any]:
-    """Plain JSON; see the keys below. Seconds, megabytes (1e6 bytes), joules; `ratios` are peer / bundle."""
-    manifest = plan.bundle.manifest
-    pairs = {name: (results.measured[name], beside) for name, beside in results.beside.items()}
-    compile_s = round(sum(plan.record["stages_s"].values()), 1)
-    prompts, seeds = plan.requests(0, plan.options.images)
-    scorer, no_clip = _scorer(plan)
-    sides = {name: _side(measured) for name, measured in results.measured.items()}
-    for name, quality in _qualities(plan, results, scorer).items():
-        sides[name]["quality"] = quality
-    document = {
-        "schema": SCHEMA,
-        "name": manifest.name,
-        "command": command(plan),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "source_sha256": manifest.source_sha256,
-        "host": host() | {"load_before": load_before},
-        "settings": {
-            "images": plan.options.images, "batches": list(plan.options.batches), "threads": cpu_threads(),
-            "prompts": prompts, "seeds": seeds, "image": f"{manifest.image.width}x{manifest.image.height}",
-            "sampling": plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
-        },
-        "sides": sides,
-        "ratios": {name: _ratios(peer.seconds, bundle.seconds) for name, (peer, bundle) in pairs.items()},
-        "memory_ratios": {name: _ratios(_memory(peer), _memory(bundle)) for name, (peer, bundle) in pairs.items()},
-        "component_ratios": {name: found for name, pair in pairs.items() if (found := _component_ratios(*pair))},
-        "batch_ratios": {
-            name: {str(size): _ratios(_seconds(drawn), _seconds(bundle.batches[size])) for size, drawn in of.items()}
-            for name, (peer, bundle) in pairs.items() if (of := peer.batches)
-        },
-        "compile_s": compile_s,
-        "break_even": {
-            name: figures.break_even(compile_s, sides[name]["seconds"]["median"], sides[BUNDLE]["seconds"]["median"])
-            for name in pairs
-        },
-        "extrapolated": _extrapolated(plan, sides),
-        "missing": plan.missing,
-        "failed": results.failed,
-        "quality_reference": "diffusers in fp32" if results.reference is not None else None,
-    }  # fmt: skip
-    told = [
-        f"{name}, not run, would take {found['seconds']:.0f} s an image, {found['ratio']:.0f} times the bundle's: "
-        f"extrapolated from the {found['evaluations']} evaluations of {REFERENCE}"
-        for name, found in document["extrapolated"].items()
-    ]
-    return document | {"notes": [*_notes(plan, results, load_before, no_clip), *told]}
+class Spread(Strict):
+    """Of several images."""
+
+    median: float
+    min: float
+    max: float
 
 
-def command(plan: BenchPlan) -> str:
-    """What repeats the benchmark; environments of peers are taken to be there."""
-    options, default = plan.options, Options()
-    words = ["slipcast", "bench", str(plan.path)]
-    given: dict[str, tuple[Any, Any]] = {
-        "--model": (options.model, default.model), "--against": (options.against, default.against),
-        "--target": (options.target, default.target), "--images": (options.images, default.images),
-        "--batch": (options.batches, default.batches), "--steps": (options.steps, default.steps),
-    }  # fmt: skip
-    for option, (value, usual) in given.items():
-        if value != usual:
-            words += [option, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
+class Seconds(Spread):
+    """Of each image, one at a time."""
+
+    all: tuple[float, ...]
 
 
-def host() -> dict[str, Any]:
-    """The machine, without its name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor() or platform.machine()
-    try:
-        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
-    except (ValueError, OSError, AttributeError):
-        memory = None
-    return {
-        "processor": processor, "cores": cpu_threads(), "memory_gb": memory, "system": platform.system(),
-        "python": platform.python_version(),
-    }  # fmt: skip
+class Ratios(Spread):
+    """Peer / bundle, pair by pair."""
+
+    pairs: int
 
 
-def load_average() -> float | None:
-    """Of the last minute; None where the system has none."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+class Interval(Strict):
+    """A mean and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def _side(measured: Measured) -> dict[str, Any]:
-    seconds = measured.seconds
-    throughput = {"1": round(1 / figures.spread(seconds)["median"], 4)}
-    for size, drawn in measured.batches.items():
-        throughput[str(size)] = round(size / figures.spread(_seconds(drawn))["median"], 4)
-    disk = measured.side.disk_bytes + (_size(measured.side.prepared) if measured.side.prepared else 0)
-    return {
-        "title": measured.side.title,
-        "about": measured.about,
-        "images": len(seconds),
-        "seconds": {**_rounded(figures.spread(seconds)), "all": [round(s, 4) for s in seconds]},
-        "images_per_second": throughput,
-        "first_image_s": {"cold": round(measured.cold_s, 3), "warm": round(measured.warm_up_s[0], 4)},
-        "load_s": round(measured.load_s, 3),
-        "warm_up_s": [round(s, 4) for s in measured.warm_up_s],
-        "prepare_s": None if measured.prepare_s is None else round(measured.prepare_s, 2),
-        "peak_memory_mb": round(max(_memory(measured)), 1),
-        "peak_memory_mb_by_batch": {str(b): round(max(_peaks(d)), 1) for b, d in measured.batches.items()},
-        "gpu_memory_mb": max((each for each in measured.gpu_memory_mb if each is not None), default=None),
-        "disk_mb": round(disk / 1e6, 1),
-        "components_s": _components(measured),
-        "cost": measured.side.cost,
-        "energy_j": _energy(measured.joules),
-        "gpu_energy_j": _energy(measured.gpu_joules),
-        "quality": None,
-    }
+class Quality(Strict):
+    """Against the original's pictures of the same prompts and noise; None for what was not run."""
+
+    psnr_mean: Interval | None
+    ssim_mean: Interval | None
+    clip_delta_mean: Interval | None
 
 
-def _energy(joules: Sequence[float | None]) -> dict[str, float] | None:
-    known = [each for each in joules if each is not None]
-    return _rounded(figures.spread(known)) if len(known) == len(joules) else None
+class Cost(Strict):
+    """Of a bundle's denoiser on paper, for one row."""
+
+    multiply_adds: int
+    parameters: int
 
 
-def _components(measured: Measured) -> dict[str, float] | None:
-    """Mean seconds per image; `elsewhere` is what is left."""
-    parts = [each.components_s for each in measured.drawn]
-    first = parts[0]
-    if not first:
-        return None
-    means = {name: sum(part[name] for part in parts if part) / len(parts) for name in first}
-    left = sum(measured.seconds) / len(parts) - sum(means.values())
-    return _rounded({**means, "elsewhere": max(0.0, left)})
+class FirstImage(Strict):
+    """Seconds. Cold: from starting the process; warm: from the first request to a side that is loaded."""
+
+    cold: float
+    warm: float
 
 
-def _component_ratios(peer: Measured, bundle: Measured) -> dict[str, dict[str, float]]:
-    """Of the components that both sides tell the time of: other bundles do, peers of other makers do not."""
-    theirs, ours = ([drawn.components_s or {} for drawn in measured.drawn] for measured in (peer, bundle))
-    shared = [name for name in ours[0] if name in theirs[0]]
-    return {name: _ratios([part[name] for part in theirs], [part[name] for part in ours]) for name in shared}
+class SideFigures(Strict):
+    """What was seen of one side; keys of batches are their sizes. What was not measured is None."""
+
+    title: str
+    about: dict[str, JsonValue]
+    images: int
+    seconds: Seconds
+    images_per_second: dict[str, float]
+    first_image_s: FirstImage
+    load_s: float
+    warm_up_s: tuple[float, ...]
+    prepare_s: float | None
+    peak_memory_mb: float
+    peak_memory_mb_by_batch: dict[str, float]
+    gpu_memory_mb: float | None
+    disk_mb: float
+    components_s: dict[str, float] | None
+    cost: Cost | None = None
+    energy_j: Spread | None
+    gpu_energy_j: Spread | None
+    quality: Quality | None
 
 
-def _extrapolated(plan: BenchPlan, sides: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """What DDPM's 1000 evaluations would take where that is too long to run: from the time of each in `diffusers`."""
-    reference = sides.get(REFERENCE)
-    if "ddpm1000" in sides or not (reference and reference["components_s"]):
-        return {}
-    sampling, denoising = plan.sampling, reference["components_s"]["denoiser"]
-    # PNDM evaluates its second level twice.
-    evaluations = sampling.steps * find_sampler(sampling.sampler).evaluations + (sampling.sampler == "pndm")
-    seconds = reference["seconds"]["median"] + denoising * (1000 / evaluations - 1)
-    ratio = seconds / sides[BUNDLE]["seconds"]["median"]
-    return {"ddpm1000": {"seconds": round(seconds, 1), "ratio": round(ratio, 1), "evaluations": evaluations}}
+class Host(Machine):
+    """The machine, and its load before anything was started."""
+
+    load_before: float | None
 
 
-def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict[str, Any]:
-    reference = results.reference
-    if reference is None:
-        return {}
-    prompts, _ = plan.requests(0, plan.options.images)
-    before = scorer(reference, prompts) if scorer else None
-    found = {}
-    for name, measured in results.measured.items():
-        images = measured.images[: plan.options.images]  # a bundle that had several rounds drew them again
-        scores = (before, scorer(images, prompts[: len(images)])) if scorer and before is not None else None
-        values = figures.quality(reference, images, scores, pixels=measured.side.pixels)
-        found[name] = {metric: value and _rounded(value, 5) for metric, value in values.items()}
-    return found
+class Settings(Strict):
+    """What was asked of every side; `sampling` as the manifest has it, without its noise process."""
+
+    images: int
+    batches: tuple[int, ...]
+    threads: int
+    prompts: tuple[str | None, ...]
+    seeds: tuple[int, ...]
+    image: str
+    sampling: dict[str, JsonValue]
 
 
-def _scorer(plan: BenchPlan) -> tuple[Scorer | None, str | None]:
-    """The recipe's scorer, where its directory is found beside the checkpoint or here; a hub id is not downloaded."""
-    path = plan.record["recipe"]["evaluate"].get("scorer")
-    if plan.reference is None or not path:
-        return None, None
-    folders = [Path(".")]
-    if plan.checkpoint and str(plan.checkpoint.root).endswith("/" + plan.bundle.manifest.base_model):
-        folders.insert(0, Path(str(plan.checkpoint.root).removesuffix("/" + plan.bundle.manifest.base_model)))
-    for folder in folders:
-        if (folder / path).is_dir():
-            return Scorer(path, folder.resolve()), None
-    return None, f"CLIP was not run: the recipe's scorer {path} is not here"
+class Missing(Strict):
+    """Why a peer was not measured, and what installs it, where anything does."""
+
+    reason: str
+    install: str | None
 
 
-def _notes(plan: BenchPlan, results: Results, load_before: float | None, no_clip: str | None) -> list[str]:
-    notes = []
-    if load_before is not None and load_before > BUSY * cpu_threads():
-        notes.append(f"the machine was busy (load {load_before} on {cpu_threads()} cores): repeat it on a quiet one")
-    for name, measured in results.measured.items():
-        few = len(measured.drawn)
-        if measured.side.images is not None:
-            notes.append(f"{name} ran on {few} of {plan.options.images} images")
-        if not measured.side.batches and max(plan.options.batches) > 1:
-            notes.append(f"{name} ran one image at a time only")
-        if not measured.side.pixels and results.reference is not None:
-            notes.append(f"{name} takes another way to the picture: PSNR and SSIM would mean nothing and are not run")
-        if measured.about.get("bf16_is_native") is False:
-            notes.append(f"{name}: this processor has no bf16 instructions, so OpenVINO computed in fp32 instead")
-        if measured.side.job.get("compile"):
-            notes.append(f"{name}: the memory of torch's compile processes is not in its peak")
-    if results.no_reference:
-        notes.append(f"quality was not measured: {results.no_reference}")
-    if no_clip:
-        notes.append(no_clip)
-    if results.apart:
-        notes.append(f"every peer ran in turn with the bundle alone: {results.apart}")
-    if all(drawn.joules[0] is None for drawn in results.measured.values()):
-        notes.append("energy of the processor was not measured: this host does not let RAPL be read")
-    if not results.gpus:
-        notes.append("GPU memory and energy were not measured: no NVIDIA GPU, or nvidia-ml-py is not installed")
-    notes.append("compile_s is the sum of the report's stages; those that came from the cache took longer once")
-    return notes
+class Extrapolated(Strict):
+    """What a peer that was not run would take for an image, from so many evaluations of another."""
+
+    seconds: float
+    ratio: float
+    evaluations: int
 
 
-def _ratios(peer: list[float], bundle: list[float]) -> dict[str, float]:
-    return _rounded(figures.ratios(peer, bundle))
+class BenchDocument(Strict):
+    """Seconds, megabytes (1e6 bytes), joules. Ratios are of peer / bundle, by peer: above 1 the bundle is better.
+
+    `files`: where it was written, with its page; only where a command says so.
+    """
+
+    schema_: Annotated[Literal["slipcast-bench/1"], Field(alias="schema")] = SCHEMA
+    name: str
+    command: str
+    date: str
+    source_sha256: str
+    host: Host
+    settings: Settings
+    sides: dict[str, SideFigures]
+    ratios: dict[str, Ratios]
+    memory_ratios: dict[str, Ratios]
+    component_ratios: dict[str, dict[str, Ratios]] = Field(default_factory=dict)
+    batch_ratios: dict[str, dict[str, Ratios]]
+    compile_s: float
+    break_even: dict[str, int | None]
+    extrapolated: dict[str, Extrapolated] = Field(default_factory=dict)
+    missing: dict[str, Missing]
+    failed: dict[str, str]
+    quality_reference: str | None
+    notes: tuple[str, ...]
+    files: dict[Literal["json", "html"], str | None] | None = None
+
+    @property
+    def bundle(self) -> SideFigures:
+        """The side that all others are divided by."""
+        return self.sides[BUNDLE]
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written: plain JSON."""
+        return self.model_dump(mode="json", by_alias=True, exclude=None if self.files else {"files"})
 
 
-def _memory(measured: Measured) -> list[float]:
-    return _peaks(measured.drawn)
+def parse_document(text: str) -> BenchDocument:
+    """From its JSON text; pydantic's ValidationError where it is none."""
+    return BenchDocument.model_validate_json(text)
 
 
-def _peaks(drawn: Sequence[Drawn]) -> list[float]:
-    return [each.peak_memory_mb for each in drawn]
-
-
-def _seconds(drawn: Sequence[Drawn]) -> list[float]:
-    return [each.seconds for each in drawn]
-
-
-def _rounded(values: dict[str, float], digits: int = 4) -> dict[str, float]:
-    return {name: round(value, digits) for name, value in values.items()}
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def typed_document(plain: Mapping[str, Any]) -> BenchDocument:
+    """From plain JSON, which has lists for tuples."""
+    return BenchDocument.model_validate(plain, strict=False)

@@ -16,14 +16,14 @@ import numpy as np
 from slipcast.engines.targets import choose_target
 from slipcast.errors import SlipcastError
 from slipcast.progress import Advance, Stages
+from slipcast.timing import memory
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.figures import Floats
 from slipcast_compiler.bench.gpu import Gpus
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Side
 from slipcast_compiler.bench.process import SideProcess
 from slipcast_compiler.bench.running import Measured, Running, prepare
-from slipcast_compiler.host import memory
-from slipcast_compiler.plan import BYTES
+from slipcast_compiler.recipe.targets import BYTES
 
 ROUNDS = 3  # of each batch size above 1
 LIBRARIES_BYTES = 700_000_000  # of a side with torch, and what a small model needs to draw
@@ -98,9 +98,9 @@ def _groups(plan: BenchPlan, peers: list[Side]) -> tuple[list[Sequence[Side]], s
     target = choose_target(plan.bundle.manifest, plan.options.target)
     files = {each.weights or each.model for each in target.components.values()}
     weights = sum(plan.bundle.entry(name).size for name in files) * 4 // BYTES[target.precision]
-    free = memory.available_bytes()
+    free = memory.available_mb() * 1e6
     needed = (LIBRARIES_BYTES + weights * 3 // 2) * (1 + len(peers))
-    if len(peers) < 2 or free is None or needed <= free:
+    if len(peers) < 2 or needed <= free:
         return [peers], None
     why = f"{1 + len(peers)} sides may need {needed / 1e9:.1f} GB at once, of which {free / 1e9:.1f} GB are free"
     return [[peer] for peer in peers], why

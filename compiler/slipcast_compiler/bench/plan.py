@@ -107,7 +107,7 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
     prompts = tuple(record["family"]["held_out_prompts"]) if manifest.family else (None,)
     return BenchPlan(
         path, bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts
-    )  # fmt: skip
+    )
 
 
 def _open(path: Path) -> tuple[Bundle, dict[str, Any]]:
@@ -168,17 +168,19 @@ def _checkpoint(bundle: Bundle, model: Path | None, *, needed: bool) -> Checkpoi
         if model or needed:
             raise RequestError(
                 "the peers need the checkpoint that the bundle was compiled from",
-                expected=f"the directory of {manifest.base_model}", got=f"{root}, which is not here",
+                expected=f"the directory of {manifest.base_model}",
+                got=f"{root}, which is not here",
                 hint="name it with --model DIR",
-            )  # fmt: skip
+            )
         return None
     checkpoint = Checkpoint(root.resolve(), str(root))
     if checkpoint.sha256 != manifest.source_sha256:
         raise ArtifactError(
             f"{root}: not the checkpoint that the bundle was compiled from",
-            expected=f"sha256 {manifest.source_sha256}", got=checkpoint.sha256,
+            expected=f"sha256 {manifest.source_sha256}",
+            got=checkpoint.sha256,
             hint="name the right one with --model DIR",
-        )  # fmt: skip
+        )
     return checkpoint
 
 
@@ -218,11 +220,16 @@ def _peer_side(
         sampling = sampling.model_copy(update=dict(peer.sampling))
     scheduler = original.scheduler_for(sampling)
     job = {
-        "side": peer.side, "model": str(checkpoint.root), "sampling": sampling.model_dump(mode="json"),
-        "size": [image.width, image.height], "threads": cpu_threads(), "scheduler": scheduler,
+        "side": peer.side,
+        "model": str(checkpoint.root),
+        "sampling": sampling.model_dump(mode="json"),
+        "size": [image.width, image.height],
+        "threads": cpu_threads(),
+        "scheduler": scheduler,
         "latent": [image.channels, image.height // image.factor, image.width // image.factor],
-        "pipeline": checkpoint.index["_class_name"], **peer.options,
-    }  # fmt: skip
+        "pipeline": checkpoint.index["_class_name"],
+        **peer.options,
+    }
     python = interpreter(peer, venvs(options))
     assert python
     prepared, disk = None, sum(file.stat().st_size for file in checkpoint.files)

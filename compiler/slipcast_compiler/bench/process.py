@@ -49,9 +49,13 @@ class SideProcess(AbstractContextManager["SideProcess"]):
         self._begun = time.perf_counter()
         # -P: the worker's own folder holds modules with the names of libraries.
         self._process = subprocess.Popen(
-            [interpreter, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            text=True, env=_environment(interpreter, self._folder.name),
-        )  # fmt: skip
+            [interpreter, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=_environment(interpreter, self._folder.name),
+        )
         self._job = job
 
     @property

@@ -12,14 +12,16 @@ from urllib.parse import quote
 from slipcast.bundle.reader import open_bundle
 from slipcast.errors import RequestError
 from slipcast.progress import Stages
-from slipcast_compiler.bench.document import load_average, make_document
+from slipcast_compiler.bench.document import BenchDocument
 from slipcast_compiler.bench.measure import measure
 from slipcast_compiler.bench.plan import Options, check_names, make_plan, venvs, wanted_venvs
+from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.venvs import VENVS, make
+from slipcast_compiler.host.machine import load_average
 
 
 def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: bool, stages: Stages) -> dict[str, Any]:
-    """Measure, and write the document and its page: the document, with the paths of both under `files`."""
+    """Measure, and write the document and its page: the document as plain JSON, with the paths of both."""
     load_before = load_average()
     if output:
         _check(output)
@@ -32,25 +34,29 @@ def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: b
     plan = make_plan(bundle, options)
     document = make_document(plan, measure(plan, stages), load_before)
     output = output or _default_output(options.folder, plan.bundle.manifest.name)
-    return document | {"files": write(document, output, bundle / "report.html", stages)}
+    return write(document, output, bundle / "report.html", stages).plain()
 
 
-def write(document: dict[str, Any], output: Path, report: Path, stages: Stages) -> dict[str, str | None]:
-    """The JSON at `output` and the page beside it, which is left out, and said to be, on a host without jinja2.
+def write(document: BenchDocument, output: Path, report: Path, stages: Stages) -> BenchDocument:
+    """The JSON at `output` and the page beside it: the document with the paths of both under `files`.
 
-    The page links to the bundle's; not the other way round, since a bundle is sealed: what it does not list is refused.
+    The page is left out, and said to be, on a host without jinja2. It links to the bundle's; not the other way round,
+    since a bundle is sealed: what it does not list is refused.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    text = json.dumps(document.plain(), indent=2, ensure_ascii=False, allow_nan=False)
+    output.write_text(text + "\n", "utf-8")
+    page: Path | None = output.with_suffix(".html")
     try:
         from slipcast_compiler.bench.pages import render_page
     except ModuleNotFoundError:
         stages.say("no page: it needs jinja2; pip install 'slipcast[compiler]'")
-        return {"json": str(output), "html": None}
-    page = output.with_suffix(".html")
-    link = quote(Path(os.path.relpath(report, page.parent)).as_posix()) if report.is_file() else None
-    page.write_text(render_page(document, link), "utf-8")
-    return {"json": str(output), "html": str(page)}
+        page = None
+    else:
+        link = quote(Path(os.path.relpath(report, output.parent)).as_posix()) if report.is_file() else None
+        output.with_suffix(".html").write_text(render_page(document, link), "utf-8")
+    files = {"json": str(output), "html": page and str(page)}
+    return document.model_copy(update={"files": files})
 
 
 def _check(output: Path) -> None:

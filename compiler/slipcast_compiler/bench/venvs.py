@@ -73,6 +73,7 @@ def _run(command: list[str], folder: Path) -> None:
     if done.returncode:
         raise HostError(
             f"{folder}: the environment cannot be made",
-            expected=f"{' '.join(command[2:])} to succeed", got="\n".join(done.stderr.strip().splitlines()[-3:]),
+            expected=f"{' '.join(command[2:])} to succeed",
+            got="\n".join(done.stderr.strip().splitlines()[-3:]),
             hint="check the network and the package index, then repeat with --make-venvs",
-        )  # fmt: skip
+        )

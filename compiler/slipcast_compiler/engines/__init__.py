@@ -17,9 +17,9 @@ from slipcast.progress import Advance, Stages
 from slipcast_compiler.engines import onnxruntime, openvino, tensorrt
 from slipcast_compiler.engines.pool import Pool
 from slipcast_compiler.engines.timings import find_timings
+from slipcast_compiler.export.graphs import Check, Graphs
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.precision.quantize import Quantized
-from slipcast_compiler.recipe.recipe import REST, TargetTable
+from slipcast_compiler.recipe.targets import REST, TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -35,6 +35,10 @@ BUILDERS: dict[str, Callable[..., EngineFiles]] = {
 }
 
 
+Casts = Mapping[str, Mapping[str, Any]]  # by component, what stays in fp32 of it; see precision/mixed.py
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Source:
     """A component's portable graph, with its weights beside it; `identity`: a hash of all that it was made from."""
@@ -43,21 +47,30 @@ class Source:
     identity: str
 
 
-def exported_sources(exported: Mapping[str, Path], quantized: Quantized | None = None) -> dict[str, Source]:
-    """Of directories in the cache, which are named by such a hash; `quantized`: in place of the exported denoiser."""
-    folders = {**exported, **({"denoiser": quantized.folder} if quantized else {})}
-    return {name: Source(folder / f"{name}.onnx", folder.name) for name, folder in folders.items()}
+@dataclass(frozen=True)
+class Sources:
+    """What a target is built from. `check` sees whether an engine reads a denoiser in INT8 right."""
+
+    components: Mapping[str, Source]
+    image: ImageGeometry
+    check: Check | None = None
+
+
+def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
+    """Directories in the cache are named by a hash of their inputs; `int8`: with the quantised denoiser."""
+    quantized = graphs.quantized if int8 else None
+    folders = {**graphs.components, **({"denoiser": quantized.folder} if quantized else {})}
+    components = {name: Source(folder / f"{name}.onnx", folder.name) for name, folder in folders.items()}
+    return Sources(components, graphs.original.image, quantized.check if quantized else None)
 
 
 def build_targets(
+    graphs: Graphs,
     tables: tuple[TargetTable, ...],
-    exported: dict[str, Path],
-    image: ImageGeometry,
     folder: Path,
     cache: Cache,
     stages: Stages,
-    quantized: Quantized | None = None,
-    casts: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    casts: Mapping[str, Casts],
 ) -> list[Target]:
     """All targets, in the bundle at `folder`. One that fails does not keep the others from being built.
 
@@ -68,12 +81,10 @@ def build_targets(
     """
     pool, targets, failures = Pool(folder), [], dict[str, SlipcastError]()
     for table in tables:
-        chosen = quantized if table.precision == "int8" else None
-        sources, check = exported_sources(exported, chosen), chosen.check if chosen else None
+        sources = sources_of(graphs, table.precision == "int8")
         with stages.stage(f"build {table.name}") as advance:
             try:
-                own = casts.get(table.name, {})
-                targets.append(build_target(table, sources, image, pool, cache, advance, check, own))
+                targets.append(build_target(table, sources, pool, cache, advance, casts.get(table.name, NONE)))
             except SlipcastError as error:
                 logger.warning("%s failed; going on with the others", table.name)
                 failures[table.name] = error
@@ -88,30 +99,22 @@ def build_targets(
 
 
 def build_target(
-    table: TargetTable,
-    sources: Mapping[str, Source],
-    image: ImageGeometry,
-    pool: Pool,
-    cache: Cache,
-    advance: Advance,
-    check: Callable[[str, Path, EngineFiles], None] | None = None,
-    casts: Mapping[str, Any] = MappingProxyType({}),
+    table: TargetTable, sources: Sources, pool: Pool, cache: Cache, advance: Advance, casts: Casts = NONE
 ) -> Target:
     """Every component's engine for a target, from the cache or built, put into the bundle.
 
-    In int8 the denoiser's source is the quantised graph, and `check` sees whether the engine reads it right.
-    `casts`: of a target in half precision, which nodes stay in fp32, by component; see mixed_precision.measure_cast.
+    In int8 the denoiser's source is the quantised graph. `casts`: of a target in half precision, which nodes stay in
+    fp32, by component; see precision.mixed.measure_cast.
     """
     engines: dict[ComponentName, EngineFiles] = {}
-    for done, (name, source) in enumerate(sources.items()):
-        advance(done, len(sources))
+    for done, name in enumerate(sources.components):
+        advance(done, len(sources.components))
         rest = table.precision == "int8" and name != "denoiser"
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
-        fp32 = list(casts[name]["fp32"]) if name in casts else []
-        entry = _cached(own, name, source, image, cache, None if rest else check, fp32)
+        entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
         engines[cast(ComponentName, name)] = pool.add(entry, files, table.name)
-    return declare(table, sources, image).model_copy(update={"components": engines})
+    return declare(table, sources.components, sources.image).model_copy(update={"components": engines})
 
 
 def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Target:
@@ -121,27 +124,23 @@ def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry)
     return Target(engine=table.engine, device=device, precision=table.precision, components={}, built=bound)
 
 
-def _cached(
-    table: TargetTable,
-    name: str,
-    source: Source,
-    image: ImageGeometry,
-    cache: Cache,
-    check: Callable[[str, Path, EngineFiles], None] | None,
-    fp32: list[str],
-) -> Path:
-    bound = table.engine in tensorrt.LIBRARIES
-    options = [tensorrt.options(table, name, image)] if bound else []
+def _build_engine(table: TargetTable, name: str, sources: Sources, fp32: list[str], cache: Cache) -> Path:
+    """The cache's directory with one component's engine, and files.json, which names its files."""
+    bound, source = table.engine in tensorrt.LIBRARIES, sources.components[name]
+    options = [tensorrt.options(table, name, sources.image)] if bound else []
     timings = [find_timings(table.engine, cache.root)] if bound else []  # decide nothing but how long it takes
 
     def make(out: Path) -> None:
         files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings, fp32=fp32)
-        if check:
-            check(table.engine, out, files)
+        if sources.check and table.precision == "int8":
+            sources.check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())
 
     inputs = {
-        "source": source.identity, "component": name, "target": table.model_dump(exclude={"max_cast_error"}),
-        "options": [dataclasses.asdict(o) for o in options], "fp32": fp32,
-    }  # fmt: skip
+        "source": source.identity,
+        "component": name,
+        "target": table.model_dump(exclude={"max_cast_error"}),
+        "options": [dataclasses.asdict(each) for each in options],
+        "fp32": fp32,
+    }
     return cache.get("engine", inputs, make)

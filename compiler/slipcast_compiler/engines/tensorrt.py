@@ -30,7 +30,7 @@ from slipcast.progress import Advance
 from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.engines.timings import keep_timings, read_timings
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 logger = logging.getLogger("slipcast")
 

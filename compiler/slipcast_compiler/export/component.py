@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.architectures import ComponentSource
 from slipcast_compiler.model.checkpoint import Checkpoint, Weight, empty_module, find_weight
+from slipcast_compiler.model.original import Original
 from slipcast_compiler.model.rewrite import UNCHANGED, Rewrite, fit
-from slipcast_compiler.plan import Plan
 
 # The first opset with Attention as one operator; with GroupNormalization (21) it halves the number of nodes.
 OPSET = 23
@@ -36,8 +37,8 @@ OPSET = 23
 FREE = {"batch": (2, 63), "tile_height": (16, 1024), "tile_width": (24, 1024)}
 
 
-def export_component(
-    checkpoint: Checkpoint, name: str, sizes: dict[str, int], out: Path, rewrite: Rewrite = UNCHANGED
+def write_component(
+    checkpoint: Checkpoint, name: str, sizes: Mapping[str, int], out: Path, rewrite: Rewrite = UNCHANGED
 ) -> Component:
     """Write out/NAME.onnx and out/NAME.onnx.data in fp32, the graph of trace_component; and return its contract.
 
@@ -48,7 +49,9 @@ def export_component(
     return contract_of(model)
 
 
-def trace_component(checkpoint: Checkpoint, name: str, sizes: dict[str, int], rewrite: Rewrite = UNCHANGED) -> ir.Model:
+def trace_component(
+    checkpoint: Checkpoint, name: str, sizes: Mapping[str, int], rewrite: Rewrite = UNCHANGED
+) -> ir.Model:
     """A component's graph, whose weights are read when they are asked for; `sizes` are the dimensions that are known.
 
     `rewrite` holds tensors in place of the checkpoint's, and gives the module their structure.
@@ -76,15 +79,19 @@ def contract_of(model: ir.Model) -> Component:
     return Component(inputs=_specs(model.graph.inputs), outputs=_specs(model.graph.outputs))
 
 
-def cached_export(plan: Plan, name: str, cache: Cache, rewrite: Rewrite) -> Path:
-    """The cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, the component's contract."""
+def export_component(original: Original, name: str, cache: Cache, rewrite: Rewrite = UNCHANGED) -> Path:
+    """The cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, the component's contract.
+
+    `rewrite` is the denoiser's; other components take no part of it.
+    """
     rewrite = rewrite if name == "denoiser" else UNCHANGED
+    checkpoint, sizes = original.checkpoint, dict(original.sizes)
 
     def make(folder: Path) -> None:
-        contract = export_component(plan.checkpoint, name, plan.sizes, folder, rewrite)
+        contract = write_component(checkpoint, name, sizes, folder, rewrite)
         (folder / f"{name}.json").write_text(contract.model_dump_json())
 
-    inputs = {"checkpoint": plan.checkpoint.sha256, "component": name, "sizes": plan.sizes, "rewrite": rewrite.digest}
+    inputs = {"checkpoint": checkpoint.sha256, "component": name, "sizes": sizes, "rewrite": rewrite.digest}
     return cache.get("export", inputs, make)
 
 
@@ -99,7 +106,7 @@ class _Call(torch.nn.Module):  # type: ignore[misc]
         return self._call(self.model, *inputs)
 
 
-def _trace(module: torch.nn.Module, source: ComponentSource, sizes: dict[str, int]) -> ir.Model:
+def _trace(module: torch.nn.Module, source: ComponentSource, sizes: Mapping[str, int]) -> ir.Model:
     free = {name: Dim(name, min=1 if name == "batch" else 4, max=high) for name, (_, high) in FREE.items()}
     examples, dynamic = [], []
     for spec in source.inputs:
@@ -174,7 +181,7 @@ def _transpose_weights(graph: ir.Graph) -> None:
             del graph.initializers[weight.name]
 
 
-def _name_dimensions(model: ir.Model, source: ComponentSource, sizes: dict[str, int]) -> None:
+def _name_dimensions(model: ir.Model, source: ComponentSource, sizes: Mapping[str, int]) -> None:
     """Call free dimensions by their names in place of the tracer's symbols (s53)."""
     names = {}
     for value, spec in zip(model.graph.inputs, source.inputs, strict=True):

@@ -7,47 +7,56 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from safetensors.numpy import save_file
 
+from slipcast.bundle.manifest import EMBEDDINGS, FALLBACK, GuardRecord
+from slipcast.bundle.onnxfile import external_files
 from slipcast.bundle.tensorfile import read_header
 from slipcast.progress import Advance
-from slipcast.run.guard import EMBEDDINGS, FALLBACK, NEIGHBOURS, Floats, GuardRecord, embed, nearness
-from slipcast_compiler.export.component import cached_export
-from slipcast_compiler.export.prompts import encode, tokenizer_of
+from slipcast.run.guard import NEIGHBOURS, Floats, embed, nearness
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.graphs import Graphs
+from slipcast_compiler.export.prompts import encode, open_tokenizer
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.judge.evaluate import Run
-from slipcast_compiler.model.rewrite import UNCHANGED
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.host.files import link
+from slipcast_compiler.model.original import Original
+from slipcast_compiler.recipe.recipe import GuardTable
 
 TABLE = "guard.safetensors"
 DISTANCES = "distances.json"
 
 
-def cached_guard(plan: Plan, exported: dict[str, Path], cache: Cache, advance: Advance) -> Path:
-    """A directory with guard.safetensors, and the distance of each of the plan's guarded prompts to the others."""
+def add_guard(graphs: Graphs, table: GuardTable, prompts: tuple[str, ...], cache: Cache, advance: Advance) -> Graphs:
+    """With what tells strangers by their distance to these prompts, and, by the policy fallback, what draws them."""
+    original = graphs.original
 
     def make(out: Path) -> None:
-        embeddings = embed_prompts(plan, plan.guarded_prompts, exported, advance)
+        embeddings = embed_prompts(original, prompts, graphs.components, advance)
         save_file({EMBEDDINGS: embeddings}, out / TABLE)
         (out / DISTANCES).write_text(json.dumps(left_out(embeddings)))
 
+    texts = original.checkpoint.architecture.text
     inputs = {
-        "encoders": {text.component: exported[text.component].name for text in plan.checkpoint.architecture.text},
-        "prompts": plan.guarded_prompts, "source": plan.checkpoint.sha256, "text_length": plan.sizes["text_length"],
-        "input": _guarded_input(plan), "neighbours": NEIGHBOURS,
-    }  # fmt: skip
-    return cache.get("guard", inputs, make)
+        "encoders": {text.component: graphs.components[text.component].name for text in texts},
+        "prompts": prompts,
+        "source": original.checkpoint.sha256,
+        "text_length": original.sizes["text_length"],
+        "input": _guarded_input(original),
+        "neighbours": NEIGHBOURS,
+    }
+    strangers = {FALLBACK: _export_fallback(original, cache)} if table.policy == "fallback" else {}
+    return graphs.add(strangers, guard=(table, cache.get("guard", inputs, make)))
 
 
-def embed_prompts(plan: Plan, prompts: tuple[str, ...], exported: dict[str, Path], advance: Advance) -> Floats:
+def embed_prompts(
+    original: Original, prompts: tuple[str, ...], components: Mapping[str, Path], advance: Advance
+) -> Floats:
     """float32 [prompts, width], as the runtime embeds them, by encoders in fp32."""
-    ids, conditioning = encode(plan, prompts, exported, advance)
-    special = np.unique(tokenizer_of(plan, plan.checkpoint.architecture.text[0].tokenizer)([""]))
-    return embed(ids, conditioning[_guarded_input(plan)], special)
+    ids, conditioning = encode(original, prompts, components, advance)
+    special = np.unique(open_tokenizer(original, original.checkpoint.architecture.text[0].tokenizer)([""]))
+    return embed(ids, conditioning[_guarded_input(original)], special)
 
 
 def left_out(embeddings: Floats) -> list[float]:
@@ -61,54 +70,33 @@ def choose_threshold(distances: list[float], false_alarms: float) -> float:
     return sorted(distances)[rank - 1]
 
 
-def write_guard(plan: Plan, made: Path, folder: Path, requires: tuple[str, ...]) -> dict[str, Any]:
-    """Put the table into the bundle at `folder`; returns the manifest's fields, with what it `requires` so far."""
-    table = plan.recipe.guard
-    assert table
+def write_guard(original: Original, table: GuardTable, made: Path, folder: Path) -> GuardRecord:
+    """Put the table of embeddings into the bundle at `folder`; returns the manifest's record."""
     shutil.copyfile(made / TABLE, folder / TABLE)
     prompts, width = read_header(made / TABLE)[EMBEDDINGS].shape
-    record = GuardRecord(
-        policy=table.policy, table=TABLE, shape=(prompts, width), input=_guarded_input(plan),
+    return GuardRecord(
+        policy=table.policy,
+        table=TABLE,
+        shape=(prompts, width),
+        input=_guarded_input(original),
         threshold=choose_threshold(json.loads((made / DISTANCES).read_text()), table.false_alarms),
         false_alarms=table.false_alarms,
-    )  # fmt: skip
-    return {"guard": record, "requires": requires if table.policy == "warn" else (*requires, "guard")}
+    )
 
 
-def fallbacks(plan: Plan, cache: Cache) -> dict[str, Path]:
-    """What draws strangers, if anything does, as exported components are given."""
-    fallback = plan.recipe.guard and plan.recipe.guard.policy == "fallback"
-    return {FALLBACK: cached_fallback(plan, cache)} if fallback else {}
-
-
-def cached_fallback(plan: Plan, cache: Cache) -> Path:
-    """The checkpoint's denoiser as the component that draws strangers: neither rewritten, nor staged, nor in INT8."""
-    source = cached_export(plan, "denoiser", cache, UNCHANGED)
+def _export_fallback(original: Original, cache: Cache) -> Path:
+    """The checkpoint's denoiser as the component that draws strangers: neither rewritten, nor cut, nor in INT8."""
+    source = export_component(original, "denoiser", cache)
 
     def make(out: Path) -> None:
-        name = f"{FALLBACK}.onnx"
-        ir.save(ir.load(source / "denoiser.onnx"), out / name, external_data=f"{name}.data")
+        for name in external_files(source / "denoiser.onnx"):
+            link(source / name, out / name)
+        link(source / "denoiser.onnx", out / f"{FALLBACK}.onnx")
         shutil.copyfile(source / "denoiser.json", out / f"{FALLBACK}.json")
 
     return cache.get("fallback", {"source": source.name}, make)
 
 
-def count_alarms(plan: Plan, record: GuardRecord | None, runs: Mapping[str, Run]) -> dict[str, Any] | None:
-    """What the guard said of the prompts that pictures were judged on, by target; plain JSON, for the report."""
-    if not record:
-        return None
-    count, found = len(plan.prompts), {}
-    for target, run in runs.items():
-        strange = [distance > record.threshold for distance in run.distances]
-        found[target] = {"held_out": sum(strange[:count]), "out_of_family": sum(strange[count:])}
-    return {
-        **record.model_dump(mode="json"),
-        "alarms": found,
-        "held_out": count,
-        "out_of_family": len(plan.out_of_family),
-    }
-
-
-def _guarded_input(plan: Plan) -> str:
+def _guarded_input(original: Original) -> str:
     """The denoiser's input that the first text encoder gives, an embedding of each token."""
-    return plan.checkpoint.architecture.text[0].outputs[0][1]
+    return original.checkpoint.architecture.text[0].outputs[0][1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,38 +14,40 @@ from slipcast.bundle.manifest import Component, Cut, Sampling
 from slipcast.engines.onnxruntime import open_engine
 from slipcast.run.step_table import evaluated_timesteps
 from slipcast_compiler.export.component import contract_of
+from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.graph.cut import Binding, count_parts, cut
 from slipcast_compiler.graph.tidy import constant
+from slipcast_compiler.graph.weights import load, save_sharing
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import CutTable
 
 COMPONENTS = {"denoise": "denoiser", "prompt": "denoiser_prompt", "step": "denoiser_step"}
 STEP_TABLE, FIGURES = "steps.safetensors", "cut.json"
 
 
-def cached_parts(exported: Path, table: CutTable, cache: Cache) -> dict[str, Path]:
-    """By component, the cache's directory with NAME.onnx, NAME.onnx.data and NAME.json, as cached_export has it."""
+def cut_denoiser(graphs: Graphs, general: bool, cache: Cache) -> Graphs:
+    """With the denoiser's parts in its place; `general`: for timesteps other than the schedule's, too."""
+    components = export_parts(graphs.components["denoiser"], general, cache)
+    step = components["denoiser"]
+    return graphs.add(components, {"cut": json.loads((step / FIGURES).read_text())}, step=step)
+
+
+def export_parts(exported: Path, general: bool, cache: Cache) -> dict[str, Path]:
+    """By component, the cache's directory with NAME.onnx, its weights and NAME.json, as export_component has it."""
 
     def make(folder: Path) -> None:
         # The runtime has no place yet for what is computed once per prompt and step: that stays in the loop.
-        parts = cut(ir.load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
+        parts = cut(load(exported / "denoiser.onnx"), (Binding.STEP, Binding.PROMPT))
         figures = count_parts(parts)
         _pack(parts.graphs["step"].graph, parts.graphs["denoise"].graph)
         for name, model in parts.graphs.items():
             component = COMPONENTS[name]
-            ir.save(model, folder / f"{component}.onnx", external_data=f"{component}.onnx.data")
+            save_sharing(model, folder / f"{component}.onnx")
             (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
         (folder / FIGURES).write_text(json.dumps(figures))
 
     folder = cache.get("parts", {"source": exported.name}, make)
     shipped = [name for name in COMPONENTS.values() if (folder / f"{name}.json").is_file()]
-    return {name: folder for name in shipped if name != "denoiser_step" or table.general}
-
-
-def read_figures(stages: Path) -> dict[str, Any] | None:
-    """graph.cut.count_parts, of a directory of cached_parts; None of a denoiser that was not cut."""
-    file = stages / FIGURES
-    return json.loads(file.read_text()) if file.is_file() else None
+    return {name: folder for name in shipped if name != "denoiser_step" or general}
 
 
 def _pack(step: ir.Graph, loop: ir.Graph) -> None:
@@ -75,12 +76,11 @@ def _pack(step: ir.Graph, loop: ir.Graph) -> None:
     loop.insert_before(loop[0], [split, *shaped])
 
 
-def write_step_table(stages: Path, sampling: Sampling, folder: Path) -> dict[str, Any]:
-    """Evaluate the step graph, in fp32, at every timestep of the schedule; returns the manifest's fields."""
-    contract = Component.model_validate_json((stages / "denoiser_step.json").read_text())
+def write_step_table(step: Path, sampling: Sampling, folder: Path) -> Cut:
+    """Evaluate the step graph, in fp32, at every timestep of the schedule; returns the manifest's record."""
+    contract = Component.model_validate_json((step / "denoiser_step.json").read_text())
     timesteps = evaluated_timesteps(sampling, sampling.lay())
-    with open_engine(stages / "denoiser_step.onnx", None, "fp32") as engine:
+    with open_engine(step / "denoiser_step.onnx", None, "fp32") as engine:
         rows = [engine({"timestep": np.array([timestep], np.float32)}) for timestep in timesteps]
     (folder / STEP_TABLE).write_bytes(save({name: np.stack([row[name] for row in rows]) for name in rows[0]}))
-    cut_record = Cut(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)
-    return {"cut": cut_record}
+    return Cut(step_table=STEP_TABLE, timesteps=timesteps, rows=contract.outputs)

@@ -1,10 +1,9 @@
-"""How far a bundle's pictures are from the original's, beside the noise floors; and the gate."""
+"""The bundle through the runtime, as a host would run it, against the original: every target that can run here."""
 
 from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,112 +12,55 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import Comparison, Metrics, Performance, Quality, Target
+from slipcast.bundle.manifest import Comparison, GuardRecord, Metrics, Performance, Quality, Target
 from slipcast.engines import refusal
 from slipcast.errors import HostError
-from slipcast.progress import Advance
-from slipcast_compiler.host.cache import Cache
+from slipcast.progress import Advance, Stages
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.judge import bundled
+from slipcast_compiler.judge.gate import GateRow, apply_gate
 from slipcast_compiler.judge.lpips import Lpips
 from slipcast_compiler.judge.metrics import Reference, Samples, choose_captions, intervals, summarise
+from slipcast_compiler.judge.originals import Evaluation, Originals, Run, measure_original, read_run
 from slipcast_compiler.judge.scorer import Scorer
-from slipcast_compiler.model import original
-from slipcast_compiler.plan import Plan, Prompts
-from slipcast_compiler.recipe.recipe import GateTable
 
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
-MEASURED = 3  # images that time and memory of the original are taken from
-# label, field of GateTable, metric, and what holds it: it is at most the limit, at least, or falls by at most that.
-LIMITS = (
-    ("CLIP drop, mean", "clip_drop", "clip_delta_mean", "drop"),
-    ("CLIP drop, worst image", "clip_drop_worst", "clip_delta_worst", "drop"),
-    ("Retrieval drop", "retrieval_drop", "retrieval_drop", "at most"),
-    ("LPIPS, mean", "lpips", "lpips_mean", "at most"),
-    ("SSIM, worst image", "ssim", "ssim_worst", "at least"),
-    ("PSNR, worst image (dB)", "psnr", "psnr_worst", "at least"),
-)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Pictures of one run, with time and memory; images float32 [n, h, w, 3] in [0, 1]."""
+class Judged:
+    """`targets`: all, with what was found of those that ran; by target id, what they drew, how the gate's limits hold,
+    and why others could not run here."""
 
-    images: Floats
-    seconds: tuple[float, ...]
-    load_s: float
-    peak_memory_mb: float
-    components_s: dict[str, float]
-    distances: tuple[float, ...] = ()  # of the prompts from the family, where the bundle has a guard
+    targets: tuple[Target, ...]
+    runs: Mapping[str, Run]
+    gates: Mapping[str, tuple[GateRow, ...]]
+    not_run: Mapping[str, str]
 
     @property
-    def latency_s(self) -> float:
-        """Median seconds of one image."""
-        return statistics.median(self.seconds)
+    def fields(self) -> dict[str, Any]:
+        """The manifest's; of the whole bundle is said what is of its first target that ran."""
+        first = next(target for target in self.targets if target.id in self.runs)
+        return {"targets": self.targets, "quality": first.quality, "performance": first.performance}
 
 
-@dataclass(frozen=True)
-class Originals:
-    """The unchanged model's pictures, float32 [n, h, w, 3]: the reference, and two runs that give the noise floors.
-
-    The reference goes on, after the held-out prompts, with those out of the family. `drawn`: the run of the held-out
-    ones, unless they came from the cache.
-    """
-
-    prompts: Prompts
-    seeds: tuple[int, ...]
-    fp32: Floats
-    bf16: Floats
-    other_seeds: Floats
-    drawn: Run | None = None
-
-
-@dataclass(frozen=True)
-class GateRow:
-    """One limit: `value` and `floor` are None where the metric was not run, `passed` where nothing was asked."""
-
-    metric: str
-    limit: float | None
-    value: float | None
-    floor: float | None
-    passed: bool | None
-
-
-def run_originals(plan: Plan, cache: Cache, advance: Advance) -> Originals:
-    """Reference pictures and the runs behind the noise floors, from the cache where nothing has changed."""
-    first, count, strangers = plan.recipe.evaluate.seed, len(plan.prompts), plan.out_of_family
-    seeds, others, last = (
-        tuple(range(begin, begin + length))
-        for begin, length in ((first, count), (first + count, count), (first + 2 * count, len(strangers)))
-    )
-    wanted: list[tuple[Prompts, tuple[int, ...], str, bool]] = [
-        (plan.prompts, seeds, "float32", True), (plan.prompts, seeds, "bfloat16", False),
-        (plan.prompts, others, "float32", False), (strangers, last, "float32", False),
-    ]  # fmt: skip
-    total, done, runs = 3 * count + len(strangers), 0, []
-    for prompts, chosen, dtype, timed in wanted:
-
-        def report(i: int, _: int, before: int = done) -> None:
-            advance(before + i, total)
-
-        if prompts:
-            runs.append(_drawn(plan, prompts, chosen, dtype, timed, cache, report))
-        done += len(prompts)
-    fp32, bf16, other_seeds, *rest = (images for images, _ in runs)
-    reference = np.concatenate([fp32, *rest])
-    return Originals((*plan.prompts, *strangers), seeds + last, reference, bf16, other_seeds, runs[0][1])
-
-
-def measure_original(plan: Plan, originals: Originals, advance: Advance) -> Run:
-    """Time and memory of the original in fp32, of this compile: pictures may come from a cache, figures may not."""
-    if originals.drawn:
-        return originals.drawn
-    prompts, seeds = originals.prompts[:MEASURED], originals.seeds[:MEASURED]
-    arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, "float32", True)
-    isolated = run_isolated(original.make_images, *arguments, advance=advance)
-    return _run(isolated.result, isolated.peak_memory_mb)
+def judge_targets(
+    evaluation: Evaluation, originals: Originals, folder: Path, targets: Sequence[Target], stages: Stages
+) -> Judged:
+    """Draw with every target of the bundle in `folder`, each in a process of its own."""
+    with stages.stage("evaluate original") as advance:
+        judge = open_judge(evaluation, originals)
+        before = measure_original(evaluation, originals, advance)
+    runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
+    for target in (target for target in targets if target.id not in not_run):
+        with stages.stage(f"evaluate {target.id}") as advance:
+            runs[target.id] = run = run_bundle(folder, target, originals, advance)
+            quality, found = judge(run), performance(before, run, measure_memory(folder, target))
+        judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
+        gates[target.id] = apply_gate(evaluation.gate, quality)
+    return Judged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run)
 
 
 def not_runnable(targets: Sequence[Target]) -> dict[str, str]:
@@ -136,15 +78,14 @@ def not_runnable(targets: Sequence[Target]) -> dict[str, str]:
 
 def measure_memory(root: Path, target: Target) -> dict[str, float]:
     """Megabytes that each component adds, each in a process of its own: freed memory is used again, and not seen."""
-    found = {name: run_isolated(bundled.measure_memory, root, target.id, name).result for name in target.components}
-    return {str(name): megabytes for name, megabytes in found.items() if megabytes is not None}
+    return {name: run_isolated(bundled.measure_memory, root, target.id, name).result for name in target.components}
 
 
 def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
     """The same prompts and seeds through the runtime, in a process of its own."""
     arguments = (root, target.id, originals.prompts, originals.seeds, len(originals.bf16))
     isolated = run_isolated(bundled.make_images, *arguments, advance=advance)
-    return _run(isolated.result, isolated.peak_memory_mb)
+    return read_run(isolated.result, isolated.peak_memory_mb)
 
 
 class Judge:
@@ -177,13 +118,12 @@ class Judge:
         return Quality(**_compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
 
 
-def open_judge(plan: Plan, originals: Originals) -> Judge:
-    """With the scorer and the weights that the recipe names."""
-    table = plan.recipe.evaluate
-    scorer = Scorer(table.scorer, plan.folder) if table.scorer else None
-    lpips = Lpips(plan.folder / table.lpips) if table.lpips else None
-    family = plan.family.calibration + plan.family.held_out if plan.family else ()
-    return Judge(originals, scorer, lpips, choose_captions(family))
+def open_judge(evaluation: Evaluation, originals: Originals) -> Judge:
+    """With the scorer and the weights that [evaluate] names."""
+    table, folder = evaluation.table, evaluation.folder
+    scorer = Scorer(table.scorer, folder) if table.scorer else None
+    lpips = Lpips(folder / table.lpips) if table.lpips else None
+    return Judge(originals, scorer, lpips, choose_captions(evaluation.captions))
 
 
 def _floor(samples: Samples) -> Metrics:
@@ -215,73 +155,16 @@ def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Perfor
     )
 
 
-def apply_gate(gate: GateTable, quality: Quality) -> tuple[GateRow, ...]:
-    """Every limit, with what the held-out prompts gave. What is not a number is missed, even without one."""
-    floor = quality.noise_floor["precision"]
-    rows = []
-    for label, field, metric, sense in LIMITS:
-        limit: float | None = getattr(gate, field)
-        sign = -1 if sense == "drop" else 1  # a drop is counted upwards
-        value, noise = (_signed(getattr(found, metric), sign) for found in (quality, floor))
-        passed = None
-        if limit is not None:
-            passed = value is not None and (value >= limit if sense == "at least" else value <= limit)
-        if value is not None and not math.isfinite(value):
-            passed = False
-        rows.append(GateRow(label, limit, value, noise, passed))
-    other = quality.out_of_family.psnr_worst if quality.out_of_family else None
-    if other is not None and not math.isfinite(other):  # no limit applies there, but a picture has to be one
-        rows.append(GateRow("PSNR out of the family, worst image (dB)", None, other, None, False))
-    return tuple(rows)
+def count_alarms(record: GuardRecord | None, runs: Mapping[str, Run], held_out: int) -> dict[str, Any] | None:
+    """What the guard said of the prompts that pictures were judged on, by target; plain JSON, for the report.
 
-
-def missed(gates: Mapping[str, tuple[GateRow, ...]]) -> list[str]:
-    """One line for every limit that does not hold."""
-    lines = []
-    for target, row in ((target, row) for target, rows in gates.items() for row in rows if row.passed is False):
-        value = "not run" if row.value is None else f"{row.value:.4f}"
-        lines.append(f"{target}: {row.metric} is {value}, limit {'none' if row.limit is None else row.limit}")
-    return lines
-
-
-def draw_original(
-    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, cache: Cache, advance: Advance
-) -> Floats:
-    """The original's pictures, by plan.reference, float32 [n, h, w, 3]; from the cache, or drawn."""
-    return _drawn(plan, prompts, seeds, dtype, False, cache, advance)[0]
-
-
-def _drawn(
-    plan: Plan, prompts: Prompts, seeds: tuple[int, ...], dtype: str, timed: bool, cache: Cache, advance: Advance
-) -> tuple[Floats, Run | None]:
-    """The pictures, and the run that drew them, if they were not in the cache; its seconds are worth something where it
-    was `timed`."""
-    inputs: dict[str, Any] = {
-        "checkpoint": plan.checkpoint.sha256, "sampling": plan.reference.model_dump(mode="json"), "size": plan.size,
-        "prompts": prompts, "seeds": seeds, "dtype": dtype,
-    }  # fmt: skip
-    runs = list[Run]()
-
-    def build(folder: Path) -> None:
-        arguments = (plan.checkpoint.root, plan.reference, plan.size, prompts, seeds, dtype, timed)
-        made = run_isolated(original.make_images, *arguments, advance=advance)
-        runs.append(_run(made.result, made.peak_memory_mb))
-        np.save(folder / "images.npy", made.result["images"])
-
-    images: Floats = np.load(cache.get("original", inputs, build) / "images.npy")
-    return images, runs[0] if runs else None
-
-
-def _run(made: dict[str, Any], peak_memory_mb: float) -> Run:
-    return Run(
-        made["images"],
-        tuple(map(float, made["seconds"])),
-        float(made["load_s"]),
-        peak_memory_mb,
-        made.get("components_s", {}),
-        tuple(made.get("distances", ())),
-    )
-
-
-def _signed(value: float | None, sign: int) -> float | None:
-    return None if value is None else 0.0 + sign * value  # not -0.0
+    The first `held_out` of each run are of the family.
+    """
+    if not record:
+        return None
+    found, others = {}, 0
+    for target, run in runs.items():
+        strange = [distance > record.threshold for distance in run.distances]
+        others = len(strange) - held_out
+        found[target] = {"held_out": sum(strange[:held_out]), "out_of_family": sum(strange[held_out:])}
+    return {**record.model_dump(mode="json"), "alarms": found, "held_out": held_out, "out_of_family": others}

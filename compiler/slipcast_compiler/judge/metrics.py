@@ -75,6 +75,7 @@ def interval(
 
     `statistic(*arrays [r, n])` reduces the last axis; images are resampled, the pairing is kept.
     """
+    # scipy.stats.bootstrap draws the same, takes half as long again, and refuses a single image.
     stacked = [np.asarray(sample, np.float64) for sample in samples]
     drawn = np.random.default_rng(seed).integers(0, len(stacked[0]), (resamples, len(stacked[0])))
     low, high = np.percentile(statistic(*(sample[drawn] for sample in stacked)), [2.5, 97.5])
@@ -130,9 +131,13 @@ class Reference:
     """The pictures that others are measured against, with what has to be computed of them once."""
 
     def __init__(
-        self, images: Floats, prompts: Sequence[str | None], scorer: Scorer | None = None, lpips: Lpips | None = None,
+        self,
+        images: Floats,
+        prompts: Sequence[str | None],
+        scorer: Scorer | None = None,
+        lpips: Lpips | None = None,
         captions: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`captions`: what retrieval chooses from; without a scorer neither it nor the CLIP score is run."""
         self._images, self._scorer, self._lpips = images, scorer, lpips
         self._before: Samples = {}

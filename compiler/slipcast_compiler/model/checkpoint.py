@@ -236,8 +236,17 @@ def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
     return next((weights[name] for name in candidates if name in weights), None)
 
 
-def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int]:
-    """(tokenizer.json, length in tokens, pad token id) as transformers reads them, from whichever file has them."""
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of a checkpoint: the content of tokenizer.json, the most tokens it gives, and the id that pads."""
+
+    data: bytes
+    length: int
+    pad_token_id: int
+
+
+def read_tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
+    """As transformers reads it, from whichever file has it; ArtifactError where it is not usable."""
     library, name = checkpoint.class_of(folder)
     try:
         with quiet():
@@ -245,11 +254,8 @@ def tokenizer_file(checkpoint: Checkpoint, folder: str) -> tuple[bytes, int, int
         # The version 4 of transformers wraps a Python tokenizer under this name; the fast one has the same vocabulary.
         if not hasattr(tokenizer, "backend_tokenizer"):
             tokenizer = library_class(library, f"{name}Fast").from_pretrained(checkpoint.root / folder)
-        return (
-            tokenizer.backend_tokenizer.to_str().encode(),
-            int(tokenizer.model_max_length),
-            int(tokenizer.pad_token_id),
-        )
+        data = tokenizer.backend_tokenizer.to_str().encode()
+        return Tokenizer(data, int(tokenizer.model_max_length), int(tokenizer.pad_token_id))
     except Exception as error:  # a missing file, an unknown token, a broken vocabulary: each is another type
         raise ArtifactError(
             f"{checkpoint.root / folder}: not a usable tokenizer", expected=f"the files of a {name}",

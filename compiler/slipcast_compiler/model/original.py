@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slipcast.bundle.manifest import Sampling
+from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.errors import ArtifactError
 from slipcast.progress import Advance
-from slipcast.sampling.denoiser import Evaluate, Guided, final_scale, initial_scale
+from slipcast.sampling.denoiser import final_scale, initial_scale
+from slipcast.sampling.guidance import Evaluate, Guided
 from slipcast.sampling.samplers import sample
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.model.checkpoint import library_class
+from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, library_class
+
+Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
+Images = tuple[tuple[str | None, int], ...]  # prompt and seed of each
 
 _SPACED = ("leading", "linspace", "trailing")
 _ALL = (*_SPACED, "karras", "exponential", "beta")
@@ -51,31 +56,73 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_images(
-    root: Path,
-    sampling: Sampling,
-    size: tuple[int, int],
-    prompts: Sequence[str | None],
-    seeds: Sequence[int],
-    dtype: str,
-    warm: bool,
-    advance: Advance,
-) -> dict[str, Any]:
-    """One image per prompt and seed, one at a time, in `dtype` (float32 or bfloat16); size is (width, height).
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint at the size it is compiled for. `sizes`: the dimensions that are known, by name (see
+    Architecture.sizes); `tokenizers`: by folder."""
+
+    checkpoint: Checkpoint
+    image: ImageGeometry
+    sizes: Mapping[str, int]
+    tokenizers: Mapping[str, Tokenizer]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.width, self.image.height
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images of the original: image i is of prompt i (None where it takes none) and of seed i."""
+
+    original: Original
+    sampling: Sampling
+    prompts: Prompts
+    seeds: tuple[int, ...]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that they depend on; plain JSON, for the cache's keys."""
+        return {
+            "checkpoint": self.original.checkpoint.sha256,
+            "sampling": self.sampling.model_dump(mode="json"),
+            "size": list(self.original.size),
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+        }
+
+    @property
+    def images(self) -> Images:
+        """Prompt and seed of each."""
+        return tuple(zip(self.prompts, self.seeds, strict=True))
+
+    @property
+    def guided(self) -> bool:
+        """Whether an image has two rows in the denoiser's batch."""
+        return self.prompts[0] is not None and self.sampling.guidance_scale > 1
+
+    def open(self, dtype: str = "float32") -> Any:
+        """The pipeline in diffusers that draws them."""
+        return open_pipeline(self.original.checkpoint.root, self.sampling, dtype)
+
+
+def make_images(drawing: Drawing, dtype: str, warm: bool, advance: Advance) -> dict[str, Any]:
+    """All images, one at a time, in `dtype` (float32 or bfloat16).
 
     Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each, and load_s. `warm`: so that the first image takes
     no longer than others, another is begun before it. The initial noise is drawn in float32
     whatever the dtype, so that pictures of two dtypes can be compared.
     """
     with quiet():
-        begin = time.perf_counter()
-        pipe = open_pipeline(root, sampling, dtype)
+        begin, sampling, size = time.perf_counter(), drawing.sampling, drawing.original.size
+        pipe = drawing.open(dtype)
         load_s = time.perf_counter() - begin
         if warm:
-            draw(pipe, _short(sampling), size, prompts[:1], seeds[:1])
+            draw(pipe, _short(sampling), size, drawing.prompts[:1], drawing.seeds[:1])
         pictures, seconds = [], []
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            advance(i, len(prompts))
+        for i, (prompt, seed) in enumerate(zip(drawing.prompts, drawing.seeds, strict=True)):
+            advance(i, len(drawing.seeds))
             begin = time.perf_counter()
             pictures.append(draw(pipe, sampling, size, [prompt], [seed])[0])
             seconds.append(time.perf_counter() - begin)
@@ -125,7 +172,7 @@ def has_scheduler(sampling: Sampling) -> bool:
     return known and not sampling.requires  # its pipelines guide every step
 
 
-def describe(sampling: Sampling, conditional: bool) -> str:
+def drawn_by(sampling: Sampling, conditional: bool) -> str:
     """What the reference pictures are drawn by."""
     if conditional and has_scheduler(sampling):
         return f"diffusers' pipeline with {SCHEDULERS[sampling.sampler][0]}"

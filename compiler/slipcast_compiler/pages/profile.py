@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from slipcast.bundle.profiles import RECORD_NAME, TENSORS_NAME, Floats, ProfileFile, summarise
 from slipcast_compiler.host import publish as publishing
+from slipcast_compiler.pages.charts import Axis, Cell, Line, heat_map, line_plot
 from slipcast_compiler.pages.page import render
 
-CELL, LETTER = 14, 5.3  # in units of the heat map's view box
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 50, 150, 14, 40  # of the curves: their names stand to the right of them
+COLOURS = 6  # of curves; those after them are dashed
+
+
+@dataclass(frozen=True)
+class Figures:
+    """`heat`: importance of heads by criterion; `changes` and `gap`: curves over the steps, where there are any."""
+
+    heat: dict[str, Markup]
+    changes: Markup | None
+    gap: Markup | None
 
 
 def publish(profile: ProfileFile, output: Path) -> None:
@@ -30,86 +39,68 @@ def publish(profile: ProfileFile, output: Path) -> None:
 
 def render_page(profile: ProfileFile) -> str:
     """profile.html."""
-    return render("profile.html", s=summarise(profile), **figures(profile))
+    return render("profile.html", s=summarise(profile), figures=figures(profile))
 
 
-def figures(profile: ProfileFile) -> dict[str, Any]:
-    """What the macros of profile.html draw: `heat`, by criterion, and `curves`."""
+def figures(profile: ProfileFile) -> Figures:
+    """What the pages draw of it."""
     steps = profile.group("steps")
     by_block = {block: curve for block, curve in profile.group("steps.feature_change").items() if len(curve)}
     gap = {"guidance gap": steps["guidance_gap"]} if len(steps["guidance_gap"]) else {}
-    plots = curves(by_block, steps["timesteps"][1:]), curves(gap, steps["timesteps"])
-    return {
-        "heat": {name: heat_map(profile.group(f"head.{name}")) for name in profile.criteria("head")},
-        "curves": [plot for plot in plots if plot],
+    return Figures(
+        {name: importance_map(profile.group(f"head.{name}"), name) for name in profile.criteria("head")},
+        curves(by_block, steps["timesteps"][1:], "change of features from step to step"),
+        curves(gap, steps["timesteps"], "guidance gap over the steps"),
+    )
+
+
+def importance_map(layers: Mapping[str, Floats], criterion: str) -> Markup:
+    """A row of each layer, a cell of each head, the stronger the higher its score ranks among all."""
+    rows = {
+        name: [
+            Cell(level, f"{name}, head {head}: {score:.4g}")
+            for head, (level, score) in enumerate(zip(levels, layers[name].tolist(), strict=True))
+        ]
+        for name, levels in ranked(layers).items()
     }
+    return heat_map(rows, f"importance of heads by {criterion}")
 
 
-def heat_map(layers: Mapping[str, Floats]) -> dict[str, Any]:
-    """A row of each layer, a cell of each head; `level` is its rank among all heads, 0 the least important, to 1.
+def ranked(layers: Mapping[str, Floats]) -> dict[str, list[float]]:
+    """The rank of each score among those of all layers, 0 the least to 1.
 
     Ranks, since criteria differ in scale by orders of magnitude, and pruning goes by rank.
     """
-    order = np.argsort(np.argsort(np.concatenate(list(layers.values())), kind="stable"))
-    levels = iter((order / max(len(order) - 1, 1)).tolist())
-    widest = max(map(len, layers.values()))
-    left = round(LETTER * max(map(len, layers)))
-    rows = [
-        {
-            "name": name, "y": i * CELL,
-            "cells": [
-                {"x": left + j * CELL, "level": round(next(levels), 3), "title": f"{name}, head {j}: {score:.4g}"}
-                for j, score in enumerate(scores.tolist())
-            ],
-        }
-        for i, (name, scores) in enumerate(layers.items())
-    ]  # fmt: skip
-    return {"rows": rows, "width": left + widest * CELL, "height": len(rows) * CELL, "cell": CELL}
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate(list(layers.values())), method="ordinal") - 1
+    split = np.split(ranks / max(len(ranks) - 1, 1), np.cumsum([len(scores) for scores in layers.values()])[:-1])
+    return {name: levels.tolist() for name, levels in zip(layers, split, strict=True)}
 
 
-def mask_map(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The heads that pruning kept (level 1) and removed (level 0), of layers as prune_heads reports them."""
-    kept = {
-        name: np.isin(np.arange(layer["heads"]), layer["kept"]).astype(np.float32) for name, layer in layers.items()
-    }
-    drawn = heat_map(kept)
-    for row, levels in zip(drawn["rows"], kept.values(), strict=True):
-        for head, (cell, level) in enumerate(zip(row["cells"], levels.tolist(), strict=True)):
-            cell |= {"level": level, "title": f"{row['name']}, head {head}: {'kept' if level else 'removed'}"}
-    return drawn
+def mask_map(layers: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The heads that pruning kept and removed, of layers as prune_heads reports them."""
+
+    def cells(name: str, heads: int, kept: Sequence[int]) -> list[Cell]:
+        return [Cell(float(i in kept), f"{name}, head {i}: {'kept' if i in kept else 'removed'}") for i in range(heads)]
+
+    rows = {name: cells(name, layer["heads"], layer["kept"]) for name, layer in layers.items()}
+    return heat_map(rows, "heads that are kept")
 
 
-def curves(values: Mapping[str, Floats], timesteps: Floats) -> dict[str, Any] | None:
+def curves(values: Mapping[str, Floats], timesteps: Floats, label: str) -> Markup | None:
     """One line of each curve over the evaluations of the denoiser, in their order; None where there is nothing."""
     if not values:
         return None
-    top = max(float(curve.max()) for curve in values.values()) or 1.0
-    last = max(len(timesteps) - 1, 1)
-
-    def x(i: int) -> float:
-        return round(LEFT + i / last * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - value / top * (HEIGHT - TOP - BOTTOM), 1)
-
     lines = [
-        {
-            "name": name, "kind": i % 6, "dashed": i >= 6, "end": y(float(curve[-1])),
-            "points": " ".join(f"{x(j)},{y(value)}" for j, value in enumerate(curve.tolist())),
-        }
+        Line(name, list(enumerate(curve.tolist())), kind=f"series-{i % COLOURS}", dashed=i >= COLOURS)
         for i, (name, curve) in enumerate(values.items())
-    ]  # fmt: skip
-    ticks = sorted({0, last // 2, last} & set(range(len(timesteps))))
-    return {
-        "lines": _labelled(lines), "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT,
-        "bottom": HEIGHT - BOTTOM, "x_ticks": [{"at": x(i), "label": f"{timesteps[i]:.0f}"} for i in ticks],
-        "y_ticks": [{"at": y(value), "label": f"{value:.2g}"} for value in (0.0, top / 2, top)],
-    }  # fmt: skip
-
-
-def _labelled(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Names at the right end of their lines, pushed apart where lines end close together."""
-    ordered = sorted(lines, key=lambda line: line["end"])
-    places = list(accumulate((line["end"] for line in ordered), lambda above, own: max(own, above + 13)))
-    over = max(0.0, places[-1] - (HEIGHT - BOTTOM + 6))
-    return [line | {"label_y": round(place - over, 1)} for line, place in zip(ordered, places, strict=True)]
+    ]
+    last = len(timesteps) - 1
+    x = Axis(
+        [0, last],
+        label="timestep",
+        ticks=sorted({0, last // 2, last} & set(range(len(timesteps)))),
+        form=lambda evaluation: f"{timesteps[int(evaluation)]:.0f}",
+    )
+    return line_plot(lines, x, Axis([0.0, max(float(curve.max()) for curve in values.values())]), label)

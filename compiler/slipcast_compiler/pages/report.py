@@ -7,28 +7,34 @@ import dataclasses
 import io
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tomli_w
 from PIL import Image
 
+from slipcast.bundle.profiles import open_profile_file
+from slipcast_compiler.export.graphs import Graphs
+from slipcast_compiler.graph.cost import cost
 from slipcast_compiler.host.cache import TOOLS, tool_versions
-from slipcast_compiler.judge.evaluate import GateRow, Originals, Run
+from slipcast_compiler.judge.evaluate import Judged, count_alarms
+from slipcast_compiler.judge.gate import GateRow
 from slipcast_compiler.judge.host_notes import host_notes
-from slipcast_compiler.judge.judging import Judged
+from slipcast_compiler.judge.originals import Originals
 from slipcast_compiler.model import original
 from slipcast_compiler.pages.page import render
 from slipcast_compiler.pages.profile import figures, mask_map
-from slipcast_compiler.plan import Plan
-from slipcast_compiler.profile.profile import Profile
-from slipcast_compiler.recipe.recipe import SamplingTable
-from slipcast_compiler.search import plots
+from slipcast_compiler.pages.record import Gated, finite, typed_record
+from slipcast_compiler.pages.search import figures as search_figures
+from slipcast_compiler.recipe.passes import PassesTable
+from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.sampling import SamplingTable
 
 SHOWN_PICTURES = 8
 ROW_WIDTH = 960  # CSS pixels for the pictures of one prompt; the page is bounded too, to about 10 MB
@@ -38,81 +44,109 @@ SHOWN_PROMPTS = 12
 DIFFERENCE_GAIN = 8
 FILES = ("report.json", "report.html")
 METRICS = {
-    "clip_score_mean": "CLIP score, mean", "clip_delta_mean": "CLIP change, mean",
-    "clip_delta_worst": "CLIP change, worst", "retrieval_precision": "Retrieval precision",
-    "retrieval_drop": "Retrieval drop", "lpips_mean": "LPIPS, mean", "flip_mean": "FLIP, mean",
-    "ssim_mean": "SSIM, mean", "ssim_worst": "SSIM, worst", "psnr_mean": "PSNR, mean (dB)",
+    "clip_score_mean": "CLIP score, mean",
+    "clip_delta_mean": "CLIP change, mean",
+    "clip_delta_worst": "CLIP change, worst",
+    "retrieval_precision": "Retrieval precision",
+    "retrieval_drop": "Retrieval drop",
+    "lpips_mean": "LPIPS, mean",
+    "flip_mean": "FLIP, mean",
+    "ssim_mean": "SSIM, mean",
+    "ssim_worst": "SSIM, worst",
+    "psnr_mean": "PSNR, mean (dB)",
     "psnr_worst": "PSNR, worst (dB)",
-}  # fmt: skip
+}
 
 Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
 
 
-def make_record(plan: Plan, fields: dict[str, Any], judged: Judged, seconds: dict[str, float]) -> dict[str, Any]:
-    """What report.json holds of every compile; plain JSON. What its stages found besides is for compile.py to add."""
+@dataclass(frozen=True)
+class Evidence:
+    """All that a compile found. `fields`: the manifest's; `casts`: by target, what stays in fp32; `searched` and
+    `exits`: what a search and early exit found, if they were asked for; `seconds`: by stage."""
+
+    recipe: Recipe
+    graphs: Graphs
+    fields: Mapping[str, Any]
+    originals: Originals
+    judged: Judged
+    casts: Mapping[str, Any]
+    searched: dict[str, Any] | None
+    exits: dict[str, Any] | None
+    seconds: Mapping[str, float]
+
+
+def make_record(evidence: Evidence) -> dict[str, Any]:
+    """What report.json holds; plain JSON."""
+    graphs, fields, judged = evidence.graphs, evidence.fields, evidence.judged
+    held_out = len(evidence.originals.bf16)
     return {
-        "name": plan.recipe.name,
+        "name": graphs.name,
         "compiled_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": fields["base_model"],
         "source_sha256": fields["source_sha256"],
-        "pipeline": plan.checkpoint.index["_class_name"],
+        "pipeline": graphs.original.checkpoint.index["_class_name"],
         "not_compiled": list(fields["not_compiled"]),
         "components": {name: component.model_dump(mode="json") for name, component in fields["components"].items()},
-        "family": plan.family
-        and {
-            **fields["family"].model_dump(mode="json"),
-            "calibration_examples": list(plan.family.calibration[:SHOWN_PROMPTS]),
-            "held_out_prompts": list(plan.prompts),
-            "out_of_family_prompts": list(plan.out_of_family),
-            "not_shipped": list(plan.not_shipped),
-            "prompt_table_bytes": plan.prompt_table_bytes,
-        },
+        "family": graphs.family and _family(evidence),
         "targets": [target.model_dump(mode="json") | {"id": target.id} for target in fields["targets"]],
         "gate": {target: [dataclasses.asdict(row) for row in rows] for target, rows in judged.gates.items()},
         "passed": _verdict(judged.gates),
         "not_run": dict(judged.not_run),
         "host_notes": host_notes(fields["targets"]),
-        "stages_s": seconds,
-        "recipe": resolve(plan),
+        "stages_s": dict(evidence.seconds),
+        "recipe": resolve(evidence.recipe, graphs),
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
-        "reference": plan.reference.model_dump(mode="json", exclude_none=True),
-        "original": original.describe(plan.reference, plan.family is not None),
+        "reference": graphs.reference.model_dump(mode="json", exclude_none=True),
+        "original": original.drawn_by(graphs.reference, graphs.family is not None),
         "tools": {tool: tool_versions()[tool] for tool in TOOLS},
+        "passes": {name: found for name, found in graphs.reports.items() if name in PassesTable.model_fields},
+        "mixed_precision": evidence.casts,
+        "search": evidence.searched,
+        "timesteps": graphs.reports.get("timesteps"),
+        "early_exit": evidence.exits,
+        "cut": graphs.reports.get("cut"),
+        "caching": graphs.reports.get("caching"),
+        "guard": count_alarms(fields["guard"], judged.runs, held_out),
+        "cost": cost(graphs.components["denoiser"] / "denoiser.onnx"),
     }
 
 
-def resolve(plan: Plan) -> dict[str, Any]:
-    """The recipe with everything that it left open as the plan resolved it; itself a valid recipe."""
-    recipe = plan.recipe.model_dump(mode="json", exclude_none=True)
-    for table in {"family", "evaluate"} & set(recipe):
-        recipe[table] = {key: value for key, value in recipe[table].items() if value not in ([], {})}
-    sampling = plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
-    if not plan.sampling.schedule:  # an explicit list has its own length
-        for given in (sampling, recipe["sampling"]):
+def _family(evidence: Evidence) -> dict[str, Any]:
+    """The prompts, as the page shows them, and what a closed family's bundle does without."""
+    graphs, prompts, held_out = evidence.graphs, evidence.originals.prompts, len(evidence.originals.bf16)
+    assert graphs.family
+    encoders = [text.component for text in graphs.original.checkpoint.architecture.text]
+    return {
+        **evidence.fields["family"].model_dump(mode="json"),
+        "calibration_examples": list(graphs.family.calibration[:SHOWN_PROMPTS]),
+        "held_out_prompts": list(prompts[:held_out]),
+        "out_of_family_prompts": list(prompts[held_out:]),
+        "not_shipped": [name for name in encoders if name not in graphs.components],
+        "prompt_table_bytes": graphs.prompts.stat().st_size if graphs.prompts else 0,
+    }
+
+
+def resolve(recipe: Recipe, graphs: Graphs) -> dict[str, Any]:
+    """The recipe with everything that it left open as it was resolved; itself a valid recipe."""
+    found = recipe.model_dump(mode="json", exclude_none=True)
+    for table in {"family", "evaluate"} & set(found):
+        found[table] = {key: value for key, value in found[table].items() if value not in ([], {})}
+    sampling = graphs.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
+    if not graphs.sampling.schedule:  # an explicit list has its own length
+        for given in (sampling, found["sampling"]):
             for key in {"steps", "schedule"} & set(given):
                 del given[key]
-    if recipe.pop("timesteps", None) or recipe.pop("reference"):  # what it inherited was not a list that was found
-        explicit = {"noise", "guidance_interval", "guidance_reuse"} | (set() if plan.reference.schedule else {"steps"})
-        recipe["reference"] = plan.reference.model_dump(mode="json", exclude=explicit, exclude_none=True)
-    if plan.recipe.caching:
-        recipe["caching"]["full_steps"] = plan.full_steps
-    chosen = recipe["sampling"] | sampling | {"width": plan.image.width, "height": plan.image.height}
-    recipe["sampling"] = dict(sorted(chosen.items(), key=lambda item: list(SamplingTable.model_fields).index(item[0])))
-    recipe["decode"] |= {"tile": plan.image.tile, "overlap": plan.image.overlap}
-    return recipe
-
-
-def dump_toml(table: dict[str, Any], path: tuple[str, ...] = ()) -> str:
-    """TOML of plain JSON data without null. Values come before the tables of the same table, as TOML demands."""
-    own = {key: value for key, value in table.items() if not _tables(value)}
-    text = "".join(f"{_toml_key(key)} = {_toml_value(value)}\n" for key, value in own.items())
-    for key in (key for key in table if key not in own):
-        here = (*path, _toml_key(key))
-        heading = ".".join(here)
-        for inner in _tables(table[key]):
-            text += f"\n[[{heading}]]\n" if isinstance(table[key], list) else f"\n[{heading}]\n"
-            text += dump_toml(inner, here)
-    return text
+    reference, image = graphs.reference, graphs.original.image
+    if found.pop("timesteps", None) or found.pop("reference"):  # what it inherited was not a list that was found
+        explicit = {"noise", "guidance_interval", "guidance_reuse"} | (set() if reference.schedule else {"steps"})
+        found["reference"] = reference.model_dump(mode="json", exclude=explicit, exclude_none=True)
+    if recipe.caching:
+        found["caching"]["full_steps"] = recipe.caching.full_of(graphs.sampling.steps)
+    chosen = found["sampling"] | sampling | {"width": image.width, "height": image.height}
+    found["sampling"] = dict(sorted(chosen.items(), key=lambda item: list(SamplingTable.model_fields).index(item[0])))
+    found["decode"] |= {"tile": image.tile, "overlap": image.overlap}
+    return found
 
 
 def shown(value: float | None, metric: str, more: int = 0) -> str:
@@ -134,38 +168,47 @@ def picture_width(natural: int, runs: int) -> int:
     return room // natural * natural or room
 
 
-def write(
-    folder: Path, record: dict[str, Any], originals: Originals, runs: Mapping[str, Run], profile: Profile | None
-) -> None:
+def write(folder: Path, record: dict[str, Any], evidence: Evidence) -> None:
     """Write report.json and report.html into `folder`."""
-    (folder / "report.json").write_text(
-        json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8"
-    )
+    originals, runs, profile = evidence.originals, evidence.judged.runs, evidence.graphs.profile
+    typed = typed_record(record)
+    text = json.dumps(finite(typed.plain()), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", "utf-8")
     natural = originals.fp32.shape[2]
     width = picture_width(natural, len(runs))
-    held_out = len(originals.bf16)
-
-    def rows(places: range) -> list[dict[str, Any]]:
-        return [
-            {
-                "prompt": originals.prompts[i] or "no prompt",
-                "seed": originals.seeds[i],
-                "original": _data_url(originals.fp32[i], width),
-                "runs": {name: _pair(originals.fp32[i], run.images[i], width) for name, run in runs.items()},
-            }
-            for i in places
-        ]
-
+    held_out, asked = len(originals.bf16), len(originals.prompts)
     page = render(
-        "report.html", {"shown": shown, "figure": figure}, record=record, run_ids=list(runs), gain=DIFFERENCE_GAIN,
-        rows=rows(range(min(held_out, SHOWN_PICTURES))), width=width, natural=natural, metrics=METRICS,
-        strangers=rows(range(held_out, min(len(originals.prompts), held_out + SHOWN_STRANGERS))),
-        gates={target: [_gate_row(row) for row in gate] for target, gate in record["gate"].items()},
-        recipe=dump_toml(record["recipe"]), profile=profile and figures(profile.file),
-        search_plots=plots.figures(record["search"]) if record["search"] else [], figure=figure,
-        **_passes(record["passes"]),
-    )  # fmt: skip
+        "report.html",
+        {"shown": shown, "figure": figure},
+        record=typed,
+        gain=DIFFERENCE_GAIN,
+        rows=_rows(evidence, range(min(held_out, SHOWN_PICTURES)), width),
+        strangers=_rows(evidence, range(held_out, min(asked, held_out + SHOWN_STRANGERS)), width),
+        width=width,
+        natural=natural,
+        metrics=METRICS,
+        gates={target: [_gate_row(row) for row in gate] for target, gate in typed.gate.items()},
+        recipe=tomli_w.dumps(typed.recipe),
+        profile=profile and figures(open_profile_file(profile)),
+        search_plots=search_figures(typed.search) if typed.search else [],
+        figure=figure,
+        **_passes(typed.passes),
+    )
     (folder / "report.html").write_text(page, "utf-8")
+
+
+def _rows(evidence: Evidence, places: range, width: int) -> list[dict[str, Any]]:
+    """Of these images the original's picture, and each run's with its difference."""
+    originals, runs = evidence.originals, evidence.judged.runs
+    return [
+        {
+            "prompt": originals.prompts[i] or "no prompt",
+            "seed": originals.seeds[i],
+            "original": _data_url(originals.fp32[i], width),
+            "runs": {name: _pair(originals.fp32[i], run.images[i], width) for name, run in runs.items()},
+        }
+        for i in places
+    ]
 
 
 def figure(value: Any) -> str:
@@ -198,44 +241,15 @@ def _verdict(gates: Mapping[str, tuple[GateRow, ...]]) -> bool | None:
     return all(checked) if checked else None
 
 
-def _gate_row(row: dict[str, Any]) -> dict[str, Any]:
+def _gate_row(row: Gated) -> dict[str, Any]:
     """A gate row in the page's words: changes of the CLIP score, negative is worse, where the gate counts drops."""
-    metric = row["metric"].replace("CLIP drop", "CLIP change")
-    sign = 1 if metric == row["metric"] else -1
-    numbers = {key: None if row[key] is None else sign * row[key] for key in ("value", "limit", "floor")}
-    same = row["passed"] is False and shown(numbers["value"], metric) == shown(numbers["limit"], metric)
+    metric = row.metric.replace("CLIP drop", "CLIP change")
+    sign = 1 if metric == row.metric else -1
+    given = {"value": row.value, "limit": row.limit, "floor": row.floor}
+    numbers = {key: None if number is None else sign * number for key, number in given.items()}
+    same = row.passed is False and shown(numbers["value"], metric) == shown(numbers["limit"], metric)
     texts = {key: shown(value, metric, 4 * same) for key, value in numbers.items()}
-    return {**texts, "metric": metric, "passed": row["passed"]} | ({"limit": "none"} if row["limit"] is None else {})
-
-
-def _plain(value: Any) -> Any:
-    """The same with "NaN" for what is not a number, which JSON does not have; null means "not run"."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return "NaN" if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tables(value: Any) -> list[dict[str, Any]]:
-    """The tables that a value has to be written as."""
-    if isinstance(value, dict):
-        return [value]
-    return value if isinstance(value, list) and value and all(isinstance(item, dict) for item in value) else []
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, str | bool):  # JSON's notation is TOML's, but for one character
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if not isinstance(value, list):
-        return repr(value)
-    items = [_toml_value(item) for item in value]
-    line = ", ".join(items)
-    return f"[{line}]" if len(line) < 100 else "[\n" + "".join(f"  {item},\n" for item in items) + "]"
+    return {**texts, "metric": metric, "passed": row.passed} | ({"limit": "none"} if row.limit is None else {})
 
 
 def _pair(reference: Picture, found: Picture, width: int) -> dict[str, str]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slipcast.bundle.manifest import HeadMask, LowRankLayer
-from slipcast.progress import Advance, Stages
+from slipcast.progress import Advance, Stages, silent
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
-from slipcast_compiler.passes import PASSES, Context
-from slipcast_compiler.plan import Plan
-
-if TYPE_CHECKING:
-    from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.passes import PASSES, Context, Task
+from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.recipe.passes import PassesTable
 
 REPORT = "report.json"
 
@@ -50,24 +48,27 @@ class Rewritten:
         return fields
 
 
-def needs_profile(plan: Plan) -> bool:
-    """Whether a pass of the recipe reads what was measured on the family."""
-    return any(PASSES[name].needs_profile(options) for name, options in plan.recipe.passes.chosen())
+def needs_profile(table: PassesTable) -> bool:
+    """Whether a pass that is on reads what was measured on the family."""
+    return any(PASSES[name].needs_profile(options) for name, options in table.chosen())
 
 
-def apply_passes(plan: Plan, profile: Profile | None, cache: Cache, stages: Stages) -> Rewritten:
-    """The denoiser rewritten by the recipe's passes, in the order of PASSES."""
+def apply_passes(table: PassesTable, task: Task, profile: Profile | None, cache: Cache, stages: Stages) -> Rewritten:
+    """The denoiser rewritten by the passes that are on, in the order of PASSES."""
     done = Rewritten()
-    for name, options in plan.recipe.passes.chosen():
+    for name, options in table.chosen():
         with stages.stage(f"pass {name}") as advance:
             inputs = {
-                "checkpoint": plan.checkpoint.sha256, "pass": name, "options": options.model_dump(mode="json"),
-                "before": done.rewrite.digest, "profile": profile.digest if profile else None,
-                **PASSES[name].reads(plan),
-            }  # fmt: skip
+                "checkpoint": task.calibration.original.checkpoint.sha256,
+                "pass": name,
+                "options": options.model_dump(mode="json"),
+                "before": done.rewrite.digest,
+                "profile": profile.digest if profile else None,
+                **PASSES[name].reads(task),
+            }
 
             def make(out: Path, name: str = name, before: Rewrite = done.rewrite, options: Any = options) -> None:
-                run_isolated(_run, name, options, plan, before, profile, out, advance=advance)
+                run_isolated(_run, name, options, Context(task, profile, silent), before, out, advance=advance)
 
             entry = cache.get("pass", inputs, make)
             written = Rewrite(entry / TENSORS) if (entry / TENSORS).exists() else done.rewrite
@@ -75,11 +76,10 @@ def apply_passes(plan: Plan, profile: Profile | None, cache: Cache, stages: Stag
     return done
 
 
-def _run(
-    name: str, options: Any, plan: Plan, before: Rewrite, profile: Profile | None, out: Path, advance: Advance
-) -> None:
+def _run(name: str, options: Any, context: Context, before: Rewrite, out: Path, advance: Advance) -> None:
     """One pass: its tensors on top of the earlier ones (none where it changed nothing), and its report, in `out`."""
-    result = PASSES[name].run(Denoiser(plan.checkpoint, before), Context(plan, profile, advance), options)
+    denoiser = Denoiser(context.task.calibration.original.checkpoint, before)
+    result = PASSES[name].run(denoiser, replace(context, advance=advance), options)
     if result.tensors:
         write_tensors(result.tensors, before, out / TENSORS)
     (out / REPORT).write_text(json.dumps(result.report, allow_nan=False))

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.progress import Advance
-
-if TYPE_CHECKING:
-    from slipcast_compiler.plan import Plan
-    from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.model.original import Drawing
+from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.recipe.targets import TargetTable
 
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What passes rewrite for. `calibration`: the images that the profile is made of, `batch` of which are drawn at
+    once; `target`: whose engine the rewritten layers are timed in, on one image, `guided` or not."""
+
+    calibration: Drawing
+    target: TargetTable
+    guided: bool
+    batch: int
 
 
 @dataclass(frozen=True)
 class Context:
     """`profile` is None where no pass needs one; `advance(done, total)` reports progress."""
 
-    plan: Plan
+    task: Task
     profile: Profile | None
     advance: Advance
 

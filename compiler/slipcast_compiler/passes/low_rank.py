@@ -15,37 +15,22 @@ rounded up to what vector registers hold, nothing is left to gain.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
-from slipcast.bundle.validation import Strict
 from slipcast.errors import NumericalError, RecipeError
-from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.recipe.options import Texts
+from slipcast_compiler.passes.context import Context, Floats, Result, Task
+from slipcast_compiler.recipe.passes import LowRank
 
 if TYPE_CHECKING:
     from slipcast_compiler.model.layers import LinearLayer
     from slipcast_compiler.model.rewrite import Denoiser
     from slipcast_compiler.passes.micro import Gain
-    from slipcast_compiler.plan import Plan
 
 WORTH = 0.9  # of the layer's multiplications: with more than this, no engine has been seen to gain
 FASTER = 1.05  # less than this is within the noise of the measurement
 MULTIPLE = 8  # ranks are rounded up to what vector registers hold
-
-
-class LowRank(Strict):
-    """`energy` is what each layer keeps of its output's; layers that match `protect` stay whole.
-
-    A layer is factorised where the first target's engine then runs it faster, or, with keep = "smaller", where its file
-    is smaller.
-    """
-
-    energy: Annotated[float, Field(gt=0, le=1)] = 0.999
-    keep: Literal["faster", "smaller"] = "faster"
-    protect: Texts = ()
 
 
 def needs_profile(options: LowRank) -> bool:
@@ -53,10 +38,10 @@ def needs_profile(options: LowRank) -> bool:
     return options.energy < 1
 
 
-def reads(plan: Plan) -> dict[str, Any]:
+def reads(task: Task) -> dict[str, Any]:
     """What the measurement depends on."""
-    guided = plan.family is not None and plan.sampling.guidance_scale > 1
-    return {"target": plan.recipe.targets[0].model_dump(mode="json"), "sizes": plan.sizes, "guided": guided}
+    sizes = task.calibration.original.sizes
+    return {"target": task.target.model_dump(mode="json"), "sizes": sizes, "guided": task.guided}
 
 
 def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
@@ -70,7 +55,7 @@ def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
         return Result(report=report)
     layers = linear_layers(denoiser.module)
     _check_protected(layers, options)
-    shapes = input_shapes(context.plan, denoiser.module)
+    shapes = input_shapes(context.task, denoiser.module)
     tensors: dict[str, Floats] = {}
     timed: dict[tuple[Any, ...], Gain] = {}  # layers of the same sizes cost the same
     for done, layer in enumerate(layers):
@@ -127,7 +112,7 @@ def _try(
         return {}, {**found, "kept": False, "why": "as many multiplications as before"}
     key = (shape, layer.inputs, layer.outputs, len(first))
     if key not in timed:
-        timed[key] = measure(context.plan.recipe.targets[0], shape, (weight,), (first, second))
+        timed[key] = measure(context.task.target, shape, (weight,), (first, second))
     gain = timed[key]
     faster = gain.speedup >= FASTER and gain.speedup_low > 1
     smaller = gain.bytes_after < gain.bytes_before

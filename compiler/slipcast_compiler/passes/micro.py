@@ -20,8 +20,8 @@ from slipcast.bundle.manifest import Component, TensorSpec
 
 if TYPE_CHECKING:
     from slipcast.engines import Engine
-    from slipcast_compiler.plan import Plan
-    from slipcast_compiler.recipe.recipe import TargetTable
+    from slipcast_compiler.passes.context import Task
+    from slipcast_compiler.recipe.targets import TargetTable
 
 Floats = npt.NDArray[np.float32]
 PAIRS = 21
@@ -45,7 +45,7 @@ class Gain:
         return asdict(self)
 
 
-def input_shapes(plan: Plan, module: Any) -> dict[str, tuple[int, ...]]:
+def input_shapes(task: Task, module: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every linear layer's input in one evaluation for one image; `module` is on the meta device.
 
     Layers that an evaluation does not run are not in it.
@@ -54,9 +54,9 @@ def input_shapes(plan: Plan, module: Any) -> dict[str, tuple[int, ...]]:
 
     from slipcast_compiler.model.layers import linear_layers
 
-    guided = plan.family is not None and plan.sampling.guidance_scale > 1
-    sizes = {**plan.sizes, "batch": 2 if guided else 1}
-    source = plan.checkpoint.architecture.components["denoiser"]
+    original = task.calibration.original
+    sizes = {**original.sizes, "batch": 2 if task.guided else 1}
+    source = original.checkpoint.architecture.components["denoiser"]
     examples = [
         torch.empty([d if isinstance(d, int) else sizes[d] for d in spec.shape], device="meta")
         for spec in source.inputs

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
-from slipcast.bundle.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
 from slipcast_compiler.passes.units import corrected, damped, select
-from slipcast_compiler.recipe.options import Texts, prunes_by_profile
+from slipcast_compiler.recipe.passes import PruneFFN
 
 if TYPE_CHECKING:
     from slipcast_compiler.model.layers import FeedForwardLayer
     from slipcast_compiler.model.rewrite import Denoiser
-
-Criterion = Literal["second_order", "taylor", "activation_energy_percentile", "magnitude", "random"]
-
-
-class PruneFFN(Strict):
-    """`ratio` of all neurons goes; the other options are those of prune_heads. Counts stay multiples of `multiple`,
-    which is what engines' kernels work in."""
-
-    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    criterion: Criterion = "second_order"
-    correct: bool = True
-    floor: Annotated[int, Field(ge=1)] = 16
-    multiple: Annotated[int, Field(ge=1)] = 16
-    protect: Texts = ()
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-def needs_profile(options: PruneFFN) -> bool:
-    """Whether the criterion or the correction reads the profile."""
-    return prunes_by_profile(options.ratio, options.criterion, options.correct)
 
 
 def run(denoiser: Denoiser, context: Context, options: PruneFFN) -> Result:

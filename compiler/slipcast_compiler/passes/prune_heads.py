@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
-from slipcast.bundle.validation import Strict
 from slipcast_compiler.passes.context import Context, Floats, Result
 from slipcast_compiler.passes.units import columns, corrected, removal_costs, select
-from slipcast_compiler.recipe.options import Texts, prunes_by_profile
+from slipcast_compiler.recipe.passes import PruneHeads
 
 if TYPE_CHECKING:
     from slipcast_compiler.model.layers import AttentionLayer
     from slipcast_compiler.model.rewrite import Denoiser
-
-Criterion = Literal[
-    "leave_one_out", "second_order", "taylor", "activation_energy_percentile", "magnitude", "random",
-]  # fmt: skip
-
-
-class PruneHeads(Strict):
-    """`ratio` of all heads goes; `floor` stay in every layer; layers that match `protect` keep all.
-
-    `correct` fits what remains of the output projection to the layer's output by least squares. `seed` is for the
-    criterion random, the control.
-    """
-
-    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    criterion: Criterion = "leave_one_out"
-    correct: bool = True
-    floor: Annotated[int, Field(ge=1)] = 1
-    protect: Texts = ()
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-def needs_profile(options: PruneHeads) -> bool:
-    """Whether the criterion or the correction reads the profile."""
-    return prunes_by_profile(options.ratio, options.criterion, options.correct)
 
 
 def run(denoiser: Denoiser, context: Context, options: PruneHeads) -> Result:

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from slipcast.bundle.validation import Strict
 from slipcast.errors import NumericalError, RecipeError
-from slipcast.sampling.denoiser import guide
-from slipcast_compiler.passes.context import Context, Result
+from slipcast.sampling.guidance import guide
+from slipcast_compiler.passes.context import Context, Result, Task
+from slipcast_compiler.recipe.passes import Recover
 
 if TYPE_CHECKING:
     import torch
 
     from slipcast.bundle.manifest import Sampling
+    from slipcast_compiler.model.original import Drawing
     from slipcast_compiler.model.rewrite import Denoiser
     from slipcast_compiler.passes.trajectories import Image, States
-    from slipcast_compiler.plan import Plan
 
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
@@ -37,30 +35,21 @@ WARM_UP = 0.1  # of the steps, over which the learning rate rises; from then on 
 LARGEST_GRADIENT = 1.0
 
 
-class Recover(Strict):
-    """`steps` of AdamW on `batch` states each. "full" trains all weights, "lora" a low-rank change of each linear
-    layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
-
-    steps: Annotated[int, Field(ge=0)] = 300
-    method: Literal["full", "lora"] = "full"
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-5
-    batch: Annotated[int, Field(ge=1)] = 8
-    fake_quant: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-
 def needs_profile(options: Recover) -> bool:
     """It samples for itself."""
     return False
 
 
-def reads(plan: Plan) -> dict[str, Any]:
+def reads(task: Task) -> dict[str, Any]:
     """What the trajectories depend on besides the checkpoint."""
-    training, validation = split(plan)
+    drawing = task.calibration
+    training, validation = split(drawing)
     return {
-        "sampling": plan.measuring.model_dump(mode="json"), "size": list(plan.size), "training": training,
+        "sampling": drawing.sampling.model_dump(mode="json"),
+        "size": list(drawing.original.size),
+        "training": training,
         "validation": validation,
-    }  # fmt: skip
+    }
 
 
 def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
@@ -74,13 +63,12 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
     import torch
 
     from slipcast_compiler.host.quiet import quiet
-    from slipcast_compiler.model.original import open_pipeline
     from slipcast_compiler.passes.trajectories import record
     from slipcast_compiler.profile.measure import evaluated_sigmas
 
-    plan, device = context.plan, "cuda" if torch.cuda.is_available() else "cpu"
-    images = split(plan)
-    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(plan.measuring)) + options.steps
+    task, device = context.task, "cuda" if torch.cuda.is_available() else "cpu"
+    drawing, images = task.calibration, split(task.calibration)
+    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(drawing.sampling)) + options.steps
 
     def advance(count: int) -> None:
         nonlocal done
@@ -88,19 +76,17 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
         context.advance(done, total)
 
     with quiet():
-        pipe = open_pipeline(plan.checkpoint.root, plan.measuring, "float32")
-    training, validation = (record(pipe, plan, part, advance).to(device) for part in images)
+        pipe = drawing.open()
+    training, validation = (record(pipe, task, part, advance).to(device) for part in images)
     student = denoiser.load(pipe).to(device)
     del pipe
-    tensors, found = train(student, training, validation, plan.measuring, options, advance)
+    tensors, found = train(student, training, validation, drawing.sampling, options, advance)
     return Result(tensors, {**report, **found, "device": device})
 
 
-def split(plan: Plan) -> tuple[list[Image], list[Image]]:
+def split(drawing: Drawing) -> tuple[list[Image], list[Image]]:
     """(training, validation) images of the calibration prompts, no prompt in both; RecipeError where there is one."""
-    from slipcast_compiler.profile.profile import calibration_images
-
-    images = list(zip(*calibration_images(plan), strict=True))
+    images = list(zip(drawing.prompts, drawing.seeds, strict=True))
     keys = list(dict.fromkeys(image[0] or image[1] for image in images))  # without prompts, seeds are told apart
     if len(keys) < 2:
         raise RecipeError(

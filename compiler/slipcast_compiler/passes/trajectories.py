@@ -10,7 +10,7 @@ import torch
 
 from slipcast.errors import NumericalError
 from slipcast_compiler.model.original import draw_noise, sample_latents
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.passes.context import Task
 from slipcast_compiler.profile.observe import first_bad
 
 Image = tuple[str | None, int]  # prompt, seed
@@ -43,17 +43,17 @@ class States:
         return output.unflatten(0, (len(chosen), rows))
 
 
-def record(pipe: Any, plan: Plan, images: Sequence[Image], advance: Callable[[int], None]) -> States:
+def record(pipe: Any, task: Task, images: Sequence[Image], advance: Callable[[int], None]) -> States:
     """All states of the images' trajectories; `advance(n)` is called after each evaluation of n images.
 
     NumericalError names the layer that is the first to give NaN or infinity.
     """
-    batch = plan.recipe.profile.batch
-    parts = [_record(pipe, plan, images[i : i + batch], i, advance) for i in range(0, len(images), batch)]
+    batch = task.batch
+    parts = [_record(pipe, task, images[i : i + batch], i, advance) for i in range(0, len(images), batch)]
     return States(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(States)))
 
 
-def _record(pipe: Any, plan: Plan, images: Sequence[Image], first: int, advance: Callable[[int], None]) -> States:
+def _record(pipe: Any, task: Task, images: Sequence[Image], first: int, advance: Callable[[int], None]) -> States:
     """The states of images in one batch, which are number `first` and following of all."""
     count = len(images)
     samples, timesteps, predictions = [], [], []
@@ -76,9 +76,9 @@ def _record(pipe: Any, plan: Plan, images: Sequence[Image], first: int, advance:
     handle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
-            noise, generators = draw_noise(pipe, plan.size, [seed for _, seed in images])
+            noise, generators = draw_noise(pipe, task.calibration.original.size, [seed for _, seed in images])
             prompts = [prompt for prompt, _ in images if prompt is not None] or None
-            sample_latents(pipe, plan.measuring, prompts, noise, generators)
+            sample_latents(pipe, task.calibration.sampling, prompts, noise, generators)
     finally:
         handle.remove()
     image = torch.arange(first, first + count).repeat(len(samples))

@@ -13,9 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.errors import NumericalError, RecipeError
+from slipcast_compiler.recipe.passes import PruneFFN, PruneHeads
 
 Floats = npt.NDArray[np.float32]
 DAMPING = 1e-4  # of the mean diagonal of H: directions that the samples hardly showed are not to be trusted
+
+
+def reads_profile(options: PruneHeads | PruneFFN) -> bool:
+    """Whether pruning reads the profile: for its criterion, or to correct what remains."""
+    return options.ratio > 0 and (options.correct or options.criterion not in ("magnitude", "random"))
 
 
 def select(

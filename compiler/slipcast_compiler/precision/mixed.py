@@ -26,17 +26,16 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import ComponentName, Target
+from slipcast.bundle.manifest import SHALLOW, ComponentName, Target
 from slipcast.bundle.reader import open_bundle
 from slipcast.engines import open_engine, refusal
 from slipcast.progress import Advance, Stages
-from slipcast.run.caching import SHALLOW
 from slipcast_compiler.engines import Source
 from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.precision.sensitivity import RANKED, search
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 logger = logging.getLogger("slipcast")
 

@@ -1,43 +1,13 @@
 """INT8 for the denoiser: one ONNX graph with QuantizeLinear and DequantizeLinear, which every engine reads.
 
-ONNX Runtime's quantiser does the mechanics, since it writes one graph that both engines read alike and that can be cut
-back layer by layer without calibrating again. Relative error of the prediction, and of the guided one, against fp32:
-the reference model, 32 samples to calibrate, 12 others to measure (onnxruntime 1.31, openvino 2026.4, NNCF 3.4):
-
-    quantiser, activations                                     in ONNX Runtime    in OpenVINO
-    ONNX Runtime, int8, as it writes it                        0.034  0.102       0.240  0.507
-    ONNX Runtime, int8, outputs of layers left in fp32         0.031  0.087       0.246  0.505
-    the same, and read by nothing but layers (qdq.select)      0.030  0.083       0.030  0.083
-    ONNX Runtime, uint8, as it writes it                       0.034  0.102       0.033  0.103
-    ONNX Runtime, uint8, outputs in fp32, select (used here)   0.028  0.069       0.028  0.069
-    NNCF on ONNX, its preset for transformers                  0.082  0.121       0.137  0.473
-    NNCF on the OpenVINO model, likewise                       -                  0.082  0.121
-
-So what OpenVINO gets wrong is a tensor in *signed* 8 bits that something besides layers reads too. Here it is the
-joined skip connections, which a norm reads beside the shortcut convolution. The mistake is in its low-precision
-transformations: with them switched off (LP_TRANSFORMS_MODE=NO) a signed graph is as good as in ONNX Runtime. Unsigned
-activations, and a Q/DQ pair that none but layers read, are each a cure; both are taken. Engines are checked all the
-same (Quantized.check). ONNX Runtime 1.31 in turn refuses signed activations from opset 21 on, unless the session says
-session.qdqisint8allowed.
+ONNX Runtime's quantiser does the mechanics: it writes one graph that can be cut back layer by layer without calibrating
+again. Activations are unsigned, and a Q/DQ pair is read by nothing but layers (qdq.select): OpenVINO 2026.4 gets a
+tensor in signed 8 bits wrong that something else reads too, and is right with either. Engines are checked all the same
+(EngineCheck). docs/passes.md has the measurements, and where the default of `max_error` comes from.
 
 TensorRT reads nothing but signed ones about zero. Unsigned ones about 128 are the same numbers: so where a target asks
 for them (`symmetric`), ranges are made symmetric and kept unsigned, CPU engines read that graph as any other, and
 build/tensorrt.py has it rewritten (qdq.make_signed). One graph serves all.
-
-SmoothQuant brings the guided error from 0.079 to 0.076 here. What errors mean in pictures, on OpenVINO with bf16 for
-the rest (8 held-out prompts, 10 steps), and where the default of `max_error` comes from:
-
-    kept of 169 layers    guided error    PSNR mean, worst    CLIP mean, worst
-    none                  0.076           43.0  38.2          -0.60 %  -2.26 %
-    5                     0.049           43.1  29.7          -0.05 %  -0.55 %
-    15                    0.026           46.9  37.1          -0.01 %  -0.26 %
-    30                    0.013           48.1  36.8          +0.01 %  -0.33 %
-    weights alone int8    0.008           50.3  44.8          +0.05 %  -0.16 %
-    all (bf16)            0.017           55.4  50.9          +0.02 %  -0.03 %
-
-In time, the reference model gains nothing: 27.6 ms against 28.4 ms for OpenVINO in bf16; and ONNX Runtime is slower,
-74 ms against 53 ms (medians, interleaved, on a busy machine). In memory, ONNX Runtime needs 68 MB (weights alone: 66)
-where fp32 needs 88; OpenVINO needs 132 (weights alone: 144) where bf16 needs 133.
 """
 
 from __future__ import annotations
@@ -50,73 +20,40 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from slipcast.bundle.manifest import Component, EngineFiles
-from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, RecipeError
 from slipcast.progress import Advance
+from slipcast_compiler.export.graphs import Graphs, Quantized
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.precision.sensitivity import prediction_error, search
-from slipcast_compiler.recipe.options import Texts
-
-if TYPE_CHECKING:
-    from slipcast_compiler.host.cache import Cache
-    from slipcast_compiler.plan import Plan
+from slipcast_compiler.recipe.passes import Quantize
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
 
 
-class QuantizeOptions(Strict):
-    """[passes.quantize]: how the denoiser of targets in int8 is quantised.
-
-    `weights_only`: weights alone are int8, for hosts with little memory or disk; activations are not.
-    `smooth_quant_alpha`: how much of the outliers moves from activations into weights, 0 for nothing.
-    `samples`: evaluations of the denoiser that ranges are taken from. `max_error`: the most that the guided prediction
-    may be off on them, as a relative L2 norm against fp32; the layers that do most damage are kept in higher precision
-    until it holds. `measurements`: how many choices of layers are tried for that, each on up to four samples; the fewer
-    there are for the layers to be told apart, the more are kept. `protect`: patterns of layers that are kept in any
-    case, such as "up_blocks.2.*". `symmetric`: ranges of activations are symmetric about zero, as TensorRT wants them;
-    its targets switch it on.
-    """
-
-    weights_only: bool = False
-    smooth_quant_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    samples: Annotated[int, Field(ge=1, le=9999)] = 32
-    max_error: Annotated[float, Field(gt=0)] = 0.03
-    measurements: Annotated[int, Field(ge=0)] = 200
-    protect: Texts = ()
-    symmetric: bool = False
-
-
 @dataclass(frozen=True)
-class Quantized:
-    """A directory with denoiser.onnx, its weights, and quantize.json, the `report`; and what engines are checked by."""
+class EngineCheck:
+    """Sees whether an engine gives what the quantised graph in `folder` says; see export.graphs.Check."""
 
     folder: Path
     samples: Path
     guidance: float
     max_error: float
 
-    @property
-    def report(self) -> dict[str, Any]:
-        """Layers quantised and kept, with the reason, and errors as measured; plain JSON."""
-        found: dict[str, Any] = json.loads((self.folder / "quantize.json").read_text())
-        return found
-
-    def check(self, engine: str, folder: Path, files: EngineFiles) -> None:
+    def __call__(self, engine: str, folder: Path, files: EngineFiles) -> None:
         """CheckFailed where an engine is further off than quantisation may be: it reads the graph in its own way.
 
         The rest of the engine runs in fp32 here, so that nothing else is measured.
         """
-        from slipcast_compiler.host.isolate import run_isolated
-
         contract = Component.model_validate_json((self.folder / "denoiser.json").read_text())
         paths = folder / files.model, folder / files.weights if files.weights else None
         if ENGINES[engine].available():
@@ -126,21 +63,19 @@ class Quantized:
         if error > self.max_error * ENGINE_MARGIN:
             raise CheckFailed(
                 f"{engine} gives other numbers for the INT8 denoiser than its graph says",
-                expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm", got=f"{error:.4f}",
+                expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm",
+                got=f"{error:.4f}",
                 hint="name the layers it gets wrong in passes.quantize.protect, or take another engine or precision",
-            )  # fmt: skip
+            )
 
 
-def quantize(plan: Plan, exported: Path, samples: Path, cache: Cache, advance: Advance) -> Quantized:
-    """The denoiser in `exported`, quantised on its `samples` (see calibration.py); from the cache, or made in a process
-    of its own. Raises RecipeError where a pattern of `protect` fits no layer."""
-    from slipcast_compiler.host.isolate import run_isolated
+def quantize(graphs: Graphs, samples: Path, options: Quantize, cache: Cache, advance: Advance) -> Graphs:
+    """With the denoiser in INT8 beside the one in fp32, calibrated on `samples` (see calibration.py).
 
-    options = plan.recipe.passes.quantize
-    assert options is not None
-    if any(table.precision == "int8" and ENGINES[table.engine].device == "cuda" for table in plan.recipe.targets):
-        options = options.model_copy(update={"symmetric": True})
-    guidance, own = plan.sampling.guidance_scale if plan.family else 1.0, samples / "denoiser"
+    From the cache, or made in a process of its own. Raises RecipeError where a pattern of `protect` fits no layer.
+    """
+    exported, own = graphs.components["denoiser"], samples / "denoiser"
+    guidance = graphs.sampling.guidance_scale if graphs.family else 1.0
 
     def make(out: Path) -> None:
         source = exported / "denoiser.onnx"
@@ -149,11 +84,14 @@ def quantize(plan: Plan, exported: Path, samples: Path, cache: Cache, advance: A
 
     # Both directories are named by the hash of all that they were made from.
     inputs = {"source": exported.name, "samples": samples.name, "options": options.model_dump(), "guidance": guidance}
-    return Quantized(cache.get("quantized", inputs, make), own, guidance, options.max_error)
+    folder = cache.get("quantized", inputs, make)
+    check = EngineCheck(folder, own, guidance, options.max_error)
+    report = json.loads((folder / "quantize.json").read_text())
+    return graphs.add(report={"quantize": report}, quantized=Quantized(folder, own, check))
 
 
 def quantize_graph(
-    source: Path, samples: Path, options: QuantizeOptions, guidance: float, out: Path, advance: Advance
+    source: Path, samples: Path, options: Quantize, guidance: float, out: Path, advance: Advance
 ) -> None:
     """Write out/denoiser.onnx, out/denoiser.onnx.data and out/quantize.json."""
     import onnx

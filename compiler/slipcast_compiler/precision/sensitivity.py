@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from slipcast.errors import NumericalError
 from slipcast.progress import Advance
-from slipcast.sampling.denoiser import guide
+from slipcast.sampling.guidance import guide
 
 Group = tuple[str, ...]  # layers that are neighbours in the graph
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from slipcast.bundle.manifest import Sampling
-from slipcast.sampling.denoiser import Denoiser, guide
+from slipcast.sampling.denoiser import Denoiser
+from slipcast.sampling.guidance import guide
 from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.model.layers import AttentionLayer, FeedForwardLayer, attention_layers, feed_forward_layers
 from slipcast_compiler.profile.observe import State, relative

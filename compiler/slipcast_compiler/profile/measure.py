@@ -6,7 +6,6 @@ at a few states of those trajectories, the ones that taylor and leave_one_out ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,11 @@ from slipcast.errors import NumericalError
 from slipcast.progress import Advance
 from slipcast.sampling.samplers import sample
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.plan import Prompts
+from slipcast_compiler.model.original import Drawing
+from slipcast_compiler.recipe.recipe import ProfileTable
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the process that measures is told."""
-
-    root: Path
-    sampling: Sampling
-    size: tuple[int, int]
-    prompts: Prompts
-    seeds: tuple[int, ...]
-    states: int
-    leave_one_out: str
-    batch: int
-
-
-def measure(job: Job, out: Path, advance: Advance) -> dict[str, Any]:
+def measure(drawing: Drawing, options: ProfileTable, out: Path, advance: Advance) -> dict[str, Any]:
     """Write all tensors of the profile to `out`; returns the record's fields that only the measurement knows."""
     import torch
     from safetensors.numpy import save_file
@@ -46,36 +32,37 @@ def measure(job: Job, out: Path, advance: Advance) -> dict[str, Any]:
     from slipcast_compiler.profile.observe import Observer
 
     with quiet():
-        pipe = original.open_pipeline(job.root, job.sampling, "float32")
+        pipe = drawing.open()
+    sampling, size = drawing.sampling, drawing.original.size
     module = pipe.unet.requires_grad_(False).eval()
-    sigmas = evaluated_sigmas(job.sampling)
-    wanted = chosen_states(len(job.prompts), len(sigmas), job.states)
-    exact = importance.is_exact(module, job.leave_one_out)
+    sigmas = evaluated_sigmas(sampling)
+    wanted = chosen_states(len(drawing.seeds), len(sigmas), options.states)
+    exact = importance.is_exact(module, options.leave_one_out)
     heads = sum(layer.heads for layer in attention_layers(module)) if exact else 2 * importance.PROBES
-    progress = _Progress(advance, len(job.prompts) * len(sigmas) + len(wanted) * (1 + heads))
+    progress = _Progress(advance, len(drawing.seeds) * len(sigmas) + len(wanted) * (1 + heads))
 
-    guided = job.prompts[0] is not None and job.sampling.guidance_scale > 1
-    observer = Observer(module, len(sigmas), guided, wanted, progress.add)
+    observer = Observer(module, len(sigmas), drawing.guided, wanted, progress.add)
     clean: dict[int, torch.Tensor] = {}
     kept = {image for image, _ in wanted}
     with torch.no_grad(), observer.watching():
-        for first in range(0, len(job.prompts), job.batch):
-            prompts, seeds = job.prompts[first : first + job.batch], job.seeds[first : first + job.batch]
+        for first in range(0, len(drawing.seeds), options.batch):
+            part = slice(first, first + options.batch)
+            prompts, seeds = drawing.prompts[part], drawing.seeds[part]
             observer.begin(first, len(seeds))
-            noise, generators = original.draw_noise(pipe, job.size, seeds)
+            noise, generators = original.draw_noise(pipe, size, seeds)
             text = [prompt for prompt in prompts if prompt is not None] or None
-            x = original.sample_latents(pipe, job.sampling, text, noise, generators)
+            x = original.sample_latents(pipe, sampling, text, noise, generators)
             clean |= {first + i: x[i : i + 1].clone() for i in range(len(x)) if first + i in kept}
 
     found = observer.results() | importance.magnitude(module)
     states = observer.states
-    found |= importance.taylor(module, job.sampling, states, clean, sigmas, progress.add)
+    found |= importance.taylor(module, sampling, states, clean, sigmas, progress.add)
     with torch.no_grad():
         if exact:
-            found |= importance.leave_one_out(module, job.sampling, states, job.batch, progress.add)
+            found |= importance.leave_one_out(module, sampling, states, options.batch, progress.add)
         else:
             advance_by = lambda count: progress.add(count * heads)  # noqa: E731
-            found |= importance.projected_leave_one_out(module, job.sampling, states, advance_by)
+            found |= importance.projected_leave_one_out(module, sampling, states, advance_by)
     _check_finite(found)
     save_file({name: np.ascontiguousarray(found[name]) for name in sorted(found)}, out)
     return {"leave_one_out": "exact" if exact else "projected", "shared_inputs": observer.inputs.shared()}

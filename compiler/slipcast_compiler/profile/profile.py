@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from slipcast.bundle.manifest import Sampling
 from slipcast.bundle.profiles import (
+    KINDS,
     RECORD_NAME,
     TENSORS_NAME,
     Floats,
@@ -21,16 +23,19 @@ from slipcast.bundle.profiles import (
     file_sha256,
     open_profile_file,
 )
+from slipcast.bundle.tensorfile import read_header
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.plan import Plan, Prompts
-from slipcast_compiler.profile.measure import Job, measure
+from slipcast_compiler.model.original import Drawing, Original
+from slipcast_compiler.profile.measure import measure
+from slipcast_compiler.recipe.family import Family
+from slipcast_compiler.recipe.recipe import ProfileTable
+from slipcast_compiler.recipe.seeds import PROFILE
 
 MIN_SAMPLES = 4  # below that many different prompts nothing may be chosen by what was measured
 FEW_SAMPLES = 8
-FIRST_SEED = 1 << 31
 SEEDS = 10**6  # of a profile's `seed`, before those of the next
 
 logger = logging.getLogger("slipcast")
@@ -104,48 +109,57 @@ def open_profile(path: Path) -> Profile:
     return Profile(path, open_profile_file(path))
 
 
-def make_profile(plan: Plan, cache: Cache, advance: Advance) -> Profile:
-    """Measure the plan's denoiser, or take the measurements from the cache where nothing has changed.
+def make_profile(drawing: Drawing, options: ProfileTable, name: str, cache: Cache, advance: Advance) -> Profile:
+    """Measure the denoiser while it draws, or take the measurements from the cache where nothing has changed.
 
-    Raises NumericalError, naming the layer, where it comes to NaN or infinity.
+    `name`: what the record is called. Raises NumericalError, naming the layer, where it comes to NaN or infinity.
     """
-    options = plan.recipe.profile
-    prompts, seeds = calibration_images(plan)
-    if (samples := len(set(prompts)) if plan.family else len(seeds)) < FEW_SAMPLES:
+    samples = len(set(drawing.prompts)) if drawing.prompts[0] is not None else len(drawing.seeds)
+    if samples < FEW_SAMPLES:
         logger.warning("the profile is made from %d calibration prompts only: what it ranks is uncertain", samples)
-    inputs: dict[str, Any] = {
-        "checkpoint": plan.checkpoint.sha256, "sampling": plan.measuring.model_dump(mode="json"),
-        "size": list(plan.size), "prompts": list(prompts), "seeds": list(seeds),
-        "options": options.model_dump(mode="json"),
-    }  # fmt: skip
+    inputs: dict[str, Any] = drawing.inputs | {"options": options.model_dump(mode="json")}
 
     def build(folder: Path) -> None:
         begin = time.perf_counter()
-        job = Job(plan.checkpoint.root, plan.measuring, plan.size, prompts, seeds, options.states,
-                  options.leave_one_out, options.batch)  # fmt: skip
-        done = run_isolated(measure, job, folder / TENSORS_NAME, advance=advance)
+        done = run_isolated(measure, drawing, options, folder / TENSORS_NAME, advance=advance)
         record = ProfileRecord(
-            name=plan.recipe.name, base_model=plan.checkpoint.name, inputs=inputs, samples=samples, **done.result,
+            name=name,
+            base_model=drawing.original.checkpoint.name,
+            inputs=inputs,
+            samples=samples,
+            **done.result,
+            rank_correlations={},
             tensors_sha256=file_sha256(folder / TENSORS_NAME),
-            peak_memory_mb=round(done.peak_memory_mb, 1), seconds=round(time.perf_counter() - begin, 1),
-        )  # fmt: skip
-        (folder / RECORD_NAME).write_text(record.model_dump_json(indent=1))
+            peak_memory_mb=round(done.peak_memory_mb, 1),
+            seconds=round(time.perf_counter() - begin, 1),
+        )
+        measured = ProfileFile(folder, record, read_header(folder / TENSORS_NAME))
+        ranked = {kind: rank_correlations(measured.pooled(kind)) for kind in KINDS}
+        (folder / RECORD_NAME).write_text(
+            record.model_copy(update={"rank_correlations": ranked}).model_dump_json(indent=1)
+        )
 
     return open_profile(cache.get("profile", inputs, build))
 
 
-def calibration_images(plan: Plan) -> tuple[Prompts, tuple[int, ...]]:
-    """The prompt (None where the model takes none) and the seed of each image; no seed is one of evaluate's.
+def rank_correlations(pooled: Mapping[str, Floats]) -> dict[str, float]:
+    """Spearman's, of every two criteria: 1 where both order alike, 0 also where one of them is constant."""
+    from scipy.stats import spearmanr
+
+    def correlation(a: Floats, b: Floats) -> float:
+        return round(float(spearmanr(a, b).statistic), 4) if np.ptp(a) and np.ptp(b) else 0.0
+
+    names = list(pooled)
+    return {f"{a} {b}": correlation(pooled[a], pooled[b]) for i, a in enumerate(names) for b in names[:i]}
+
+
+def calibration_drawing(
+    original: Original, sampling: Sampling, family: Family | None, options: ProfileTable
+) -> Drawing:
+    """The images that a profile is made of.
 
     Prompts are ranked by their hash, so that few of them are not all of one template, and more are those and others.
     """
-    options, evaluate = plan.recipe.profile, plan.recipe.evaluate
-    chosen: Sequence[str | None] = (None,) * options.prompts
-    if plan.family:
-        ranked = sorted(plan.family.calibration, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-        chosen = ranked[: options.prompts]
+    chosen: Sequence[str | None] = family.ranked[: options.prompts] if family else (None,) * options.prompts
     prompts: Any = tuple(prompt for prompt in chosen for _ in range(options.seeds))
-    # torch's generator takes the low 32 bits of a seed; evaluate has two runs of images
-    taken = {(evaluate.seed + i) % (1 << 32) for i in range(2 * evaluate.images)}
-    free = (seed for seed in itertools.count(FIRST_SEED + options.seed * SEEDS) if seed % (1 << 32) not in taken)
-    return prompts, tuple(itertools.islice(free, len(prompts)))
+    return Drawing(original, sampling, prompts, PROFILE.take(len(prompts), options.seed * SEEDS))

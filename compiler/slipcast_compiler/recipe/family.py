@@ -28,6 +28,11 @@ class Family:
     closed: bool
 
     @property
+    def ranked(self) -> tuple[str, ...]:
+        """The calibration prompts by their hash: few of them are not all of one template."""
+        return tuple(sorted(self.calibration, key=lambda prompt: hashlib.sha256(prompt.encode()).digest()))
+
+    @property
     def hash(self) -> str:
         """SHA-256 over all prompts, the split and closedness."""
         record = {"calibration": self.calibration, "held_out": self.held_out, "closed": self.closed}

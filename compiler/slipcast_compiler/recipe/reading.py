@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from slipcast.bundle.validation import dotted, problems
 from slipcast.errors import RecipeError
-from slipcast_compiler.recipe.recipe import NEEDS, Recipe, TargetTable, int8_contradiction
+from slipcast_compiler.recipe.recipe import NEEDS, Recipe, int8_contradiction
+from slipcast_compiler.recipe.targets import TargetTable
 
 Location = tuple[str | int, ...]
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from slipcast.bundle.manifest import architectures
 from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
-from slipcast.sampling.samplers import SAMPLERS
-from slipcast.sampling.schedules import SCHEDULES
-from slipcast_compiler.passes import PassesTable
-from slipcast_compiler.recipe.options import Texts
+from slipcast_compiler.recipe.passes import PassesTable, Quantize
+from slipcast_compiler.recipe.sampling import (
+    CachingTable,
+    CutTable,
+    EarlyExitTable,
+    ReferenceTable,
+    SamplingTable,
+    TimestepsTable,
+)
 from slipcast_compiler.recipe.search import SearchTable
+from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.recipe.values import AsTuple, Texts
 
-Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
 
 
@@ -55,65 +60,6 @@ class FamilyTable(Strict):
         return self
 
 
-class ReferenceTable(Strict):
-    """[reference]: the sampling of the original that the bundle is judged against. A named schedule, or explicit
-    timesteps or sigmas. What is not given is as in [sampling]."""
-
-    sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
-    schedule: Literal[tuple(SCHEDULES)] | None = None  # type: ignore[valid-type]
-    timesteps: Numbers | None = None
-    sigmas: Numbers | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
-    guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
-    eta: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        explicit = [name for name in ("timesteps", "sigmas") if getattr(self, name) is not None]
-        if len(explicit) + (self.schedule is not None) > 1:
-            raise ValueError("give at most one of schedule, timesteps and sigmas")
-        if explicit and self.steps is not None:
-            raise ValueError(f"steps contradicts {explicit[0]}: the list has its own length")
-        return self
-
-
-class SamplingTable(ReferenceTable):
-    """[sampling]: what the bundle runs. `guidance_interval` (sigmas, low and high) and `guidance_reuse` (evaluations)
-    say where the unconditional branch is left out: see slipcast.sampling.denoiser.Guidance. Sizes in pixels."""
-
-    guidance_interval: Annotated[Numbers, Field(min_length=2, max_length=2)] | None = None
-    guidance_reuse: Annotated[int, Field(ge=0)] = 0
-    width: Annotated[int, Field(ge=8)] | None = None
-    height: Annotated[int, Field(ge=8)] | None = None
-
-    @model_validator(mode="after")
-    def _nothing_idle(self) -> Self:
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta belongs to the sampler ddim, not to {self.sampler or 'the default one'}")
-        if self.guidance_interval and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
-            raise ValueError("guidance_interval is [low, high] in sigma, rising, neither below 0")
-        return self
-
-
-class TimestepsTable(Strict):
-    """[timesteps]: noise levels found for sampling.steps on calibration prompts, against a trajectory of `fine_steps`;
-    see timesteps.py. `dp` takes that trajectory's time, `direct` starts there and takes a multiple of it."""
-
-    method: Literal["dp", "direct"] = "direct"
-    prompts: Annotated[int, Field(ge=1)] = 16
-    fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
-
-
-class EarlyExitTable(Strict):
-    """[early_exit]: images stop where their clean image has stopped changing: see slipcast.sampling.early_exit.
-    `max_error`: how far the latents of calibration prompts may be from those of all steps, on the mean, as a relative
-    L2 norm."""
-
-    max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    prompts: Annotated[int, Field(ge=1)] = 16
-
-
 class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
 
@@ -140,23 +86,6 @@ class ProfileTable(Strict):
     sampling: Literal["bundle", "reference"] = "bundle"  # whose trajectories
 
 
-class CutTable(Strict):
-    """What does not depend on the latent leaves the loop. `general`: for timesteps other than the schedule's, too."""
-
-    general: bool = False
-
-
-class CachingTable(Strict):
-    """[caching]: at some steps a shallow denoiser goes on from features of an earlier step: see slipcast.run.caching.
-
-    `full_steps`: how many steps evaluate the whole denoiser; without, half of them. `share`: of the denoiser's
-    multiply-adds, what the shallow one may have at the most.
-    """
-
-    full_steps: Annotated[int, Field(ge=1)] | None = None
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-
-
 class GuardTable(Strict):
     """[guard]: what becomes of prompts out of an open family: see slipcast.run.guard. `false_alarms`: the share of the
     family's own prompts that may be taken for strangers."""
@@ -170,7 +99,7 @@ class EvaluateTable(Strict):
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
 
     images: Annotated[int, Field(ge=1)] = 16
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1000
+    seed: Annotated[int, Field(ge=0, lt=2**27)] = 1000
     scorer: str | None = None
     lpips: str | None = None
     out_of_family: Texts = ()
@@ -198,73 +127,6 @@ class GateTable(Strict):
 NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "scorer", "lpips": "lpips"}
 
 
-# Keys of TargetTable -> the engines they are for.
-ENGINE_KEYS = {
-    "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
-    "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
-    "hardware_compatibility": ("tensorrt",), "version_compatible": ("tensorrt",), "refit": ("tensorrt",),
-}  # fmt: skip
-# What a target in int8 is in besides: the other components, and what is left of the denoiser.
-REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class TargetTable(Strict):
-    """Where the bundle shall run.
-
-    `compute_capabilities`: the GPUs that engines are built for; without, they are portable (Ampere and later).
-    `max_images`: how many one call may ask for. `workspace_mb`: what a layer may use besides. `weight_streaming`:
-    weights may stay on the host where the GPU's memory is short. `hardware_compatibility`: GPUs of the same compute
-    capability as the one that is here, or all from Ampere on, and not this model alone. `version_compatible`: later
-    versions of the library run the engines too, which may be slower, and bring code for the host. `refit`: weights can
-    be replaced in the engines. `max_cast_error`: by how much an output of any component may be off where it is cast to
-    fp16 or bf16, as a relative L2 norm; what does most damage stays in fp32 until it holds.
-    """
-
-    engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    compute_capabilities: Annotated[
-        tuple[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], ...] | None, BeforeValidator(_as_tuple)
-    ] = Field(default=None, min_length=1)
-    max_images: Annotated[int, Field(ge=1, le=4096)] | None = None
-    workspace_mb: Annotated[int, Field(ge=1)] | None = None
-    hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
-    weight_streaming: bool | None = None
-    version_compatible: bool | None = None
-    refit: bool | None = None
-    max_cast_error: Annotated[float, Field(gt=0)] | None = None
-
-    @property
-    def name(self) -> str:
-        """Of its directory in a bundle: tensorrt-rtx-fp16-sm86-sm89."""
-        return f"{self.engine}-{self.precision}{architectures(self.compute_capabilities or ())}"
-
-    @property
-    def half(self) -> Literal["fp16", "bf16"] | None:
-        """The precision of what is in neither fp32 nor int8, if anything is."""
-        precision = REST[self.engine] if self.precision == "int8" else self.precision
-        return precision if precision in ("fp16", "bf16") else None  # type: ignore[return-value]
-
-    @model_validator(mode="after")
-    def _engine_has_precision(self) -> Self:
-        offered = ENGINES[self.engine].precisions
-        if self.precision not in offered:
-            raise ValueError(f"{self.engine} offers {', '.join(offered)}, not {self.precision}")
-        return self
-
-    @model_validator(mode="after")
-    def _engine_has_keys(self) -> Self:
-        given = [key for key in ENGINE_KEYS if getattr(self, key) is not None]
-        if wrong := [key for key in given if self.engine not in ENGINE_KEYS[key]]:
-            raise ValueError(f"{', '.join(wrong)}: not for {self.engine}")
-        if self.max_cast_error and not self.half:
-            raise ValueError(f"max_cast_error: nothing of {self.engine} in {self.precision} is in half precision")
-        return self
-
-
 class Recipe(Strict):
     """See the module's docstring."""
 
@@ -284,9 +146,7 @@ class Recipe(Strict):
     guard: GuardTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
     gate: GateTable = GateTable()
-    targets: Annotated[
-        tuple[TargetTable, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)
-    ]
+    targets: Annotated[tuple[TargetTable, ...], AsTuple, Field(min_length=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -312,6 +172,14 @@ class Recipe(Strict):
         if problem := int8_contradiction(wanted, self.passes.quantize is not None):
             raise ValueError(problem)
         return self
+
+    @property
+    def quantize_options(self) -> Quantize | None:
+        """[passes.quantize], symmetric where a target on a GPU reads it."""
+        options = self.passes.quantize
+        if options and any(each.precision == "int8" and ENGINES[each.engine].device == "cuda" for each in self.targets):
+            return options.model_copy(update={"symmetric": True})
+        return options
 
     def asked_of_original(self) -> ReferenceTable:
         """[reference], completed by [sampling]; a schedule of its own replaces that of [sampling] altogether."""

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from slipcast.bundle.validation import Strict
-from slipcast_compiler.search.levers import LEVERS
+from slipcast_compiler.recipe.values import AsTuple
+
+LEVERS = (
+    "sampler",
+    "steps",
+    "timesteps",
+    "guidance_interval",
+    "caching",
+    "heads",
+    "ffn",
+    "low_rank",
+    "precision",
+)  # what each is: search/levers.py
 
 
 class SearchTable(Strict):
@@ -21,7 +33,7 @@ class SearchTable(Strict):
     objective: Literal["latency", "memory"] = "latency"
     budget_minutes: Annotated[float, Field(gt=0)] = 10.0
     levers: Annotated[
-        tuple[Literal[tuple(LEVERS)], ...],  # type: ignore[valid-type]
-        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+        tuple[Literal[LEVERS], ...],  # type: ignore[valid-type]
+        AsTuple,
     ] = ()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

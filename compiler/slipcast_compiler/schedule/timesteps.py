@@ -11,7 +11,6 @@ pass. A change of one level leaves the evaluations before it as they were: they 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,15 +24,17 @@ import numpy.typing as npt
 from slipcast.bundle.manifest import Sampling
 from slipcast.errors import RequestError
 from slipcast.progress import Advance
-from slipcast.sampling.denoiser import Evaluate, Guidance, Guided, initial_scale
+from slipcast.sampling.denoiser import initial_scale
+from slipcast.sampling.guidance import Evaluate, Guidance, Guided
 from slipcast.sampling.samplers import Array, sample
 from slipcast.sampling.schedules import Schedule, from_sigmas, make_schedule
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model import original
+from slipcast_compiler.model.original import Drawing, Prompts
 from slipcast_compiler.model.rewrite import Denoiser, Rewrite
-from slipcast_compiler.plan import Plan, Prompts
+from slipcast_compiler.recipe.sampling import TimestepsTable
 
 Sigmas = tuple[float, ...]
 Costs = npt.NDArray[np.float64]
@@ -181,49 +182,45 @@ def _moved(sigmas: Sigmas, i: int, part: float) -> float:
     return math.exp(here + part * (here - math.log(below)))
 
 
-# --- the stage -------------------------------------------------------------------------------------------------------
+# --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def choose_timesteps(plan: Plan, rewrite: Rewrite, cache: Cache, advance: Advance) -> tuple[Plan, dict[str, Any]]:
-    """The plan with noise levels found as the recipe's [timesteps] asks, and a report of how far each list is off."""
-    table = plan.recipe.timesteps
-    assert table
-    prompts = plan.family.calibration[: table.prompts] if plan.family else (None,) * table.prompts
-    inputs = {
-        "checkpoint": plan.checkpoint.sha256, "rewrite": rewrite.digest, "table": table.model_dump(mode="json"),
-        "sampling": plan.sampling.model_dump(mode="json"), "size": plan.size, "prompts": prompts,
-    }  # fmt: skip
+def choose_timesteps(
+    drawing: Drawing, table: TimestepsTable, rewrite: Rewrite, cache: Cache, advance: Advance
+) -> tuple[Sampling, dict[str, Any]]:
+    """The drawing's sampling with noise levels found as [timesteps] asks, and a report of how far each list is off.
+
+    `drawing`: of calibration prompts, as the bundle samples.
+    """
+    inputs = drawing.inputs | {"rewrite": rewrite.digest, "table": table.model_dump(mode="json")}
 
     def build(folder: Path) -> None:
-        found = run_isolated(_find, plan, rewrite, prompts, advance=advance).result
+        found = run_isolated(_find, drawing, table, rewrite, advance=advance).result
         (folder / REPORT).write_text(json.dumps(found, allow_nan=False))
 
     report: dict[str, Any] = json.loads((cache.get("timesteps", inputs, build) / REPORT).read_text())
-    sampling = plan.sampling.model_copy(update={"schedule": None, "sigmas": tuple(report["sigmas"])})
-    return dataclasses.replace(plan, sampling=sampling), report
+    return drawing.sampling.model_copy(update={"schedule": None, "sigmas": tuple(report["sigmas"])}), report
 
 
-def _find(plan: Plan, rewrite: Rewrite, prompts: Prompts, advance: Advance) -> dict[str, Any]:
+def _find(drawing: Drawing, table: TimestepsTable, rewrite: Rewrite, advance: Advance) -> dict[str, Any]:
     """Runs in a process of its own: the rewritten denoiser, in torch."""
     import torch
 
     with quiet(), torch.no_grad():
-        model = Model(plan.sampling, *bind(plan, rewrite, prompts))
-        table = plan.recipe.timesteps
-        assert table
+        model = Model(drawing.sampling, *bind(drawing, rewrite))
         return search(model, table.method, table.fine_steps, advance)
 
 
-def bind(plan: Plan, rewrite: Rewrite, prompts: Prompts) -> tuple[Evaluate, Array]:
-    """The rewritten denoiser, in torch, with the prompts; and initial noise of seed i for prompt i."""
+def bind(drawing: Drawing, rewrite: Rewrite) -> tuple[Evaluate, Array]:
+    """The rewritten denoiser, in torch, with the prompts; and initial noise of their seeds."""
     import torch
 
-    pipe = original.open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
-    Denoiser(plan.checkpoint, rewrite).load(pipe)
-    shape = plan.image.latent_shape
-    draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))]
+    pipe = drawing.open()
+    Denoiser(drawing.original.checkpoint, rewrite).load(pipe)
+    shape = drawing.original.image.latent_shape
+    draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in drawing.seeds]
     at_once = max(1, CELLS_AT_ONCE // (shape[1] * shape[2]))
-    return _bind(pipe, prompts, at_once), torch.cat(draws)
+    return _bind(pipe, drawing.prompts, at_once), torch.cat(draws)
 
 
 def _bind(pipe: Any, prompts: Prompts, at_once: int) -> Evaluate:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from slipcast.errors import ArtifactError, ResourceError
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-JOURNAL, LOCK = "journal.log", "lock"
+JOURNAL, LOCK, HOLDER = "journal.log", "lock", "holder"
 FOUND = "found"  # the attribute with all that is known of a finished trial
 STUDY = "search"
 
@@ -27,7 +29,7 @@ def open_journal(folder: Path) -> Iterator[Study]:
     It holds finished trials alone, a line each; one that a killed process was about to write is cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK), warnings.catch_warnings():
+    with _locked(folder), warnings.catch_warnings():
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
@@ -43,9 +45,11 @@ def open_journal(folder: Path) -> Iterator[Study]:
             )
         except (ValueError, KeyError) as error:
             raise ArtifactError(
-                f"{folder / JOURNAL}: damaged", expected="Optuna's journal", got=str(error),
+                f"{folder / JOURNAL}: damaged",
+                expected="Optuna's journal",
+                got=str(error),
                 hint="remove the directory: the search begins anew",
-            ) from None  # fmt: skip
+            ) from None
         yield study
 
 
@@ -56,10 +60,8 @@ def keep(study: Study, params: dict[str, Any], distributions: dict[str, Any], fo
     values = None if "error" in found else [found["objective"], found["distance"]]
     state = TrialState.FAIL if "error" in found else TrialState.COMPLETE
     study.add_trial(
-        create_trial(
-            state=state, values=values, params=params, distributions=distributions, user_attrs={FOUND: found}
-        )
-    )  # fmt: skip
+        create_trial(state=state, values=values, params=params, distributions=distributions, user_attrs={FOUND: found})
+    )
 
 
 def finished(study: Study) -> list[FrozenTrial]:
@@ -79,26 +81,25 @@ def told(trial: FrozenTrial) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """A lock that ends with its process, however that ends."""
+    lock = FileLock(folder / LOCK, blocking=False)
+    holder = folder / HOLDER  # beside the lock, since Windows lets nobody read a file that is locked
     try:
-        import fcntl
-    except ImportError:  # Windows: nobody else is assumed
+        lock.acquire()
+    except Timeout:
+        found = holder.read_text() if holder.exists() else "unknown"
+        raise ResourceError(
+            f"{folder}: the same search is running",
+            got=f"process {found}",
+            hint="wait for it: its result is taken from there",
+        ) from None
+    try:
+        holder.write_text(str(os.getpid()))
         yield
-        return
-    with file.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            raise ResourceError(
-                f"{file.parent}: the same search is running", got=f"process {stream.read().strip() or 'unknown'}",
-                hint="wait for it: its result is taken from there",
-            ) from None  # fmt: skip
-        stream.truncate(0)
-        stream.write(f"{os.getpid()}\n")
-        stream.flush()
-        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 class _Held:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from slipcast_compiler.judge.evaluate import LIMITS
+from slipcast_compiler.judge.gate import LIMITS
 from slipcast_compiler.judge.lpips import Lpips
 from slipcast_compiler.judge.metrics import Floats, Reference, Samples, choose_captions, intervals, summarise
 from slipcast_compiler.judge.scorer import Scorer
-from slipcast_compiler.plan import Plan, Prompts
+from slipcast_compiler.model.original import Prompts
+from slipcast_compiler.plan import Plan
 from slipcast_compiler.recipe.recipe import GateTable
 
 

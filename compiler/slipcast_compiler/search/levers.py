@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from slipcast.engines import ENGINES
 from slipcast.sampling.samplers import SAMPLERS
-
-if TYPE_CHECKING:
-    from slipcast_compiler.plan import Plan
+from slipcast_compiler.plan import Plan
 
 Overrides: TypeAlias = dict[str, Any]
 Point: TypeAlias = dict[str, Any]  # dimension -> value
@@ -167,7 +165,7 @@ def _to_timesteps(plan: Plan, values: Point) -> Overrides:
     return {"timesteps.method" if chosen in FOUND else "sampling.schedule": chosen}
 
 
-# A new lever is a line here.
+# A new lever is a line here, and its name in recipe/search.py.
 LEVERS: dict[str, Lever] = {
     "sampler": Lever(_samplers, lambda plan, at: {"sampling.sampler": at["sampler"]}),
     "steps": Lever(_steps, lambda plan, at: {"sampling.steps": at["steps"]}),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from slipcast.errors import CheckFailed, SlipcastError
 from slipcast.progress import Stages
-from slipcast_compiler.bench.document import host
 from slipcast_compiler.host.cache import Cache, tool_versions
+from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.profile.profile import make_profile
@@ -22,7 +22,7 @@ from slipcast_compiler.search.candidate import apply
 from slipcast_compiler.search.evaluate import Evaluator
 from slipcast_compiler.search.explore import choose, explore
 from slipcast_compiler.search.journal import open_journal, seconds_spent, told
-from slipcast_compiler.search.record import describe
+from slipcast_compiler.search.record import record_search
 from slipcast_compiler.search.space import Space
 
 if TYPE_CHECKING:
@@ -44,24 +44,24 @@ def choose_by_search(plan: Plan, cache: Cache, stages: Stages) -> tuple[Plan, di
         if seconds_spent(study) < table.budget_minutes * 60:
             with _said_on_interrupt(folder, stages), _scratch(folder) as work:
                 _go_on(study, plan, space, work, cache, stages)
-        best, record = choose(study), describe(study, plan, space)
+        best, record = choose(study), record_search(study, plan, space)
     if best is None:
         raise CheckFailed(
             "the search found nothing that holds the gate with a margin on calibration prompts; nothing was compiled",
-            expected="limits that hold for the 95 % interval", got=record["nearest"],
+            expected="limits that hold for the 95 % interval", got=record.nearest,
             hint="raise search.budget_minutes (finished trials are kept) or evaluate.images, or loosen the limits",
         )  # fmt: skip
-    stages.say(f"  chosen: {record['arguments'] or 'the recipe as it is'}")
-    return apply(plan, told(best)["overrides"]), record
+    stages.say(f"  chosen: {record.arguments or 'the recipe as it is'}")
+    return apply(plan, told(best)["overrides"]), record.plain()
 
 
 def _go_on(study: Study, plan: Plan, space: Space, work: Path, cache: Cache, stages: Stages) -> None:
     """Until the budget is spent; what trials share comes before, and does not count."""
     assert plan.recipe.search
     base, budget_s = apply(plan, space.pins), plan.recipe.search.budget_minutes * 60
-    if needs_profile(base) or PROFILED & set(space.levers):
+    if needs_profile(base.recipe.passes) or PROFILED & set(space.levers):
         with stages.stage("profile") as advance:
-            make_profile(base, cache, advance)
+            make_profile(base.task.calibration, base.recipe.profile, base.recipe.name, cache, advance)
     with Evaluator(plan, space.pins, cache, work, stages) as evaluator, stages.stage("choose by search") as advance:
 
         def tell(text: str, spent: float) -> None:
@@ -93,7 +93,7 @@ def _hash(plan: Plan) -> str:
     recipe = plan.recipe.model_dump(mode="json", exclude={"name": True, "search": {"budget_minutes"}})
     decides = {
         "recipe": recipe, "checkpoint": plan.checkpoint.sha256, "family": plan.family and plan.family.hash,
-        "tools": tool_versions(), "host": host(),
+        "tools": tool_versions(), "host": this_machine().model_dump(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.plan import Plan
 from slipcast_compiler.search.levers import LEVERS, Overrides, Point
-
-if TYPE_CHECKING:
-    from slipcast_compiler.plan import Plan
 
 
 class Space:

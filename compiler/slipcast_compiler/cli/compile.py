@@ -1,0 +1,85 @@
+"""`slipcast compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slipcast.cli.common import emit, json_option
+from slipcast_compiler.cli.options import cache_option, recipe_argument, set_option
+
+
+@click.command("compile")
+@recipe_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: artifacts/NAME]")
+@set_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done and needed, and stop.")
+@cache_option
+@json_option
+def compile_command(
+    recipe: Path, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path, as_json: bool
+) -> None:
+    """Compile a checkpoint for a prompt family into a bundle."""
+    from slipcast_compiler.estimate import summarise
+    from slipcast_compiler.host.publish import check_output
+    from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.recipe.reading import read_recipe
+
+    parsed = read_recipe(recipe, overrides)
+    output = output or Path("artifacts") / parsed.name
+    check_output(output)
+    plan = make_plan(parsed, recipe.parent)
+    summary = summarise(plan) | {"output": str(output)}  # what a search may turn is refused here
+    if dry_run:
+        emit(summary, _plan_text(summary), as_json)
+        return
+    from slipcast.progress import Stages
+    from slipcast_compiler.compile import compile_plan
+    from slipcast_compiler.host.cache import Cache
+
+    made = compile_plan(plan, output, Cache(cache), Stages())
+    lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
+    for target in made.manifest.targets:
+        quality, speed = target.quality, target.performance
+        if not quality or not speed:
+            lines.append(f"  {target.id}: not run here, not judged: {made.record['not_run'][target.id]}")
+            continue
+        lines.append(
+            f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+            f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
+        )
+    lines += [f"  {name}: {note}" for name, note in made.record["host_notes"].items()]
+    lines.append(f"look at {output / 'report.html'}; make pictures with `slipcast run {output}`")
+    emit({"output": str(output), **made.record}, "\n".join(lines), as_json)
+
+
+def _search_text(search: dict[str, Any]) -> list[str]:
+    first = f"  search     least {search['objective']} within the gate, {search['budget_minutes']:g} minutes of trials"
+    return [first, *(f"    {name:14} {', '.join(map(str, values))}" for name, values in search["values"].items())]
+
+
+def _plan_text(summary: dict[str, Any]) -> str:
+    sampling, family, components = summary["sampling"], summary["family"], summary["components"]
+    reference, table = summary["reference"], summary["prompt_table"]
+    lines = [
+        f"{summary['name']}: {summary['model']} -> {summary['output']}",
+        f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts",
+        f"  judged on  {summary['judged_on']} images",
+        f"  sampling   {sampling['sampler']}, {sampling['steps']} steps, {sampling.get('schedule', 'explicit list')}, "
+        f"guidance {sampling['guidance_scale']}, {summary['image']}",
+        f"  reference  {reference['sampler']}, {reference['steps']} steps, "
+        f"{reference.get('schedule', 'explicit list')}, guidance {reference['guidance_scale']}",
+        *(["  few steps  the checkpoint is distilled to few steps, without guidance"] * summary["few_step"]),
+        *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in components.items()),
+        *(f"  left out   {name}" for name in summary["not_compiled"]),
+        *(f"  table      in place of {name}: {table['prompts']} prompts" for name in summary["not_shipped"]),
+        *([f"             {table['bytes'] / 1e6:.1f} MB"] if table["prompts"] else []),
+        *(f"  target     {target}" for target in summary["targets"]),
+        *(_search_text(summary["search"]) if summary["search"] else []),
+        f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
+        f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",
+        f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, while the original runs",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The machine that measures: what a document says of it, so that figures of others are not compared by mistake."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from slipcast.bundle.validation import Strict
+from slipcast.engines import cpu_threads
+
+
+class Machine(Strict):
+    """Without its name. `memory_gb`: 1e9 bytes, None where the system does not tell; `cores`: that may be used."""
+
+    processor: str
+    cores: int
+    memory_gb: float | None
+    system: str
+    python: str
+
+
+def this_machine() -> Machine:
+    """The one that this process runs on."""
+    return Machine(
+        processor=_processor(),
+        cores=cpu_threads(),
+        memory_gb=_memory_gb(),
+        system=platform.system(),
+        python=platform.python_version(),
+    )
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system has none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,99 @@
+"""report.json: its format. What a pass or a stage tells is its own; the rest is typed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from slipcast.bundle.validation import Strict
+from slipcast_compiler.pages.search import SearchRecord
+
+Told = dict[str, Any]  # plain JSON, as whoever tells it has it
+
+
+class Gated(Strict):
+    """One limit on one target. `value` may be NaN, `value` and `floor` are None where the metric was not run, `passed`
+    where nothing was asked."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    metric: str
+    limit: float | None
+    value: float | None
+    floor: float | None
+    passed: bool | None
+
+
+class FamilyRecord(Strict):
+    """The family as the manifest has it, with prompts; `not_shipped`: encoders that a closed family does without."""
+
+    model_config = ConfigDict(extra="allow")  # the manifest's fields are the manifest's
+
+    calibration_examples: tuple[str, ...] = ()
+    held_out_prompts: tuple[str, ...]
+    out_of_family_prompts: tuple[str, ...] = ()
+    not_shipped: tuple[str, ...] = ()
+    prompt_table_bytes: int = 0
+
+
+class Record(Strict):
+    """Everything that the report shows but pictures. Targets, components, sampling and reference are the manifest's;
+    `recipe` is the resolved one. By target: `gate`, `not_run`, `host_notes`, `mixed_precision`."""
+
+    name: str
+    compiled_at: str
+    base_model: str
+    source_sha256: str
+    pipeline: str
+    not_compiled: tuple[str, ...]
+    components: dict[str, Told]
+    family: FamilyRecord | None
+    targets: tuple[Told, ...]
+    gate: dict[str, tuple[Gated, ...]]
+    passed: bool | None
+    not_run: dict[str, str]
+    host_notes: dict[str, str] = Field(default_factory=dict)
+    stages_s: dict[str, float]
+    recipe: Told
+    sampling: Told
+    reference: Told
+    original: str
+    tools: dict[str, str]
+    passes: dict[str, Told]
+    mixed_precision: dict[str, Told]
+    search: SearchRecord | None
+    timesteps: Told | None
+    early_exit: Told | None
+    cut: Told | None
+    caching: Told | None
+    guard: Told | None
+    cost: dict[str, int] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written: plain JSON, but for numbers that are not finite."""
+        found = self.model_dump() | {"search": self.search and self.search.plain()}
+        plain: dict[str, Any] = _listed(found)
+        return plain
+
+
+def typed_record(plain: Mapping[str, Any]) -> Record:
+    """From plain JSON, which has lists for tuples."""
+    return Record.model_validate(plain, strict=False)
+
+
+def finite(value: Any) -> Any:
+    """The same with "NaN" for what is not a number, which JSON does not have; null means "not run"."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return "NaN" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -78,5 +78,5 @@ def test_what_draws_strangers_is_recorded_too(folder: Path, tmp_path: Path) -> N
     for prompt in (MEMBER, STRANGER):
         out = tmp_path / prompt
         out.mkdir()
-        record(folder / "bundle", "onnxruntime-cpu-fp32", components, (prompt,), 3, out, lambda done, total: None)
+        record(folder / "bundle", "onnxruntime-cpu-fp32", components, [(prompt, 0)], 3, out, lambda done, total: None)
         assert {part.name: len(list(part.iterdir())) for part in out.iterdir()}.keys() == set(components)

@@ -237,8 +237,8 @@ def comments(table: Table) -> dict[str, str]:
                 assert node.end_lineno
                 beside = lines[node.end_lineno - 1][node.end_col_offset :].strip()
                 above = lines[node.lineno - 2].strip()
-                text = beside if beside.startswith("#") else above if above.startswith("#") else ""
-                if text and "type: ignore" not in text:
+                said = [text for text in (beside, above) if text.startswith("#") and "type: ignore" not in text]
+                for text in said[:1]:
                     found[node.target.id] = text.lstrip("# ")
     return found
 

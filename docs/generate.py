@@ -64,17 +64,16 @@ def manifest() -> str:
     """Every record of a manifest, once, in the order in which they are met."""
     from slipcast.bundle.manifest import Manifest
 
-    records = [Manifest]
-    for record in records:
-        found = [inner[0] for _, kind, *_ in keys_of(record) if (inner := inner_table(kind))]
-        records += [each for each in dict.fromkeys(found) if each not in records]
+    records: list[Table] = [Manifest]
     parts = []
-    for record in records:
-        inner = {key: found for key, kind, *_ in keys_of(record) if (found := inner_table(kind))}
-        named = {
-            key: f"[{many * 'several '}{each.__name__}](#{slug(each.__name__)})" for key, (each, many) in inner.items()
-        }
-        parts.append(section(record.__name__, record, named))
+    for record in records:  # which grows as records are met
+        links = {}
+        for key, kind, *_ in keys_of(record):
+            if inner := inner_table(kind):
+                other, several = inner
+                links[key] = f"[{several * 'several '}{other.__name__}](#{slug(other.__name__)})"
+                records += [other] * (other not in records)
+        parts.append(section(record.__name__, record, links))
     return "\n".join(parts)
 
 
@@ -169,12 +168,10 @@ def bounds_within(kind: Any) -> Iterator[str]:
 
 def bounds(constraints: list[Any]) -> Iterator[str]:
     """What constraints say."""
-    lengths = {
-        type(each): each for each in constraints if isinstance(each, annotated_types.MinLen | annotated_types.MaxLen)
-    }
-    least, most = lengths.get(annotated_types.MinLen), lengths.get(annotated_types.MaxLen)
-    if least and most and least.min_length == most.max_length:
-        yield f"{most.max_length} long"
+    least = [each.min_length for each in constraints if isinstance(each, annotated_types.MinLen)]
+    most = [each.max_length for each in constraints if isinstance(each, annotated_types.MaxLen)]
+    if most and least == most:
+        yield f"{most[0]} long"
         return
     for each in constraints:
         if isinstance(each, FieldInfo):

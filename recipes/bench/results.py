@@ -1,4 +1,4 @@
-"""Write docs/results.md from the documents beside this file, which `slipcast bench` wrote; and its tables, by tables.py:
+"""Write docs/results.md from the documents beside this file, which `slipcast bench` wrote, and tables.py its tables:
 
     python recipes/bench/results.py
 

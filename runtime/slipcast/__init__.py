@@ -26,6 +26,17 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "ArtifactError", "Cancelled", "CheckFailed", "HostError", "NumericalError", "Pipeline", "PipelineOutput",
-    "RecipeError", "RequestError", "ResourceError", "SlipcastError", "__version__", "load",
-]  # fmt: skip
+    "ArtifactError",
+    "Cancelled",
+    "CheckFailed",
+    "HostError",
+    "NumericalError",
+    "Pipeline",
+    "PipelineOutput",
+    "RecipeError",
+    "RequestError",
+    "ResourceError",
+    "SlipcastError",
+    "__version__",
+    "load",
+]

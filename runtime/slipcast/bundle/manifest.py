@@ -39,9 +39,16 @@ FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers
 EMBEDDINGS = "embeddings"  # the one tensor of a guard's table
 
 ComponentName = Literal[
-    "text_encoder", "text_encoder_2", "denoiser", "denoiser_shallow", "denoiser_prompt", "denoiser_step",
-    "denoiser_fallback", "vae_decoder", "vae_encoder",
-]  # fmt: skip
+    "text_encoder",
+    "text_encoder_2",
+    "denoiser",
+    "denoiser_shallow",
+    "denoiser_prompt",
+    "denoiser_step",
+    "denoiser_fallback",
+    "vae_decoder",
+    "vae_encoder",
+]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=0)]
@@ -172,8 +179,9 @@ class Sampling(Strict):
             if steps not in (None, self.steps):
                 raise RequestError(
                     "num_inference_steps is fixed in this bundle: its schedule is an explicit list",
-                    expected=str(self.steps), got=str(steps),
-                )  # fmt: skip
+                    expected=str(self.steps),
+                    got=str(steps),
+                )
             lay = from_timesteps if self.timesteps else from_sigmas
             return lay(self.noise, explicit, self.sampler)
         return make_schedule(self.noise, self.schedule or "", steps or self.steps, self.sampler)
@@ -551,9 +559,11 @@ def _check_version(version: object) -> bool:
     if major != SCHEMA_VERSION[0]:
         need = "a newer" if major > SCHEMA_VERSION[0] else "an older"
         raise ArtifactError(
-            f"{MANIFEST_NAME}: needs {need} runtime", expected=f"schema {supported}", got=f"schema {version}",
+            f"{MANIFEST_NAME}: needs {need} runtime",
+            expected=f"schema {supported}",
+            got=f"schema {version}",
             hint="pip install --upgrade slipcast" if major > SCHEMA_VERSION[0] else "compile the bundle again",
-        )  # fmt: skip
+        )
     if minor > SCHEMA_VERSION[1]:
         warnings.warn(
             f"{MANIFEST_NAME} has schema {version}, this runtime knows {supported}: newer keys are ignored",
@@ -567,9 +577,11 @@ def _check_features(requires: object) -> None:
     for name in requires if isinstance(requires, list) else []:
         if isinstance(name, str) and name not in FEATURES:
             raise ArtifactError(
-                f"{MANIFEST_NAME}: needs a newer runtime", expected=f"features {sorted(FEATURES) or 'none'}",
-                got=repr(name[:100]), hint="pip install --upgrade slipcast",
-            )  # fmt: skip
+                f"{MANIFEST_NAME}: needs a newer runtime",
+                expected=f"features {sorted(FEATURES) or 'none'}",
+                got=repr(name[:100]),
+                hint="pip install --upgrade slipcast",
+            )
 
 
 def _remove(document: Any, location: tuple[str | int, ...]) -> None:

@@ -23,16 +23,23 @@ MESSAGES: dict[str, dict[int, str]] = {
     "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
     "NodeProto": {5: "AttributeProto"},
     "AttributeProto": {
-        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto",
-        22: "SparseTensorProto", 23: "SparseTensorProto",
+        5: "TensorProto",
+        6: "GraphProto",
+        10: "TensorProto",
+        11: "GraphProto",
+        22: "SparseTensorProto",
+        23: "SparseTensorProto",
     },
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {13: "StringStringEntryProto"},
-}  # fmt: skip
+}
 # Fields that occur once. Parsers merge what occurs twice, so that two harmless halves could make one harmful whole.
 SINGULAR = {
-    "ModelProto": {7}, "TrainingInfoProto": {1, 2}, "AttributeProto": {5, 6, 22}, "SparseTensorProto": {1, 2},
-}  # fmt: skip
+    "ModelProto": {7},
+    "TrainingInfoProto": {1, 2},
+    "AttributeProto": {5, 6, 22},
+    "SparseTensorProto": {1, 2},
+}
 
 _NAME, _DATA_LOCATION = 8, 14
 
@@ -56,9 +63,11 @@ def check_external_data(model: Path, root: Path, listed: Mapping[str, int]) -> f
                 used.add(_check_entries(f"{name}: tensor {tensor!r}", entries, PurePosixPath(name).parent, listed))
     except (ValueError, OSError) as error:  # mmap refuses an empty file with ValueError
         raise ArtifactError(
-            f"{name}: not an ONNX model", expected="a protobuf message", got=str(error),
+            f"{name}: not an ONNX model",
+            expected="a protobuf message",
+            got=str(error),
             hint="copy the bundle again from where it was built",
-        ) from None  # fmt: skip
+        ) from None
     return frozenset(used)
 
 

@@ -22,11 +22,24 @@ MAX_RANK = 32
 
 # Bytes per element, and numpy's name; BF16 is widened on reading, numpy has no 8-bit floats.
 DTYPES: dict[str, tuple[int, str | None]] = {
-    "BOOL": (1, "|b1"), "U8": (1, "|u1"), "I8": (1, "|i1"), "U16": (2, "<u2"), "I16": (2, "<i2"),
-    "U32": (4, "<u4"), "I32": (4, "<i4"), "U64": (8, "<u8"), "I64": (8, "<i8"),
-    "F16": (2, "<f2"), "BF16": (2, "<u2"), "F32": (4, "<f4"), "F64": (8, "<f8"), "C64": (8, "<c8"),
-    "F8_E4M3": (1, None), "F8_E5M2": (1, None), "F8_E8M0": (1, None),
-}  # fmt: skip
+    "BOOL": (1, "|b1"),
+    "U8": (1, "|u1"),
+    "I8": (1, "|i1"),
+    "U16": (2, "<u2"),
+    "I16": (2, "<i2"),
+    "U32": (4, "<u4"),
+    "I32": (4, "<i4"),
+    "U64": (8, "<u8"),
+    "I64": (8, "<i8"),
+    "F16": (2, "<f2"),
+    "BF16": (2, "<u2"),
+    "F32": (4, "<f4"),
+    "F64": (8, "<f8"),
+    "C64": (8, "<c8"),
+    "F8_E4M3": (1, None),
+    "F8_E5M2": (1, None),
+    "F8_E8M0": (1, None),
+}
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,13 @@ def _gpus() -> list[Finding]:
         return [Finding("GPU", True, found.problem)]
     return [
         Finding(
-            "GPU", True, f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.1f} GB; "
+            "GPU",
+            True,
+            f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.1f} GB; "
             f"driver for CUDA {found.driver}",
         )
         for gpu in found.gpus
-    ]  # fmt: skip
+    ]
 
 
 def _engine(name: str) -> Finding:

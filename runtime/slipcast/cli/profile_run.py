@@ -28,9 +28,16 @@ from slipcast.cli.common import (
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Page to write.  [default: NAME-profile.html]")
 @json_option
 def profile_run(
-    bundle: Path, prompt: str | None, seed: int, num_images: int, steps: int | None, target: str,
-    allow_unlisted: bool, output: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    bundle: Path,
+    prompt: str | None,
+    seed: int,
+    num_images: int,
+    steps: int | None,
+    target: str,
+    allow_unlisted: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
     """Show where a run spends its time and memory."""
     from slipcast.progress import Stages
     from slipcast.timing.measure import profile_run

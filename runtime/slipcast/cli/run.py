@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 @unlisted_option
 @click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
 @click.option(
-    "--guard", type=click.Choice(["warn", "refuse", "fallback"]),
+    "--guard",
+    type=click.Choice(["warn", "refuse", "fallback"]),
     help="What becomes of a prompt out of the family.  [default: what the bundle says]",
-)  # fmt: skip
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture, or a directory for one each.")
 @json_option
 def run(
@@ -72,16 +73,25 @@ def run(
     usual = steps or pipe.manifest.sampling.steps  # the unspecialised denoiser may take more
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
         result = pipe(
-            prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images,
-            num_inference_steps=steps, guidance_scale=guidance_scale, on_long_prompt=on_long_prompt,
-            guard=guard, callback_on_step_end=lambda _, step, __, ___: advance(step + 1, max(usual, step + 1)),
-        )  # fmt: skip
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_images_per_prompt=num_images,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            on_long_prompt=on_long_prompt,
+            guard=guard,
+            callback_on_step_end=lambda _, step, __, ___: advance(step + 1, max(usual, step + 1)),
+        )
     files = _save(result.images, result.seeds, output or Path(f"{pipe.manifest.name}-{result.seeds[0]}.png"))
     document = {
-        "files": [str(file) for file in files], "seeds": list(result.seeds), "target": result.target,
+        "files": [str(file) for file in files],
+        "seeds": list(result.seeds),
+        "target": result.target,
         "seconds": {name: round(s, 4) for name, s in result.seconds.items()},
-        "steps": list(result.steps), "guard": [vars(verdict) for verdict in result.guard],
-    }  # fmt: skip
+        "steps": list(result.steps),
+        "guard": [vars(verdict) for verdict in result.guard],
+    }
     emit(document, "\n".join(map(str, files)), as_json)
 
 

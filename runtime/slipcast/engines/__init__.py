@@ -139,24 +139,48 @@ REPLACES = " after pip uninstall -y onnxruntime, which has the same files"
 
 ENGINES: dict[str, EngineKind] = {
     "tensorrt": EngineKind(
-        "slipcast.engines.tensorrt", "tensorrt", "tensorrt", ("fp32", "fp16", "bf16", "int8"), "cuda", "open_tensorrt",
-        note=", from NVIDIA's own package index (--extra-index-url)", builds_with="device",
+        "slipcast.engines.tensorrt",
+        "tensorrt",
+        "tensorrt",
+        ("fp32", "fp16", "bf16", "int8"),
+        "cuda",
+        "open_tensorrt",
+        note=", from NVIDIA's own package index (--extra-index-url)",
+        builds_with="device",
     ),
     "tensorrt-rtx": EngineKind(
-        "slipcast.engines.tensorrt", "tensorrt_rtx", "tensorrt-rtx", ("fp32", "fp16", "bf16", "int8"), "cuda",
+        "slipcast.engines.tensorrt",
+        "tensorrt_rtx",
+        "tensorrt-rtx",
+        ("fp32", "fp16", "bf16", "int8"),
+        "cuda",
         "open_tensorrt_rtx",
     ),
     "onnxruntime-tensorrt": EngineKind(
-        "slipcast.engines.onnxruntime", "onnxruntime", "cuda", ("fp32", "fp16"), "cuda", "open_tensorrt",
-        distribution="onnxruntime-gpu", note=REPLACES, builds_with="nothing",
+        "slipcast.engines.onnxruntime",
+        "onnxruntime",
+        "cuda",
+        ("fp32", "fp16"),
+        "cuda",
+        "open_tensorrt",
+        distribution="onnxruntime-gpu",
+        note=REPLACES,
+        builds_with="nothing",
     ),
     "onnxruntime-gpu": EngineKind(
-        "slipcast.engines.onnxruntime", "onnxruntime", "cuda", ("fp32", "fp16"), "cuda", "open_cuda",
-        distribution="onnxruntime-gpu", note=REPLACES, builds_with="nothing",
+        "slipcast.engines.onnxruntime",
+        "onnxruntime",
+        "cuda",
+        ("fp32", "fp16"),
+        "cuda",
+        "open_cuda",
+        distribution="onnxruntime-gpu",
+        note=REPLACES,
+        builds_with="nothing",
     ),
     "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8")),
     "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
-}  # fmt: skip
+}
 
 
 def _installed(distribution: str) -> bool:
@@ -229,8 +253,10 @@ def open_engine(
     if precision not in kind.precisions:
         raise HostError(
             f"{model.name}: this runtime does not run {name} in {precision}",
-            expected=", ".join(kind.precisions), got=precision, hint="pip install -U slipcast",
-        )  # fmt: skip
+            expected=", ".join(kind.precisions),
+            got=precision,
+            hint="pip install -U slipcast",
+        )
     try:
         module = importlib.import_module(kind.module)
     except ImportError as error:  # installed, but for another Python, or without a system library
@@ -246,9 +272,11 @@ def open_engine(
         if _comparable(promised) != _comparable(found):
             engine.__exit__(None, None, None)
             raise ArtifactError(
-                f"{model.name}: {side} differ from the manifest's", expected=_shown(promised), got=_shown(found),
+                f"{model.name}: {side} differ from the manifest's",
+                expected=_shown(promised),
+                got=_shown(found),
                 hint="the file belongs to another bundle; compile again",
-            )  # fmt: skip
+            )
     return engine
 
 

@@ -24,14 +24,26 @@ import onnxruntime
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 # What a provider for GPUs never leaves to the CPU on purpose, as it does with the arithmetic of shapes.
 HEAVY = frozenset(
-    ("Attention", "Conv", "ConvTranspose", "Gemm", "GroupNormalization", "InstanceNormalization", "LayerNormalization",
-     "MatMul", "Softmax")
-)  # fmt: skip
+    (
+        "Attention",
+        "Conv",
+        "ConvTranspose",
+        "Gemm",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "MatMul",
+        "Softmax",
+    )
+)
 PLACEMENT = "session.record_ep_graph_assignment_info"  # which since 1.24 keeps what get_provider_graph_... gives
 
 _DTYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32",
-}  # fmt: skip
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
 
 
 class OnnxRuntimeEngine:
@@ -55,9 +67,10 @@ class OnnxRuntimeEngine:
             )
         except Exception as error:  # the library raises a dozen types of its own, all of which mean this
             raise ArtifactError(
-                f"{model.name}: ONNX Runtime {onnxruntime.__version__} cannot load it", got=str(error).strip(),
+                f"{model.name}: ONNX Runtime {onnxruntime.__version__} cannot load it",
+                got=str(error).strip(),
                 hint="run `slipcast verify`; where the digests hold, upgrade onnxruntime: it cannot read the graph",
-            ) from error  # fmt: skip
+            ) from error
         if providers:
             check_placement(model, self._session, providers)
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
@@ -107,9 +120,11 @@ class ProfiledOnnxRuntimeEngine(OnnxRuntimeEngine):
         runs = sorted(event["ts"] for event in events if event["name"] == "model_run")
         if len(runs) != self._calls:  # the library keeps the first million events, and is silent about the rest
             raise ResourceError(
-                "ONNX Runtime's trace ends early", expected=f"{self._calls} calls", got=str(len(runs)),
+                "ONNX Runtime's trace ends early",
+                expected=f"{self._calls} calls",
+                got=str(len(runs)),
                 hint="profile fewer steps",
-            )  # fmt: skip
+            )
         begin = runs[self._before] if self._before < len(runs) else float("inf")
         return _layer_times([event for event in events if event["ts"] >= begin], self._calls - self._before)
 
@@ -158,7 +173,7 @@ def _fallen_back(model: Path, problem: str, has: Iterable[str]) -> HostError:
         got=f"{problem}; providers here: {', '.join(has)}",
         hint="run `slipcast doctor`: pip uninstall -y onnxruntime onnxruntime-gpu, then install onnxruntime-gpu alone, "
         "with the CUDA and cuDNN that it names",
-    )  # fmt: skip
+    )
 
 
 def open_profiled_engine(model: Path, weights: Path | None, precision: str) -> ProfiledOnnxRuntimeEngine:

@@ -70,9 +70,10 @@ class OpenVinoEngine:
             self.outputs = tuple(_spec(port) for port in compiled.outputs)
         except RuntimeError as error:
             raise ArtifactError(
-                f"{model.name}: OpenVINO {openvino.__version__} cannot load it", got=str(error).strip(),
+                f"{model.name}: OpenVINO {openvino.__version__} cannot load it",
+                got=str(error).strip(),
                 hint="run `slipcast verify`; where the digests hold, upgrade openvino: it cannot read the graph",
-            ) from error  # fmt: skip
+            ) from error
         self._request: Any = compiled.create_infer_request()
         self._given: dict[str, Array] = {}
 
@@ -120,11 +121,10 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
         times = {name: (total - self._before.get(name, 0)) / 1e6 for name, total in spent.items()}
         about = {info.node_name: info for info in self._request.profiling_info}
         return tuple(
-            LayerTime(
-                name, about[name].node_type, about[name].exec_type, self._modules.get(name, ""), seconds, calls
-            )
-            for name, seconds in times.items() if seconds > 0
-        )  # fmt: skip
+            LayerTime(name, about[name].node_type, about[name].exec_type, self._modules.get(name, ""), seconds, calls)
+            for name, seconds in times.items()
+            if seconds > 0
+        )
 
     def _microseconds(self) -> dict[str, int]:
         """By layer, since it was opened: a counter holds the mean of all calls."""

@@ -32,6 +32,7 @@ def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
         raise HostError("no target of this bundle can run here", expected=", ".join(ids), hint="; ".join(refusals))
     others = [target.id for target in manifest.targets if refusal(target) is None]
     raise HostError(
-        f"target {wanted} cannot run here", expected=f"one of {', '.join(others)}" if others else None,
+        f"target {wanted} cannot run here",
+        expected=f"one of {', '.join(others)}" if others else None,
         hint="; ".join(refusals),
-    )  # fmt: skip
+    )

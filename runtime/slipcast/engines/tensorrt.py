@@ -123,9 +123,10 @@ class TensorRtEngine:
     def _refused(self, reasons: str) -> HostError:
         return HostError(
             f"{self._name}: {self._trt.__name__} {self._trt.__version__} cannot run this engine here",
-            expected="the GPU and the library version that it was built for", got=reasons or self._complaints(),
+            expected="the GPU and the library version that it was built for",
+            got=reasons or self._complaints(),
             hint="`slipcast doctor BUNDLE` compares them; use another target, or compile the bundle again",
-        )  # fmt: skip
+        )
 
     def _open_context(self, capture: bool) -> Any:
         if self._engine.streamable_weights_size:  # it was built to leave weights on the host where memory is short
@@ -137,9 +138,10 @@ class TensorRtEngine:
         context = self._engine.create_execution_context(config)
         if context is None:
             raise ResourceError(
-                f"{self._name}: no execution context", got=self._complaints(),
+                f"{self._name}: no execution context",
+                got=self._complaints(),
                 hint='free GPU memory, or load with residency="sequential"',
-            )  # fmt: skip
+            )
         return context
 
     def _shape(self, shapes: dict[str, Shape]) -> None:
@@ -217,9 +219,11 @@ def check_shapes(engine: str, shapes: Mapping[str, Shape], profiles: Mapping[str
         )
         if not fits:
             raise RequestError(
-                f"{engine}: it was not built for this shape of {name}", expected=f"{list(least)} to {list(most)}",
-                got=list(shape), hint="ask for fewer images at once, or compile with a larger max_images",
-            )  # fmt: skip
+                f"{engine}: it was not built for this shape of {name}",
+                expected=f"{list(least)} to {list(most)}",
+                got=list(shape),
+                hint="ask for fewer images at once, or compile with a larger max_images",
+            )
 
 
 def name_reasons(flags: Any, reasons: int) -> list[str]:

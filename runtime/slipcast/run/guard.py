@@ -74,9 +74,11 @@ class Guard:
         problem = f"{shorten(prompt)} is not of the family that this bundle was made for"
         if policy == "refuse":
             raise RequestError(
-                problem, expected=f"a prompt within a distance of {limit:.3g}", got=f"{distance:.3g}",
+                problem,
+                expected=f"a prompt within a distance of {limit:.3g}",
+                got=f"{distance:.3g}",
                 hint='word it as the family does, or draw it all the same with guard="warn"',
-            )  # fmt: skip
+            )
         by = "; its unspecialised denoiser draws it" if policy == "fallback" else ""
         logger.warning("%s (distance %.3g, threshold %.3g)%s", problem, distance, limit, by)
 
@@ -105,9 +107,11 @@ def choose_policy(record: GuardRecord | None, asked: object) -> GuardPolicy:
         legal = [name for name in get_args(GuardPolicy) if name != "fallback" or record.policy == "fallback"]
     if asked not in legal:
         raise RequestError(
-            "guard is not usable", expected=" or ".join(legal), got=repr(asked),
+            "guard is not usable",
+            expected=" or ".join(legal),
+            got=repr(asked),
             hint=f'compile a bundle with --set guard.policy="{asked}"' if asked in get_args(GuardPolicy) else None,
-        )  # fmt: skip
+        )
     return asked
 
 

@@ -136,6 +136,8 @@ def check_finite(values: Floats, problem: str) -> None:
     """NumericalError, with what is the problem, where any is NaN or infinity."""
     if not np.isfinite(values).all():
         raise NumericalError(
-            problem, expected="finite numbers", got="NaN or infinity",
+            problem,
+            expected="finite numbers",
+            got="NaN or infinity",
             hint="try a target of higher precision, or a lower guidance_scale",
-        )  # fmt: skip
+        )

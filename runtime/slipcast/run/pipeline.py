@@ -118,11 +118,22 @@ class Pipeline:
         refuses; NumericalError where a step or the decoder yields NaN or infinity.
         """
         request = check_request(
-            self.manifest, self._target, self._prompt_table,
-            prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, width=width, height=height,
-            latents=latents, output_type=output_type, on_long_prompt=on_long_prompt, guard=guard,
-        )  # fmt: skip
+            self.manifest,
+            self._target,
+            self._prompt_table,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            width=width,
+            height=height,
+            latents=latents,
+            output_type=output_type,
+            on_long_prompt=on_long_prompt,
+            guard=guard,
+        )
         with self._one_call_at_a_time:
             return self._run(request, callback_on_step_end)
 
@@ -255,10 +266,17 @@ class Pipeline:
                 for name in (request.component, *([SHALLOW] if caching else []))
             }
             evaluate = Evaluator(
-                engines, request.component, conditioning, rows, images=images, left=lambda: denoise.left,
-                at_once=images_at_once(self.manifest.image, self._target.device, images), seconds=seconds,
-                features=Features(caching, images) if caching else None, sealed=self._target.device != "cpu",
-            )  # fmt: skip
+                engines,
+                request.component,
+                conditioning,
+                rows,
+                images=images,
+                left=lambda: denoise.left,
+                at_once=images_at_once(self.manifest.image, self._target.device, images),
+                seconds=seconds,
+                features=Features(caching, images) if caching else None,
+                sealed=self._target.device != "cpu",
+            )
             guidance = settings.guidance(request.guidance_scale if request.guided else 1.0)
             guided = Guided(settings.noise, schedule, evaluate, guidance)
             threshold = self._target.early_exit if own and request.component == "denoiser" else None
@@ -323,9 +341,10 @@ class Pipeline:
                 check_digests(self.bundle, [file for file in (files.model, files.weights) if file])
                 return self._open("vae_decoder", target=target)
         raise ResourceError(
-            "memory ran out while decoding, in the smallest tiles too", got=str(error) or type(error).__name__,
+            "memory ran out while decoding, in the smallest tiles too",
+            got=str(error) or type(error).__name__,
             hint='close other programs, or keep less in memory: residency="sequential"',
-        ) from error  # fmt: skip
+        ) from error
 
 
 def load(

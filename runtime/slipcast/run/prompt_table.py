@@ -44,5 +44,6 @@ class PromptTable:
                 raise RequestError(
                     f"{name} is not of this bundle's closed family",
                     expected=f"one of {len(listed)} prompts, {some}" + (", or none" if name != "prompt" else ""),
-                    got=repr(prompt[:COMPARED]), hint="compile a bundle with --set family.closed=false",
-                )  # fmt: skip
+                    got=repr(prompt[:COMPARED]),
+                    hint="compile a bundle with --set family.closed=false",
+                )

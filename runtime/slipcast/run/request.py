@@ -52,9 +52,12 @@ class Request:
         """The same for some of the images."""
         prompts, negative = ([texts[i] for i in images] if texts else [] for texts in (self.prompts, self.negative))
         return dataclasses.replace(
-            self, prompts=prompts, negative=negative, seeds=tuple(self.seeds[i] for i in images),
+            self,
+            prompts=prompts,
+            negative=negative,
+            seeds=tuple(self.seeds[i] for i in images),
             latents=None if self.latents is None else self.latents[list(images)],
-        )  # fmt: skip
+        )
 
 
 def check_request(
@@ -132,18 +135,23 @@ def _unspecialised(request: Request, manifest: Manifest, steps: int | None, scal
     """What is asked for, of the denoiser that was not specialised: the original's sampling is its default."""
     settings = manifest.reference or manifest.sampling
     return dataclasses.replace(
-        request, component=FALLBACK, sampling=settings, schedule=settings.lay(steps),
+        request,
+        component=FALLBACK,
+        sampling=settings,
+        schedule=settings.lay(steps),
         guidance_scale=settings.guidance_scale if scale is None else request.guidance_scale,
-    )  # fmt: skip
+    )
 
 
 def _check_size(image: ImageGeometry, width: int | None, height: int | None) -> None:
     for name, asked, built in (("width", width, image.width), ("height", height, image.height)):
         if asked is not None and asked != built:
             raise RequestError(
-                f"{name} is fixed in this bundle", expected=str(built), got=repr(asked),
+                f"{name} is fixed in this bundle",
+                expected=str(built),
+                got=repr(asked),
                 hint=f"compile a bundle with --set sampling.{name}={asked!r}",
-            )  # fmt: skip
+            )
 
 
 def _lay(manifest: Manifest, steps: int | None) -> Schedule:
@@ -158,8 +166,9 @@ def _lay(manifest: Manifest, steps: int | None) -> Schedule:
             raise RequestError(
                 f"num_inference_steps is fixed in this bundle: {settings.steps}",
                 expected="timesteps " + ", ".join(f"{timestep:g}" for timestep in known),
-                got=", ".join(others), hint="compile a bundle with --set cut.general=true",
-            )  # fmt: skip
+                got=", ".join(others),
+                hint="compile a bundle with --set cut.general=true",
+            )
     return schedule
 
 

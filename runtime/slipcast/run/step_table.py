@@ -47,9 +47,11 @@ def read_step_table(path: Path, cut: Cut) -> dict[float, Row]:
     found = {name: entry.shape for name, entry in entries.items()}
     if found != wanted or any(entry.dtype != "F32" for entry in entries.values()):
         raise ArtifactError(
-            f"{path}: not the table of the manifest", expected=f"float32 {wanted}", got=f"{found}",
+            f"{path}: not the table of the manifest",
+            expected=f"float32 {wanted}",
+            got=f"{found}",
             hint="compile the bundle again",
-        )  # fmt: skip
+        )
     columns = {name: read_tensor(path, entry) for name, entry in entries.items()}
     return {
         told(timestep): {name: column[i] for name, column in columns.items()}

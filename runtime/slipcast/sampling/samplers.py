@@ -285,9 +285,14 @@ DDIM = Grid(spacing="leading", others="round", terminal="config_one", clamped=Fa
 PNDM = Grid(spacing="leading", others="round", terminal="config_first")
 # Euler, Heun, KDPM2, DPMSolverSDE: fractional timesteps, sigmas interpolated between those of the training table.
 CONTINUOUS = Grid(
-    spacing="linspace", whole=False, span="spaced", start="spacing",
-    karras="exact", karras_cosine="exact", others="exact",
-)  # fmt: skip
+    spacing="linspace",
+    whole=False,
+    span="spaced",
+    start="spacing",
+    karras="exact",
+    karras_cosine="exact",
+    others="exact",
+)
 KDPM2 = Grid(spacing="linspace", whole=False, span="spaced", others="exact", start="spacing")
 # DPMSolverMultistep, UniPC, DEIS: cast to integers, which rounds down unless they round first.
 DPMPP = Grid(spacing="linspace", extra=1, karras_cosine="floor")

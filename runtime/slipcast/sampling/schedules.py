@@ -350,8 +350,10 @@ def _finish(
     if not (np.diff(sigmas) < 0).all() or not sigmas[-1] >= last or sigmas[-1] <= 0:
         raise RequestError(
             "two steps of the schedule fall on the same noise level",
-            expected="falling sigmas and timesteps", got=f"{len(sigmas)} steps", hint="ask for fewer steps",
-        )  # fmt: skip
+            expected="falling sigmas and timesteps",
+            got=f"{len(sigmas)} steps",
+            hint="ask for fewer steps",
+        )
     return Schedule((*sigmas.tolist(), last), tuple(timesteps.tolist()), process, spacing)
 
 

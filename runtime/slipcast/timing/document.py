@@ -46,11 +46,17 @@ def make_document(manifest: Manifest, target: Target, request: dict[str, Any], m
     total, calls, ends = _mean([run.total for run in runs]), _mean_calls(runs), _mean_steps(runs)
     layers: list[dict[str, Any]] = [
         {
-            "component": component, "name": layer.name, "module": layer.module, "kind": layer.kind,
-            "kernel": layer.kernel, "seconds": layer.seconds / count, "calls": layer.calls // count,
+            "component": component,
+            "name": layer.name,
+            "module": layer.module,
+            "kind": layer.kind,
+            "kernel": layer.kernel,
+            "seconds": layer.seconds / count,
+            "calls": layer.calls // count,
         }
-        for component, found in measured.layers.items() for layer in found
-    ]  # fmt: skip
+        for component, found in measured.layers.items()
+        for layer in found
+    ]
     layers.sort(key=lambda layer: -layer["seconds"])
     components = [_component(name, calls, layers, total, measured.memory[name]) for name in measured.layers]
     plain, profiled = ([run.total for run in runs] for runs in (measured.plain, measured.profiled))
@@ -58,35 +64,54 @@ def make_document(manifest: Manifest, target: Target, request: dict[str, Any], m
     steps = _steps(calls, ends)
     library = importlib.import_module(ENGINES[target.engine].library)
     return {
-        "name": manifest.name, "target": target.id, "precision": target.precision,
+        "name": manifest.name,
+        "target": target.id,
+        "precision": target.precision,
         "versions": {"slipcast": slipcast.__version__, library.__name__: library.__version__},
-        "cpu_threads": cpu_threads(), "prompt": request["prompt"], "seed": request["seed"],
-        "num_images": request["num_images_per_prompt"], "sampler": manifest.sampling.sampler,
-        "seconds": total, "first_run_s": measured.first_s, "without_profiler_s": statistics.median(plain),
+        "cpu_threads": cpu_threads(),
+        "prompt": request["prompt"],
+        "seed": request["seed"],
+        "num_images": request["num_images_per_prompt"],
+        "sampler": manifest.sampling.sampler,
+        "seconds": total,
+        "first_run_s": measured.first_s,
+        "without_profiler_s": statistics.median(plain),
         "profiler_overhead": statistics.median(ratios) - 1,
         "runs": {
-            "without_profiler_s": plain, "with_profiler_s": profiled, "overheads": [ratio - 1 for ratio in ratios],
+            "without_profiler_s": plain,
+            "with_profiler_s": profiled,
+            "overheads": [ratio - 1 for ratio in ratios],
             "in_turn": measured.in_turn,
         },
-        "components": components, "host_s": total - sum(component["seconds"] for component in components),
-        "steps": steps, "outside_steps_s": total - sum(step["seconds"] for step in steps),
-        "operators": _operators(layers), "layers": layers,
+        "components": components,
+        "host_s": total - sum(component["seconds"] for component in components),
+        "steps": steps,
+        "outside_steps_s": total - sum(step["seconds"] for step in steps),
+        "operators": _operators(layers),
+        "layers": layers,
         "timeline": [{"component": name, "begin_s": begin, "end_s": end} for name, begin, end in calls],
         "memory": {"before_mb": measured.before_mb, "peak_mb": measured.peak_mb},
         "notes": list(NOTES),
-    }  # fmt: skip
+    }
 
 
 def _component(
-    name: str, calls: list[tuple[str, float, float]], layers: list[dict[str, Any]], total: float,
+    name: str,
+    calls: list[tuple[str, float, float]],
+    layers: list[dict[str, Any]],
+    total: float,
     memory: dict[str, float] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     times = [end - begin for component, begin, end in calls if component == name]
     inside = sum(layer["seconds"] for layer in layers if layer["component"] == name)
     return {
-        "name": name, "calls": len(times), "seconds": sum(times), "share": sum(times) / total,
-        "outside_layers_s": sum(times) - inside, "memory": memory,
-    }  # fmt: skip
+        "name": name,
+        "calls": len(times),
+        "seconds": sum(times),
+        "share": sum(times) / total,
+        "outside_layers_s": sum(times) - inside,
+        "memory": memory,
+    }
 
 
 def _steps(calls: list[tuple[str, float, float]], ends: list[tuple[float, float]]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px sol
 th { color: var(--dim); font-weight: 600; } td { font-size: 14px; overflow-wrap: anywhere; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 tr > :last-child { padding-right: 0; }
-""" + "\n".join(f".t{i} rect {{ fill: var(--t{i}); }}" for i in range(TONES))  # fmt: skip
+""" + "\n".join(f".t{i} rect {{ fill: var(--t{i}); }}" for i in range(TONES))
 
 
 def render_page(document: Mapping[str, Any]) -> str:
@@ -119,9 +119,10 @@ def _by_layer(d: Mapping[str, Any]) -> Block:
             if operator["component"] == component["name"]:
                 tone = tones.get(operator["kind"], "rest")
                 layers = [
-                    each for each in d["layers"]
+                    each
+                    for each in d["layers"]
                     if (each["component"], each["kind"]) == (operator["component"], operator["kind"])
-                ]  # fmt: skip
+                ]
                 parts_of_it, detail = _by_place(layers, tone), f"{len(layers)} layers"
                 blocks.append(Block(operator["kind"], operator["seconds"], tone, detail, parts_of_it))
         outside = Block("outside layers", max(component["outside_layers_s"], 0.0), "none")
@@ -140,37 +141,54 @@ def _by_place(layers: Sequence[Mapping[str, Any]], tone: str) -> tuple[Block, ..
         places.setdefault(place[0] if place else block.label, []).append(block)
     blocks = [
         Block(place, sum(part.seconds for part in parts), tone, f"{len(parts)} layers", tuple(parts))
-        if len(parts) > 1 else parts[0]
+        if len(parts) > 1
+        else parts[0]
         for place, parts in places.items()
-    ]  # fmt: skip
+    ]
     return tuple(sorted(blocks, key=lambda block: -block.seconds))
 
 
 def _components(d: Mapping[str, Any]) -> str:
     rows = [
-        [each["name"], str(each["calls"]), ms(each["seconds"]), f"{each['share']:.1%}",
-         ms(each["outside_layers_s"]), *megabytes(each["memory"])]
+        [
+            each["name"],
+            str(each["calls"]),
+            ms(each["seconds"]),
+            f"{each['share']:.1%}",
+            ms(each["outside_layers_s"]),
+            *megabytes(each["memory"]),
+        ]
         for each in d["components"]
-    ]  # fmt: skip
+    ]
     rows.append(["host", "", ms(d["host_s"]), f"{d['host_s'] / d['seconds']:.1%}", "", "", ""])
     return _table(["component"], ["calls", "time", "share", "outside its layers", "adds MB", "peak MB"], rows)
 
 
 def _operators(d: Mapping[str, Any]) -> str:
     rows = [
-        [each["component"], each["kind"], str(each["layers"]), ms(each["seconds"]),
-         f"{each['seconds'] / d['seconds']:.1%}"]
-        for each in d["operators"] if each["seconds"] >= d["seconds"] / 1000
-    ]  # fmt: skip
+        [
+            each["component"],
+            each["kind"],
+            str(each["layers"]),
+            ms(each["seconds"]),
+            f"{each['seconds'] / d['seconds']:.1%}",
+        ]
+        for each in d["operators"]
+        if each["seconds"] >= d["seconds"] / 1000
+    ]
     return _table(["component", "operator"], ["layers", "time", "share"], rows)
 
 
 def _layers(d: Mapping[str, Any]) -> str:
     rows = [
-        [*(each[key] for key in ("component", "name", "module", "kind", "kernel")), ms(each["seconds"]),
-         f"{each['seconds'] / d['seconds']:.1%}", ms(each["seconds"] / each["calls"])]
+        [
+            *(each[key] for key in ("component", "name", "module", "kind", "kernel")),
+            ms(each["seconds"]),
+            f"{each['seconds'] / d['seconds']:.1%}",
+            ms(each["seconds"] / each["calls"]),
+        ]
         for each in d["layers"][:LAYERS]
-    ]  # fmt: skip
+    ]
     return _table(["component", "layer", "module", "operator", "kernel"], ["time", "share", "a call"], rows)
 
 
@@ -181,6 +199,10 @@ def _table(names: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence
         return f"<tr>{inside}</tr>"
 
     return "\n".join(
-        ['<div class="scroll"><table>', row([*names, *numbers], "th"), *(row(cells, "td") for cells in rows),
-         "</table></div>"]
-    )  # fmt: skip
+        [
+            '<div class="scroll"><table>',
+            row([*names, *numbers], "th"),
+            *(row(cells, "td") for cells in rows),
+            "</table></div>",
+        ]
+    )

@@ -73,10 +73,14 @@ def _components(d: Mapping[str, Any]) -> Table:
     table = _table("components", ["component"], columns)
     for each in d["components"]:
         table.add_row(
-            each["name"], str(each["calls"]), ms(each["seconds"]), f"{each['share']:.1%}",
-            ms(each["seconds"] / each["calls"]), f"{each['outside_layers_s'] / each['seconds']:.0%}",
+            each["name"],
+            str(each["calls"]),
+            ms(each["seconds"]),
+            f"{each['share']:.1%}",
+            ms(each["seconds"] / each["calls"]),
+            f"{each['outside_layers_s'] / each['seconds']:.0%}",
             *megabytes(each["memory"]),
-        )  # fmt: skip
+        )
     table.add_row("host", "", ms(d["host_s"]), f"{d['host_s'] / d['seconds']:.1%}", "", "", "", "")
     return table
 
@@ -98,9 +102,11 @@ def _layers(d: Mapping[str, Any]) -> Table:
     )
     for each in d["layers"][:LAYERS]:
         table.add_row(
-            *map(Text, (each["component"], where(each), each["kind"], each["kernel"])), ms(each["seconds"]),
-            f"{each['seconds'] / d['seconds']:.1%}", ms(each["seconds"] / each["calls"]),
-        )  # fmt: skip
+            *map(Text, (each["component"], where(each), each["kind"], each["kernel"])),
+            ms(each["seconds"]),
+            f"{each['seconds'] / d['seconds']:.1%}",
+            ms(each["seconds"] / each["calls"]),
+        )
     return table
 
 

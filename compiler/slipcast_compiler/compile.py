@@ -68,7 +68,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
             publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle against the original: what can run here.
-        judged = judge_targets(plan.evaluation, originals, folder, targets, stages)
+        judged = judge_targets(plan.evaluation, originals, folder, targets, cache, stages)
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import Comparison, GuardRecord, Metrics, Performance, Quality, Target
-from slipcast.engines import refusal
+from slipcast.bundle.manifest import (
+    MANIFEST_NAME,
+    Comparison,
+    GuardRecord,
+    Metrics,
+    Performance,
+    Quality,
+    Target,
+    read_manifest,
+)
+from slipcast.engines import ENGINES, refusal
 from slipcast.errors import HostError
 from slipcast.progress import Advance, Stages
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.gate import GateRow, apply_gate
 from slipcast_compiler.judge.lpips import Lpips
@@ -27,6 +40,7 @@ from slipcast_compiler.judge.scorer import Scorer
 logger = logging.getLogger("slipcast")
 
 Floats = npt.NDArray[np.float32]
+MEMORY, QUALITY = "memory.json", "quality.json"
 
 
 @dataclass(frozen=True)
@@ -47,17 +61,20 @@ class Judged:
 
 
 def judge_targets(
-    evaluation: Evaluation, originals: Originals, folder: Path, targets: Sequence[Target], stages: Stages
+    evaluation: Evaluation, originals: Originals, folder: Path, targets: Sequence[Target], cache: Cache, stages: Stages
 ) -> Judged:
-    """Draw with every target of the bundle in `folder`, each in a process of its own."""
+    """Draw with every target of the bundle in `folder`, each in a process of its own; from the cache where neither the
+    target's engines nor the machine have changed."""
     with stages.stage("evaluate original") as advance:
-        judge = open_judge(evaluation, originals)
-        before = measure_original(evaluation, originals, advance)
+        before = measure_original(evaluation, originals, cache, advance)
+    judge = LazyJudge(evaluation, originals, cache)
     runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
     for target in (target for target in targets if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
-            runs[target.id] = run = run_bundle(folder, target, originals, advance)
-            quality, found = judge(run), performance(before, run, measure_memory(folder, target))
+            entry = run_bundle(folder, target, originals, cache, advance)
+            runs[target.id] = run = Run.load(entry)
+            quality = judge(run, entry)
+            found = performance(before, run, json.loads((entry / MEMORY).read_text()))
         judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
         gates[target.id] = apply_gate(evaluation.gate, quality)
     return Judged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run)
@@ -76,16 +93,31 @@ def not_runnable(targets: Sequence[Target]) -> dict[str, str]:
     return found
 
 
+def run_bundle(root: Path, target: Target, originals: Originals, cache: Cache, advance: Advance) -> Path:
+    """The same prompts and seeds through the runtime, in a process of its own: an entry of the cache, with the run and
+    with the memory of each component."""
+    manifest = read_manifest((root / MANIFEST_NAME).read_bytes())
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    inputs = {
+        "manifest": manifest.model_dump(mode="json", exclude={"targets", "files", "quality", "performance"}),
+        "target": target.model_dump(mode="json"),
+        "files": {path: digests[path] for path in [*manifest.shared_files, *target.files]},
+        "images": [originals.prompts, originals.seeds, len(originals.bf16)],
+        "machine": this_machine().model_dump(),
+    }
+
+    def build(out: Path) -> None:
+        arguments = (root, target.id, originals.prompts, originals.seeds, len(originals.bf16))
+        isolated = run_isolated(bundled.make_images, *arguments, advance=advance)
+        read_run(isolated.result, isolated.peak_memory_mb).save(out)
+        (out / MEMORY).write_text(json.dumps(measure_memory(root, target)))
+
+    return cache.get("run", inputs, build, runs=(ENGINES[target.engine].module,))
+
+
 def measure_memory(root: Path, target: Target) -> dict[str, float]:
     """Megabytes that each component adds, each in a process of its own: freed memory is used again, and not seen."""
     return {name: run_isolated(bundled.measure_memory, root, target.id, name).result for name in target.components}
-
-
-def run_bundle(root: Path, target: Target, originals: Originals, advance: Advance) -> Run:
-    """The same prompts and seeds through the runtime, in a process of its own."""
-    arguments = (root, target.id, originals.prompts, originals.seeds, len(originals.bf16))
-    isolated = run_isolated(bundled.make_images, *arguments, advance=advance)
-    return read_run(isolated.result, isolated.peak_memory_mb)
 
 
 class Judge:
@@ -116,6 +148,41 @@ class Judge:
         held_out, others = run.images[: self._count], run.images[self._count :]
         outside = Comparison(**_compare(self._outside, others)) if self._outside else None
         return Quality(**_compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
+
+
+class LazyJudge:
+    """A judge that is opened when something has to be measured, and not for what is in the cache."""
+
+    def __init__(self, evaluation: Evaluation, originals: Originals, cache: Cache) -> None:
+        self._evaluation, self._originals, self._cache = evaluation, originals, cache
+        table, folder = evaluation.table, evaluation.folder
+        pictures = (originals.fp32, originals.bf16, originals.other_seeds)
+        self._inputs = {
+            "pictures": [hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in pictures],
+            "prompts": originals.prompts,
+            "captions": choose_captions(evaluation.captions),
+            "weights": {name: weights_digest(folder, name) for name in (table.scorer, table.lpips) if name},
+        }
+        self._judge: Judge | None = None
+
+    def __call__(self, run: Run, entry: Path) -> Quality:
+        """All metrics of a run, which is in this entry of the cache."""
+
+        def build(out: Path) -> None:
+            self._judge = self._judge or open_judge(self._evaluation, self._originals)
+            (out / QUALITY).write_text(json.dumps(self._judge(run).model_dump(mode="json")))
+
+        found = self._cache.get("quality", self._inputs | {"run": entry.name}, build)
+        return Quality.model_validate_json((found / QUALITY).read_text())
+
+
+def weights_digest(folder: Path, name: str) -> str:
+    """SHA-256 over the files of a directory relative to `folder`; a hub id stands for itself."""
+    total = hashlib.sha256(name.encode())
+    for file in sorted(file for file in (folder / name).rglob("*") if file.is_file()):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def open_judge(evaluation: Evaluation, originals: Originals) -> Judge:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,13 @@ from slipcast.bundle.manifest import Sampling
 from slipcast.progress import Advance
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.model.original import Drawing, Original, Prompts, make_images
 from slipcast_compiler.recipe.recipe import EvaluateTable, GateTable
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 
 Floats = npt.NDArray[np.float32]
+PICTURES, FIGURES = "images.npy", "run.json"
 MEASURED = 3  # images that time and memory of the original are taken from
 
 
@@ -37,6 +40,19 @@ class Run:
     def latency_s(self) -> float:
         """Median seconds of one image."""
         return statistics.median(self.seconds)
+
+    def save(self, folder: Path) -> None:
+        """Into an entry of the cache."""
+        np.save(folder / PICTURES, self.images)
+        figures = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "images"}
+        (folder / FIGURES).write_text(json.dumps(figures))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """From an entry of the cache."""
+        figures = json.loads((folder / FIGURES).read_text())
+        pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()}
+        return cls(np.load(folder / PICTURES), **pairs)
 
 
 @dataclass(frozen=True)
@@ -99,13 +115,18 @@ def run_originals(evaluation: Evaluation, cache: Cache, advance: Advance) -> Ori
     return Originals((*evaluation.held_out, *strangers), seeds + last, reference, bf16, other_seeds, drawn[0][1])
 
 
-def measure_original(evaluation: Evaluation, originals: Originals, advance: Advance) -> Run:
-    """Time and memory of the original in fp32, of this compile: pictures may come from a cache, figures may not."""
-    if originals.drawn:
-        return originals.drawn
+def measure_original(evaluation: Evaluation, originals: Originals, cache: Cache, advance: Advance) -> Run:
+    """Time and memory of the original in fp32, on this machine: as the run that drew it found them, or measured now."""
     drawing = evaluation.drawing(originals.prompts[:MEASURED], originals.seeds[:MEASURED])
-    isolated = run_isolated(make_images, drawing, "float32", True, advance=advance)
-    return read_run(isolated.result, isolated.peak_memory_mb)
+
+    def build(out: Path) -> None:
+        run = originals.drawn
+        if not run:
+            isolated = run_isolated(make_images, drawing, "float32", True, advance=advance)
+            run = read_run(isolated.result, isolated.peak_memory_mb)
+        run.save(out)
+
+    return Run.load(cache.get("timed", drawing.inputs | {"machine": this_machine().model_dump()}, build))
 
 
 def draw_original(drawing: Drawing, cache: Cache, advance: Advance) -> Floats:
@@ -121,9 +142,9 @@ def _drawn(drawing: Drawing, dtype: str, timed: bool, cache: Cache, advance: Adv
     def build(folder: Path) -> None:
         made = run_isolated(make_images, drawing, dtype, timed, advance=advance)
         runs.append(read_run(made.result, made.peak_memory_mb))
-        np.save(folder / "images.npy", made.result["images"])
+        np.save(folder / PICTURES, made.result["images"])
 
-    images: Floats = np.load(cache.get("original", drawing.inputs | {"dtype": dtype}, build) / "images.npy")
+    images: Floats = np.load(cache.get("original", drawing.inputs | {"dtype": dtype}, build) / PICTURES)
     return images, runs[0] if runs else None
 
 

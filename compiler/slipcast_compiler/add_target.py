@@ -58,7 +58,7 @@ def add_target(
     """Publish the bundle at `path` with one target more at `output`, which may be the same place.
 
     Either the new bundle is there, complete, or nothing has changed. `images`: pictures to compare. `replace`: a target
-    of this name that is there already. Raises RecipeError where the bundle has no graph to build from, HostError where
+    of this name that is there already. (Both are options of the command: with them it has seven parameters.) Raises RecipeError where the bundle has no graph to build from, HostError where
     the engine cannot be built here, and CheckFailed where the pictures are far from those of the target it comes from.
     """
     if not ENGINES[table.engine].can_build():

@@ -158,7 +158,7 @@ class LazyJudge:
         table, folder = evaluation.table, evaluation.folder
         pictures = (originals.fp32, originals.bf16, originals.other_seeds)
         self._inputs = {
-            "pictures": [hashlib.sha256(np.ascontiguousarray(each)).hexdigest() for each in pictures],
+            "pictures": [hashlib.sha256(each.tobytes()).hexdigest() for each in pictures],
             "prompts": originals.prompts,
             "captions": choose_captions(evaluation.captions),
             "weights": {name: weights_digest(folder, name) for name in (table.scorer, table.lpips) if name},

@@ -51,8 +51,10 @@ class Run:
     def load(cls, folder: Path) -> Self:
         """From an entry of the cache."""
         figures = json.loads((folder / FIGURES).read_text())
-        pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()}
-        return cls(np.load(folder / PICTURES), **pairs)
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in figures.items()
+        }
+        return cls(np.load(folder / PICTURES), **values)
 
 
 @dataclass(frozen=True)

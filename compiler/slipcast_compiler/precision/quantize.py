@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import Component, EngineFiles
-from slipcast.engines import ENGINES
+from slipcast.engines import ENGINES, open_engine
 from slipcast.errors import CheckFailed, RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.export.graphs import Graphs, Quantized
@@ -54,10 +54,8 @@ class EngineCheck:
 
         The rest of the engine runs in fp32 here, so that nothing else is measured.
         """
-        contract = Component.model_validate_json((self.folder / "denoiser.json").read_text())
-        paths = folder / files.model, folder / files.weights if files.weights else None
         if ENGINES[engine].available():
-            error = run_isolated(engine_error, engine, *paths, contract, self.samples, self.guidance).result
+            error = run_isolated(engine_error, self, engine, folder, files).result
         else:  # for a GPU that is not here
             error = run_isolated(signed_error, self.folder, self.samples, self.guidance).result
         if error > self.max_error * ENGINE_MARGIN:
@@ -142,20 +140,12 @@ def quantize_graph(
     (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
 
 
-def engine_error(
-    engine: str,
-    model: Path,
-    weights: Path | None,
-    contract: Component,
-    samples: Path,
-    guidance: float,
-    advance: Advance,
-) -> float:
+def engine_error(check: EngineCheck, engine: str, folder: Path, files: EngineFiles, advance: Advance) -> float:
     """prediction_error of an engine's files, with all that is not int8 in fp32."""
-    from slipcast.engines import open_engine
-
-    with open_engine(engine, model, weights, "fp32", contract) as run:
-        return prediction_error(run, samples, guidance)
+    contract = Component.model_validate_json((check.folder / "denoiser.json").read_text())
+    weights = folder / files.weights if files.weights else None
+    with open_engine(engine, folder / files.model, weights, "fp32", contract) as run:
+        return prediction_error(run, check.samples, check.guidance)
 
 
 def signed_error(folder: Path, samples: Path, guidance: float, _: Advance) -> float:

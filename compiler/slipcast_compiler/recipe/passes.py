@@ -21,6 +21,7 @@ class PruneHeads(Strict):
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    # by what heads are ranked
     criterion: HeadCriterion = "leave_one_out"
     correct: bool = True
     floor: Annotated[int, Field(ge=1)] = 1
@@ -33,11 +34,16 @@ class PruneFFN(Strict):
     which is what engines' kernels work in."""
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    # by what neurons are ranked
     criterion: NeuronCriterion = "second_order"
+    # as for heads
     correct: bool = True
+    # neurons that stay in every layer
     floor: Annotated[int, Field(ge=1)] = 16
     multiple: Annotated[int, Field(ge=1)] = 16
+    # patterns of layers that keep all
     protect: Texts = ()
+    # for the criterion random
     seed: Annotated[int, Field(ge=0)] = 0
 
 
@@ -49,6 +55,7 @@ class LowRank(Strict):
     """
 
     energy: Annotated[float, Field(gt=0, le=1)] = 0.999
+    # what decides whether a layer is factorised
     keep: Literal["faster", "smaller"] = "faster"
     protect: Texts = ()
 
@@ -58,10 +65,14 @@ class Recover(Strict):
     layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
 
     steps: Annotated[int, Field(ge=0)] = 300
+    # what is trained
     method: Literal["full", "lora"] = "full"
+    # of AdamW; it rises over the first tenth, then falls as a cosine
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
     batch: Annotated[int, Field(ge=1)] = 8
+    # train with weights and inputs rounded to 8 bits
     fake_quant: bool = False
+    # of what training draws
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 

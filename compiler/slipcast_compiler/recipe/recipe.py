@@ -28,19 +28,28 @@ Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
 class ModelTable(Strict):
     """A diffusers directory (relative to the recipe), or a hub id with a revision."""
 
+    # the directory, or the hub id
     path: Annotated[str, Field(min_length=1)]
+    # of a hub id: a commit, a tag or a branch
     revision: str | None = None
 
 
 class FamilyTable(Strict):
     """The prompt family: templates with slots, a list, or a file with one prompt a line."""
 
+    # with {slots} in braces
     templates: Texts = ()
+    # for each slot of the templates, its values; all combinations are taken
     slots: Slots
+    # a list of them, in place of templates
     prompts: Texts = ()
+    # one prompt a line; empty lines and lines that begin with # do not count
     prompts_file: str | None = None
+    # whether no other prompts will ever be asked for
     closed: bool = False
+    # the share that the gate is measured on
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    # another one, another split
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -63,7 +72,9 @@ class FamilyTable(Strict):
 class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
 
+    # the side of a tile
     tile: Annotated[int, Field(ge=4)] = 64
+    # of neighbours, at most half the tile
     overlap: Annotated[int, Field(ge=0)] = 16
 
     @model_validator(mode="after")
@@ -76,6 +87,7 @@ class DecodeTable(Strict):
 class ProfileTable(Strict):
     """What is measured on calibration prompts, and on how much of it."""
 
+    # how many calibration prompts
     prompts: Annotated[int, Field(ge=1)] = 16
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # images of each prompt
     states: Annotated[int, Field(ge=1)] = 16  # points of the trajectories for taylor and leave_one_out, the dear part
@@ -90,6 +102,7 @@ class GuardTable(Strict):
     """[guard]: what becomes of prompts out of an open family: see slipcast.run.guard. `false_alarms`: the share of the
     family's own prompts that may be taken for strangers."""
 
+    # strangers are drawn with a warning, refused, or drawn by the original's denoiser, which the bundle then has too
     policy: Literal["warn", "refuse", "fallback"] = "warn"
     false_alarms: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
@@ -98,11 +111,14 @@ class EvaluateTable(Strict):
     """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
     `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
 
+    # one of each of the first so many held-out prompts
     images: Annotated[int, Field(ge=1)] = 16
     seed: Annotated[int, Field(ge=0, lt=2**27)] = 1000
     scorer: str | None = None
     lpips: str | None = None
+    # prompts
     out_of_family: Texts = ()
+    # one prompt a line, in place of the list
     out_of_family_file: str | None = None
 
     @model_validator(mode="after")
@@ -115,11 +131,17 @@ class EvaluateTable(Strict):
 class GateTable(Strict):
     """Quality limits, against the original model on the same prompts and noise. What is not given is not checked."""
 
+    # the most that the mean CLIP score may fall, relative
     clip_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    # the same of the worst image
     clip_drop_worst: Annotated[float, Field(ge=0)] | None = None
+    # the most that the share of pictures may fall for which the scorer finds their own caption
     retrieval_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    # the most, on the mean
     lpips: Annotated[float, Field(ge=0)] | None = None
+    # the least, of the worst image, in dB
     psnr: Annotated[float, Field(ge=0)] | None = None
+    # the least, of the worst image
     ssim: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
@@ -130,6 +152,7 @@ NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "
 class Recipe(Strict):
     """See the module's docstring."""
 
+    # the bundle's, and of its directory
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelTable
     family: FamilyTable | None = None  # an unconditional model has none

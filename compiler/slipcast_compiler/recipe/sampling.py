@@ -17,13 +17,21 @@ class ReferenceTable(Strict):
     """[reference]: the sampling of the original that the bundle is judged against. A named schedule, or explicit
     timesteps or sigmas. What is not given is as in [sampling]."""
 
+    # without: that of a checkpoint distilled to few steps, else dpmpp_2m
     sampler: Literal[tuple(SAMPLERS)] | None = None  # type: ignore[valid-type]
+    # without: the checkpoint's, else the sampler's usual one
     schedule: Literal[tuple(SCHEDULES)] | None = None  # type: ignore[valid-type]
+    # an explicit list, falling, in place of a schedule
     timesteps: Numbers | None = None
+    # an explicit list, falling, with the terminal one, in place of a schedule
     sigmas: Numbers | None = None
+    # without: 20, or 4 of a checkpoint distilled to few
     steps: Annotated[int, Field(ge=1)] | None = None
+    # 1 and less: no guidance; without: 5, or 1 where there is none to have
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    # how far the guided prediction is brought back to the conditional one's contrast
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] | None = None
+    # of ddim: how much noise is drawn in each step
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
@@ -42,7 +50,9 @@ class SamplingTable(ReferenceTable):
 
     guidance_interval: Annotated[Numbers, Field(min_length=2, max_length=2)] | None = None
     guidance_reuse: Annotated[int, Field(ge=0)] = 0
+    # without: the checkpoint's own
     width: Annotated[int, Field(ge=8)] | None = None
+    # without: the checkpoint's own
     height: Annotated[int, Field(ge=8)] | None = None
 
     @model_validator(mode="after")
@@ -58,7 +68,9 @@ class TimestepsTable(Strict):
     """[timesteps]: noise levels found for sampling.steps on calibration prompts, against a trajectory of `fine_steps`;
     see timesteps.py. `dp` takes that trajectory's time, `direct` starts there and takes a multiple of it."""
 
+    # dynamic programming, or descent
     method: Literal["dp", "direct"] = "direct"
+    # how many calibration prompts they are found on
     prompts: Annotated[int, Field(ge=1)] = 16
     fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
@@ -90,4 +102,5 @@ class EarlyExitTable(Strict):
     L2 norm."""
 
     max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    # how many calibration prompts it is measured on
     prompts: Annotated[int, Field(ge=1)] = 16

@@ -36,4 +36,5 @@ class SearchTable(Strict):
         tuple[Literal[LEVERS], ...],  # type: ignore[valid-type]
         AsTuple,
     ] = ()
+    # of the sampler that proposes points
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -34,7 +34,9 @@ class TargetTable(Strict):
     fp16 or bf16, as a relative L2 norm; what does most damage stays in fp32 until it holds.
     """
 
+    # see docs/targets.md
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
+    # what the engine offers of these
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     compute_capabilities: Annotated[tuple[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], ...] | None, AsTuple] = (
         Field(default=None, min_length=1)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.progress import Stages
-from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.engines import Source, exported_sources, tensorrt
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.machine import load_average, this_machine
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.precision.quantize import quantize
 from slipcast_compiler.recipe.reading import read_recipe
@@ -104,7 +104,7 @@ def main() -> None:
     command = ["python", "recipes/bench/builds.py", str(given.recipe), *words, "-o", str(given.output)]
     made = {
         "schema": "slipcast-builds/1", "name": plan.recipe.name, "command": shlex.join(command),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": host(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": this_machine().model_dump(),
         "library": f"{ENGINE} {importlib.metadata.version('tensorrt_rtx')}",
         "image": f"{plan.image.width}x{plan.image.height}", "builds": builds,
     }  # fmt: skip

@@ -26,7 +26,6 @@ import numpy as np
 from slipcast.bundle.manifest import Component, EngineFiles
 from slipcast.engines import Engine, open_engine
 from slipcast.progress import Advance, Stages
-from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.bench.figures import spread
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.export.component import cached_export
@@ -34,6 +33,7 @@ from slipcast_compiler.graph import qdq
 from slipcast_compiler.graph.cost import cost
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.host.machine import load_average, this_machine
 from slipcast_compiler.passes.apply import apply_passes
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.precision.quantize import quantize
@@ -160,7 +160,7 @@ def document(plan: Plan, command: str, sides: dict[str, Built], load: float | No
     ratios = {name: [a / b for a, b in zip(seconds[first], of, strict=True)] for name, of in seconds.items()}
     return {
         "schema": "slipcast-denoisers/1", "name": plan.recipe.name, "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": host() | {"load_before": load},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": this_machine().model_dump() | {"load_before": load},
         "computes_bf16": _computes_bf16(), "image": f"{plan.image.width}x{plan.image.height}", "rows": 2,
         "quantize": next(built.quantized["options"] for built in sides.values() if built.quantized),
         "sides": {

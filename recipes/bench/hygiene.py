@@ -23,12 +23,12 @@ from denoisers import random_inputs
 
 from slipcast.bundle.manifest import Component
 from slipcast.engines import Engine, ProfiledEngine, open_engine
-from slipcast_compiler.bench.document import host, load_average
 from slipcast_compiler.bench.figures import spread
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.export.component import cached_export, export_component
 from slipcast_compiler.export.parts import cached_parts
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.machine import load_average, this_machine
 from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import read_recipe
@@ -102,7 +102,7 @@ def main() -> None:
     document = {
         "schema": "slipcast-hygiene/1", "name": plan.recipe.name,
         "command": shlex.join(["python", "recipes/bench/hygiene.py", str(given.recipe), "-o", str(given.output)]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": host() | {"load_before": load},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": this_machine().model_dump() | {"load_before": load},
         "image": f"{plan.image.width}x{plan.image.height}", "precisions": ENGINES, "nodes": nodes, "targets": targets,
     }  # fmt: skip
     given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,20 +19,23 @@ HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 sys.path.insert(0, str(MODELS / "training"))
 
+from heads.answers import Interval, wilson  # noqa: E402
+from heads.plots import banded, figure  # noqa: E402
+from heads.recipe import read_study  # noqa: E402
 from scenes import Scene, caption, sample_scene  # noqa: E402
+from scipy.stats import mannwhitneyu  # noqa: E402
 
-from slipcast import guard as runtime_guard  # noqa: E402
+from slipcast.progress import silent  # noqa: E402
+from slipcast.run import guard as runtime_guard  # noqa: E402
 from slipcast.run.guard import embed, nearness  # noqa: E402
 from slipcast.run.tokenizer import PromptTokenizer  # noqa: E402
-from slipcast_compiler.export.component import cached_export  # noqa: E402
+from slipcast_compiler.export.component import export_component  # noqa: E402
 from slipcast_compiler.export.guard import choose_threshold, left_out  # noqa: E402
 from slipcast_compiler.export.prompts import encode  # noqa: E402
 from slipcast_compiler.host.cache import Cache  # noqa: E402
-from slipcast_compiler.model.rewrite import UNCHANGED  # noqa: E402
 from slipcast_compiler.plan import Plan, make_plan  # noqa: E402
-from slipcast_compiler.recipe.recipe import Recipe, TargetTable  # noqa: E402
-from slipcast_compiler.study.plots import Line, figure  # noqa: E402
-from slipcast_compiler.study.recipe import read_study  # noqa: E402
+from slipcast_compiler.recipe.recipe import Recipe  # noqa: E402
+from slipcast_compiler.recipe.targets import TargetTable  # noqa: E402
 
 SEED, MOST, RESAMPLES, FALSE_ALARMS = 2026, 200, 2000, 0.05
 GRID = [round(i / 20, 2) for i in range(21)]  # shares of the family that are taken for strangers
@@ -46,11 +49,19 @@ SETS = {
 }
 STRANGERS = ("near", "two", "other_words")
 FOREIGN = (
-    "an astronaut rides a horse on mars", "portrait of an old fisherman, oil painting", "a bowl of soup with noodles",
-    "city skyline at night, rain, neon", "a cat asleep on a sofa", "mountains in fog, wide shot, 35mm",
-    "a red sports car on a coastal road", "an isometric room with plants", "two children fly a kite",
-    "a castle made of glass", "close-up of a bee on a sunflower", "a logo for a coffee shop",
-)  # fmt: skip
+    "an astronaut rides a horse on mars",
+    "portrait of an old fisherman, oil painting",
+    "a bowl of soup with noodles",
+    "city skyline at night, rain, neon",
+    "a cat asleep on a sofa",
+    "mountains in fog, wide shot, 35mm",
+    "a red sports car on a coastal road",
+    "an isometric room with plants",
+    "two children fly a kite",
+    "a castle made of glass",
+    "close-up of a bee on a sunflower",
+    "a logo for a coffee shop",
+)
 
 
 def inside(family: str, scene: Scene) -> bool:
@@ -91,7 +102,7 @@ def in_bf16(plan: Plan, prompts: list[str]) -> Any:
     import torch
     from transformers import CLIPTextModel
 
-    tokenizer = PromptTokenizer(MODELS / "shapes/tokenizer/tokenizer.json", plan.sizes["text_length"], 655)
+    tokenizer = PromptTokenizer(MODELS / "shapes/tokenizer/tokenizer.json", plan.original.sizes["text_length"], 655)
     encoder = CLIPTextModel.from_pretrained(MODELS / "shapes/text_encoder", dtype=torch.bfloat16).eval()
     ids = tokenizer(prompts)
     with torch.no_grad():
@@ -100,13 +111,13 @@ def in_bf16(plan: Plan, prompts: list[str]) -> Any:
 
 def measure(name: str, plan: Plan, cache: Cache) -> dict[str, Any]:
     """Threshold, and distances of all prompts: as the runtime has them, in bf16, and by other ways to embed."""
-    exported = {"text_encoder": cached_export(plan, "text_encoder", cache, UNCHANGED)}
+    exported = {"text_encoder": export_component(plan.original, "text_encoder", cache)}
     family, sets = plan.family, prompt_sets(name, plan)
     assert family
     special = np.array([654, 655])
     kinds = [*(key for key, prompts in sets.items() for _ in prompts)]
     asked = [prompt for prompts in sets.values() for prompt in prompts]
-    ids, hidden = encode(plan, [*family.calibration, *asked], exported, lambda done, total: None)
+    ids, hidden = encode(plan.original, [*family.calibration, *asked], exported, silent)
     context, count = hidden["encoder_hidden_states"], len(family.calibration)
     words = embed(ids, context, special)
     first_end = (ids == special[1]).argmax(axis=1)
@@ -119,19 +130,24 @@ def measure(name: str, plan: Plan, cache: Cache) -> dict[str, Any]:
     ways = {}
     usual = runtime_guard.NEIGHBOURS
     for title, embeddings, neighbours in (
-        ("mean over words, 1 nearest", words, 1), ("mean over words, 3 nearest", words, 3),
-        ("mean over words, 10 nearest", words, 10), ("end token, 3 nearest", ends, 3),
-    ):  # fmt: skip
+        ("mean over words, 1 nearest", words, 1),
+        ("mean over words, 3 nearest", words, 3),
+        ("mean over words, 10 nearest", words, 10),
+        ("end token, 3 nearest", ends, 3),
+    ):
         runtime_guard.NEIGHBOURS = neighbours
         distances = split([nearness(embeddings[:count], one) for one in embeddings[count:]])
         ways[title] = rates(distances, choose_threshold(left_out(embeddings[:count]), FALSE_ALARMS))
     runtime_guard.NEIGHBOURS = usual
     threshold = choose_threshold(left_out(words[:count]), FALSE_ALARMS)
     return {
-        "calibration": count, "threshold": threshold, "prompts": sets, "ways": ways,
+        "calibration": count,
+        "threshold": threshold,
+        "prompts": sets,
+        "ways": ways,
         "distances": split([nearness(words[:count], one) for one in words[count:]]),
         "distances_bf16": split([nearness(words[:count], one) for one in low]),
-    }  # fmt: skip
+    }
 
 
 # --- what they say ---------------------------------------------------------------------------------------------------
@@ -139,9 +155,7 @@ def measure(name: str, plan: Plan, cache: Cache) -> dict[str, Any]:
 
 def auc(family: Any, strangers: Any) -> float:
     """The chance that a stranger is farther than a prompt of the family; half of it where both are as far."""
-    ordered = np.sort(family)
-    below = np.searchsorted(ordered, strangers, "left") + np.searchsorted(ordered, strangers, "right")
-    return float(below.mean() / 2 / len(ordered))
+    return float(mannwhitneyu(strangers, family, method="asymptotic").statistic / len(strangers) / len(family))
 
 
 def found(family: Any, strangers: Any) -> Any:
@@ -154,13 +168,6 @@ def resampled(statistic: Any, family: list[float], strangers: list[float]) -> An
     rng, both = np.random.default_rng(SEED), (np.array(family), np.array(strangers))
     draws = [statistic(*(rng.choice(each, len(each)) for each in both)) for _ in range(RESAMPLES)]
     return np.stack([statistic(*both), *np.quantile(draws, [0.025, 0.975], axis=0)], axis=-1)
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson, 1927)."""
-    z, share = 1.96, hits / count
-    centre, half = share + z * z / 2 / count, z * (share * (1 - share) / count + (z / 2 / count) ** 2) ** 0.5
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
 
 
 def rates(distances: dict[str, list[float]], threshold: float) -> dict[str, Any]:
@@ -178,10 +185,10 @@ def draw(families: dict[str, Any]) -> str:
         panels[name] = []
         for key, title in (("held_out", "held-out prompts against strangers"), ("paraphrases", "other words")):
             curve = resampled(found, measured["distances"][key], strangers)
-            points = [
+            points: list[tuple[float, Interval]] = [
                 (x, {"value": v, "low": low, "high": high}) for x, (v, low, high) in zip(GRID, curve, strict=True)
             ]
-            panels[name].append(Line(title, tuple(points)))
+            panels[name].append(banded(title, points))
     marked = [0.0, 0.25, 0.5, 0.75, 1.0]
     return figure("Strangers that are told", panels, lambda v: f"{v:.0%}", "of the family taken for strangers", marked)
 
@@ -191,8 +198,7 @@ def share(alarms: tuple[int, int]) -> str:
     hits, count = alarms
     if not count:
         return "none"
-    low, high = wilson(hits, count)
-    return f"{hits / count:.0%} ({low:.0%} to {high:.0%})"
+    return "{value:.0%} ({low:.0%} to {high:.0%})".format(**wilson(hits, count))
 
 
 def render(families: dict[str, Any]) -> str:

@@ -16,10 +16,11 @@ from conftest import ROOT, run_cli
 from slipcast.progress import Stages
 from slipcast.timing import memory
 from slipcast_compiler.bench import plots
-from slipcast_compiler.bench.document import make_document
+from slipcast_compiler.bench.document import parse_document, typed_document
 from slipcast_compiler.bench.measure import ROUNDS, measure
 from slipcast_compiler.bench.pages import render_page
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options, Side, make_plan
+from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.table import render_table
 
 SHAPES = ROOT / "recipes" / "models" / "shapes"
@@ -101,7 +102,7 @@ def test_page_is_self_contained_and_escaped(document: dict[str, Any], workspace:
     hostile["name"] = HOSTILE
     hostile["sides"] = {name.replace("artifacts", HOSTILE): side for name, side in hostile["sides"].items()}
     hostile["failed"], hostile["notes"] = {HOSTILE: HOSTILE}, [HOSTILE]
-    page = render_page(hostile)
+    page = render_page(typed_document(hostile))
     assert "<script>" not in page
     assert "&lt;script&gt;document.title" in page
     assert HOSTILE in render_table(hostile)
@@ -112,16 +113,27 @@ def test_break_even_curve_crosses_where_the_count_says(document: dict[str, Any])
     one["compile_s"], one["break_even"] = 100.0, {"diffusers": 200}
     one["sides"] = {name: one["sides"][name] for name in (BUNDLE, "diffusers")}
     one["sides"][BUNDLE]["seconds"]["median"], one["sides"]["diffusers"]["seconds"]["median"] = 0.5, 1.0
-    curve = plots.break_even(one)
+    curve = plots.break_even(typed_document(one))
     assert curve
-    ours, theirs = curve["marks"]
+    lines = [tuple(map(float, found)) for found in re.findall(r'class="line" d="M(\S+) (\S+)L(\S+) (\S+)"', curve)]
+    ours, theirs = lines
 
-    def height(mark: dict[str, Any], x: float) -> float:
-        return float(mark["y1"] + (mark["y"] - mark["y1"]) * (x - mark["x1"]) / (mark["x"] - mark["x1"]))
+    def height(line: tuple[float, ...], x: float) -> float:
+        return line[1] + (line[3] - line[1]) * (x - line[0]) / (line[2] - line[0])
 
-    x = plots.LEFT + (plots.WIDTH - plots.RIGHT - plots.LEFT) / 1.3
+    x = ours[0] + (ours[2] - ours[0]) / 1.3
     assert height(ours, x) == pytest.approx(height(theirs, x), abs=0.5)
-    assert plots.break_even(one | {"break_even": {"diffusers": None}}) is None
+    assert plots.break_even(typed_document(one | {"break_even": {"diffusers": None}})) is None
+
+
+@pytest.mark.parametrize("kept", sorted((ROOT / "recipes" / "bench").glob("*.json")), ids=lambda file: file.stem)
+def test_kept_documents_are_of_the_format(kept: Path) -> None:
+    text = kept.read_text("utf-8")
+    document = parse_document(text)
+    assert document.plain() == json.loads(text)
+    assert typed_document(json.loads(text)) == document
+    assert render_table(document.plain())
+    assert render_page(document)
 
 
 def _plan(shapes_bundle: Path, tmp_path: Path, side: str) -> BenchPlan:
@@ -137,9 +149,9 @@ def test_a_peer_that_fails_is_named_and_the_rest_goes_on(shapes_bundle: Path, tm
     plan = _plan(shapes_bundle, tmp_path, "def open_side(job):\n    raise ValueError('no such model')\n")
     results = measure(plan, Stages())
     document = make_document(plan, results, None)
-    assert list(document["ratios"]) == [str(shapes_bundle)]
-    assert "ValueError: no such model" in document["failed"]["fake"]
-    assert "fake: ValueError" in render_table(document)
+    assert list(document.ratios) == [str(shapes_bundle)]
+    assert "ValueError: no such model" in document.failed["fake"]
+    assert "fake: ValueError" in render_table(document.plain())
     assert [len(drawn) for drawn in results.measured[BUNDLE].batches.values()] == [ROUNDS]
 
 
@@ -162,11 +174,12 @@ def describe():
 """
     plan = _plan(shapes_bundle, tmp_path, side)
     document = make_document(plan, measure(plan, Stages()), None)
-    assert document["sides"]["fake"]["images"] == document["ratios"]["fake"]["pairs"] == 1
-    assert document["sides"]["fake"]["images_per_second"].keys() == {"1"}
-    assert document["sides"]["fake"]["components_s"] is None
-    assert {"fake ran on 1 of 3 images", "fake ran one image at a time only"} <= set(document["notes"])
-    assert "fake" not in document["batch_ratios"]
+    fake = document.sides["fake"]
+    assert fake.images == document.ratios["fake"].pairs == 1
+    assert fake.images_per_second.keys() == {"1"}
+    assert fake.components_s is None
+    assert {"fake ran on 1 of 3 images", "fake ran one image at a time only"} <= set(document.notes)
+    assert "fake" not in document.batch_ratios
     render_page(document)
 
 
@@ -201,11 +214,11 @@ def describe():
     assert results.beside["first"] is not results.beside["second"]
     assert [len(results.beside[name].drawn) for name in ("first", "second")] == [3, 3]
     document = make_document(plan, results, None)
-    assert document["sides"][BUNDLE]["images"] == 6
+    assert document.bundle.images == 6
     theirs, ours = results.measured["second"].seconds, results.beside["second"].seconds
-    assert document["ratios"]["second"]["min"] == pytest.approx(min(map(truediv, theirs, ours)), abs=1e-4)
+    assert document.ratios["second"].min == pytest.approx(min(map(truediv, theirs, ours)), abs=1e-4)
     assert len(results.measured[BUNDLE].batches[2]) == 2 * ROUNDS
-    assert any(note.startswith("every peer ran in turn with the bundle alone: 3 sides") for note in document["notes"])
+    assert any(note.startswith("every peer ran in turn with the bundle alone: 3 sides") for note in document.notes)
 
 
 def test_the_documents_command_repeats_it(document: dict[str, Any]) -> None:
@@ -220,7 +233,7 @@ def test_the_page_leads_to_the_bundles_report(workspace: Path, document: dict[st
     assert [(workspace / "out" / link).resolve() for link in links] == [
         (workspace / "artifacts" / "shapes-circles" / "report.html").resolve()
     ]
-    assert "href" not in render_page(document)
+    assert "href" not in render_page(typed_document(document))
 
 
 def test_usage_errors_have_exit_code_2(shapes_bundle: Path) -> None:

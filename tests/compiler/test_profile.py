@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from conftest import run_cli
 from slipcast.bundle.profiles import (
@@ -21,7 +22,6 @@ from slipcast.bundle.profiles import (
     open_profile_file,
     render_summary,
     sparkline,
-    spearman,
     summarise,
 )
 from slipcast.errors import ArtifactError, NumericalError, RecipeError
@@ -29,12 +29,12 @@ from slipcast.sampling.samplers import SAMPLERS
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model import original
 from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
-from slipcast_compiler.pages.profile import curves, figures, heat_map, publish, render_page
+from slipcast_compiler.pages.profile import curves, figures, publish, ranked, render_page
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.profile import importance
 from slipcast_compiler.profile.measure import Job, chosen_states, evaluated_sigmas, measure
 from slipcast_compiler.profile.observe import PERCENTILE, Observer, blocks
-from slipcast_compiler.profile.profile import Profile, calibration_images, make_profile, open_profile
+from slipcast_compiler.profile.profile import Profile, calibration_images, make_profile, open_profile, rank_correlations
 from slipcast_compiler.profile.streaming import CAPACITY, Inputs, Reservoir
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 
@@ -234,7 +234,7 @@ def test_projected_leave_one_out_ranks_as_the_exact_one(captured: Captured, monk
     projected = importance.projected_leave_one_out(unet, sampling, states, lambda _: None)
     assert list(exact) == list(projected)
     pooled = [np.concatenate(list(found.values())) for found in (exact, projected)]
-    assert spearman(*pooled) > 0.95
+    assert spearmanr(*pooled).statistic > 0.95
     assert 0.7 < np.median(pooled[1] / pooled[0]) < 1.4  # it is the same quantity, too
 
 
@@ -516,23 +516,32 @@ def test_the_summary_and_the_page_show_what_was_measured(profile: Profile) -> No
     assert page.count('class="cell"') == 4 * 160
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     drawn = figures(profile.file)
-    levels = [cell["level"] for row in drawn["heat"]["taylor"]["rows"] for cell in row["cells"]]
+    assert drawn.heat["taylor"].count('class="cell"') == 160
+    levels = ranked(profile.heads("taylor"))
     pooled = np.concatenate(list(profile.heads("taylor").values()))
-    assert spearman(np.array(levels, np.float32), pooled) > 0.999
-    assert [len(plot["lines"]) for plot in drawn["curves"]] == [7, 1]
+    assert (np.argsort(np.concatenate(list(levels.values()))) == np.argsort(pooled, kind="stable")).all()
+    assert levels[ATTENTION] == pytest.approx(
+        [np.mean(pooled < score) * 160 / 159 for score in profile.heads("taylor")[ATTENTION]]
+    )
+    assert drawn.changes and drawn.gap
+    assert [plot.count('class="leader"') for plot in (drawn.changes, drawn.gap)] == [7, 1]
 
 
 def test_figures_of_little() -> None:
-    one = heat_map({"a": np.array([2.0], np.float32)})
-    assert one["rows"][0]["cells"][0]["level"] == 0
-    assert curves({}, np.zeros(0, np.float32)) is None
-    flat = curves({"a": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)}, np.zeros(1, np.float32))
-    assert flat
-    assert abs(flat["lines"][0]["label_y"] - flat["lines"][1]["label_y"]) >= 13
+    assert ranked({"a": np.array([2.0], np.float32)}) == {"a": [0.0]}
+    assert curves({}, np.zeros(0, np.float32), "nothing") is None
+    assert curves({"a": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)}, np.zeros(1, np.float32), "flat")
     assert sparkline([]) == "" and sparkline([0.0, 1.0]) == "▁█"
+
+
+def test_rank_correlations_are_made_with_the_profile(profile: Profile) -> None:
     rising = np.arange(5, dtype=np.float32)
-    assert spearman(rising, rising**3) == 1 and spearman(rising, -rising) == -1
-    assert spearman(rising, np.zeros(5, np.float32)) == 0
+    found = rank_correlations({"a": rising, "b": rising**3, "c": -rising, "d": np.zeros(5, np.float32)})
+    assert found == {"b a": 1, "c a": -1, "c b": -1, "d a": 0, "d b": 0, "d c": 0}
+    kept = profile.file.record.rank_correlations
+    assert kept == {kind: rank_correlations(profile.file.pooled(kind)) for kind in ("head", "neuron")}
+    assert summarise(profile.file)["heads"]["spearman"] == kept["head"]
+    assert len(kept["head"]) == 6
 
 
 def test_blocks_follow_the_number_in_their_names(profile: Profile, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -10,16 +9,20 @@ import subprocess
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import tomli_w
 
 from slipcast.bundle.manifest import ImageGeometry, Metrics, Sampling
 from slipcast.sampling.schedules import NoiseProcess
-from slipcast_compiler.judge.evaluate import GateRow, Originals, Run
+from slipcast_compiler.judge.evaluate import Judged
+from slipcast_compiler.judge.gate import GateRow
+from slipcast_compiler.judge.originals import Originals, Run
 from slipcast_compiler.pages import report
-from slipcast_compiler.plan import Plan, make_plan
+from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
 from slipcast_compiler.recipe.recipe import Recipe
 
@@ -52,6 +55,11 @@ def _dump(page: Path, profile: Path, *options: str) -> str:
     return done.stdout
 
 
+def _graphs(sampling: Sampling, reference: Sampling, image: ImageGeometry) -> Any:
+    """What a report reads of them to resolve a recipe."""
+    return SimpleNamespace(sampling=sampling, reference=reference, original=SimpleNamespace(image=image))
+
+
 def _resolved(sampling: str, **laid: Any) -> dict[str, Any]:
     """The resolved recipe of a plan that has what `sampling` asks for and `laid`."""
     recipe = parse_recipe(
@@ -61,8 +69,7 @@ def _resolved(sampling: str, **laid: Any) -> dict[str, Any]:
     )
     image = ImageGeometry(width=64, height=32, channels=4, factor=8, tile=48, overlap=8)
     chosen = Sampling(sampler="euler", guidance_scale=4.0, noise=NoiseProcess(), **laid)
-    plan = Plan(recipe, Path(), None, None, chosen, image, {})  # type: ignore[arg-type]
-    return report.resolve(plan)
+    return report.resolve(recipe, _graphs(chosen, chosen, image))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,7 @@ def _resolved(sampling: str, **laid: Any) -> dict[str, Any]:
 )
 def test_the_resolved_recipe_can_be_pasted(asked: str, laid: dict[str, Any]) -> None:
     resolved = _resolved(asked, **laid)
-    text = report.dump_toml(resolved)
+    text = tomli_w.dumps(resolved)
     assert tomllib.loads(text) == resolved
     recipe = Recipe.model_validate(tomllib.loads(text))
     assert (recipe.sampling.width, recipe.sampling.height, recipe.decode.tile) == (64, 32, 48)
@@ -93,31 +100,17 @@ def test_a_list_that_was_found_is_pasted_with_its_reference() -> None:
     )
     before = make_plan(parse_recipe(text, "x.toml"), ROOT / "recipes")
     found = before.sampling.model_copy(update={"schedule": None, "sigmas": (9.0, 2.0, 0.5, 0.0)})
-    pasted = report.dump_toml(report.resolve(dataclasses.replace(before, sampling=found)))
+    pasted = tomli_w.dumps(report.resolve(before.recipe, _graphs(found, before.reference, before.original.image)))
     after = make_plan(parse_recipe(pasted, "pasted"), ROOT / "recipes")
     assert after.recipe.timesteps is None
     assert (after.sampling, after.reference) == (found, before.reference)
     assert after.reference.steps == 12
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"a": 1, "b": -0.5, "c": 1e-7, "d": 1e22, "e": True, "f": [], "g": [1, 2.5], "h": [[1], ["x"]]},
-        {"text": 'quote " back \\ tab \t line \n bell \x07 delete \x7f é 円 🙂', "two words": 1, "": 2, "é.ü": 3},
-        {"late": 1, "table": {"inner": {"deep key": {"x": 1}}, "y": 2}, "empty": {}, "later": 2},
-        {"tables": [{"a": 1, "sub": {"b": 2}}, {}, {"a": 3, "subs": [{"c": 4}]}], "after": "x"},
-        {"long": ["a prompt that is long enough for a line of its own"] * 5},
-    ],
-)
-def test_toml_comes_back_as_it_was(value: dict[str, Any]) -> None:
-    assert tomllib.loads(report.dump_toml(value)) == value
-
-
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_toml_of_every_shipped_recipe(recipe: Path) -> None:
     parsed = parse_recipe(recipe.read_text("utf-8"), recipe.name)
-    dumped = report.dump_toml(parsed.model_dump(mode="json", exclude_none=True))
+    dumped = tomli_w.dumps(parsed.model_dump(mode="json", exclude_none=True))
     assert parse_recipe(dumped, "dumped") == parsed
 
 
@@ -171,10 +164,25 @@ def _record(*rows: GateRow) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _evidence(drawn: Any, found: Any, prompt: str | None = None) -> report.Evidence:
+    """Of one image; what the page shows of the graphs is in the record, but for a profile."""
+    run, nothing = Run(found, (1.0,), 0.1, 1.0, {}), cast(Any, None)
+    return report.Evidence(
+        recipe=nothing,
+        graphs=cast(Any, SimpleNamespace(profile=None)),
+        fields={},
+        originals=Originals((prompt,), (1,), drawn, drawn, drawn),  # type: ignore[arg-type]
+        judged=Judged((), {"t-cpu-fp32": run}, {}, {}),
+        casts={},
+        searched=None,
+        exits=None,
+        seconds={},
+    )
+
+
 def _page(folder: Path, record: dict[str, Any], width: int = 8) -> str:
     images = np.random.default_rng(0).random((1, width, width, 3), np.float32)
-    run = Run(images, (1.0,), 0.1, 1.0, {})
-    report.write(folder, record, Originals((None,), (1,), images, images, images), {"t-cpu-fp32": run}, None)
+    report.write(folder, record, _evidence(images, images))
     return (folder / "report.html").read_text("utf-8")
 
 
@@ -264,8 +272,7 @@ def test_a_picture_that_is_not_finite(tmp_path: Path) -> None:
     record = _record(GateRow("PSNR, worst image (dB)", None, float("nan"), 43.21, False))
     record["targets"][0]["quality"]["psnr_worst"] = float("nan")
     images = np.full((1, 8, 8, 3), np.nan, np.float32)
-    run, drawn = Run(images, (1.0,), 0.1, 1.0, {}), np.zeros_like(images)
-    report.write(tmp_path, record, Originals((None,), (1,), drawn, drawn, drawn), {"t-cpu-fp32": run}, None)
+    report.write(tmp_path, record, _evidence(np.zeros_like(images), images))
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["gate"]["t-cpu-fp32"][0]["value"] == "NaN"
     plain = re.sub(r"<[^>]*>|\s+", " ", (tmp_path / "report.html").read_text("utf-8"))
     assert "The gate was missed" in plain
@@ -317,8 +324,7 @@ def test_prompts_are_escaped(shapes_bundle: Path, tmp_path: Path) -> None:
     record = json.loads((shapes_bundle / "report.json").read_text("utf-8"))
     record["name"] = record["family"]["held_out_prompts"][0] = record["recipe"]["name"] = HOSTILE
     images = np.zeros((1, 8, 8, 3), np.float32)
-    run = Run(images, (1.0,), 0.1, 1.0, {})
-    report.write(tmp_path, record, Originals((HOSTILE,), (1,), images, images, images), {"a": run}, None)
+    report.write(tmp_path, record, _evidence(images, images, HOSTILE))
     text = (tmp_path / "report.html").read_text("utf-8")
     assert "<script>" not in text
     assert "&lt;script&gt;document.title" in text

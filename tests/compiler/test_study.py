@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -12,19 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study_recipe import SMALL
 
-from conftest import ROOT, run_cli
-from slipcast_compiler.study import run
-from slipcast_compiler.study.page import render
+from conftest import ROOT
 
-KEPT = [
-    file.with_suffix(".json")
-    for file in sorted((ROOT / "recipes" / "study").glob("*.toml"))
-    if file.with_suffix(".json").exists()
-]
+sys.path.insert(0, str(ROOT / "recipes" / "study"))
+from heads import run
+from heads.cases import make_study
+from heads.page import render
+from heads.recipe import parse_study
+from test_study_recipe import SMALL, STUDY
+
+SCRIPT = STUDY / "heads.py"
+KEPT = [file.with_suffix(".json") for file in sorted(STUDY.glob("*.toml")) if file.with_suffix(".json").exists()]
 RECOVER = "\n[recover]\nratios = [0.5]\nsteps = 1\n"
 ONE = re.sub(r"\[families.stars\]\n.*\n.*\n|stars = .*\n", "", SMALL) + RECOVER  # one family
+
+
+def run_script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """heads.py as a user starts it."""
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=900)
 
 
 def _entries(cache: Path) -> dict[str, tuple[int, int]]:
@@ -38,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """(folder, the cache's entries when the first run was killed, those when the second had finished)."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "small.toml").write_text(ONE)
-    command = [sys.executable, "-m", "slipcast.cli.main", "study", "small.toml", "-o", "out", "--cache", "cache"]
+    command = [sys.executable, str(SCRIPT), "small.toml", "-o", "out", "--cache", "cache"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while len(list((folder / "cache").glob("study-*/entry.json"))) < 3:
@@ -50,9 +56,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     time.sleep(0.5)  # the process that judges goes with it
     assert not list((folder / "out").glob("*"))
     before = _entries(folder / "cache")
-    done = run_cli("study", "small.toml", "-o", "out", "--cache", "cache", "--json", cwd=folder)
+    done = run_script("small.toml", "-o", "out", "--cache", "cache", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert str(Path("out", "small.md")) in json.loads(done.stdout)["files"]
+    assert str(Path("out", "small.md")) in done.stdout.splitlines()
     assert "random, no calibration, seed 20" in done.stderr  # what is being judged is said
     return folder, before, _entries(folder / "cache")
 
@@ -118,15 +124,16 @@ def test_the_report_is_written_again_from_the_document(finished: tuple[Path, Any
     assert {"small.json", "small.md", "small-clip.svg", "small-psnr.svg"} <= set(before)
     assert b"After recovery" in before["small.md"] and b"that were tried with it:" in before["small.md"]
     (folder / "small.md").write_text("not it")
-    done = run_cli("study", "out/small.json", cwd=finished[0])
+    done = run_script("out/small.json", cwd=finished[0])
     assert done.returncode == 0, done.stderr
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_the_dry_run_says_how_long(finished: tuple[Path, Any, Any]) -> None:
-    done = run_cli("study", "small.toml", "--dry-run", "--json", cwd=finished[0])
+    done = run_script("small.toml", "--dry-run", cwd=finished[0])
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    said = run.estimate(make_study(parse_study(ONE, "small.toml"), finished[0]))
+    assert done.stdout.startswith(run.in_words(said).split("\n")[0])
     assert (said["cases"], said["profiles"], said["recoveries"]) == (18, 4, 2)
     # Of a seed: at both ratios 6 of the family's mask and of the generic one, and 2 of both that read weights alone;
     # 4 of the recovered one, and 6 of the unpruned model.
@@ -137,13 +144,13 @@ def test_the_dry_run_says_how_long(finished: tuple[Path, Any, Any]) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "slipcast-bench/1"}'])
 def test_what_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
-    assert run_cli("study", str(tmp_path / "other.json")).returncode == 4
+    assert run_script(str(tmp_path / "other.json")).returncode == 4
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(SMALL)
     (tmp_path / "file").write_text("")
-    done = run_cli("study", "small.toml", "-o", "file", "--cache", "cache", cwd=tmp_path)
+    done = run_script("small.toml", "-o", "file", "--cache", "cache", cwd=tmp_path)
     assert done.returncode == 2
     assert not (tmp_path / "cache").exists()
 

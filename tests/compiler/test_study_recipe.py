@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
 from slipcast.errors import RecipeError
-from slipcast_compiler.study.cases import OUT, Study, held_out, make_study, paraphrases
-from slipcast_compiler.study.recipe import GENERIC, parse_study, read_study
 
-SHIPPED = ROOT / "recipes" / "study" / "heads.toml"
+sys.path.insert(0, str(ROOT / "recipes" / "study"))
+from heads.cases import OUT, Study, held_out, make_study, paraphrases
+from heads.recipe import GENERIC, parse_study, read_study
+
+STUDY = ROOT / "recipes" / "study"
+SHIPPED = STUDY / "heads.toml"
 SMALL = f"""
 name = "small"
 scorer = "{ROOT}/recipes/models/shapes-scorer"
@@ -145,13 +149,11 @@ def test_no_judged_prompt_is_calibrated_on(small: Study, recipe: str) -> None:
 
 
 def test_every_seed_is_a_calibration_of_its_own(small: Study) -> None:
-    from slipcast_compiler.profile.profile import calibration_images
-
     for name in ("circles", "stars", GENERIC):
-        (first, noise), (second, other) = (calibration_images(small.plans[name, seed]) for seed in (10, 20))
-        assert set(first) != set(second)
-        assert not set(noise) & set(other)
-        assert not {*noise, *other} & {seed + i for seed in (10, 20) for i in range(10)}
+        first, second = (small.plans[name, seed].task.calibration for seed in (10, 20))
+        assert set(first.prompts) != set(second.prompts)
+        assert not set(first.seeds) & set(second.seeds)
+        assert not {*first.seeds, *second.seeds} & {seed + i for seed in (10, 20) for i in range(10)}
 
 
 def test_the_shipped_study_asks_what_the_issue_does() -> None:

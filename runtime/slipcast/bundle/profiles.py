@@ -20,6 +20,7 @@ from slipcast.errors import ArtifactError
 Floats = npt.NDArray[np.float32]
 
 RECORD_NAME, TENSORS_NAME = "profile.json", "profile.safetensors"
+KINDS: tuple[Literal["head", "neuron"], ...] = ("head", "neuron")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -34,6 +35,7 @@ class ProfileRecord(Strict):
     samples: Annotated[int, Field(ge=1)]  # different calibration prompts, or images where there are no prompts
     leave_one_out: Literal["exact", "projected"]
     shared_inputs: dict[str, str]  # linear layer -> the layer that is given the same tensor and was measured for it
+    rank_correlations: dict[Literal["head", "neuron"], dict[str, float]]  # "CRITERION CRITERION" -> Spearman's
     tensors_sha256: str
     peak_memory_mb: float  # of the process that measured, with the seconds it took: no part of the digest
     seconds: float
@@ -69,6 +71,10 @@ class ProfileFile:
         found = (name.partition("/")[0] for name in self.entries if name.startswith(f"{kind}."))
         return sorted({name.removeprefix(f"{kind}.") for name in found})
 
+    def pooled(self, kind: str) -> dict[str, Floats]:
+        """Criterion -> importance of all heads or neurons, of every layer one after the other."""
+        return {name: np.concatenate(list(self.group(f"{kind}.{name}").values())) for name in self.criteria(kind)}
+
 
 def is_profile(folder: Path) -> bool:
     """Whether the directory is a profile, and not a bundle."""
@@ -88,9 +94,11 @@ def open_profile_file(folder: Path) -> ProfileFile:
         raise ArtifactError(f"{folder / RECORD_NAME}: not a profile's record", got=listing) from None
     if digest != record.tensors_sha256:
         raise ArtifactError(
-            f"{folder / TENSORS_NAME}: its digest differs", expected=record.tensors_sha256, got=digest,
+            f"{folder / TENSORS_NAME}: its digest differs",
+            expected=record.tensors_sha256,
+            got=digest,
             hint="make the profile again: slipcast profile",
-        )  # fmt: skip
+        )
     return ProfileFile(folder, record, read_header(folder / TENSORS_NAME))
 
 
@@ -103,17 +111,14 @@ def file_sha256(path: Path) -> str:
 def summarise(profile: ProfileFile) -> dict[str, Any]:
     """Plain JSON: importance by layer as quantiles, correlations of criteria, and the curves over the steps."""
     importance: dict[str, Any] = {}
-    for kind in ("head", "neuron"):
+    for kind in KINDS:
         by_criterion = {criterion: profile.group(f"{kind}.{criterion}") for criterion in profile.criteria(kind)}
-        pooled = {name: np.concatenate(list(layers.values())) for name, layers in by_criterion.items()}
         importance[f"{kind}s"] = {
             "quantiles": {
                 name: {layer: _rounded(np.quantile(scores, QUANTILES)) for layer, scores in layers.items()}
                 for name, layers in by_criterion.items()
             },
-            "spearman": {
-                f"{a} {b}": spearman(pooled[a], pooled[b]) for i, a in enumerate(pooled) for b in list(pooled)[:i]
-            },
+            "spearman": profile.record.rank_correlations[kind],
             "count": sum(map(len, next(iter(by_criterion.values()), {}).values())),
         }
     steps = profile.group("steps")
@@ -123,7 +128,8 @@ def summarise(profile: ProfileFile) -> dict[str, Any]:
         "feature_change": {block: _rounded(curve) for block, curve in profile.group("steps.feature_change").items()},
     }
     record = profile.record
-    return {**record.model_dump(mode="json"), "digest": record.digest, "steps": curves, **importance}
+    told = record.model_dump(mode="json", exclude={"rank_correlations"})
+    return {**told, "digest": record.digest, "steps": curves, **importance}
 
 
 def render_summary(summary: dict[str, Any]) -> str:
@@ -157,25 +163,10 @@ def render_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def spearman(a: Floats, b: Floats) -> float:
-    """Rank correlation: 1 where both order alike, 0 also where one of them is constant."""
-    ranks = [_ranks(values) for values in (a, b)]
-    deviations = [rank - rank.mean() for rank in ranks]
-    size = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
-    return round(float((deviations[0] * deviations[1]).sum()) / size, 4) if size else 0.0
-
-
 def sparkline(values: list[float]) -> str:
     """A curve in one line of text, from zero to its largest value."""
     top = max(values, default=0.0) or 1.0
     return "".join(BARS[min(int(value / top * len(BARS)), len(BARS) - 1)] for value in values)
-
-
-def _ranks(values: Floats) -> npt.NDArray[np.float64]:
-    """From 0; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts + 1) / 2)[place], dtype=np.float64)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

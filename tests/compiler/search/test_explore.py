@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ import pytest
 from explored import Formula, planned
 
 from slipcast.errors import ArtifactError, NumericalError, ResourceError
-from slipcast_compiler.search import plots
+from slipcast_compiler.pages.search import SearchRecord, figures
 from slipcast_compiler.search.explore import choose, explore, front, survives
 from slipcast_compiler.search.journal import JOURNAL, finished, open_journal, seconds_spent, told
 from slipcast_compiler.search.propose import parting_distance, propose, to_params, to_point
-from slipcast_compiler.search.record import describe
+from slipcast_compiler.search.record import record_search
 from slipcast_compiler.search.space import Space
 
 FEW = ('search.levers=["steps", "heads"]', "reference.steps=7")
@@ -31,7 +32,7 @@ def search(folder: Path, evaluate: Any, budget_s: float = 60.0, *overrides: str)
     space = Space(plan)
     with open_journal(folder) as study:
         explore(study, space, evaluate, budget_s, 0, lambda text, spent: None)
-        return describe(study, plan, space)
+        return record_search(study, plan, space).plain()
 
 
 def test_every_point_is_tried_once_and_the_best_that_holds_is_chosen(tmp_path: Path) -> None:
@@ -171,16 +172,16 @@ def test_a_damaged_journal_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_pictures_of_a_search(tmp_path: Path) -> None:
     record = search(tmp_path / "a", Formula())
-    distance, gate = plots.figures(record)
-    assert len(distance["marks"]) == len(record["trials"])
-    assert [mark["kind"] for mark in distance["marks"]].count("chosen") == 1
-    assert distance["marks"][-1]["kind"] == "chosen"  # on top of the others
-    assert gate["label"] == "CLIP change, mean"
-    assert {mark["kind"] for mark in gate["marks"]} <= {"chosen", "holds", "front", "tried"}
-    for plot in (distance, gate):
-        assert all(plot["left"] <= mark["x"] <= plot["right"] for mark in plot["marks"])
-        assert all(plot["top"] <= mark["y"] <= plot["bottom"] for mark in plot["marks"])
-    above = [mark["y"] <= gate["limit"] for mark in gate["marks"] if mark["kind"] in ("chosen", "holds")]
+    (_, distance), (caption, gate) = figures(SearchRecord.model_validate(record, strict=False))
+    assert distance.count("<circle") == len(record["trials"])
+    kinds = re.findall(r'<g class="(\w+)">(?=.*?<circle)', distance)
+    assert kinds.count("chosen") == 1
+    assert kinds[-1] == "chosen"  # on top of the others
+    assert caption.startswith("CLIP change, mean: ")
+    dots = re.findall(r'<g class="(\w+)">.*?cy="([\d.]+)"', gate)
+    assert {kind for kind, _ in dots} <= {"chosen", "holds", "front", "tried"}
+    limit = float(re.findall(r'class="limit" d="M\S+ ([\d.]+)', gate)[0])
+    above = [float(y) <= limit for kind, y in dots if kind in ("chosen", "holds")]
     assert above and all(above)  # within the limit is upwards
     with open_journal(tmp_path / "a") as study:
         assert record["front"] == [trial.number for trial in front(study)]

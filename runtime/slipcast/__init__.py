@@ -6,6 +6,7 @@ pipe("a red circle on a white background", seed=7).images[0].save("circle.png")
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from slipcast.errors import (
     ArtifactError,
@@ -18,7 +19,9 @@ from slipcast.errors import (
     ResourceError,
     SlipcastError,
 )
-from slipcast.run.pipeline import Pipeline, PipelineOutput, load
+
+if TYPE_CHECKING:
+    from slipcast.run.pipeline import Pipeline, PipelineOutput, load
 
 try:
     __version__ = version("slipcast")
@@ -40,3 +43,12 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What makes pictures is imported when it is asked for: submodules are used without it, by the compiler above all."""
+    if name not in ("Pipeline", "PipelineOutput", "load"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from slipcast.run import pipeline
+
+    return getattr(pipeline, name)

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What makes pictures is imported when it is asked for: submodules are used without it, by the compiler above all."""
+    """What makes pictures is imported when it is asked for: the compiler uses submodules without it."""
     if name not in ("Pipeline", "PipelineOutput", "load"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from slipcast.run import pipeline

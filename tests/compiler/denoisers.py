@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
-from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.component import write_component
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "bench"))
 from cuts import DENOISERS as PUBLISHED
@@ -30,7 +30,7 @@ def export_denoiser(denoiser: Denoiser, folder: Path, seed: int = 0) -> Path:
         parameter.data += 0.02 * torch.randn_like(parameter)
     checkpoint = write_configs(denoiser, folder)
     module.save_pretrained(folder / "denoiser")
-    export_component(checkpoint, "denoiser", {}, folder)
+    write_component(checkpoint, "denoiser", {}, folder)
     return folder / "denoiser.onnx"
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from slipcast.bundle.manifest import Component, TensorSpec
 from slipcast_compiler.graph import qdq
-from slipcast_compiler.precision.quantize import QuantizeOptions, quantize_graph
+from slipcast_compiler.precision.quantize import quantize_graph
+from slipcast_compiler.recipe.passes import Quantize
 
 GUIDANCE = 4.0
 
@@ -36,7 +37,7 @@ def write_samples(source: Path, side: int, count: int) -> Path:
 def quantise(source: Path, samples: Path, out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
     """The quantised graph, and its report."""
     out.mkdir()
-    quantize_graph(source, samples, QuantizeOptions(**options), GUIDANCE, out, lambda done, total: None)
+    quantize_graph(source, samples, Quantize(**options), GUIDANCE, out, lambda done, total: None)
     with np.load(samples / "0000.npz") as arrays:
         side = arrays["sample"].shape[-1]
     (out / "denoiser.json").write_text(contract(side).model_dump_json())

@@ -13,8 +13,10 @@ import pytest
 
 from slipcast.bundle.manifest import Metrics, Quality
 from slipcast.errors import RecipeError
-from slipcast_compiler.judge.evaluate import LIMITS, Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.judge.evaluate import Judge
+from slipcast_compiler.judge.gate import LIMITS, apply_gate, missed
 from slipcast_compiler.judge.metrics import MAX_PSNR, Reference
+from slipcast_compiler.judge.originals import Originals, Run
 from slipcast_compiler.judge.scorer import Scorer
 from slipcast_compiler.recipe.recipe import GateTable
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from slipcast.errors import ArtifactError, RecipeError
-from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, open_checkpoint, tokenizer_file
+from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, open_checkpoint, read_tokenizer
 from slipcast_compiler.recipe.recipe import ModelTable
 
 SHAPES = Path("recipes/models/shapes")
@@ -29,7 +29,8 @@ def test_the_reference_model() -> None:
     assert checkpoint.process.beta_schedule == "scaled_linear"
     assert checkpoint.not_compiled == ()
     assert sum(np.prod(w.entry.shape) for w in checkpoint.weights("unet").values()) == pytest.approx(11.2e6, rel=0.01)
-    assert tokenizer_file(checkpoint, "tokenizer")[1:] == (32, 655)
+    tokenizer = read_tokenizer(checkpoint, "tokenizer")
+    assert (tokenizer.length, tokenizer.pad_token_id) == (32, 655)
 
 
 def test_safety_checker_is_named_as_left_out(copy: Path) -> None:
@@ -55,8 +56,8 @@ def test_special_tokens_map_decides_on_padding(copy: Path) -> None:
     del settings["pad_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
-    data, _, pad = tokenizer_file(Checkpoint(copy, "m"), "tokenizer")
-    assert pad == json.loads(data)["model"]["vocab"]["!"]
+    tokenizer = read_tokenizer(Checkpoint(copy, "m"), "tokenizer")
+    assert tokenizer.pad_token_id == json.loads(tokenizer.data)["model"]["vocab"]["!"]
 
 
 @pytest.mark.parametrize("missing", ["vocab.json", ""])
@@ -67,7 +68,7 @@ def test_a_tokenizer_that_is_not_whole(copy: Path, missing: str) -> None:
     else:
         shutil.rmtree(copy / "tokenizer")
     with pytest.raises(ArtifactError, match="tokenizer"):
-        tokenizer_file(Checkpoint(copy, "m"), "tokenizer")
+        read_tokenizer(Checkpoint(copy, "m"), "tokenizer")
 
 
 def test_hash_sees_every_file_that_matters(copy: Path) -> None:

@@ -16,8 +16,9 @@ from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError
 from slipcast_compiler.engines import BUILDERS, tensorrt
 from slipcast_compiler.graph import qdq
-from slipcast_compiler.precision.quantize import Quantized, QuantizeOptions
+from slipcast_compiler.precision.quantize import EngineCheck
 from slipcast_compiler.precision.sensitivity import Found, prediction_error, search
+from slipcast_compiler.recipe.passes import Quantize
 from slipcast_compiler.recipe.reading import parse_recipe
 
 CHANNELS, CELLS = 16, 4
@@ -91,7 +92,7 @@ class TestRecipe:
 
     def test_good(self) -> None:
         parsed = parse_recipe(self.GOOD + 'protect = ["conv_*"]', "r.toml")
-        assert parsed.passes.quantize == QuantizeOptions(protect=("conv_*",))
+        assert parsed.passes.quantize == Quantize(protect=("conv_*",))
 
     @pytest.mark.parametrize(
         "line", ["samples = 0", "smooth_quant_alpha = 1.5", "max_error = 0", "weights_only = 1", "bits = 4"]
@@ -197,8 +198,8 @@ class TestSigned:
         assert {(zero.data_type, numpy_helper.to_array(zero).item()) for zero in zeros} == {(TensorProto.INT8, 0)}
         (sample,) = ({"sample": arrays["sample"]} for arrays in [np.load(samples / "0003.npz")])
         np.testing.assert_array_equal(*(qdq.session(path)(sample)["prediction"] for path in (model, signed)))
-        quantized = Quantized(model.parent, samples, GUIDANCE, report["error"])
-        quantized.check("tensorrt-rtx", tmp_path, EngineFiles(model="denoiser.engine"))
+        check = EngineCheck(model.parent, samples, GUIDANCE, report["error"])
+        check("tensorrt-rtx", tmp_path, EngineFiles(model="denoiser.engine"))
 
     def test_other_ranges_are_widened(self, source: Path, samples: Path, tmp_path: Path) -> None:
         model, report = quantise(source, samples, tmp_path / "out", max_error=1.0)
@@ -280,8 +281,8 @@ class TestEngines:
     ) -> None:
         model, report = quantise(source, samples, tmp_path / "quantized", max_error=1.0)
         files = self.built(engine, model, tmp_path / "engine")
-        quantized = Quantized(model.parent, samples, GUIDANCE, report["error"])
-        quantized.check(engine, tmp_path / "engine", files)
+        check = EngineCheck(model.parent, samples, GUIDANCE, report["error"])
+        check(engine, tmp_path / "engine", files)
 
     def test_a_wrong_graph_is_caught(self, engine: str, source: Path, samples: Path, tmp_path: Path) -> None:
         path, report = quantise(source, samples, tmp_path / "quantized", max_error=1.0)
@@ -294,7 +295,7 @@ class TestEngines:
         qdq.save(model, tmp_path / "wrong" / "denoiser.onnx")
         files = self.built(engine, tmp_path / "wrong" / "denoiser.onnx", tmp_path / "engine")
         with pytest.raises(CheckFailed, match=f"{engine} gives other numbers"):
-            Quantized(path.parent, samples, GUIDANCE, report["error"]).check(engine, tmp_path / "engine", files)
+            EngineCheck(path.parent, samples, GUIDANCE, report["error"])(engine, tmp_path / "engine", files)
 
 
 def test_predictions_that_are_not_finite(samples: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 from slipcast_compiler.model import original
-from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, tokenizer_file
+from slipcast_compiler.model.checkpoint import Checkpoint, find_weight, read_tokenizer
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 
@@ -56,8 +56,8 @@ def test_the_recipe_plans_it_at_both_sizes(tiny: Path) -> None:
     text = RECIPE.read_text("utf-8").replace("../artifacts/models/sd15-shaped", str(tiny))
     for size in (256, 512):
         plan = make_plan(parse_recipe(text, "r", [f"sampling.width={size}", f"sampling.height={size}"]), tiny)
-        assert plan.size == (size, size)
-        assert plan.sizes["text_length"] == 77
+        assert plan.original.size == (size, size)
+        assert plan.original.sizes["text_length"] == 77
         assert plan.checkpoint.native_size == (512, 512)
         assert (plan.sampling.sampler, plan.sampling.schedule) == ("pndm", "leading")
         assert original.has_scheduler(plan.sampling)
@@ -71,14 +71,15 @@ def test_every_weight_is_there_finite_and_spread(tiny: Path) -> None:
             assert weight.entry.dtype == "F16"
             values = weight.read()
             assert len(values.shape) == 1 or values.std() > 0, name
-    assert set(tokenizer_file(checkpoint, "tokenizer")[1:]) == {77, 655}
+    tokenizer = read_tokenizer(checkpoint, "tokenizer")
+    assert {tokenizer.length, tokenizer.pad_token_id} == {77, 655}
 
 
 def test_diffusers_draws_finite_pictures_with_it(tiny: Path) -> None:
     text = RECIPE.read_text("utf-8").replace("../artifacts/models/sd15-shaped", str(tiny))
     plan = make_plan(parse_recipe(text, "r", ["sampling.width=64", "sampling.height=64", "sampling.steps=2"]), tiny)
     pipe = original.open_pipeline(tiny, plan.sampling, "float32")
-    first, second = original.draw(pipe, plan.sampling, plan.size, ["a red circle", "a blue square"], [1, 1])
+    first, second = original.draw(pipe, plan.sampling, plan.original.size, ["a red circle", "a blue square"], [1, 1])
     assert np.isfinite(first).all() and first.std() > 0
     assert np.abs(first - second).max() > 0  # the prompt matters
     # Libraries begin at random where they miss a name: what they hold has to be what the files hold.

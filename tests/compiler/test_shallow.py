@@ -17,11 +17,10 @@ from slipcast.engines import Engine
 from slipcast.engines import onnxruntime as portable
 from slipcast.errors import RecipeError
 from slipcast_compiler.engines import BUILDERS
-from slipcast_compiler.export.parts import cached_parts
+from slipcast_compiler.export.parts import export_parts
 from slipcast_compiler.graph.shallow import find_cut
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import CutTable
-from slipcast_compiler.schedule.caching import cached_cut
+from slipcast_compiler.schedule.caching import export_split
 
 SHARES = (0.3, 0.6)
 
@@ -31,7 +30,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     name, *parts = request.param.split()
     folder = tmp_path_factory.mktemp(name)
     export_denoiser(DENOISERS[name], folder)
-    return cached_parts(folder, CutTable(), Cache(folder / "cache"))["denoiser"] if parts else folder
+    return export_parts(folder, False, Cache(folder / "cache"))["denoiser"] if parts else folder
 
 
 def _inputs(engine: Engine, batch: int) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def _given(engine: Engine, arrays: dict[str, Any]) -> dict[str, Any]:
 def test_with_its_own_features_the_shallow_one_gives_what_the_whole_does(
     source: Path, tmp_path: Path, share: float, batch: int
 ) -> None:
-    folder = cached_cut(source, share, Cache(tmp_path / "cache"))
+    folder = export_split(source, share, Cache(tmp_path / "cache"))
     feature = json.loads((folder / "cut.json").read_text())["feature"]
     with (
         portable.open_engine(source / "denoiser.onnx", None, "fp32") as whole,
@@ -77,7 +76,7 @@ def test_the_most_that_is_allowed_is_left(source: Path, tmp_path: Path) -> None:
     shares = [find_cut(graph, ceiling).share for ceiling in (0.2, 0.4, 0.6, 0.8)]
     assert shares == sorted(shares) and len(set(shares)) > 2
     assert all(share <= ceiling for share, ceiling in zip(shares, (0.2, 0.4, 0.6, 0.8), strict=True))
-    engines = json.loads((cached_cut(source, 0.6, Cache(tmp_path)) / "cut.json").read_text())["engines"]
+    engines = json.loads((export_split(source, 0.6, Cache(tmp_path)) / "cut.json").read_text())["engines"]
     full, shallow = engines["denoiser"], engines["denoiser_shallow"]
     assert shallow["multiply_adds"] == pytest.approx(shares[2] * full["multiply_adds"])
     assert shallow["nodes"] < full["nodes"] and shallow["parameters"] < 0.6 * full["parameters"]
@@ -85,7 +84,7 @@ def test_the_most_that_is_allowed_is_left(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_both_have_one_file_of_weights(source: Path, tmp_path: Path, engine: str) -> None:
-    folder = cached_cut(source, 0.4, Cache(tmp_path / "cache"))
+    folder = export_split(source, 0.4, Cache(tmp_path / "cache"))
     assert external_files(folder / "denoiser_shallow.onnx") == {"denoiser.onnx.data"}
     built = {}
     for name in ("denoiser", "denoiser_shallow"):  # each in a place of its own, as the cache has them
@@ -106,7 +105,7 @@ def test_a_denoiser_without_skip_connections_is_refused(name: str, tmp_path: Pat
 
 
 def test_contracts_go_with_the_graphs(source: Path, tmp_path: Path) -> None:
-    folder = cached_cut(source, 0.4, Cache(tmp_path))
+    folder = export_split(source, 0.4, Cache(tmp_path))
     full, shallow = (
         Component.model_validate_json((folder / f"{name}.json").read_text())
         for name in ("denoiser", "denoiser_shallow")
@@ -117,5 +116,5 @@ def test_contracts_go_with_the_graphs(source: Path, tmp_path: Path) -> None:
 
 
 def test_people_are_told_where_it_is(source: Path, tmp_path: Path) -> None:
-    cut = json.loads((cached_cut(source, 0.4, Cache(tmp_path)) / "cut.json").read_text())
+    cut = json.loads((export_split(source, 0.4, Cache(tmp_path)) / "cut.json").read_text())
     assert cut["after"].startswith("up_blocks.")

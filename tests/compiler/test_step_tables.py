@@ -13,9 +13,8 @@ from slipcast.bundle.manifest import Component, Sampling
 from slipcast.engines.onnxruntime import open_engine
 from slipcast.run.step_table import read_step_table
 from slipcast.sampling.schedules import NoiseProcess
-from slipcast_compiler.export.parts import STEP_TABLE, cached_parts, write_step_table
+from slipcast_compiler.export.parts import STEP_TABLE, export_parts, write_step_table
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import CutTable
 
 SAMPLING = Sampling(
     sampler="heun", schedule="leading", steps=3, guidance_scale=1.0, noise=NoiseProcess(prediction="epsilon")
@@ -35,10 +34,10 @@ def _run(file: Path, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_table_and_parts_make_what_the_whole_makes(exported: Path, tmp_path: Path) -> None:
-    parts = cached_parts(exported, CutTable(), Cache(tmp_path / "cache"))
+    parts = export_parts(exported, False, Cache(tmp_path / "cache"))
     assert list(parts) == ["denoiser", "denoiser_prompt"]
-    fields = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
-    rows = read_step_table(tmp_path / STEP_TABLE, fields["cut"])
+    recorded = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
+    rows = read_step_table(tmp_path / STEP_TABLE, recorded)
     assert len(rows) >= 3
     contract = Component.model_validate_json((parts["denoiser"] / "denoiser.json").read_text())
     assert [spec.name for spec in contract.inputs][-1] == "row"
@@ -61,11 +60,11 @@ def test_table_and_parts_make_what_the_whole_makes(exported: Path, tmp_path: Pat
 
 def test_general_ships_what_makes_rows(exported: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    parts = cached_parts(exported, CutTable(general=True), cache)
+    parts = export_parts(exported, True, cache)
     assert list(parts) == ["denoiser", "denoiser_prompt", "denoiser_step"]
-    assert cached_parts(exported, CutTable(), cache)["denoiser"] == parts["denoiser"]  # the same work
-    fields = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
-    for timestep, row in read_step_table(tmp_path / STEP_TABLE, fields["cut"]).items():
+    assert export_parts(exported, False, cache)["denoiser"] == parts["denoiser"]  # the same work
+    recorded = write_step_table(parts["denoiser"], SAMPLING, tmp_path)
+    for timestep, row in read_step_table(tmp_path / STEP_TABLE, recorded).items():
         made = _run(parts["denoiser_step"] / "denoiser_step.onnx", {"timestep": np.array([timestep], np.float32)})
         assert made.keys() == row.keys()
         np.testing.assert_array_equal(made["row"], row["row"])

@@ -15,8 +15,9 @@ from slipcast.engines import Engine, cuda, open_engine
 from slipcast.errors import HostError, RequestError
 from slipcast_compiler.engines import tensorrt
 from slipcast_compiler.graph import qdq
-from slipcast_compiler.precision.quantize import QuantizeOptions, quantize_graph
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.precision.quantize import quantize_graph
+from slipcast_compiler.recipe.passes import Quantize
+from slipcast_compiler.recipe.targets import TargetTable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,7 +107,7 @@ def quantise(manifest: Manifest, model: Path, out: Path) -> Path:
     inputs = feed(contract, 2)
     with open_engine("onnxruntime", model, None, "fp32", contract) as exact:
         np.savez(samples / "0000.npz", **inputs, **exact(inputs))
-    options = QuantizeOptions(samples=1, max_error=10.0, symmetric=True)
+    options = Quantize(samples=1, max_error=10.0, symmetric=True)
     (out / "int8").mkdir()
     quantize_graph(model, samples, options, 1.0, out / "int8", lambda *_: None)
     return out / "int8" / "denoiser.onnx"

@@ -13,9 +13,10 @@ from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler.model.layers import attention_layers, linear_layers
 from slipcast_compiler.passes import low_rank, micro
 from slipcast_compiler.passes.apply import Rewritten
-from slipcast_compiler.passes.low_rank import LowRank, factorise
+from slipcast_compiler.passes.low_rank import factorise
 from slipcast_compiler.passes.micro import Gain, input_shapes, measure
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.passes import LowRank
+from slipcast_compiler.recipe.targets import TargetTable
 
 Array = np.ndarray[Any, Any]
 ONNXRUNTIME = TargetTable(engine="onnxruntime")
@@ -109,7 +110,7 @@ def test_row_33_a_decomposition_that_does_not_converge_names_the_layer(monkeypat
 
 
 def test_shapes_are_those_of_one_image(bench: Bench) -> None:
-    shapes = input_shapes(bench.plan, bench.denoiser.module)
+    shapes = input_shapes(bench.task, bench.denoiser.module)
     here = "down_blocks.0.attentions.0"
     assert shapes[f"{here}.proj_in"] == (2, 32, 8, 8)  # guided: two rows
     assert shapes[f"{here}.transformer_blocks.0.attn1.to_q"] == (2, 64, 32)
@@ -211,7 +212,7 @@ def test_after_pruning_heads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_cache_key_has_what_the_measurement_depends_on(bench: Bench) -> None:
     folder = bench.plan.folder
     found = [
-        low_rank.reads(tiny_plan(folder, *change))
+        low_rank.reads(tiny_plan(folder, *change).task)
         for change in ((), ("targets.0.engine=openvino",), ("sampling.width=64",), ("sampling.guidance_scale=1.0",))
     ]
     assert all(found.count(each) == 1 for each in found)

@@ -14,12 +14,13 @@ from tiny import RECIPE, Bench, example, tiny_plan
 
 from slipcast.errors import NumericalError, RecipeError
 from slipcast.progress import Stages
-from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.component import write_component
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model.rewrite import Rewrite
-from slipcast_compiler.passes import PASSES, PassesTable, micro
+from slipcast_compiler.passes import PASSES, micro
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.micro import Gain
+from slipcast_compiler.recipe.passes import PassesTable
 from slipcast_compiler.recipe.reading import parse_recipe
 
 # What each does nothing with, and what it certainly does something with.
@@ -70,7 +71,7 @@ def test_the_exported_graph_shrinks(bench: Bench, name: str, tmp_path: Path) -> 
     rewrite, _ = bench.run(name, **STRONG[name])
     counts = []
     for changed in (Rewrite(), rewrite):
-        export_component(bench.plan.checkpoint, "denoiser", bench.plan.sizes, tmp_path, changed)
+        write_component(bench.plan.checkpoint, "denoiser", bench.plan.original.sizes, tmp_path, changed)
         graph = onnx.load(tmp_path / "denoiser.onnx", load_external_data=False).graph
         counts.append(sum(int(np.prod(tensor.dims)) for tensor in graph.initializer))
     assert counts[1] < counts[0]
@@ -140,10 +141,10 @@ def test_a_compile_runs_them_in_order_and_caches_each(tmp_path: Path) -> None:
         'passes.prune_heads={ratio=0.4, criterion="magnitude", correct=false}',
     )
     plan = tiny_plan(tmp_path, *table)
-    assert not needs_profile(plan)
-    assert needs_profile(tiny_plan(tmp_path, *table, "passes.low_rank={}"))
+    assert not needs_profile(plan.recipe.passes)
+    assert needs_profile(tiny_plan(tmp_path, *table, "passes.low_rank={}").recipe.passes)
     cache = Cache(tmp_path / "cache")
-    first, again = (apply_passes(plan, None, cache, Stages()) for _ in range(2))
+    first, again = (apply_passes(plan.recipe.passes, plan.task, None, cache, Stages()) for _ in range(2))
     assert list(first.reports) == ["prune_heads", "prune_ffn"]
     assert first == again
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -153,7 +154,8 @@ def test_a_compile_runs_them_in_order_and_caches_each(tmp_path: Path) -> None:
     assert sum(len(mask.kept) for mask in fields["head_masks"]) == round(
         0.6 * sum(m.heads for m in fields["head_masks"])
     )
-    other = apply_passes(tiny_plan(tmp_path, *table, "passes.prune_heads.ratio=0.2"), None, cache, Stages())
+    fewer = tiny_plan(tmp_path, *table, "passes.prune_heads.ratio=0.2")
+    other = apply_passes(fewer.recipe.passes, fewer.task, None, cache, Stages())
     assert len(list((tmp_path / "cache").iterdir())) == 4  # what follows a changed pass is made anew
     assert other.rewrite.digest != first.rewrite.digest
     assert other.manifest_fields()["ffn_retention_ratio"] < 1

@@ -12,6 +12,7 @@ from slipcast_compiler.model.layers import attention_layers, feed_forward_layers
 from slipcast_compiler.model.rewrite import Denoiser
 from slipcast_compiler.passes import prune_ffn
 from slipcast_compiler.passes.units import columns
+from slipcast_compiler.recipe.passes import PruneFFN
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_removing_heads_is_zeroing_their_columns(bench: Bench) -> None:
 
 def test_removing_neurons_is_zeroing_their_columns(bench: Bench) -> None:
     rewrite, _ = bench.run("prune_ffn", ratio=0.4, criterion="magnitude", correct=False)
-    pruned, masked, options = bench.load(rewrite), bench.load(), prune_ffn.PruneFFN(criterion="magnitude")
+    pruned, masked, options = bench.load(rewrite), bench.load(), PruneFFN(criterion="magnitude")
     assert any(".ff.net.2.weight" in name for name in rewrite.shapes())
     for layer, left in zip(feed_forward_layers(masked), feed_forward_layers(pruned), strict=True):
         assert left.gated

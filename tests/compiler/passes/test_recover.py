@@ -35,7 +35,7 @@ def _held_out_error(bench: Bench, rewrite: Rewrite) -> float:
     """On trajectories of prompts that no pass has seen."""
     pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
     assert bench.plan.family
-    states = record(pipe, bench.plan, [(prompt, 7) for prompt in bench.plan.family.held_out], lambda count: None)
+    states = record(pipe, bench.task, [(prompt, 7) for prompt in bench.plan.family.held_out], lambda count: None)
     return recover.error(bench.load(rewrite), states, bench.plan.sampling, 8)
 
 
@@ -99,27 +99,26 @@ def test_held_out_prompts_are_never_read(bench: Bench, damaged: Rewrite, monkeyp
 
     monkeypatch.setattr("slipcast_compiler.passes.trajectories.sample_latents", spy)
     bench.run("recover", damaged, steps=1)
-    training, validation = recover.split(bench.plan)
+    training, validation = recover.split(bench.task.calibration)
     assert sorted(asked) == sorted(prompt or "" for prompt, _ in training + validation)
     assert set(asked) <= set(bench.plan.family.calibration)
     assert not set(asked) & set(bench.plan.family.held_out)
 
 
 def test_training_and_validation_share_no_prompt(bench: Bench) -> None:
-    plan = tiny_plan(bench.plan.folder, "profile.seeds=3")
-    training, validation = recover.split(plan)
+    training, validation = recover.split(tiny_plan(bench.plan.folder, "profile.seeds=3").task.calibration)
     assert not {prompt for prompt, _ in training} & {prompt for prompt, _ in validation}
     assert len({seed for _, seed in training + validation}) == 72
     assert [len(part) for part in (training, validation)] == [54, 18]
     with pytest.raises(RecipeError, match="too few"):
-        recover.split(tiny_plan(bench.plan.folder, "profile.prompts=1"))
+        recover.split(tiny_plan(bench.plan.folder, "profile.prompts=1").task.calibration)
 
 
 def test_states_are_the_originals_predictions(bench: Bench) -> None:
     """On every evaluation of the sampler, in whatever batches."""
     pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
-    images = recover.split(bench.plan)[0]
-    states = record(pipe, bench.plan, images, lambda count: None)
+    images = recover.split(bench.task.calibration)[0]
+    states = record(pipe, bench.task, images, lambda count: None)
     assert len(states) == 2 * len(images)
     assert states.prediction.shape == (len(states), 2, 4, 8, 8)
     chosen = torch.tensor([1, 4])
@@ -127,7 +126,7 @@ def test_states_are_the_originals_predictions(bench: Bench) -> None:
         again = states.predict(pipe.unet, chosen)
     assert torch.allclose(again, states.prediction[chosen], atol=1e-5)
     assert (again[:, 0] - again[:, 1]).abs().max() > 1e-3  # unconditional and conditional are told apart
-    alone = record(pipe, tiny_plan(bench.plan.folder, "profile.batch=1"), images, lambda count: None)
+    alone = record(pipe, tiny_plan(bench.plan.folder, "profile.batch=1").task, images, lambda count: None)
     for i in range(len(images)):
         here, there = states.image == i, alone.image == i
         assert torch.allclose(states.prediction[here], alone.prediction[there], atol=1e-4)
@@ -189,5 +188,5 @@ def test_what_is_prepared_keeps_its_names(bench: Bench) -> None:
 def test_the_cache_key_has_what_the_trajectories_depend_on(bench: Bench) -> None:
     changes = ((), ("sampling.steps=3",), ("sampling.width=64",), ("profile.prompts=3",), ("evaluate.seed=2147483648",),
                ("family.seed=3",))  # fmt: skip
-    found = [recover.reads(tiny_plan(bench.plan.folder, *change)) for change in changes]
+    found = [recover.reads(tiny_plan(bench.plan.folder, *change).task) for change in changes]
     assert all(found.count(each) == 1 for each in found)

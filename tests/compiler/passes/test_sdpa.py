@@ -14,7 +14,7 @@ from compiler.quantizing import GUIDANCE, contract, quantise, write_samples
 from slipcast.engines import ENGINES, open_engine
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.graph import qdq, sdpa
-from slipcast_compiler.precision.quantize import Quantized
+from slipcast_compiler.precision.quantize import EngineCheck
 from slipcast_compiler.precision.sensitivity import prediction_error
 
 SIDE, HEADS, WIDTH = 32, 2, 8
@@ -173,7 +173,7 @@ class TestQuantize:
         assert sorted(f.name for f in (tmp_path / "engine").iterdir()) == sorted(
             filter(None, (files.model, files.weights))
         )
-        Quantized(model.parent, samples, GUIDANCE, report["error"]).check(engine, tmp_path / "engine", files)
+        EngineCheck(model.parent, samples, GUIDANCE, report["error"])(engine, tmp_path / "engine", files)
         paths = tmp_path / "engine" / files.model, tmp_path / "engine" / files.weights if files.weights else None
         exact = prediction_error(qdq.session(model), samples, GUIDANCE)
         with open_engine(engine, *paths, "fp32" if engine == "openvino" else "int8", contract(SIDE)) as run:

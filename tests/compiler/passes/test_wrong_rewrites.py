@@ -9,7 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import Bench, tiny_plan
 
-from slipcast_compiler.judge.evaluate import Judge, Originals, Run, apply_gate, missed
+from slipcast_compiler.judge.evaluate import Judge
+from slipcast_compiler.judge.gate import apply_gate, missed
+from slipcast_compiler.judge.originals import Originals, Run
 from slipcast_compiler.model import original
 from slipcast_compiler.model.rewrite import UNCHANGED, Rewrite
 from slipcast_compiler.passes import PASSES, micro
@@ -32,7 +34,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def pictures(bench: Bench, rewrite: Rewrite) -> Any:
     pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
     pipe.unet = bench.load(rewrite)
-    return original.draw(pipe, bench.plan.sampling, bench.plan.size, PROMPTS, (0, 1))
+    return original.draw(pipe, bench.plan.sampling, bench.plan.original.size, PROMPTS, (0, 1))
 
 
 def mutated(rewrite: Rewrite, folder: Path) -> Rewrite:

@@ -15,9 +15,10 @@ import torch
 
 from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
 from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite
-from slipcast_compiler.passes import Context, PassesTable
+from slipcast_compiler.passes import Context
 from slipcast_compiler.passes.apply import REPORT, _run
 from slipcast_compiler.plan import Plan, make_plan
+from slipcast_compiler.recipe.passes import PassesTable
 from slipcast_compiler.recipe.reading import parse_recipe
 
 SHAPES = Path("recipes/models/shapes")
@@ -111,13 +112,13 @@ class Bench:
     """Runs passes on the tiny checkpoint as a compile does."""
 
     def __init__(self, plan: Plan, root: Path) -> None:
-        self.plan, self.root, self.progress = plan, root, list[tuple[int, int]]()
+        self.plan, self.task, self.root, self.progress = plan, plan.task, root, list[tuple[int, int]]()
         self.measured = Measured(load(plan))
 
     @property
     def context(self) -> Context:
         profile: Any = self.measured
-        return Context(self.plan, profile, lambda done, total: self.progress.append((done, total)))
+        return Context(self.task, profile, lambda done, total: self.progress.append((done, total)))
 
     @property
     def denoiser(self) -> Denoiser:
@@ -127,7 +128,7 @@ class Bench:
         """(what the cache would hold, the pass's report)."""
         out = Path(tempfile.mkdtemp(dir=self.root))
         chosen = PassesTable.model_validate({name: options}).chosen()[0][1]
-        _run(name, chosen, self.plan, before, self.context.profile, out, self.context.advance)
+        _run(name, chosen, self.context, before, out, self.context.advance)
         written = Rewrite(out / TENSORS) if (out / TENSORS).exists() else before
         return written, json.loads((out / REPORT).read_text())
 

@@ -14,22 +14,20 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
-from typing import Any
 
 from slipcast.progress import Stages
+from slipcast_compiler.bench.document import BenchDocument, typed_document
 from slipcast_compiler.bench.plan import Options
 from slipcast_compiler.bench.run import run_bench, write
 from slipcast_compiler.compile import compile_plan
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.pages.charts import Bar, Piece, as_file, bars
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.recipe.recipe import GateTable, Recipe
 
 FOLDER = Path("artifacts/ablation")
-BAR, ROW, LEFT, TOP = 420, 24, 190, 34  # of the plot, in pixels
-COLORS = {"added": "#0072b2", "left out": "#d55e00"}  # Okabe and Ito's
 
 Levers = dict[str, Callable[[Recipe], Recipe]]
 
@@ -90,37 +88,26 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     return {name.replace(" ", "-"): each for name, each in found.items()}
 
 
-def plot(document: dict[str, Any], last: str) -> str:
+def plot(document: BenchDocument, last: str) -> str:
     """SVG: how many times faster than the plain bundle each set of levers is, the loss in CLIP score beside it. `last`:
     the lever with which it is all of them."""
-    sides, ratios = document["sides"], {"bundle": 1.0}
-    ratios |= {name: ratio["median"] for name, ratio in document["ratios"].items()}
+    ratios = {"bundle": 1.0} | {name: ratio.median for name, ratio in document.ratios.items()}
     plain = next(ratio for name, ratio in ratios.items() if name.endswith("/0-plain"))
-    speeds = {name: plain / ratio for name, ratio in ratios.items()}
-    order = sorted(speeds, key=lambda name: (name == "bundle", Path(name).name.startswith("no-"), Path(name).name))
-    order.remove("bundle")
-    order.insert(sum(not Path(name).name.startswith("no-") for name in order), "bundle")
-    widest, rows = max(speeds.values()), []
-    for i, name in enumerate(order):
-        label = Path(name).name.replace("-", " ") if name != "bundle" else f"{last}: all"
-        kind = "left out" if label.startswith("no ") else "added"
-        change = ((sides[name]["quality"] or {}).get("clip_delta_mean") or {}).get("value")
-        note = f"{speeds[name]:.2f}x" + (f", CLIP {change:+.1%}" if change is not None else "")
-        y, width = TOP + i * ROW, BAR * speeds[name] / widest
-        rows.append(
-            f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(label.lstrip("0123456789 "))}</text>'
-            f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="16" fill="{COLORS[kind]}"/>'
-            f'<text x="{LEFT + width + 6:.1f}" y="{y + 12}">{note}</text>'
-        )
-    height = TOP + ROW * len(rows) + 6
+
+    def without(name: str) -> bool:
+        return Path(name).name.startswith("no-")
+
+    def row(name: str) -> Bar:
+        title = f"{last}: all" if name == "bundle" else Path(name).name.replace("-", " ").lstrip("0123456789 ")
+        quality, speed = document.sides[name].quality, plain / ratios[name]
+        change = quality.clip_delta_mean if quality else None
+        note = f"{speed:.2f}x" + (f", CLIP {change.value:+.1%}" if change else "")
+        return Bar(title, [Piece(speed, "series-1" if without(name) else "series-0")], note)
+
+    # Added one by one, up to the bundle, which has all; then each left out of it.
+    order = sorted(ratios, key=lambda name: (without(name), name == "bundle", Path(name).name))
     title = "Speed against the plain bundle: levers added one by one, then each left out of all"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + BAR + 150}" height="{height}" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="#222">'
-        f'<rect width="100%" height="100%" fill="#fff"/><text x="10" y="20" font-size="13">{title}</text>'
-        + "".join(rows)
-        + "</svg>\n"
-    )
+    return as_file(bars([row(name) for name in order], title, shown=True))
 
 
 def main() -> None:
@@ -140,12 +127,12 @@ def main() -> None:
     *others, full = made
     checkpoint = Path(os.path.relpath(plan.checkpoint.root))
     options = Options(tuple(map(str, others)), checkpoint, images=arguments.images)
-    document = run_bench(full, options, arguments.output, False, stages)
+    document = typed_document(run_bench(full, options, arguments.output, False, stages))
     # What makes it again, in place of the comparison's own command.
-    document["command"] = shlex.join(["python", "recipes/bench/ablation.py", *sys.argv[1:]])
-    write(document, arguments.output, full / "report.html", stages)
+    command = shlex.join(["python", "recipes/bench/ablation.py", *sys.argv[1:]])
+    document = write(document.model_copy(update={"command": command}), arguments.output, full / "report.html", stages)
     arguments.output.with_suffix(".svg").write_text(plot(document, used_levers(asked)[-1]), "utf-8")
-    print(json.dumps(document["files"]))
+    print(json.dumps(document.files))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from slipcast.engines import Engine, open_engine
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.bench.figures import spread
 from slipcast_compiler.engines import BUILDERS
-from slipcast_compiler.export.component import cached_export
+from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.graph import qdq
 from slipcast_compiler.graph.cost import cost
 from slipcast_compiler.host.cache import Cache
@@ -89,29 +90,35 @@ def write_samples(exported: Path, rows: int, count: int, out: Path, advance: Adv
 
 def build(plan: Plan, cache: Cache, stages: Stages, title: str) -> dict[str, Built]:
     """By precision."""
-    rewritten = apply_passes(plan, None, cache, stages)
+    rewritten = apply_passes(plan.recipe.passes, plan.task, None, cache, stages)
     with stages.stage(f"export{title}"):
-        exported = cached_export(plan, "denoiser", cache, rewritten.rewrite)
-    options = plan.recipe.passes.quantize
+        exported = export_component(plan.original, "denoiser", cache, rewritten.rewrite)
+    options = plan.recipe.quantize_options
     assert options
     with stages.stage(f"samples{title}") as advance:
         inputs = {"exported": exported.name, "rows": 2, "count": options.samples, "random": True}
         samples = cache.get(
-            "calibration", inputs,
+            "calibration",
+            inputs,
             lambda out: run_isolated(write_samples, exported, 2, options.samples, out, advance=advance),
-        )  # fmt: skip
+        )
     with stages.stage(f"quantize{title}") as advance:
-        quantized = quantize(plan, exported, samples, cache, advance)
+        graphs = Graphs(
+            plan.recipe.name, plan.original, plan.family, plan.sampling, plan.reference, {"denoiser": exported}
+        )
+        graphs = quantize(graphs, samples, options, cache, advance)
+    assert graphs.quantized
     contract = Component.model_validate_json((exported / "denoiser.json").read_text())
     found = {}
-    for precision, source in (("bf16", exported), ("int8", quantized.folder)):
+    for precision, source in (("bf16", exported), ("int8", graphs.quantized.folder)):
         with stages.stage(f"build {precision}{title}"):
             folder = cache.get(
-                "bench-engine", {"source": source.name, "precision": precision},
+                "bench-engine",
+                {"source": source.name, "precision": precision},
                 lambda out, source=source, precision=precision: run_isolated(_build, source, precision, out),
-            )  # fmt: skip
+            )
         files = EngineFiles.model_validate_json((folder / "files.json").read_text())
-        report = quantized.report if precision == "int8" else None
+        report = graphs.reports["quantize"] if precision == "int8" else None
         found[precision] = Built(precision, folder, files, contract, cost(exported / "denoiser.onnx"), report)
     return found
 
@@ -159,24 +166,32 @@ def document(plan: Plan, command: str, sides: dict[str, Built], load: float | No
     first = next(iter(sides))
     ratios = {name: [a / b for a, b in zip(seconds[first], of, strict=True)] for name, of in seconds.items()}
     return {
-        "schema": "slipcast-denoisers/1", "name": plan.recipe.name, "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": this_machine().model_dump() | {"load_before": load},
-        "computes_bf16": _computes_bf16(), "image": f"{plan.image.width}x{plan.image.height}", "rows": 2,
+        "schema": "slipcast-denoisers/1",
+        "name": plan.recipe.name,
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": this_machine().model_dump() | {"load_before": load},
+        "computes_bf16": _computes_bf16(),
+        "image": "{}x{}".format(*plan.original.size),
+        "rows": 2,
         "quantize": next(built.quantized["options"] for built in sides.values() if built.quantized),
         "sides": {
             name: {
                 "seconds": {**spread(of), "all": [round(each, 4) for each in of]},
                 "ratio": spread(ratios[name]),
-                "multiply_adds": built.cost["multiply_adds"], "parameters": built.cost["parameters"],
+                "multiply_adds": built.cost["multiply_adds"],
+                "parameters": built.cost["parameters"],
                 "paper_ratio": sides[first].cost["multiply_adds"] / built.cost["multiply_adds"],
                 "file_mb": round(sum(f.stat().st_size for f in built.folder.glob("denoiser.*")) / 1e6, 1),
-                "peak_memory_mb": round(alone[name].peak_memory_mb, 1), "open_s": round(alone[name].result, 2),
+                "peak_memory_mb": round(alone[name].peak_memory_mb, 1),
+                "open_s": round(alone[name].result, 2),
                 **({k: built.quantized[k] for k in ("layers", "quantised", "error")} if built.quantized else {}),
             }
-            for name, built in sides.items() for of in (seconds[name],)
+            for name, built in sides.items()
+            for of in (seconds[name],)
         },
         "stages_s": stages.seconds,
-    }  # fmt: skip
+    }
 
 
 def _computes_bf16() -> bool:

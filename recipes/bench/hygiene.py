@@ -25,14 +25,13 @@ from slipcast.bundle.manifest import Component
 from slipcast.engines import Engine, ProfiledEngine, open_engine
 from slipcast_compiler.bench.figures import spread
 from slipcast_compiler.engines import BUILDERS
-from slipcast_compiler.export.component import cached_export, export_component
-from slipcast_compiler.export.parts import cached_parts
+from slipcast_compiler.export.component import export_component, write_component
+from slipcast_compiler.export.parts import export_parts
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.machine import load_average, this_machine
-from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import read_recipe
-from slipcast_compiler.recipe.recipe import CutTable
+from slipcast_compiler.recipe.sampling import CutTable
 
 ENGINES = {"openvino": "bf16", "onnxruntime": "fp32"}
 ROUNDS, PAUSE_S = 40, 0.02  # between two engines: thread pools spin for a while after their work
@@ -43,10 +42,10 @@ def graphs(plan: Plan, cache: Cache, scratch: Path) -> dict[str, Path]:
     plain = scratch / "exported"
     plain.mkdir()
     with patch("slipcast_compiler.export.component.tidy", lambda graph: None):
-        contract = export_component(plan.checkpoint, "denoiser", plan.sizes, plain)
+        contract = write_component(plan.checkpoint, "denoiser", plan.original.sizes, plain)
     (plain / "denoiser.json").write_text(contract.model_dump_json())
-    tidied = cached_export(plan, "denoiser", cache, UNCHANGED)
-    return {"exported": plain, "tidied": tidied, "cut": cached_parts(tidied, CutTable(), cache)["denoiser"]}
+    tidied = export_component(plan.original, "denoiser", cache)
+    return {"exported": plain, "tidied": tidied, "cut": export_parts(tidied, CutTable().general, cache)["denoiser"]}
 
 
 def measure(engine: str, forms: dict[str, Path], scratch: Path) -> dict[str, dict[str, Any]]:
@@ -82,7 +81,7 @@ def measure(engine: str, forms: dict[str, Path], scratch: Path) -> dict[str, dic
     return {
         form: {"layers": layers[form], "seconds": spread(seconds[form]), "ratio": spread(ratios[form])}
         for form in forms
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -100,11 +99,16 @@ def main() -> None:
         }
         targets = {engine: measure(engine, forms, Path(name)) for engine in ENGINES}
     document = {
-        "schema": "slipcast-hygiene/1", "name": plan.recipe.name,
+        "schema": "slipcast-hygiene/1",
+        "name": plan.recipe.name,
         "command": shlex.join(["python", "recipes/bench/hygiene.py", str(given.recipe), "-o", str(given.output)]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "host": this_machine().model_dump() | {"load_before": load},
-        "image": f"{plan.image.width}x{plan.image.height}", "precisions": ENGINES, "nodes": nodes, "targets": targets,
-    }  # fmt: skip
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": this_machine().model_dump() | {"load_before": load},
+        "image": "{}x{}".format(*plan.original.size),
+        "precisions": ENGINES,
+        "nodes": nodes,
+        "targets": targets,
+    }
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
     print(json.dumps({engine: {f: v["ratio"]["median"] for f, v in of.items()} for engine, of in targets.items()}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from slipcast.bundle.manifest import ImageGeometry
 from slipcast_compiler.engines import Source, tensorrt
 from slipcast_compiler.engines.tensorrt import Made
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
-PLAN = SimpleNamespace(image=ImageGeometry(width=64, height=64, channels=4, factor=4, tile=16, overlap=4))
+IMAGE = ImageGeometry(width=64, height=64, channels=4, factor=4, tile=16, overlap=4)
 
 
 def _builds() -> Any:
@@ -47,7 +46,7 @@ def test_each_build_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
             source = Source(tmp_path / f"{name}.onnx", "the same directory")
             for gpus in BUILDS.GPUS:
                 table = TargetTable(engine="tensorrt-rtx", precision="fp16", compute_capabilities=gpus or None)
-                found.append(BUILDS.build(PLAN, name, source, table, cache))
+                found.append(BUILDS.build(IMAGE, name, source, table, cache))
     assert made == [(name, "fp16", count) for name in ("denoiser", "denoiser_prompt") for count in (0, 2)]
     assert found[:4] == found[4:]
     assert [each["engine_mb"] for each in found[:4]] == [0.01, 0.02, 0.03, 0.04]

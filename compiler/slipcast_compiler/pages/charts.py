@@ -237,13 +237,15 @@ def panels(title: str, panels: Mapping[str, Sequence[Line]], x: Axis, y: Axis) -
     return _svg(width, bottom + 17 * math.ceil(len(names) / 3) + 6, drawn, title)
 
 
-def bars(rows: Sequence[Bar], label: str) -> Markup:
-    """A row of each bar, the longest as long as there is room."""
+def bars(rows: Sequence[Bar], label: str, *, shown: bool = False) -> Markup:
+    """A row of each bar, the longest as long as there is room; `shown`: with the label as its title above them."""
     left, right = _room([row.name for row in rows]) + 8, _room([row.label for row in rows]) + 6
+    top = 26 if shown else 0
+    width = max(left + BARS_WIDTH + right, _room([label]) + 2 * GAP if shown else 0)
     scale = linear(0.0, max(sum(piece.value for piece in row.pieces) for row in rows), 0.0, BARS_WIDTH)
-    drawn = []
+    drawn = [_text(label, 8, 18)] if shown else []
     for number, row in enumerate(rows):
-        y, end = number * ROW, left
+        y, end = top + number * ROW, left
         drawn.append(_text(row.name, left - 8, y + 16, text_anchor="end"))
         for piece in row.pieces:
             shape = _tag(
@@ -252,7 +254,7 @@ def bars(rows: Sequence[Bar], label: str) -> Markup:
             drawn.append(_group(piece.kind, shape))
             end += scale(piece.value)
         drawn.append(_text(row.label, end + 6, y + 16))
-    return _svg(left + BARS_WIDTH + right, ROW * len(rows), drawn, label)
+    return _svg(width, top + ROW * len(rows), drawn, label)
 
 
 def heat_map(rows: Mapping[str, Sequence[Cell]], label: str) -> Markup:

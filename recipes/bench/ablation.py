@@ -22,7 +22,8 @@ from slipcast_compiler.bench.plan import Options
 from slipcast_compiler.bench.run import run_bench, write
 from slipcast_compiler.compile import compile_plan
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.pages.charts import Bar, Piece, as_file, bars
+from slipcast_compiler.pages.charts import Bar, Piece, bars
+from slipcast_compiler.pages.svg import as_file
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.recipe.recipe import GateTable, Recipe

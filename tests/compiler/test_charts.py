@@ -12,23 +12,20 @@ from markupsafe import Markup
 
 from slipcast_compiler.pages.charts import (
     CHARACTER,
-    LINE,
     Axis,
     Bar,
     Cell,
     Dot,
     Line,
     Piece,
-    as_file,
     bars,
-    decade_ticks,
     heat_map,
     line_plot,
-    nice_ticks,
     panels,
-    pushed_apart,
     scatter,
 )
+from slipcast_compiler.pages.scales import LINE, decade_ticks, nice_ticks, pushed_apart
+from slipcast_compiler.pages.svg import as_file
 
 LONG = "artifacts/ablation/no-guidance-interval (0.0639 s)"
 HOSTILE = '<script>"&'

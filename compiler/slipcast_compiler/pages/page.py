@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from slipcast_compiler.pages.charts import STYLE
+from slipcast_compiler.pages.svg import STYLE
 
 
 def render(template: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from pydantic import Field, JsonValue
 
 from slipcast.bundle.validation import Strict
-from slipcast_compiler.pages.charts import Axis, Dot, linear, scatter
+from slipcast_compiler.pages.charts import Axis, Dot, scatter
+from slipcast_compiler.pages.scales import linear
 
 SMALLEST, LARGEST = 3.0, 9.0  # radius of a dot, whose area goes by memory
 ON_TOP = ("tried", "front", "holds", "chosen")  # kinds of dots, as they cover each other

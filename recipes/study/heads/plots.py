@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from heads.answers import Data, Interval, Mask, change, contrast, distance, which
 from heads.cases import OUT, held_out
 from heads.recipe import GENERIC
-from slipcast_compiler.pages.charts import Axis, Line, as_file
+from slipcast_compiler.pages.charts import Axis, Line
 from slipcast_compiler.pages.charts import panels as draw_panels
+from slipcast_compiler.pages.svg import as_file
 
 Panels = dict[str, list[Line]]  # a name has one colour in all of them
 

@@ -31,7 +31,7 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.publish import write_manifest
 from slipcast_compiler.precision.mixed import check_cast
 from slipcast_compiler.recipe.reading import parse_target
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 needs_rtx = pytest.mark.skipif(not ENGINES["tensorrt-rtx"].can_build(), reason="tensorrt-rtx is not installed")
 SIZE = 16
@@ -263,7 +263,11 @@ def test_compiled_targets_share_too(bundle: Path, tmp_path: Path) -> None:
     pool, image = Pool(tmp_path / "out"), read_manifest((bundle / "manifest.json").read_bytes()).image
     targets: list[Target] = [
         build.build_target(
-            TargetTable(engine=engine), {"denoiser": source}, image, pool, Cache(tmp_path / "cache"), lambda *_: None
+            TargetTable(engine=engine),
+            build.Sources({"denoiser": source}, image),
+            pool,
+            Cache(tmp_path / "cache"),
+            lambda *_: None,
         )
         for engine in ("onnxruntime", "onnxruntime-gpu")
     ]

@@ -12,16 +12,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast.bundle.manifest import ImageGeometry
+from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError, ResourceError
 from slipcast.progress import Stages
+from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.engines import build_targets, tensorrt
 from slipcast_compiler.engines.tensorrt import Options
+from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.original import Original
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
@@ -144,9 +148,11 @@ class TestCrash:
         kind = dataclasses.replace(ENGINES["tensorrt-rtx"], library="crashing_trt")
         monkeypatch.setitem(ENGINES, "tensorrt-rtx", kind)
         tables = (TargetTable(engine="tensorrt-rtx"), TargetTable(engine="onnxruntime"))
-        cache = Cache(tmp_path / "cache")
+        cache, original = Cache(tmp_path / "cache"), Original(Checkpoint(tmp_path, "m"), IMAGE, {}, {})
+        sampling = Sampling(sampler="euler", schedule="leading", steps=2, guidance_scale=1.0, noise=NoiseProcess())
+        graphs = Graphs("m", original, None, sampling, sampling, {"denoiser": model.parent})
         with pytest.raises(ResourceError) as caught:
-            build_targets(tables, {"denoiser": model.parent}, IMAGE, out, cache, Stages())
+            build_targets(graphs, tables, out, cache, Stages(), {})
         text = str(caught.value)
         assert "1 of 2 targets could not be built; nothing was published" in text
         assert "tensorrt-rtx-fp32: denoiser: crashing_trt failed at second_conv" in text

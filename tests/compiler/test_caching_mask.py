@@ -82,4 +82,6 @@ def test_what_a_recipe_refuses(recipe: str, says: str) -> None:
 
 
 def test_half_of_the_steps_are_full_where_nothing_is_said(tmp_path: Path) -> None:
-    assert planned(tmp_path, "caching = {}\nsampling.steps = 7").full_steps == 4
+    plan = planned(tmp_path, "caching = {}\nsampling.steps = 7")
+    assert plan.recipe.caching
+    assert plan.recipe.caching.full_of(plan.sampling.steps) == 4

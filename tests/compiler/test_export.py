@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slipcast.errors import ArtifactError
-from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.component import write_component
 from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
@@ -41,7 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = Checkpoint(SHAPES, "shapes")
     for name in checkpoint.architecture.components:
-        contract = export_component(checkpoint, name, {**checkpoint.sizes, **SIZES}, folder)
+        contract = write_component(checkpoint, name, {**checkpoint.sizes, **SIZES}, folder)
         assert contract.inputs[0].shape[0] == contract.outputs[0].shape[0] == "batch"
     return folder
 
@@ -98,7 +98,7 @@ def test_another_unet(tmp_path: Path) -> None:
     module.to(torch.float32)
     checkpoint = Checkpoint(root, "m")
     sizes = {"latent_channels": 4, "text_width": 128, "text_length": 32, "latent_height": 8, "latent_width": 8}
-    export_component(checkpoint, "denoiser", sizes, tmp_path)
+    write_component(checkpoint, "denoiser", sizes, tmp_path)
     x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3.5]), torch.randn(2, 32, 128)
     with torch.no_grad():
         wanted = module(x, t, text).sample
@@ -124,7 +124,7 @@ def test_wrong_weights_are_named(tmp_path: Path, damage: str, says: str) -> None
         tensors[name][3, 3] = float("nan")
     save_file(tensors, file)
     with pytest.raises(ArtifactError, match=says) as caught:
-        export_component(Checkpoint(root, "m"), "vae_decoder", {"latent_channels": 4}, tmp_path)
+        write_component(Checkpoint(root, "m"), "vae_decoder", {"latent_channels": 4}, tmp_path)
     assert name in str(caught.value)
     assert caught.value.exit_code == 4
 
@@ -147,11 +147,11 @@ def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
         sparse.truncate(8 + len(text) + end)
     script = (
         "import sys; from pathlib import Path\n"
-        "from slipcast_compiler.export.component import export_component\n"
+        "from slipcast_compiler.export.component import write_component\n"
         "from slipcast_compiler.model.checkpoint import Checkpoint\n"
         "from slipcast.timing.memory import peak_mb\n"
         "before = peak_mb()\n"
-        "export_component(Checkpoint(Path(sys.argv[1]), 'm'), 'text_encoder', {'text_length': 32}, Path(sys.argv[2]))\n"
+        "write_component(Checkpoint(Path(sys.argv[1]), 'm'), 'text_encoder', {'text_length': 32}, Path(sys.argv[2]))\n"
         "print(peak_mb() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, root, tmp_path], capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ from slipcast_compiler.graph.casting import cast_graph
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.precision.mixed import MAX_ERROR, WORST, measure_cast, search_graph, search_graphs, worst_error
 from slipcast_compiler.recipe.reading import parse_target
-from slipcast_compiler.recipe.recipe import TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 WIDTH = 32
 

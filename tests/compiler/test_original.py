@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from slipcast.bundle.manifest import Sampling
+from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import SCHEDULES
 from slipcast_compiler.model import original
 from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.original import Drawing, Original
 
 SHAPES = Path("recipes/models/shapes").resolve()
 NOISE = Checkpoint(SHAPES, "shapes").process
@@ -24,11 +25,12 @@ def _sampling(sampler: str, schedule: str, **settings: Any) -> Sampling:
     return Sampling(sampler=sampler, schedule=schedule, steps=5, guidance_scale=4.0, noise=NOISE, **settings)
 
 
-def _draw(sampling: Sampling) -> Any:
-    made = original.make_images(
-        SHAPES, sampling, (64, 64), ["a red ring on white"], [3], "float32", False, lambda *_: None
-    )
-    return made["images"]
+def _draw(checkpoint: Checkpoint, size: int, sampling: Sampling, prompt: str | None, seed: int) -> Any:
+    """One picture, as a compile has it drawn."""
+    factor = checkpoint.factor
+    image = ImageGeometry(width=size, height=size, channels=4, factor=factor, tile=size // factor, overlap=2)
+    drawing = Drawing(Original(checkpoint, image, {}, {}), sampling, (prompt,), (seed,))
+    return original.make_images(drawing, "float32", False, lambda *_: None)["images"]
 
 
 PAIRS = [(sampler, schedule) for sampler, (_, _, schedules) in original.SCHEDULERS.items() for schedule in schedules]
@@ -74,14 +76,15 @@ def test_unconditional_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
     noise = Checkpoint(tmp_path, "m").process
     assert noise.clip_sample == 1.0
     sampling = Sampling(sampler="ddpm", schedule="leading", steps=8, guidance_scale=1.0, noise=noise)
-    ours = original.make_images(tmp_path, sampling, (16, 16), [None], [5], "float32", False, lambda *_: None)["images"]
+    ours = _draw(Checkpoint(tmp_path, "m"), 16, sampling, None, 5)
     assert np.abs(ours - theirs).max() < 2e-3
 
 
 @pytest.mark.parametrize("sampling", [_sampling("dpmpp_sde", "karras"), _sampling("dpmpp_3m_sde", "leading")])
 def test_what_diffusers_lacks_is_drawn_all_the_same(sampling: Sampling) -> None:
     assert not original.has_scheduler(sampling)
-    assert _draw(sampling).std() > 0.02
+    checkpoint = Checkpoint(SHAPES, "shapes")
+    assert _draw(checkpoint, 64, sampling, "a red ring on white", 3).std() > 0.02
 
 
 def test_tables_name_what_the_runtime_knows() -> None:

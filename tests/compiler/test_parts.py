@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from denoisers import DENOISERS, export_denoiser
 
-from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.component import write_component
 from slipcast_compiler.graph.cut import count_parts, cut
 from slipcast_compiler.model.checkpoint import Checkpoint
 
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "shapes":
         checkpoint = Checkpoint(SHAPES, "shapes")
         sizes = {**checkpoint.sizes, "latent_height": 16, "latent_width": 16}
-        export_component(checkpoint, "denoiser", sizes, folder)
+        write_component(checkpoint, "denoiser", sizes, folder)
     else:
         export_denoiser(DENOISERS[request.param], folder)
     return Case(request.param, folder)

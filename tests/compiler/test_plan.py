@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.estimate import summarise
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
 
@@ -46,7 +47,7 @@ def test_few_step_checkpoints(scheduler: dict[str, Any], found: tuple[str, str],
     sampling = plan.sampling
     assert (sampling.sampler, sampling.schedule, sampling.steps, sampling.guidance_scale) == (*found, 4, 1.0)
     assert plan.reference == sampling
-    assert plan.summary()["few_step"]
+    assert summarise(plan)["few_step"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_other_checkpoints(scheduler: dict[str, Any], tmp_path: Path) -> None:
     plan = planned(tmp_path, **scheduler)
     sampling = plan.sampling
     assert (sampling.sampler, sampling.steps, sampling.guidance_scale) == ("dpmpp_2m", 20, 5.0)
-    assert not plan.summary()["few_step"]
+    assert not summarise(plan)["few_step"]
 
 
 @pytest.mark.parametrize(
@@ -113,4 +114,4 @@ def test_the_reference_is_plain(tmp_path: Path) -> None:
     assert (plan.sampling.steps, plan.reference.steps) == (6, 20)
     assert plan.reference.requires == ()
     assert plan.reference.sampler == plan.sampling.sampler
-    assert plan.summary()["reference"]["steps"] == 20
+    assert summarise(plan)["reference"]["steps"] == 20

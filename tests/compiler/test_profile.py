@@ -32,9 +32,9 @@ from slipcast_compiler.model.layers import attention_layers, feed_forward_layers
 from slipcast_compiler.pages.profile import curves, figures, publish, ranked, render_page
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.profile import importance
-from slipcast_compiler.profile.measure import Job, chosen_states, evaluated_sigmas, measure
+from slipcast_compiler.profile.measure import chosen_states, evaluated_sigmas, measure
 from slipcast_compiler.profile.observe import PERCENTILE, Observer, blocks
-from slipcast_compiler.profile.profile import Profile, calibration_images, make_profile, open_profile, rank_correlations
+from slipcast_compiler.profile.profile import Profile, make_profile, open_profile, rank_correlations
 from slipcast_compiler.profile.streaming import CAPACITY, Inputs, Reservoir
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
 
@@ -49,6 +49,15 @@ def _plan(*overrides: str) -> Plan:
     return make_plan(recipe, ROOT / "recipes")
 
 
+def _profiled(cache: Cache, *overrides: str, advance: Any = lambda *_: None) -> Profile:
+    return _profile_of(_plan(*overrides), cache, advance)
+
+
+def _profile_of(plan: Plan, cache: Cache, advance: Any = lambda *_: None) -> Profile:
+    """As a compile has it made."""
+    return make_profile(plan.task.calibration, plan.recipe.profile, plan.recipe.name, cache, advance)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return Cache(tmp_path_factory.mktemp("cache"))
@@ -56,7 +65,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 @pytest.fixture(scope="module")
 def profile(cache: Cache) -> Profile:
-    return make_profile(_plan(), cache, lambda *_: None)
+    return _profiled(cache)
 
 
 @dataclasses.dataclass
@@ -77,7 +86,7 @@ def captured() -> Captured:
     plan = _plan()
     pipe = original.open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
     module = pipe.unet.requires_grad_(False)
-    prompts, seeds = calibration_images(plan)
+    prompts, seeds = plan.task.calibration.prompts, plan.task.calibration.seeds
     inputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in linear_layers(module)}
     outputs: dict[str, list[list[torch.Tensor]]] = {name: [] for name, _ in blocks(module)}
     predictions: list[list[torch.Tensor]] = []
@@ -98,7 +107,7 @@ def captured() -> Captured:
             for kept in (*outputs.values(), predictions):
                 kept.append([])
             observer.begin(first, count)
-            noise, generators = original.draw_noise(pipe, plan.size, seeds[first : first + count])
+            noise, generators = original.draw_noise(pipe, plan.original.size, seeds[first : first + count])
             text = [str(prompt) for prompt in prompts[first : first + count]]
             clean.append(original.sample_latents(pipe, plan.sampling, text, noise, generators))
     for layer in module.modules():
@@ -178,7 +187,7 @@ def test_curves_over_the_steps(profile: Profile, captured: Captured) -> None:
 
 
 def test_states_are_points_of_the_trajectories(captured: Captured) -> None:
-    states, prompts = captured.observer.states, calibration_images(_plan())[0]
+    states, prompts = captured.observer.states, _plan().task.calibration.prompts
     assert [(state.image, state.evaluation) for state in states] == [(0, 0), (1, 2)]
     for state in states:
         prediction = captured.predictions[0][state.evaluation]  # 3 unconditional rows, then 3 conditional ones
@@ -314,7 +323,7 @@ def test_what_is_kept_does_not_grow_with_samples(captured: Captured) -> None:
     with torch.no_grad(), observer.watching():
         for first in (100, 104):
             observer.begin(first, 4)
-            noise, generators = original.draw_noise(pipe, plan.size, range(4))
+            noise, generators = original.draw_noise(pipe, plan.original.size, range(4))
             original.sample_latents(pipe, plan.sampling, ["a red ring"] * 4, noise, generators)
     assert observer.heads[ATTENTION].seen == seen + 2 * 4 * 2 * 3  # batches, images, rows of each, steps
     assert size() == before
@@ -336,8 +345,8 @@ def test_a_reservoir_is_a_fair_sample_of_fixed_size() -> None:
 
 
 def test_a_profile_is_kept_and_its_digest_tells_what_went_in(cache: Cache, profile: Profile, tmp_path: Path) -> None:
-    assert make_profile(_plan(), cache, lambda *_: pytest.fail("measured again")).digest == profile.digest
-    again = make_profile(_plan(), Cache(tmp_path), lambda *_: None)
+    assert _profiled(cache, advance=lambda *_: pytest.fail("measured again")).digest == profile.digest
+    again = _profiled(Cache(tmp_path))
     assert again.folder != profile.folder
     assert again.digest == profile.digest  # the same to the last bit
     record = profile.file.record
@@ -363,13 +372,13 @@ def test_row_29_every_input_is_in_the_key(override: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(Cache, "get", get)
     for plan in (_plan(), _plan(override)):
         with pytest.raises(InterruptedError):
-            make_profile(plan, Cache(tmp_path), lambda *_: None)
+            _profile_of(plan, Cache(tmp_path))
     assert asked[0] != asked[1]
 
 
 def test_row_32_nothing_is_chosen_by_too_few_prompts(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "slipcast"):
-        few = make_profile(_plan("profile.prompts=3", "profile.states=1", "sampling.steps=1"), cache, lambda *_: None)
+        few = _profiled(cache, "profile.prompts=3", "profile.states=1", "sampling.steps=1")
     assert "from 3 calibration prompts only" in caplog.text
     for ask in (
         lambda: few.heads("taylor"), lambda: few.neurons("taylor"),
@@ -390,23 +399,22 @@ def test_row_33_nan_names_the_layer(tmp_path: Path) -> None:
     with torch.no_grad():
         unet.get_submodule(bad).weight[0, 0] = float("nan")
     unet.save_pretrained(model / "unet")
-    plan = _plan()
-    prompts, seeds = calibration_images(plan)
-    job = Job(model, plan.sampling, plan.size, prompts, seeds, 2, "projected", 4)
+    plan = _plan("profile.batch=4", f"model.path='{model}'")
     with pytest.raises(NumericalError, match=rf"^{bad}: NaN or infinity in its output"):
-        measure(job, tmp_path / "out.safetensors", lambda *_: None)
+        measure(plan.task.calibration, plan.recipe.profile, tmp_path / "out.safetensors", lambda *_: None)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_prompts_and_seeds_are_not_those_of_the_evaluation() -> None:
-    for first in (1000, 2**31 - 8, 2**32 + 2**31 + 3):
+    for first in (0, 1000, 2**27 - 1):
         plan = _plan("profile.prompts=1000", "profile.seeds=2", f"evaluate.seed={first}")
-        prompts, seeds = calibration_images(plan)
+        drawing = plan.task.calibration
+        prompts, seeds = drawing.prompts, drawing.seeds
         assert plan.family
         assert set(prompts) == set(plan.family.calibration) and len(seeds) == len(prompts) == 2 * len(set(prompts))
         evaluated = {(first + i) % 2**32 for i in range(2 * plan.recipe.evaluate.images)}
         assert len({seed % 2**32 for seed in seeds} - evaluated) == len(seeds)
-    few, more = (calibration_images(_plan(f"profile.prompts={n}"))[0] for n in (4, 12))
+    few, more = (_plan(f"profile.prompts={n}").task.calibration.prompts for n in (4, 12))
     assert more[:4] == few
 
 
@@ -440,7 +448,7 @@ def test_an_unconditional_model_is_profiled_too(tmp_path: Path) -> None:
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "m")
     text = f'name = "u"\nmodel.path = {str(tmp_path / "m")!r}\ntargets = [{{ engine = "onnxruntime" }}]\n'
     text += "[sampling]\nsampler = 'ddpm'\nsteps = 2\nguidance_scale = 1.0\n[profile]\nprompts = 5\nstates = 2\n"
-    made = make_profile(make_plan(parse_recipe(text, "u.toml"), tmp_path), Cache(tmp_path / "cache"), lambda *_: None)
+    made = _profile_of(make_plan(parse_recipe(text, "u.toml"), tmp_path), Cache(tmp_path / "cache"))
     assert made.file.record.leave_one_out == "exact"
     assert {name: len(scores) for name, scores in made.heads("leave_one_out").items()} == {
         layer.name: layer.heads for layer in attention_layers(unet)
@@ -524,7 +532,7 @@ def test_the_summary_and_the_page_show_what_was_measured(profile: Profile) -> No
         [np.mean(pooled < score) * 160 / 159 for score in profile.heads("taylor")[ATTENTION]]
     )
     assert drawn.changes and drawn.gap
-    assert [plot.count('class="leader"') for plot in (drawn.changes, drawn.gap)] == [7, 1]
+    assert [plot.count('<g class="series-') for plot in (drawn.changes, drawn.gap)] == [7, 1]
 
 
 def test_figures_of_little() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from slipcast.errors import NumericalError
-from slipcast_compiler.export.component import export_component
+from slipcast_compiler.export.component import write_component
 from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.model.layers import attention_layers, feed_forward_layers, linear_layers
 from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, fit, write_tensors
@@ -100,7 +100,7 @@ def test_the_rewritten_module_is_the_original_with_parts_masked(checkpoint: Chec
 
 
 def test_the_export_is_the_rewritten_module(checkpoint: Checkpoint, rewrite: Rewrite, tmp_path: Path) -> None:
-    export_component(checkpoint, "denoiser", SIZES, tmp_path, rewrite)
+    write_component(checkpoint, "denoiser", SIZES, tmp_path, rewrite)
     names = ("sample", "timestep", "encoder_hidden_states")
     session = onnxruntime.InferenceSession(tmp_path / "denoiser.onnx", providers=["CPUExecutionProvider"])
     found = session.run(None, {name: x.numpy() for name, x in zip(names, _inputs(), strict=True)})[0]

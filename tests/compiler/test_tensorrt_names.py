@@ -23,8 +23,8 @@ RUNTIME = {
     "config": "IRuntimeConfig",
 }  # fmt: skip
 FILES = {
-    ROOT / "compiler/slipcast_compiler/build/tensorrt.py": BUILDER,
-    ROOT / "compiler/slipcast_compiler/build/timings.py": {"config": "IBuilderConfig"},
+    ROOT / "compiler/slipcast_compiler/engines/tensorrt.py": BUILDER,
+    ROOT / "compiler/slipcast_compiler/engines/timings.py": {"config": "IBuilderConfig"},
     ROOT / "runtime/slipcast/engines/tensorrt.py": RUNTIME,
 }
 # Asked for where the library has it, or by keys of a recipe that are for one of the two.

@@ -17,8 +17,10 @@ from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model.rewrite import UNCHANGED
-from slipcast_compiler.plan import Plan, make_plan
+from slipcast_compiler.model.original import Drawing
+from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
+from slipcast_compiler.recipe.sampling import TimestepsTable
 from slipcast_compiler.schedule import timesteps
 from slipcast_compiler.schedule.timesteps import (
     Model,
@@ -142,7 +144,8 @@ def test_what_guidance_leaves_out_is_searched_with() -> None:
     assert search(model, "dp", 40, lambda *_: None)["error"] > plain["error"]
 
 
-def _plan(prompts: int = 3) -> Plan:
+def _asked(prompts: int = 3) -> tuple[Drawing, TimestepsTable]:
+    """What the stage is given of a recipe."""
     recipe = parse_recipe(
         'name = "x"\nmodel.path = "models/shapes"\n'
         'family.prompts = ["a red circle", "a blue star", "a green ring", "a pink cross"]\n'
@@ -151,23 +154,24 @@ def _plan(prompts: int = 3) -> Plan:
         f'timesteps = {{ method = "direct", prompts = {prompts}, fine_steps = 6 }}\n',
         "x.toml",
     )
-    return make_plan(recipe, Path("recipes"))
+    assert recipe.timesteps
+    return make_plan(recipe, Path("recipes")).drawing(recipe.timesteps.prompts), recipe.timesteps
 
 
 def test_the_stage_on_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, cache = _plan(), Cache(tmp_path)
-    changed, found = choose_timesteps(plan, UNCHANGED, cache, lambda *_: None)
+    (drawing, table), cache = _asked(), Cache(tmp_path)
+    assert len(drawing.prompts) == 3
+    changed, found = choose_timesteps(drawing, table, UNCHANGED, cache, lambda *_: None)
     errors = {name: each["error"] for name, each in found["compared"].items()}
     assert errors["direct"] < min(error for name, error in errors.items() if name not in ("dp", "direct"))
     assert {"leading", "karras", "dp", "direct"} <= set(errors)
-    assert changed.sampling.sigmas == tuple(found["sigmas"])
-    assert (changed.sampling.schedule, len(changed.sampling.lay().timesteps)) == (None, 3)
-    assert changed.sampling.requires == plan.sampling.requires
-    assert changed.reference == plan.reference
+    assert changed.sigmas == tuple(found["sigmas"])
+    assert (changed.schedule, len(changed.lay().timesteps)) == (None, 3)
+    assert changed.requires == drawing.sampling.requires
     monkeypatch.setattr(timesteps, "run_isolated", None)  # it is not run again
-    assert choose_timesteps(plan, UNCHANGED, cache, lambda *_: None) == (changed, found)
+    assert choose_timesteps(drawing, table, UNCHANGED, cache, lambda *_: None) == (changed, found)
     with pytest.raises(TypeError):
-        choose_timesteps(_plan(2), UNCHANGED, cache, lambda *_: None)
+        choose_timesteps(*_asked(2), UNCHANGED, cache, lambda *_: None)
 
 
 def test_images_in_parts_are_images_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_cost(added: tuple[Path, Target, float], record_property: Callable[[str,
 def test_captured_graphs(shapes_bundle: Path, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     from slipcast.engines.tensorrt import TensorRtEngine
     from slipcast_compiler.engines import tensorrt
-    from slipcast_compiler.recipe.recipe import TargetTable
+    from slipcast_compiler.recipe.targets import TargetTable
 
     manifest: Manifest = slipcast.load(shapes_bundle, target="onnxruntime").manifest
     table = TargetTable(engine="tensorrt-rtx", precision="fp16")

@@ -115,8 +115,8 @@ def test_break_even_curve_crosses_where_the_count_says(document: dict[str, Any])
     one["sides"][BUNDLE]["seconds"]["median"], one["sides"]["diffusers"]["seconds"]["median"] = 0.5, 1.0
     curve = plots.break_even(typed_document(one))
     assert curve
-    lines = [tuple(map(float, found)) for found in re.findall(r'class="line" d="M(\S+) (\S+)L(\S+) (\S+)"', curve)]
-    ours, theirs = lines
+    drawn = re.findall(r'<g class="\w+"><path class="line" d="M(\S+) (\S+)L(\S+) (\S+)"', curve)
+    ours, theirs = (tuple(map(float, line)) for line in drawn)
 
     def height(line: tuple[float, ...], x: float) -> float:
         return line[1] + (line[3] - line[1]) * (x - line[0]) / (line[2] - line[0])

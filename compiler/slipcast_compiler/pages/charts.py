@@ -13,11 +13,20 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from slipcast_compiler.pages.scales import Scale, decade_ticks, linear, logarithmic, nice_ticks, pushed_apart, spaced
+from slipcast_compiler.pages.scales import (
+    LINE,
+    Scale,
+    decade_ticks,
+    linear,
+    logarithmic,
+    nice_ticks,
+    pushed_apart,
+    spaced,
+)
 from slipcast_compiler.pages.svg import group, picture, tag, text, tooltip
 
 PLOT_WIDTH, PLOT_HEIGHT, PANEL_WIDTH = 430, 240, 270
-CHARACTER, LINE = 6.6, 14  # width of a character, on the mean, and height of a line, at 12 pixels
+CHARACTER = 6.6  # its width, on the mean, at 12 pixels
 GAP = 14  # between panels, and around what would touch an edge
 ROW, CELL = 26, 18
 BARS_WIDTH = 400
@@ -124,7 +133,8 @@ def line_plot(lines: Sequence[Line], x: Axis, y: Axis, label: str) -> Markup:
     places = pushed_apart([end[1] for end in ends], frame.top, frame.bottom)
     drawn = list(_axes(frame, x, y))
     for number, (line, (end_x, end_y), place) in enumerate(zip(lines, ends, places, strict=True)):
-        leader = tag("path", class_="leader", d=f"M{end_x + 3:g} {end_y:g}L{frame.right + 16:g} {place:g}")
+        kind = "line" if end_x >= frame.right - 1 else "leader"  # of one that ends before, no line goes on
+        leader = tag("path", class_=kind, d=f"M{end_x + 3:g} {end_y:g}L{frame.right + 16:g} {place:g}")
         name = text(line.name, frame.right + 20, place + 4)
         drawn.append(group(line.kind or _series(number), *_curve(line, at, up), leader, name))
     return picture(width, _height(frame, x), drawn, label)

@@ -21,10 +21,10 @@ STYLE = """
   .chart .cell { fill: var(--accent); stroke: var(--line); stroke-width: .5; } .own .line { stroke-width: 2.5; }
   .own, .series-0 { color: var(--accent); } .other { color: var(--dim); }
   .series-1 { color: #d55e00; } .series-2 { color: #009e73; } .series-3 { color: #cc79a7; }
-  .series-4 { color: #56b4e9; } .series-5 { color: #e69f00; } .series-6 { color: var(--ink); }
+  .series-4 { color: var(--sky); } .series-5 { color: #e69f00; } .series-6 { color: var(--ink); }
   .series-7 { color: #7f7f7f; }
 """
-ON_WHITE = {"ink": "#222", "dim": "#777", "line": "#ddd", "accent": "#0072b2", "bad": "#b3362b"}
+ON_WHITE = {"ink": "#222", "dim": "#777", "line": "#ddd", "accent": "#0072b2", "bad": "#b3362b", "sky": "#56b4e9"}
 
 
 def picture(width: float, height: float, parts: Iterable[Markup], label: str) -> Markup:

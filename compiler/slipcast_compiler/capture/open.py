@@ -1,0 +1,99 @@
+"""A pipeline from its configs alone: modules on torch's meta device, so that no weight is read."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slipcast.errors import ArtifactError, RecipeError
+from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.model.checkpoint import Checkpoint
+
+
+def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
+    """The pipeline of a diffusers directory; `pipeline`: a class in place of the one that model_index.json names, of
+    diffusers, or of the user's own module ("package.module:Class").
+
+    RecipeError for code that comes with a checkpoint, which never runs; ArtifactError where a part cannot be made.
+    """
+    index = Checkpoint(root, str(root)).index
+    with quiet():
+        kind = find_pipeline(pipeline or str(index.get("_class_name")))
+        parts = {name: _part(root, name, given, kind) for name, given in index.items() if name[0] != "_"}
+    expected = inspect.signature(kind.__init__).parameters
+    try:
+        with quiet():
+            pipe = kind(**{name: part for name, part in parts.items() if name in expected})
+    except Exception as error:  # whatever its constructor thinks of its parts
+        raise _unusable(f"{root}: {kind.__name__} cannot be made of its parts", error) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def find_pipeline(name: str) -> Any:
+    """A pipeline's class by its name in diffusers, or as "package.module:Class"."""
+    module, _, own = name.rpartition(":")
+    try:
+        found = getattr(importlib.import_module(module or "diffusers"), own, None)
+    except ImportError as error:
+        raise RecipeError(f"model.pipeline: {module} cannot be imported", got=str(error)) from None
+    if not inspect.isclass(found):
+        raise RecipeError(
+            f"there is no pipeline {name}",
+            expected="a class of diffusers, or package.module:Class",
+            got=name,
+            hint="pip install --upgrade diffusers, if it is newer than the one that is installed",
+        )
+    return found
+
+
+def _part(root: Path, name: str, given: Any, kind: Any) -> Any:
+    """A component, or a plain value of the pipeline's config."""
+    if not (isinstance(given, list) and len(given) == 2):
+        return given
+    library, class_name = given
+    if not class_name:
+        return None
+    found = _class_of(str(library), str(class_name), kind)
+    if found is None:
+        raise RecipeError(
+            f"{root}: component {name} needs code that comes with the checkpoint, which never runs",
+            expected="a class of diffusers or transformers",
+            got=f"{library}.{class_name}",
+        )
+    try:
+        if issubclass(found, nn.Module):
+            return _empty(found, str(library), root / name)
+        return found.from_pretrained(root / name, local_files_only=True)
+    except Exception as error:  # every library has errors of its own for a missing file, or one that it cannot read
+        raise _unusable(f"{root / name}: no {class_name} can be made of it", error) from error
+
+
+def _class_of(library: str, name: str, kind: Any) -> Any:
+    """In diffusers a component may be of a pipeline's own folder, which the index calls by its last name."""
+    if library in ("diffusers", "transformers"):
+        return getattr(importlib.import_module(library), name, None)
+    pipelines = importlib.import_module("diffusers.pipelines")
+    return getattr(getattr(pipelines, library, None), name, None) if library.isidentifier() else None
+
+
+def _empty(found: Any, library: str, folder: Path) -> nn.Module:
+    """A module for inference, with parameters on the meta device and buffers that its constructor computes."""
+    from accelerate import init_empty_weights
+    from torch import float32
+
+    with init_empty_weights(include_buffers=False):
+        if library == "transformers":
+            config = found.config_class.from_pretrained(folder, local_files_only=True)
+            module = found._from_config(config, attn_implementation="sdpa", dtype=float32)
+        else:
+            module = found.from_config(found.load_config(folder, local_files_only=True))
+    return module.eval()
+
+
+def _unusable(what: str, error: Exception) -> ArtifactError:
+    return ArtifactError(what, got=f"{type(error).__name__}: {error}".splitlines()[0])

@@ -1,0 +1,176 @@
+"""A program: what a pipeline's call did, as sources, component calls and the glue between them.
+
+Values are numbered. An argument that is a `Ref` is a value that depends on a source; all others are constants, tensors
+among them. Events are in the order in which they ran, and replaying them in that order repeats the call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["prompt", "noise", "image", "weight"]
+Path = tuple[Any, ...]  # attributes, keys and places on the way to a leaf
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the program."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where values enter. `detail`: of a prompt, the tokenizer, the field of its output and the texts it was given; of
+    noise, the operator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture,
+    of which the shape and dtype are part of the program."""
+
+    id: int
+    kind: Kind
+    detail: tuple[Any, ...]
+    value: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Op:
+    """One ATen operator of the glue. `outputs`: values, in the order of its tensors. `where`: file and line of the code
+    that asked for it."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module of a component was called: `module` is its name, such as unet, or vae.decoder. `outputs`: values by path
+    in what it returned."""
+
+    module: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[tuple[Path, int], ...]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A step of the scheduler: what the model had given, the latent before, and, once it is over, the latent after.
+
+    `begin` and `end` are places among the events: the arithmetic of the step lies between them.
+    """
+
+    output: Any
+    sample: Any
+    result: Any
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A value that was read into Python, where the program cannot follow it."""
+
+    operator: str
+    where: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
+    returned, a Ref or a constant tensor."""
+
+    pipeline: str
+    sources: tuple[Source, ...]
+    events: tuple[Op | Call, ...]
+    marks: tuple[Mark, ...]
+    guards: tuple[Guard, ...]
+    memory: Mapping[int, int]
+    results: tuple[tuple[Path, Any], ...]
+
+    @property
+    def needed(self) -> frozenset[int]:
+        """The places of the events that the results depend on."""
+        return self.needed_for([value for _, value in self.results])
+
+    def needed_for(self, wanted: Any) -> frozenset[int]:
+        """The places of the events that values depend on, writes into their memory included."""
+        values = {ref.id for ref in refs(wanted)}
+        storages, found = {self.memory[value] for value in values}, set[int]()
+        for place in reversed(range(len(self.events))):
+            event = self.events[place]
+            given = [ref.id for ref in refs((event.args, event.kwargs))]
+            writes = isinstance(event, Op) and event.function._schema.is_mutable
+            into = {self.memory[value] for value in given[:1]} if writes else set[int]()
+            if values.intersection(outputs_of(event)) or into & storages:
+                found.add(place)
+                values.update(given)
+                storages.update(self.memory[value] for value in given)
+        return frozenset(found)
+
+    @property
+    def needed_sources(self) -> tuple[Source, ...]:
+        """Those that the results depend on: a tokenizer may be asked for its length alone."""
+        read = {ref.id for place in self.needed for ref in refs((self.events[place].args, self.events[place].kwargs))}
+        read |= {ref.id for ref in refs([value for _, value in self.results])}
+        return tuple(source for source in self.sources if source.id in read)
+
+    @property
+    def binding(self) -> dict[int, frozenset[Kind]]:
+        """By value, the kinds of sources that it depends on."""
+        bound: dict[int, frozenset[Kind]] = {source.id: frozenset((source.kind,)) for source in self.sources}
+        for event in self.events:
+            kinds = frozenset[Kind]().union(*(bound[ref.id] for ref in refs((event.args, event.kwargs))))
+            for value in outputs_of(event):
+                bound[value] = bound.get(value, frozenset()) | kinds
+        return bound
+
+
+def outputs_of(event: Op | Call) -> tuple[int, ...]:
+    """The values that an event gives."""
+    return event.outputs if isinstance(event, Op) else tuple(value for _, value in event.outputs)
+
+
+def refs(value: Any) -> list[Ref]:
+    """All references in a structure of arguments."""
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Ref)]
+
+
+def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Tensors and references in a structure, with their paths: dicts and output classes by key, lists by place, other
+    dataclasses by field."""
+    if isinstance(value, torch.Tensor | Ref):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from leaves(inner, (*path, place))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from leaves(getattr(value, field.name, None), (*path, field.name))
+
+
+def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The structure with every tensor and reference changed; other leaves, and classes, stay."""
+    if isinstance(value, torch.Tensor | Ref):
+        return change(value)
+    if isinstance(value, dict):
+        made = {key: rebuild(inner, change) for key, inner in value.items()}
+        return type(value)(**made) if dataclasses.is_dataclass(value) else made
+    if isinstance(value, list | tuple):
+        parts = [rebuild(inner, change) for inner in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: rebuild(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value

@@ -1,0 +1,323 @@
+"""Record a pipeline: its own code runs once, with components that give shapes alone.
+
+A dispatch mode sees every ATen operator of what runs between the components. Values enter at sources: a tokenizer's
+output, a random draw, an image that the call was given, a weight that the pipeline's code reads by itself. Operators on
+constants run and leave their result; those on other values are recorded besides. A component's module that is called
+from outside is one opaque call.
+
+What a dispatch mode does not see: higher-order operators (flex_attention), and what leaves torch for numpy and comes
+back, which is a constant from then on; verify.py finds that out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Program, Ref, Source, leaves, rebuild
+from slipcast_compiler.capture.shapes import META, run_for_shapes
+
+_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+
+
+def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
+    """The program of pipe(**call). The pipeline's modules may be on the meta device; images among the arguments are
+    given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent")."""
+    recorder = Recorder(pipe)
+    for name, value in call.items():
+        for path, tensor in leaves(value):
+            recorder.enter(tensor, "image", (name, *path))
+    with recorder.watching(), torch.no_grad(), recorder:
+        result = pipe(**call)
+    return recorder.program(result)
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
+    """See the module's docstring."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self._pipe, self._inside = pipe, 0
+        self._modules: dict[int, str] = {}
+        self._weights: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, module in pipe.components.items():
+            if isinstance(module, nn.Module):
+                self._modules |= {id(each): f"{name}.{path}".rstrip(".") for path, each in module.named_modules()}
+                tensors = [*module.named_parameters(), *module.named_buffers()]
+                self._weights |= {id(tensor): (f"{name}.{path}", tensor) for path, tensor in tensors}
+        self._ids: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no id is used again
+        self._count = 0
+        self._bound: dict[int, frozenset[Kind]] = {}
+        self._memory: dict[int, int] = {}  # value -> the storage that it lies in
+        self._written: dict[int, int] = {}  # storage of a constant that was written into -> the value of its content
+        self._constants: dict[tuple[int, int], torch.Tensor] = {}
+        self._sources: list[Source] = []
+        self._events: list[Op | Call] = []
+        self._marks: list[Mark] = []
+        self._guards: list[Guard] = []
+
+    def program(self, result: Any) -> Program:
+        """What was recorded, of a call that returned `result`."""
+        results = tuple((path, self._refer(tensor)) for path, tensor in leaves(_opened(result)))
+        return Program(
+            type(self._pipe).__name__,
+            tuple(self._sources),
+            tuple(self._events),
+            tuple(self._marks),
+            tuple(self._guards),
+            dict(self._memory),
+            results,
+        )
+
+    def enter(self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...]) -> None:
+        """A source."""
+        value = self._new(tensor, frozenset((kind,)))
+        self._sources.append(Source(value, kind, detail, tensor.detach().clone()))
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it, calls of components, tokenizers and the scheduler's steps come here first."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._on_cpu())
+            stack.enter_context(self._modules_opaque())
+            for name, part in self._pipe.components.items():
+                if part is None or isinstance(part, nn.Module):
+                    continue
+                if callable(getattr(part, "step", None)) and callable(getattr(part, "set_timesteps", None)):
+                    stack.enter_context(self._steps_marked(part))
+                elif callable(getattr(part, "decode", None)) or "processor" in name or "extractor" in name:
+                    stack.enter_context(self._texts_watched(name, part))
+            yield
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def _new(self, tensor: torch.Tensor, bound: frozenset[Kind]) -> int:
+        value, self._count = self._count, self._count + 1
+        self._ids[id(tensor)] = value
+        self._kept.append(tensor)
+        self._bound[value] = bound
+        self._memory[value] = _storage(tensor)
+        return value
+
+    def _refer(self, tensor: Any) -> Any:
+        """As an argument of an event: a value, or a constant as it is now."""
+        if isinstance(tensor, Ref):
+            return tensor
+        if (value := self._ids.get(id(tensor))) is not None:
+            return Ref(value)
+        if id(tensor) in self._weights:
+            return Ref(self._enter_weight(tensor))
+        if (content := self._written.get(_storage(tensor))) is not None:
+            place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+            function = torch.ops.aten.as_strided.default
+            value = self._new(tensor, self._bound[content])
+            self._events.append(Op(function, (Ref(content), *place), {}, (value,)))
+            return Ref(value)
+        key = id(tensor), tensor._version
+        if key not in self._constants:
+            self._kept.append(tensor)
+            with self._unseen():
+                self._constants[key] = tensor.detach().clone()
+        return self._constants[key]
+
+    def _enter_weight(self, tensor: torch.Tensor) -> int:
+        name, real = self._weights[id(tensor)]
+        with self._unseen():
+            value = torch.zeros(real.shape, dtype=real.dtype) if real.device == META else real.detach()
+        self.enter(value, "weight", (name,))
+        self._ids[id(tensor)] = self._ids[id(value)]
+        self._weights[id(tensor)] = name, value
+        return self._ids[id(tensor)]
+
+    def _bound_by(self, structure: Any) -> frozenset[Kind]:
+        found = frozenset[Kind]()
+        for _, tensor in leaves(structure):
+            if isinstance(tensor, Ref):
+                found |= self._bound[tensor.id]
+            elif (value := self._ids.get(id(tensor))) is not None:
+                found |= self._bound[value]
+            elif (content := self._written.get(_storage(tensor))) is not None:
+                found |= self._bound[content]
+        return found
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    # --- operators ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if self._inside:
+            return func(*args, **kwargs)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]) == META:
+            kwargs["device"] = torch.device("cpu")
+        args, kwargs = rebuild((args, kwargs), self._real)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            out = func(*args, **kwargs)
+            for _, tensor in leaves(out):
+                with self._unseen():
+                    self.enter(tensor, "noise", (str(func),))
+            return out
+        bound = self._bound_by((args, kwargs))
+        if not bound:
+            return func(*args, **kwargs)
+        self._read(func, args, bound)
+        self._open_written(func, args, kwargs, bound)
+        given = rebuild((args, kwargs), self._refer)
+        out = func(*args, **kwargs)
+        values = tuple(self._new(tensor, bound) for _, tensor in leaves(out))
+        self._events.append(Op(func, given[0], given[1], values, _where()))
+        return out
+
+    def _real(self, tensor: Any) -> Any:
+        """A weight that the pipeline's code reads is a source, with numbers of its own."""
+        if id(tensor) in self._weights and not isinstance(tensor, Ref):
+            self._refer(tensor)
+            return self._weights[id(tensor)][1]
+        return tensor
+
+    def _read(self, func: Any, args: Any, bound: frozenset[Kind]) -> None:
+        name = str(func._schema.name)
+        masked = name == "aten::index" and any(t.dtype == torch.bool for _, t in leaves(args[1:]))
+        if name in _READS or masked:
+            self._guards.append(Guard(name.removeprefix("aten::"), _where(), tuple(sorted(bound))))
+
+    def _open_written(self, func: Any, args: Any, kwargs: Any, bound: frozenset[Kind]) -> None:
+        """Before an operator writes into a constant: what lies in its memory becomes a value, which views refer to."""
+        if not func._schema.is_mutable:
+            return
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            tensor = given.get(argument.name)
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if not writes or not isinstance(tensor, torch.Tensor) or id(tensor) in self._ids:
+                continue
+            storage = _storage(tensor)
+            if storage in self._written:
+                self._bound[self._written[storage]] |= bound
+                continue
+            with self._unseen():
+                size = tensor.untyped_storage().nbytes() // tensor.element_size()
+                content = torch.as_strided(tensor.detach(), (size,), (1,), 0)
+                before = content.clone()
+            self._kept.append(tensor)
+            value = self._new(content, bound)
+            self._written[storage] = value
+            self._events.append(Op(torch.ops.aten.clone.default, (before,), {}, (value,), _where()))
+
+    # --- what comes here first -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _on_cpu(self) -> Iterator[None]:
+        """The pipeline takes the CPU for its device, whatever its modules are on."""
+        own, cpu = type(self._pipe), torch.device("cpu")
+        devices = {name: property(lambda _: cpu) for name in ("device", "_execution_device")}
+        self._pipe.__class__ = type(own.__name__, (own,), devices)
+        try:
+            yield
+        finally:
+            self._pipe.__class__ = own
+
+    @contextlib.contextmanager
+    def _modules_opaque(self) -> Iterator[None]:
+        usual = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._inside or id(module) not in self._modules:
+                return usual(module, *args, **kwargs)
+            return self._called(module, args, kwargs)
+
+        nn.Module.__call__ = call
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = usual
+
+    def _called(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        bound = self._bound_by((args, kwargs))
+        given = rebuild((args, kwargs), self._refer)
+        with self._unseen():
+            on_meta = any(each.device == META for each in (*module.parameters(), *module.buffers()))
+            run = run_for_shapes if on_meta else type(module).__call__
+            out = rebuild(run(module, args, kwargs) if on_meta else run(module, *args, **kwargs), _zeros)
+        values = tuple((path, self._new(tensor, bound)) for path, tensor in leaves(_opened(out)))
+        self._events.append(Call(self._modules[id(module)], given[0], given[1], values, _where()))
+        return out
+
+    @contextlib.contextmanager
+    def _steps_marked(self, scheduler: Any) -> Iterator[None]:
+        usual = scheduler.step
+        signature = inspect.signature(usual)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            output, sample = (rebuild(given.get(name), self._refer) for name in ("model_output", "sample"))
+            begin = len(self._events)
+            out = usual(*args, **kwargs)
+            result = next((self._refer(tensor) for _, tensor in leaves(_opened(out))), None)
+            self._marks.append(Mark(output, sample, result, begin, len(self._events)))
+            return out
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+    @contextlib.contextmanager
+    def _texts_watched(self, name: str, tokenizer: Any) -> Iterator[None]:
+        own = type(tokenizer)
+
+        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return own.__call__(this, *args, **kwargs)
+            with self._unseen():
+                out = own.__call__(this, *args, **kwargs)
+                texts = kwargs.get("text", args[0] if args else None)
+                for path, tensor in leaves(_opened(out)):
+                    self.enter(tensor, "prompt", (name, *path, texts))
+            return out
+
+        tokenizer.__class__ = type(own.__name__, (own,), {"__call__": call})
+        try:
+            yield
+        finally:
+            tokenizer.__class__ = own
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device == META else tensor
+
+
+def _opened(value: Any) -> Any:
+    """Mappings that are no dicts (a tokenizer's output) as dicts."""
+    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return cast(int, tensor.untyped_storage()._cdata)
+
+
+def _where() -> str:
+    """File and line of the pipeline's code that runs now, below the folder of its package."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "site-packages/torch/" not in file and "slipcast_compiler/capture" not in file and file[0] == "/":
+            return f"{file.rpartition('site-packages/')[2]}:{frame.f_lineno}"
+        frame = cast(Any, frame.f_back)
+    return ""

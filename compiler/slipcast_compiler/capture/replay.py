@@ -1,0 +1,55 @@
+"""Run a program again, with other sources and with real modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipcast_compiler.capture.program import Call, Op, Path, Program, Ref, leaves, outputs_of, rebuild
+
+Values = dict[int, torch.Tensor]
+
+
+def replay(program: Program, sources: Mapping[int, torch.Tensor], components: Mapping[str, nn.Module]) -> Any:
+    """By path, the results: with these values of the sources (weights come from the components)."""
+    values = dict(sources)
+    for source in program.needed_sources:
+        if source.kind == "weight":
+            values[source.id] = _weight(components, str(source.detail[0]))
+    with torch.no_grad():
+        for place in sorted(program.needed):
+            run(program.events[place], values, components)
+    return {path: values[found.id] if isinstance(found, Ref) else found for path, found in program.results}
+
+
+def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module]) -> None:
+    """One event, whose values are put beside those that it reads."""
+    args, kwargs = rebuild((event.args, event.kwargs), lambda each: values[each.id] if isinstance(each, Ref) else each)
+    if isinstance(event, Op):
+        found = [tensor for _, tensor in leaves(event.function(*args, **kwargs))]
+    else:
+        out = dict(leaves(_opened(find_module(components, event.module)(*args, **kwargs))))
+        found = [out[path] for path, _ in event.outputs]
+    values.update(zip(outputs_of(event), found, strict=True))
+
+
+def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """A module by the name that calls have: of the component, and within it."""
+    component, _, path = name.partition(".")
+    return components[component].get_submodule(path)
+
+
+def _weight(components: Mapping[str, nn.Module], name: str) -> torch.Tensor:
+    module, _, own = name.rpartition(".")
+    found: torch.Tensor = getattr(find_module(components, module), own)
+    return found.detach()
+
+
+def _opened(value: Any) -> Any:
+    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value
+
+
+__all__ = ["Path", "find_module", "replay", "run"]

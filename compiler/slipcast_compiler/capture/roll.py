@@ -1,0 +1,165 @@
+"""Roll a program's loop: what leads from the latent to the model's output has one form at every step, or a few.
+
+From mark to mark, `predict` is compared by its form: operators, modules and integers, without floating-point
+constants, which are the step table. Where the form changes there are phases (guidance that ends, a second denoiser).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+
+from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, rebuild, refs
+
+# What may follow guidance: its numbers stay, but for the sign and for channels that the scheduler does not read.
+SAME_NUMBERS = ("neg", "split", "split_with_sizes", "squeeze", "unsqueeze", "stack", "slice", "select", "_to_copy")
+
+
+@dataclass(frozen=True)
+class Predict:
+    """One step: the places of its events, in order; the latent that it reads; what else it reads of before the loop, in
+    the order of use; and its floating-point constants, which `form` leaves out."""
+
+    events: tuple[int, ...]
+    latent: int
+    given: tuple[int, ...]
+    constants: tuple[Any, ...]
+    form: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of one form, from `first` on. `table`: by place among the constants, how many numbers differ from step to
+    step. `guidance`: what its last operators compute, if that is guidance."""
+
+    first: int
+    steps: tuple[Predict, ...]
+    table: tuple[int, ...]
+    guidance: str | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """`carried`: whether each step's latent is the result of the step before, as it is."""
+
+    phases: tuple[Phase, ...]
+    carried: bool
+
+
+def roll(program: Program) -> Loop | None:
+    """The loop; None where the scheduler takes no step, or a step's latent or output is a constant."""
+    marks = program.marks
+    if not marks or not all(isinstance(each.output, Ref) and isinstance(each.sample, Ref) for each in marks):
+        return None
+    steps: list[Predict] = []
+    for number in reversed(range(len(marks))):
+        known = frozenset(steps[-1].given) if steps and number == 0 else frozenset[int]()
+        steps.append(_predict(program, number, known))
+    steps.reverse()
+    phases, first = [], 0
+    for _, group in groupby(steps, key=lambda step: step.form):
+        alike = tuple(group)
+        phases.append(Phase(first, alike, _differing(alike), find_guidance(program, alike[0], marks[first].output.id)))
+        first += len(alike)
+    return Loop(tuple(phases), all(before.result == after.sample for before, after in pairwise(marks)))
+
+
+def _predict(program: Program, number: int, known: frozenset[int]) -> Predict:
+    """The step of a mark. Before the first one nothing tells what belongs to the loop but what later steps read."""
+    mark = program.marks[number]
+    begin = program.marks[number - 1].end if number else 0
+    made = {value: place for place, event in enumerate(program.events) for value in outputs_of(event)}
+    bound = program.binding
+    latent, waiting, places, given = mark.sample.id, [mark.output.id], set[int](), list[int]()
+    while waiting:
+        value = waiting.pop()
+        place = made.get(value, -1)
+        early = place < begin or value in known or (not number and "noise" not in bound[value])
+        if value == latent or place in places:
+            continue
+        if early:
+            given.append(value)
+            continue
+        places.add(place)
+        waiting += [ref.id for ref in refs((program.events[place].args, program.events[place].kwargs))]
+    order = tuple(sorted(places))
+    return _formed(program, order, latent)
+
+
+def _formed(program: Program, order: tuple[int, ...], latent: int) -> Predict:
+    numbers, given, constants, form = {latent: 0}, list[int](), list[Any](), list[Any]()
+
+    def abstract(value: Any) -> Any:
+        if isinstance(value, Ref):
+            if value.id not in numbers:
+                numbers[value.id] = -1 - len(given)  # what is given from before the loop is counted down
+                given.append(value.id)
+            return "value", numbers[value.id]
+        constants.append(value)
+        return "tensor", str(value.dtype), tuple(value.shape)
+
+    for place in order:
+        event = program.events[place]
+        args = _literal(rebuild((event.args, event.kwargs), abstract), constants)
+        form.append((str(event.function) if isinstance(event, Op) else event.module, args))
+        for value in outputs_of(event):
+            numbers[value] = len(numbers)
+    return Predict(order, latent, tuple(given), tuple(constants), tuple(form))
+
+
+def _literal(value: Any, constants: list[Any]) -> Any:
+    """Hashable, with floats among the constants."""
+    if isinstance(value, float):
+        constants.append(value)
+        return "float"
+    if isinstance(value, dict):
+        return tuple((key, _literal(inner, constants)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_literal(inner, constants) for inner in value)
+    return value if isinstance(value, int | str | bool | None) else repr(value)
+
+
+def _differing(steps: Sequence[Predict]) -> tuple[int, ...]:
+    """By constant, how many of its numbers are not the same at all steps; those that are, left out."""
+    found = []
+    for values in zip(*(step.constants for step in steps), strict=True):
+        tensors = [torch.as_tensor(value) for value in values]
+        changed = torch.zeros(tensors[0].shape, dtype=torch.bool)
+        for tensor in tensors[1:]:
+            changed |= tensor != tensors[0]
+        found += [int(changed.sum())] if changed.any() else []
+    return tuple(found)
+
+
+def find_guidance(program: Program, step: Predict, output: int) -> str | None:
+    """Classifier-free guidance at the end of a step, `a + s (b - a)`, whichever branch it starts from; None where the
+    output is something else (renormalised, or of the model alone). `u` is the branch that comes first in the batch."""
+    made = {value: program.events[place] for place in step.events for value in outputs_of(program.events[place])}
+
+    def operator(value: Any, name: str) -> Op | None:
+        event = made.get(value.id) if isinstance(value, Ref) else None
+        return event if isinstance(event, Op) and event.function._schema.name == f"aten::{name}" else None
+
+    value: Any = Ref(output)
+    while plain := next((found for name in SAME_NUMBERS if (found := operator(value, name))), None):
+        value = plain.args[0][0] if isinstance(plain.args[0], list) and len(plain.args[0]) == 1 else plain.args[0]
+    if not (total := operator(value, "add")):
+        return None
+    for start, added in (total.args[:2], total.args[1::-1]):
+        if not (product := operator(added, "mul")):
+            continue
+        for difference, scale in (product.args[:2], product.args[1::-1]):
+            branches = operator(difference, "sub")
+            if branches and start in branches.args[:2] and not isinstance(scale, Ref):
+                return _named(made, branches, start, float(scale))
+    return None
+
+
+def _named(made: dict[int, Op | Call], branches: Op, start: Any, scale: float) -> str:
+    """The branch that guidance pushes away from is u, and the one that it goes to is c."""
+    end, away = branches.args[:2]
+    return f"{'u' if start == away else 'c'} + {scale:g} (c - u)" if end != away else f"{scale:g}"

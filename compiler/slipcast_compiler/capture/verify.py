@@ -1,0 +1,92 @@
+"""Is a program the pipeline? It is run again on other prompts and seeds, against the pipeline itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipcast_compiler.capture.program import Op, Program, leaves, outputs_of
+from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.replay import Values, replay, run
+
+LIMIT = 1e-4  # of the relative L2 error of a result
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`error`: of the worst result, relative L2; None where the program of the other call has other sources.
+    `difference`: what is the first to differ, and where in the pipeline's code, if it is not the same."""
+
+    error: float | None
+    difference: str | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the program gave what the pipeline gives."""
+        return self.error is not None and self.error <= LIMIT
+
+
+def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[str, Any]) -> Verdict:
+    """Compare the program with pipe(**call), for a prompt and seed that were not captured.
+
+    The pipeline has its weights. `again` is the same call, with a generator of its own.
+    """
+    other = capture(pipe, call)
+    if mismatch := compare_sources(program, other):
+        return Verdict(None, mismatch)
+    sources = zip(program.needed_sources, other.needed_sources, strict=True)
+    values = {mine.id: theirs.value for mine, theirs in sources}
+    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    found = replay(program, values, components)
+    with torch.no_grad():
+        wanted = dict(leaves(_opened(pipe(**again))))
+    error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
+    difference = None if error <= LIMIT else first_difference(program, other, components)
+    return Verdict(error, difference)
+
+
+def compare_sources(program: Program, other: Program) -> str | None:
+    """Why the sources of two captures do not fit together; None where they do."""
+    for mine, theirs in zip(program.needed_sources, other.needed_sources, strict=False):
+        if (mine.kind, mine.value.shape) != (theirs.kind, theirs.value.shape):
+            return (
+                f"source {mine.id}, {mine.kind} {mine.detail[:2]}, is {list(mine.value.shape)} for one prompt and "
+                f"{theirs.kind} {list(theirs.value.shape)} for another"
+            )
+    counts = len(program.needed_sources), len(other.needed_sources)
+    return None if counts[0] == counts[1] else f"{counts[0]} sources for one prompt, {counts[1]} for another"
+
+
+def first_difference(program: Program, other: Program, components: Mapping[str, nn.Module]) -> str:
+    """The first event of which the program makes something else than the other call's own program does."""
+    pairs = zip(program.needed_sources, other.needed_sources, strict=True)
+    mine: Values = {a.id: b.value.clone() for a, b in pairs}
+    theirs: Values = {source.id: source.value.clone() for source in other.needed_sources}
+    with torch.no_grad():
+        events = (tuple(each.events[place] for place in sorted(each.needed)) for each in (program, other))
+        for a, b in zip(*events, strict=False):
+            name = a.function._schema.name if isinstance(a, Op) else a.module
+            if type(a) is not type(b) or len(outputs_of(a)) != len(outputs_of(b)):
+                return f"{name} at {a.where or 'an unknown place'}: another operator for another prompt"
+            run(a, mine, components)
+            run(b, theirs, components)
+            for value, wanted in zip(outputs_of(a), outputs_of(b), strict=True):
+                if not torch.equal(mine[value], theirs[wanted]):
+                    return f"{name} at {a.where or 'an unknown place'}"
+    return "an event that only one of the two has"
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """|found - wanted| / |wanted|; infinite where the shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    size = float(wanted.double().norm())
+    return float((found.double() - wanted.double()).norm()) / size if size else float(found.abs().max())
+
+
+def _opened(value: Any) -> Any:
+    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value

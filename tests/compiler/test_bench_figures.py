@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from slipcast.bundle.manifest import Sampling
+from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.bench import figures
+from slipcast_compiler.bench.document import parse_document
 from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.gpu import Gpus
+from slipcast_compiler.bench.measure import Results
+from slipcast_compiler.bench.pages import render_page
+from slipcast_compiler.bench.plan import BUNDLE, Options, Side
+from slipcast_compiler.bench.process import Drawn
+from slipcast_compiler.bench.running import Measured
+from slipcast_compiler.bench.summary import make_document
+from slipcast_compiler.bench.table import render_table
 from slipcast_compiler.judge.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
@@ -129,3 +141,44 @@ def test_no_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broken, "nvmlDeviceGetCount", lambda: 1 / 0)  # a library without its driver
     monkeypatch.setitem(sys.modules, "pynvml", broken)
     assert (len(Gpus()), Gpus().read(), Gpus().memory_mb(7)) == (0, None, None)
+
+
+def _measured(name: str, seconds: tuple[float, ...], **fields: Any) -> Measured:
+    """A side that drew pictures of one grey."""
+    drawn = [Drawn(np.full((1, 16, 16, 3), 0.5, np.float32), s, {"denoiser": s / 2}, 500.0) for s in seconds]
+    side = Side(name, f"the side {name}", "python", {}, **fields)
+    silent: list[float | None] = [None] * len(drawn)
+    about = {"steps": 4}
+    return Measured(side, None, 1.0, 2.0, about, [0.5, 0.4], drawn, silent, list(silent), list(silent), {4: drawn[:2]})
+
+
+def test_a_document_of_what_was_measured() -> None:
+    """Without a bundle: what it says of itself is made up."""
+    image = SimpleNamespace(width=16, height=16)
+    manifest = SimpleNamespace(name="made", source_sha256="0" * 64, image=image)
+    sampling = Sampling(sampler="heun", schedule="karras", steps=4, guidance_scale=3.0, noise=NoiseProcess())
+    plan: Any = SimpleNamespace(
+        path=Path("made"), bundle=SimpleNamespace(manifest=manifest), sampling=sampling, reference=None,
+        options=Options(("diffusers",), images=2, batches=(1, 4)), checkpoint=None,
+        record={"stages_s": {"originals": 10.0}, "recipe": {"evaluate": {}}},
+        missing={"ddim50": {"reason": "needs torch", "install": None}},
+        requests=lambda start, count: (["a"] * count, list(range(count))),
+    )  # fmt: skip
+    bundle = _measured(BUNDLE, (0.5, 0.5), cost={"multiply_adds": 5, "parameters": 2})
+    peer = _measured("diffusers", (1.0, 2.0), images=2)
+    images = np.concatenate([each.images for each in peer.drawn])
+    results = Results({BUNDLE: bundle, "diffusers": peer}, {"x": "broke"}, images, beside={"diffusers": bundle})
+    document = make_document(plan, results, 0.1)
+    assert document.ratios["diffusers"].model_dump() == {"median": 3.0, "min": 2.0, "max": 4.0, "pairs": 2}
+    assert document.break_even == {"diffusers": 10}
+    assert document.batch_ratios["diffusers"]["4"].median == 3.0
+    assert document.component_ratios["diffusers"]["denoiser"].median == 3.0
+    assert document.extrapolated["ddpm1000"].evaluations == 8  # two a step
+    assert document.bundle.cost and document.bundle.cost.multiply_adds == 5
+    quality = document.sides["diffusers"].quality
+    assert quality and quality.psnr_mean and quality.psnr_mean.value == MAX_PSNR and quality.clip_delta_mean is None
+    assert document.command == "slipcast bench made --against diffusers --images 2 --batch 1,4"
+    assert parse_document(json.dumps(document.plain())) == document
+    assert "files" not in document.plain()
+    assert "missing  ddim50: needs torch" in render_table(document.plain())
+    assert "broke" in render_page(document)

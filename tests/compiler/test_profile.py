@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from conftest import run_cli
+from conftest import call_cli, run_cli
 from slipcast.bundle.profiles import (
     ProfileFile,
     is_profile,
@@ -487,20 +487,20 @@ def test_the_commands(tmp_path: Path) -> None:
     out = tmp_path / "p"
     settings = [word for each in (*TINY, "profile.leave_one_out=projected") for word in ("--set", each)]
     arguments = ("profile", str(ROOT / "recipes/shapes-circles.toml"), "-o", str(out), *settings)
-    done = run_cli(*arguments, "--json", cwd=tmp_path)
+    done = call_cli(*arguments, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["output"] == str(out) and document["leave_one_out"] == "projected"
     assert "profile ..." in done.stderr
-    shown = run_cli("inspect", str(out), "--json")
+    shown = call_cli("inspect", str(out), "--json")
     assert {"output": str(out), **json.loads(shown.stdout)} == document
-    assert f"{ATTENTION}  " in run_cli("inspect", str(out)).stdout
+    assert f"{ATTENTION}  " in call_cli("inspect", str(out)).stdout
     assert run_cli("inspect", str(out), PYTHONPATH=str(_no_torch(tmp_path))).returncode == 0
     (out / "profile.safetensors").write_bytes(b"")
-    damaged = run_cli("inspect", str(out))
+    damaged = call_cli("inspect", str(out))
     assert damaged.returncode == 4 and "its digest differs" in damaged.stderr
     (out / "profile.json").unlink()
-    refused = run_cli(*arguments, cwd=tmp_path)
+    refused = call_cli(*arguments, cwd=tmp_path)
     assert refused.returncode == 2 and "is not a profile" in refused.stderr
 
 

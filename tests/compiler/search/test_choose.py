@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from compiler.passes.tiny import RECIPE, write_tiny
-from conftest import run_cli
+from conftest import call_cli
 from slipcast.bundle.reader import open_bundle
 from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_was_found_is_taken_from_the_journal_and_compiled(folder: Path) -> None:
     (journal,) = folder.glob(f"artifacts/search/tiny-*/{JOURNAL}")
     before = journal.read_text()
-    done = run_cli("compile", "tiny.toml", "--set", "search.budget_minutes=0.0001", "--json", cwd=folder)
+    done = call_cli("compile", "tiny.toml", "--set", "search.budget_minutes=0.0001", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "choose by search" not in done.stderr  # the time that was spent counts
     assert {path.name for path in journal.parent.iterdir()} == {JOURNAL, "lock"}
@@ -84,7 +84,7 @@ def test_what_was_found_is_taken_from_the_journal_and_compiled(folder: Path) -> 
     ffn = by_hand.recipe.passes.prune_ffn
     assert (manifest.ffn_retention_ratio < 1) == bool(ffn and ffn.ratio)
     assert "search" not in record["recipe"]  # the resolved recipe makes this bundle, and does not search again
-    shown = run_cli("report", "artifacts/tiny", cwd=folder).stdout
+    shown = call_cli("report", "artifacts/tiny", cwd=folder).stdout
     assert f"found by search: {found['arguments']}" in shown
     page = (folder / "artifacts" / "tiny" / "report.html").read_text()
     assert '<code id="chosen">' in page and page.count("<circle") >= len(found["front"])

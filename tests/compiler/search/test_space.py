@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 from explored import RECIPE, planned
+from keys import Keys, keys  # noqa: F401 - a fixture
 
 from slipcast.errors import RecipeError
+from slipcast.progress import SilentStages
+from slipcast_compiler.graphs import make_graphs
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
+from slipcast_compiler.recipe.search import LEVERS as RECIPE_LEVERS
 from slipcast_compiler.search import levers
-from slipcast_compiler.search.candidate import apply, engine_key
+from slipcast_compiler.search.candidate import apply, apply_trial, make_candidate
 from slipcast_compiler.search.levers import LEVERS
 from slipcast_compiler.search.space import Space, as_arguments
 
 SHAPES = Path("recipes/models/shapes").resolve()
+INT8 = ("targets=[{engine='openvino', precision='int8'}]", "passes.quantize.max_error=0.05")
 FEW_STEPS = """
 name = "x"
 model.path = "model"
@@ -84,15 +89,41 @@ def test_a_point_by_set_is_the_point(recipe: Path) -> None:
         assert tried.recipe != apply(plan, space.pins).recipe
 
 
-def test_engines_are_shared_by_points_that_differ_in_sampling() -> None:
-    plan = planned()
-    space, own = Space(plan), engine_key(apply(plan, Space(plan).pins))
-    engines = {dimension for name in LEVERS if LEVERS[name].engine for dimension in LEVERS[name].dimensions(plan)}
+def test_engines_are_shared_by_points_that_differ_in_sampling(keys: Keys) -> None:  # noqa: F811
+    plan = planned("targets=[{engine='openvino', precision='fp32'}]", "sampling.guidance_interval=[1.0, 20.0]")
+    space = Space(plan)
+
+    def engines(point: dict[str, Any]) -> str:
+        return make_candidate(apply_trial(plan, space.overrides(point)), keys).key
+
+    own = engines(space.own)
+    deciding = {dimension for name in LEVERS if LEVERS[name].engine for dimension in LEVERS[name].dimensions(plan)}
+    assert deciding == {"caching", "heads", "ffn", "energy", "precision"}
     for name, point in moved(plan):
-        assert (engine_key(apply(plan, space.overrides(point))) != own) == (name in engines), name
-        kept = space.own | space.engine(point)
-        assert engine_key(apply(plan, space.overrides(kept))) == engine_key(apply(plan, space.overrides(point)))
+        if point["caching"] and point["sampler"] == "pndm":
+            continue
+        assert (engines(point) != own) == (name in deciding), name
+        assert engines(space.own | space.engine(point)) == engines(point)
         assert space.is_dear(point) == (point["timesteps"] in ("dp", "direct") or point["caching"])
+
+
+@pytest.mark.parametrize("more", [(), ("caching.full_steps=3",), ("timesteps.method='dp'",), INT8])
+def test_a_compile_finds_all_that_its_trial_has_made(keys: Keys, more: tuple[str, ...]) -> None:  # noqa: F811
+    """Of the recipe's own point, and of another: the same stages, under the same keys."""
+    plan = planned(*more)
+    space = Space(plan)
+    for point in (space.own, space.own | {"heads": 0.15, "steps": 5}):
+        trial = make_graphs(apply_trial(plan, space.overrides(point)), keys, SilentStages())
+        made = set(keys.asked)
+        compiled = make_graphs(apply(plan, space.overrides(point)), keys, SilentStages())
+        assert set(keys.asked) == made
+        assert trial.components == compiled.components
+        assert compiled.sampling == trial.sampling and compiled.caching == trial.caching
+    assert {name.rpartition("-")[0] for name in made} >= {"profile", "pass", "export", "parts"}
+
+
+def test_the_recipe_has_the_names_of_all_levers() -> None:
+    assert tuple(LEVERS) == RECIPE_LEVERS
 
 
 def test_levers_that_are_named_are_turned_and_no_others() -> None:
@@ -115,7 +146,8 @@ def test_caching_that_the_recipe_asks_for_stays() -> None:
     assert space.dimensions["caching"].values == (True,)
     for name, point in moved(plan):
         if name != "steps" and point["sampler"] != "pndm":  # with which it cannot be
-            assert apply(plan, space.overrides(point)).full_steps == 3
+            caching = apply(plan, space.overrides(point)).recipe.caching
+            assert caching and caching.full_steps == 3
 
 
 def test_values_of_the_recipe_are_among_those_that_are_tried() -> None:

@@ -10,27 +10,22 @@ from typing import Any
 import torch
 
 TOKENIZER = Path(__file__).parents[2] / "recipes" / "models" / "shapes" / "tokenizer"
-WORDS = [
+WORDS = (
     "a",
     "an",
     "the",
     "of",
     "on",
-    "in",
-    "at",
-    "small",
     "large",
+    "small",
     "red",
-    "green",
     "blue",
     "circle",
-    "square",
     "star",
-    "background",
     "white",
     "black",
-    "picture",
-]
+    "background",
+)
 
 
 def clip_tokenizer() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -50,10 +50,7 @@ def test_a_number_that_is_read_from_the_prompt_is_found_with_its_line() -> None:
     program = _captured("wan")  # which cuts embeddings at the mask's sum
     verdict = verify(program, open_pipeline("wan"), call_of("wan", OTHER, 7), call_of("wan", OTHER, 7))
     assert verdict.error is not None and verdict.error > 1e-3 and not verdict.holds
-    assert (
-        verdict.difference is not None
-        and "aten::slice at diffusers/pipelines/wan/pipeline_wan.py:" in verdict.difference
-    )
+    assert verdict.difference and "aten::slice at diffusers/pipelines/wan/pipeline_wan.py:" in verdict.difference
     assert {guard.operator for guard in program.guards} == {"_local_scalar_dense"}
     assert all("pipeline_wan.py:" in guard.where for guard in program.guards)
 
@@ -76,7 +73,8 @@ def test_guidance_that_ends_is_a_phase_of_its_own() -> None:
             given["prompt_embeds"] = given["prompt_embeds"][1:]
         return given
 
-    program = capture(pipe, call_of("stable_diffusion", ONE, 1) | {"callback_on_step_end": end_guidance})
+    callback = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    program = capture(pipe, call_of("stable_diffusion", ONE, 1) | callback)
     loop = roll(program)
     assert loop
     assert [(phase.first, len(phase.steps), phase.guidance) for phase in loop.phases] == [
@@ -92,12 +90,8 @@ def test_an_image_that_the_call_is_given_is_a_source() -> None:
 
     def call(seed: int) -> dict[str, Any]:
         image = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(seed))
-        given = {
-            key: value
-            for key, value in call_of("stable_diffusion", ONE, seed).items()
-            if key not in ("height", "width")
-        }
-        return given | {"image": image, "strength": 0.8, "num_inference_steps": 4}
+        given = call_of("stable_diffusion", ONE, seed) | {"image": image, "strength": 0.8, "num_inference_steps": 4}
+        return {key: value for key, value in given.items() if key not in ("height", "width")}
 
     program = capture(pipe, call(1))
     assert [source.detail for source in program.needed_sources if source.kind == "image"] == [("image",)]
@@ -106,7 +100,7 @@ def test_an_image_that_the_call_is_given_is_a_source() -> None:
 
 def test_a_constant_that_is_written_into_is_followed() -> None:
     class Pipeline:
-        components: dict[str, Any] = {}
+        components: ClassVar[dict[str, Any]] = {}
 
         def __call__(self, generator: Any) -> dict[str, torch.Tensor]:
             buffer = torch.zeros(2, 4)
@@ -131,9 +125,8 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
         (tmp_path / part / "config.json").write_text((SHAPES / part / "config.json").read_text())
     summary = capture_model(tmp_path, None, (), check=False)
     assert summary["verified"] is None
-    assert summary["components"]["unet"] == {"parameters": 11_171_588, "calls": 3, "part": "denoiser"} | {
-        "parameters": summary["components"]["unet"]["parameters"]
-    }
+    unet = summary["components"]["unet"]
+    assert unet["parameters"] > 11e6 and (unet["calls"], unet["part"]) == (3, "denoiser")
     assert [part["part"] for part in summary["components"].values()] == [
         "conditioning",
         "denoiser",
@@ -166,7 +159,7 @@ def test_an_argument_that_the_pipeline_does_not_take_is_refused(given: dict[str,
 
 def test_a_call_that_fails_is_told_with_the_pipelines_own_words() -> None:
     with pytest.raises(RecipeError, match="cannot be captured with these arguments") as caught:
-        capture_model(SHAPES, None, ("height=63",), check=False)
+        capture_model(SHAPES, None, ("height=63", "width=64"), check=False)
     assert "divisible by 8" in str(caught.value)
 
 
@@ -239,9 +232,8 @@ def test_no_name_of_a_pipeline_stands_in_the_code() -> None:
 
     import slipcast_compiler.capture as room
 
-    names = [
-        name for name in dir(diffusers) if name.endswith(("Pipeline", "Model", "Transformer2DModel", "AutoencoderKL"))
-    ]
+    kinds = ("Pipeline", "Model", "Transformer2DModel", "AutoencoderKL")
+    names = [name for name in dir(diffusers) if name.endswith(kinds)]
     for file in Path(room.__file__).parent.glob("*.py"):
         text = file.read_text()
         assert not [name for name in names if len(name) > 12 and name in text], file

@@ -51,43 +51,41 @@ class Loop:
 
 
 def roll(program: Program) -> Loop | None:
-    """The loop; None where the scheduler takes no step, or a step's latent or output is a constant."""
-    marks = program.marks
-    if not marks or not all(isinstance(each.output, Ref) and isinstance(each.sample, Ref) for each in marks):
+    """The loop; None where the scheduler takes no step, or where a step's output does not come from its latent."""
+    steps = [_predict(program, number) for number in range(len(program.marks))]
+    found = [step for step in steps if step and step.events]
+    if not steps or len(found) < len(steps):
         return None
-    steps: list[Predict] = []
-    for number in reversed(range(len(marks))):
-        known = frozenset(steps[-1].given) if steps and number == 0 else frozenset[int]()
-        steps.append(_predict(program, number, known))
-    steps.reverse()
     phases, first = [], 0
-    for _, group in groupby(steps, key=lambda step: step.form):
+    for _, group in groupby(found, key=lambda step: step.form):
         alike = tuple(group)
-        phases.append(Phase(first, alike, _differing(alike), find_guidance(program, alike[0], marks[first].output.id)))
+        output = program.marks[first].output.id
+        phases.append(Phase(first, alike, _differing(alike), find_guidance(program, alike[0], output)))
         first += len(alike)
-    return Loop(tuple(phases), all(before.result == after.sample for before, after in pairwise(marks)))
+    return Loop(tuple(phases), all(before.result == after.sample for before, after in pairwise(program.marks)))
 
 
-def _predict(program: Program, number: int, known: frozenset[int]) -> Predict:
-    """The step of a mark. Before the first one nothing tells what belongs to the loop but what later steps read."""
+def _predict(program: Program, number: int) -> Predict | None:
+    """The events of a step that depend on its latent; what they read besides is given, wherever it was made."""
     mark = program.marks[number]
-    begin = program.marks[number - 1].end if number else 0
-    made = {value: place for place, event in enumerate(program.events) for value in outputs_of(event)}
-    bound = program.binding
-    latent, waiting, places, given = mark.sample.id, [mark.output.id], set[int](), list[int]()
+    if not isinstance(mark.output, Ref) or not isinstance(mark.sample, Ref):
+        return None
+    before = program.marks[number - 1] if number else None
+    latents = {each.id for each in (mark.sample, before and before.result) if isinstance(each, Ref)}
+    window = range(before.end if before else 0, mark.begin)
+    late = set(latents)
+    for place in window:
+        event = program.events[place]
+        if any(ref.id in late for ref in refs((event.args, event.kwargs))):
+            late.update(outputs_of(event))
+    made = {value: place for place in window for value in outputs_of(program.events[place])}
+    waiting, places = [mark.output.id], set[int]()
     while waiting:
         value = waiting.pop()
-        place = made.get(value, -1)
-        early = place < begin or value in known or (not number and "noise" not in bound[value])
-        if value == latent or place in places:
-            continue
-        if early:
-            given.append(value)
-            continue
-        places.add(place)
-        waiting += [ref.id for ref in refs((program.events[place].args, program.events[place].kwargs))]
-    order = tuple(sorted(places))
-    return _formed(program, order, latent)
+        if value in late and value not in latents and (place := made[value]) not in places:
+            places.add(place)
+            waiting += [ref.id for ref in refs((program.events[place].args, program.events[place].kwargs))]
+    return _formed(program, tuple(sorted(places)), mark.sample.id)
 
 
 def _formed(program: Program, order: tuple[int, ...], latent: int) -> Predict:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import slipcast
 from slipcast.bundle.reader import open_bundle
 from slipcast.engines import open_engine
+from slipcast_compiler.search import measuring as module
 from slipcast_compiler.search.measuring import Job, Measuring, Variant
 
 PROMPTS, SEEDS = ("a small red circle on a white background", "a large blue circle"), (4, 5)
@@ -35,3 +39,28 @@ def test_engines_are_lent(shapes_bundle: Path, tmp_path: Path, monkeypatch: pyte
     fewer = sampling.model_copy(update={"guidance_interval": (0.5, 5.0)})
     assert measuring.measure(Variant(shapes_bundle, fewer, None))["distance"] > 0
     assert len(opened) == len(set(opened)) == len(open_bundle(shapes_bundle).manifest.components)
+
+
+def test_both_take_turns_in_being_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a run, a warm cache or a busy core, falls on the trial and on the recipe alike."""
+    ran: list[tuple[str, Any, Any]] = []
+
+    def run(pipe: Any, prompts: Any, seeds: Any, output: str) -> None:
+        ran.append((pipe.name, prompts, seeds))
+        time.sleep(pipe.seconds)
+
+    class Pipe(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    own, baseline = Pipe(name="own", seconds=0.03), Pipe(name="baseline", seconds=0.0)
+    measured: Any = Measuring.__new__(Measuring)
+    measured._job, measured._baseline = SimpleNamespace(prompts=PROMPTS, seeds=SEEDS), baseline
+    monkeypatch.setattr(module, "_run", run)
+    monkeypatch.setattr(module, "PAUSE_S", 0.0)
+    pairs = [measured._pair(own, turn) for turn in range(4)]
+    assert all(took > 0.03 > other for took, other in pairs)
+    firsts, seconds = [name for name, *_ in ran[::2]], [name for name, *_ in ran[1::2]]
+    assert firsts in (["own", "baseline"] * 2, ["baseline", "own"] * 2)
+    assert seconds == firsts[1:] + firsts[:1]
+    assert [each[1:] for each in ran[::2]] == [each[1:] for each in ran[1::2]]  # of the same picture
+    assert len({each[2] for each in ran}) == 2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bundles import list_files
 
-from slipcast.bundle.manifest import Component
+from slipcast.bundle.manifest import FORMATS, Component
 
 TOKENIZER = Path(__file__).parents[2] / "recipes" / "models" / "shapes" / "tokenizer" / "tokenizer.json"
 CHANNELS, SIZE, FACTOR, LENGTH, WIDTH = 4, 8, 2, 12, 5
@@ -61,7 +61,7 @@ def document(root: Path, **changes: Any) -> dict[str, Any]:
         "targets": [
             {
                 "engine": engine, "device": "cpu", "precision": precision,
-                "components": {name: {"model": f"{name}.xml", "weights": f"{name}.bin"} for name in components},
+                "components": {name: engine_files(engine, name) for name in components},
             }
             for engine, precision in (("openvino", "bf16"), ("onnxruntime", "fp32"))
         ],
@@ -70,12 +70,25 @@ def document(root: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def engine_files(engine: str, name: str) -> dict[str, str]:
+    """What a component's engine is made of, as the manifest has it."""
+    model, weights = FORMATS[engine]
+    return {"model": name + model, "weights": name + str(weights)}
+
+
+def write_engines(root: Path, name: str) -> None:
+    """A component's files for both engines: graphs that pass for ones, of nothing."""
+    (root / f"{name}.xml").write_text(f'<net name="{name}"/>')
+    (root / f"{name}.onnx").write_bytes(b"\x08\x0a\x12" + bytes([len(name)]) + name.encode())  # version, producer
+    for suffix in (".bin", ".data"):
+        (root / (name + suffix)).write_text(name + suffix)
+
+
 def write_fake(root: Path, **changes: Any) -> Path:
     root.mkdir(parents=True)
     shutil.copyfile(TOKENIZER, root / "tokenizer.json")
     for name in COMPONENTS:
-        for suffix in (".xml", ".bin"):
-            (root / (name + suffix)).write_text(name + suffix)
+        write_engines(root, name)
     (root / "manifest.json").write_text(json.dumps(document(root, **changes)))
     return root
 

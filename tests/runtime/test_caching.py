@@ -34,10 +34,9 @@ def _cached(root: Path, mask: Sequence[bool] = MASK, sampling: Mapping[str, Any]
     components["denoiser"]["outputs"].append(FEATURE)
     shallow = [components["denoiser"]["inputs"][0], spec("timestep", 1), FEATURE]
     components["denoiser_shallow"] = {"inputs": shallow, "outputs": components["denoiser"]["outputs"][:1]}
-    for suffix in (".xml", ".bin"):
-        (root / f"denoiser_shallow{suffix}").write_text("shallow")
+    fakes.write_engines(root, "denoiser_shallow")
     for target in document["targets"]:
-        target["components"]["denoiser_shallow"] = {"model": "denoiser_shallow.xml", "weights": "denoiser_shallow.bin"}
+        target["components"]["denoiser_shallow"] = fakes.engine_files(target["engine"], "denoiser_shallow")
     asked = {name for name in ("guidance_interval", "guidance_reuse") if document["sampling"].get(name)}
     if threshold := document["sampling"].pop("early_exit", None):
         asked.add("early_exit")

@@ -49,10 +49,8 @@ def _guarded(root: Path, policy: str = "warn", **changes: Any) -> Path:
         for holder in (document, *document["targets"]):
             holder["components"]["denoiser_fallback"] = holder["components"]["denoiser"]
         for target in document["targets"]:
-            files = {"model": "denoiser_fallback.xml", "weights": "denoiser_fallback.bin"}
-            target["components"]["denoiser_fallback"] = files
-        for suffix in (".xml", ".bin"):
-            (root / f"denoiser_fallback{suffix}").write_text("fallback")
+            target["components"]["denoiser_fallback"] = fakes.engine_files(target["engine"], "denoiser_fallback")
+        fakes.write_engines(root, "denoiser_fallback")
         document["reference"] = document["sampling"] | {"steps": 4, "guidance_scale": 2.0}
     return _rewrite(root, document)
 

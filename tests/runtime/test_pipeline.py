@@ -287,13 +287,13 @@ class TestOutput:
 
 LONG = "one two three four five six seven eight nine ten eleven twelve"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"num_inference_steps": 0}, "integer from 1 to 1000"),
-    ({"num_inference_steps": -1}, "integer from 1 to 1000"),
-    ({"num_inference_steps": 1001}, "integer from 1 to 1000"),
-    ({"num_inference_steps": 2.5}, "integer from 1 to 1000"),
-    ({"num_inference_steps": True}, "integer from 1 to 1000"),
-    ({"num_inference_steps": "20"}, "integer from 1 to 1000"),
-    ({"num_inference_steps": 1000}, "ask for fewer steps"),  # legal for some schedules, not for this one
+    ({"num_inference_steps": 0}, "integer from 1 to 998"),
+    ({"num_inference_steps": -1}, "integer from 1 to 998"),
+    ({"num_inference_steps": 1001}, "integer from 1 to 998"),
+    ({"num_inference_steps": 2.5}, "integer from 1 to 998"),
+    ({"num_inference_steps": True}, "integer from 1 to 998"),
+    ({"num_inference_steps": "20"}, "integer from 1 to 998"),
+    ({"num_inference_steps": 1000}, "integer from 1 to 998"),  # legal for some schedules, not for this one
     ({"seed": -1}, f"integer from 0 to {2**64 - 1}"),
     ({"seed": 2**64}, f"integer from 0 to {2**64 - 1}"),
     ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, f"integer from 0 to {2**64 - 2}"),

@@ -34,10 +34,9 @@ def _cut(root: Path, *, general: bool = False, sampling: Mapping[str, Any] | Non
     if general:
         components["denoiser_step"] = {"inputs": [spec("timestep", 1)], "outputs": [row]}
     for name in ("denoiser_prompt", "denoiser_step")[: 1 + general]:
-        for suffix in (".xml", ".bin"):
-            (root / (name + suffix)).write_text(name + suffix)
+        fakes.write_engines(root, name)
         for target in document["targets"]:
-            target["components"][name] = {"model": f"{name}.xml", "weights": f"{name}.bin"}
+            target["components"][name] = fakes.engine_files(target["engine"], name)
     plain = read_manifest(json.dumps(document | {"files": list_files(root)}).encode())
     timesteps = evaluated_timesteps(plain.sampling, plain.sampling.lay())
     save_file({"row": np.array([[[t, 0]] for t in timesteps], np.float32)}, root / TABLE)

@@ -11,9 +11,20 @@ import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from slipcast.bundle.validation import UNKNOWN_KEY, BundlePath, Strict, colliding, dotted, parse_json, problems
+from slipcast.bundle.validation import (
+    UNKNOWN_KEY,
+    BundleName,
+    BundlePath,
+    Line,
+    Strict,
+    colliding,
+    dotted,
+    parse_json,
+    printable,
+    problems,
+)
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.sampling.denoiser import PREDICTIONS
 from slipcast.sampling.guidance import Guidance
@@ -33,6 +44,15 @@ MANIFEST_NAME = "manifest.json"
 FEATURES = frozenset(
     {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "cut"}
 )  # what Manifest.requires may name
+# Engine -> what its model and weights are called. An engine opens nothing else: no library has to guess a format.
+FORMATS: dict[str, tuple[str, str | None]] = {
+    "openvino": (".xml", ".bin"),
+    "onnxruntime": (".onnx", ".data"),
+    "onnxruntime-gpu": (".onnx", ".data"),
+    "onnxruntime-tensorrt": (".onnx", ".data"),
+    "tensorrt": (".engine", None),
+    "tensorrt-rtx": (".engine", None),
+}
 MAX_TRAIN_TIMESTEPS = 100_000  # the table of noise levels is this long
 SHALLOW: Final = "denoiser_shallow"  # the component that takes features in place of computing them
 FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers
@@ -50,7 +70,7 @@ ComponentName = Literal[
     "vae_encoder",
 ]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(printable)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 GuardPolicy = Literal["warn", "refuse", "fallback"]
@@ -99,7 +119,7 @@ class ImageGeometry(Strict):
     height: Positive
     channels: Positive
     factor: Positive
-    scaling_factor: float = 1.0
+    scaling_factor: Annotated[float, Field(gt=0)] = 1.0  # latents are divided by it
     shift_factor: float = 0.0
     tile: Positive
     overlap: Count
@@ -423,8 +443,8 @@ class Manifest(Strict):
 
     schema_version: str
     requires: tuple[Name, ...] = ()
-    slipcast_version: str
-    name: Name
+    slipcast_version: Name
+    name: BundleName
     base_model: Name
     source_sha256: Sha256
     family: FamilyRecord | None
@@ -436,11 +456,11 @@ class Manifest(Strict):
     sampling: Sampling
     reference: Sampling | None = None
     head_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    pruning_strategy: str | None = None
+    pruning_strategy: Line | None = None
     head_masks: tuple[HeadMask, ...] = ()
     ffn_retention_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     low_rank_layers: tuple[LowRankLayer, ...] = ()
-    not_compiled: tuple[str, ...] = ()
+    not_compiled: tuple[Line, ...] = ()
     cut: Cut | None = None
     caching: Caching | None = None
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
@@ -483,6 +503,7 @@ class Manifest(Strict):
         for target in self.targets:
             if set(target.components) != set(self.components):
                 raise ValueError(f"target {target.id}: engines for {sorted(target.components)}")
+            _check_formats(target)
         if len({target.id for target in self.targets}) != len(self.targets):
             raise ValueError("two targets with the same engine, device, precision and GPUs")
         default = next((target for target in self.targets if target.quality), self.targets[0])
@@ -512,6 +533,18 @@ class Manifest(Strict):
     def to_json(self) -> bytes:
         """The bytes of manifest.json."""
         return (json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _check_formats(target: Target) -> None:
+    """ValueError where a file is not called what its engine opens."""
+    model, weights = FORMATS.get(target.engine, (None, None))
+    for files in target.components.values() if model else ():
+        wanted = {files.model: model, **({files.weights: weights} if files.weights else {})}
+        for path, suffix in wanted.items():
+            if suffix is None or not path.endswith(suffix):
+                raise ValueError(
+                    f"target {target.id}: {path!r} is no file of this engine: {suffix or 'none of weights'}"
+                )
 
 
 def architectures(compute_capabilities: Iterable[str]) -> str:

@@ -11,13 +11,19 @@ import hashlib
 import os
 import re
 import stat
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle.irfile import check_ir
 from slipcast.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
 from slipcast.bundle.onnxfile import check_external_data
 from slipcast.bundle.tensorfile import read_header
@@ -34,12 +40,74 @@ Files = Iterable[str] | Literal["all"]
 Choice = Files | Callable[[Manifest], Iterable[str]]
 
 
+class BundleFile:
+    """A listed file, held open: what is read is what was verified, whatever becomes of its name in the meantime.
+
+    Every reading is into memory and compared with the manifest's digest. A file that was mapped instead would end the
+    process where it is truncated, and could be written to after its check.
+    """
+
+    def __init__(self, root: Path, entry: FileEntry) -> None:
+        self.entry = entry
+        with _open_plain(root, entry.path) as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._one_reader = threading.Lock()
+        self._last: Callable[[], npt.NDArray[np.uint8] | None] = lambda: None
+
+    @property
+    def name(self) -> str:
+        """Without the folder."""
+        return PurePosixPath(self.entry.path).name
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+        return PurePosixPath(self.entry.path).stem
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """The content, read-only; the same array for all who have it at a time. ArtifactError where it has changed."""
+        with self._one_reader:
+            if (array := self._last()) is None:
+                array = self._read()
+                self._last = weakref.ref(array)
+            return array
+
+    def read_bytes(self) -> bytes:
+        """The content, as Path.read_bytes."""
+        return self.read().tobytes()
+
+    def _read(self) -> npt.NDArray[np.uint8]:
+        _check_size(self.entry.path, self.entry.size, os.fstat(self._descriptor).st_size)
+        array, done = np.empty(self.entry.size, np.uint8), 0
+        try:
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
+                while done < len(array) and (count := file.readinto(memoryview(array.data)[done:])):
+                    done += count
+        except OSError as error:
+            raise _unreadable(self.entry.path, error) from None
+        _check_size(self.entry.path, self.entry.size, done)
+        if (digest := hashlib.sha256(array.data).hexdigest()) != self.entry.sha256:
+            problem = f"{self.entry.path}: changed since the bundle was opened"
+            raise _refuse(problem, f"sha256 {self.entry.sha256}", f"sha256 {digest}", "verify the bundle, and load it")
+        array.flags.writeable = False
+        return array
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle; `root` is absolute and free of links."""
 
     root: Path
     manifest: Manifest
+    _files: dict[str, BundleFile] = field(default_factory=dict, repr=False, compare=False)
+
+    def file(self, relative: str) -> BundleFile:
+        """A listed file, opened when it is first asked for, and from then on the same one."""
+        if relative not in self._files:
+            self._files[relative] = BundleFile(self.root, self.entry(relative))
+        return self._files[relative]
 
     def path(self, relative: str) -> Path:
         """Where a listed file lies; ArtifactError for a file that the manifest does not list."""
@@ -72,7 +140,8 @@ def open_bundle(path: str | os.PathLike[str], *, allow_unlisted: bool = False, f
 
 
 def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | None = None) -> None:
-    """Compare `files` with the manifest, and look where the ONNX models among them keep their weights.
+    """Compare `files` with the manifest, and look whether the graphs among them are what their engines open, and where
+    they keep their weights.
 
     All sizes are compared before the first file is hashed; `progress` gets (bytes done, bytes in all) after each.
     What a model reads is compared too. Raises ArtifactError that names the file and both digests.
@@ -80,9 +149,26 @@ def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | Non
     chosen = bundle.manifest.files if files == "all" else [bundle.entry(name) for name in dict.fromkeys(files)]
     _hash(bundle.root, chosen, progress)
     listed = {entry.path: entry.size for entry in bundle.manifest.files}
-    models = [bundle.root / entry.path for entry in chosen if entry.path.endswith(".onnx")]
-    used = frozenset[str]().union(*(check_external_data(model, bundle.root, listed) for model in models))
+    graphs = _graphs(bundle.manifest)
+    used = set[str]()
+    for entry in chosen:
+        if entry.path.endswith(".onnx"):
+            read = check_external_data(bundle.root / entry.path, bundle.root, listed)
+            if entry.path in graphs and (others := read - {graphs[entry.path]}):
+                wanted = graphs[entry.path] or "no other file"
+                raise _refuse(f"{entry.path}: reads weights of another file", wanted, ", ".join(sorted(others)))
+            used |= read
     _hash(bundle.root, [bundle.entry(name) for name in used.difference(entry.path for entry in chosen)], None)
+    for entry in chosen:
+        if entry.path.endswith(".xml") and entry.path in graphs:
+            weights = graphs[entry.path]
+            check_ir(bundle.file(entry.path).read_bytes(), entry.path, weights, listed[weights] if weights else 0)
+
+
+def _graphs(manifest: Manifest) -> dict[str, str | None]:
+    """The engines' models, each with its file of weights."""
+    engines = [files for target in manifest.targets for files in target.components.values()]
+    return {files.model: files.weights for files in engines}
 
 
 def file_entries(root: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from slipcast.errors import ArtifactError
 
@@ -108,6 +108,46 @@ def bundle_path(path: str) -> str:
 
 
 BundlePath = Annotated[str, AfterValidator(bundle_path)]
+
+
+def bundle_name(name: str) -> str:
+    """A file's name that no system takes for anything else: files are called after a bundle. ValueError otherwise."""
+    if "/" in bundle_path(name) or name[0] in ".-" or len(name) > 100:
+        raise ValueError("a name has 1 to 100 characters, no slash, and begins with neither a dot nor a hyphen")
+    return name
+
+
+BundleName = Annotated[str, AfterValidator(bundle_name)]
+
+
+def printable(text: str) -> str:
+    """Text of one line; ValueError where a character of it would steer what shows it."""
+    if any(unicodedata.category(c) in _HIDDEN for c in text):
+        raise ValueError(f"control or invisible character in {text[:100]!a}")
+    return text
+
+
+Line = Annotated[str, StringConstraints(max_length=2000), AfterValidator(printable)]
+
+
+def shown(text: str) -> str:
+    """Text for a terminal, whoever wrote it: what would move the cursor, colour, hide or reverse is shown escaped."""
+
+    def escaped(match: re.Match[str]) -> str:
+        c = match[0]
+        return c.encode("unicode_escape").decode("ascii") if unicodedata.category(c) in _HIDDEN else c
+
+    return re.sub(r"[^\x20-\x7e\n\t]", escaped, text)
+
+
+def shown_json(text: str) -> str:
+    """As `shown`, of a JSON document, which stays the same document."""
+
+    def escaped(match: re.Match[str]) -> str:
+        c = match[0]
+        return json.dumps(c)[1:-1] if unicodedata.category(c) in _HIDDEN else c
+
+    return re.sub(r"[^\x20-\x7e\n\t]", escaped, text)
 
 
 def colliding(paths: Iterable[str]) -> tuple[str, str] | None:

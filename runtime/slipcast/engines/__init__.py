@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -22,6 +21,8 @@ import numpy.typing as npt
 
 from slipcast.bundle.manifest import Built, Component, Target, TensorSpec
 from slipcast.engines import cuda
+from slipcast.engines.files import ModelFile
+from slipcast.engines.resources import as_resource_error
 from slipcast.errors import ArtifactError, HostError, RequestError
 
 Array = npt.NDArray[np.generic]
@@ -240,12 +241,17 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def open_engine(
-    name: str, model: Path, weights: Path | None, precision: str, contract: Component, profile: bool = False
+    name: str,
+    model: ModelFile,
+    weights: ModelFile | None,
+    precision: str,
+    contract: Component,
+    profile: bool = False,
 ) -> Engine:
     """Open an engine file and check that its inputs and outputs are those the manifest promises.
 
     `profile`: with the engine's own profiler on, as a ProfiledEngine. Raises HostError where the library, or its
-    profiler, is missing, ArtifactError where the file does not fit the contract.
+    profiler, is missing, ArtifactError where the file does not fit the contract, ResourceError where memory ran out.
     """
     kind = engine_kind(name)
     if not kind.available():
@@ -266,7 +272,12 @@ def open_engine(
     opener = getattr(module, kind.opener.replace("open_", "open_profiled_") if profile else kind.opener, None)
     if opener is None:
         raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
-    engine: Engine = opener(model, weights, precision)
+    try:
+        engine: Engine = opener(model, weights, precision)
+    except Exception as error:
+        if lack := as_resource_error(error, f"opening {model.name}"):
+            raise lack from error
+        raise
     for side in ("inputs", "outputs"):
         promised, found = getattr(contract, side), getattr(engine, side)
         if _comparable(promised) != _comparable(found):

@@ -15,6 +15,8 @@ from typing import Any, Self
 
 from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array, LayerTime, cpu_threads
+from slipcast.engines.files import ModelFile, contents
+from slipcast.engines.resources import out_of_memory
 from slipcast.errors import ArtifactError, HostError, ResourceError
 
 # From 1.29 on, official builds write below HOME and report to Microsoft, unless told not to before they are imported.
@@ -49,8 +51,15 @@ _DTYPES = {
 class OnnxRuntimeEngine:
     """One session; see slipcast.engines.Engine."""
 
-    def __init__(self, model: Path, trace: Path | None = None, providers: Sequence[str] = ()) -> None:
-        """`providers`: for a GPU, in order of preference; HostError where the graph would not run on them."""
+    def __init__(
+        self,
+        model: ModelFile,
+        weights: ModelFile | None = None,
+        trace: Path | None = None,
+        providers: Sequence[str] = (),
+    ) -> None:
+        """`weights`: read into memory, and without them what the graph says of a file of one's own. `providers`: for a
+        GPU, in order of preference; HostError where the graph would not run on them."""
         if missing := [name for name in providers if name not in available_providers()]:
             raise _fallen_back(model, f"{missing[0]} is not in this build", available_providers())
         options = onnxruntime.SessionOptions()
@@ -61,11 +70,19 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         if providers:
             options.add_session_config_entry(PLACEMENT, "1")
+        # Said, where the library would guess by the suffix and by what stands at byte 4.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        held = contents(weights) if weights else None  # until the session is made, which copies what it needs
+        if weights and held is not None:
+            options.add_external_initializers_from_files_in_memory([weights.name], [held], [held.size])
+        graph = model if isinstance(model, Path) and held is None else model.read_bytes()
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                model, options, providers=[*providers, CPU], enable_fallback=False
+                graph, options, providers=[*providers, CPU], enable_fallback=False
             )
         except Exception as error:  # the library raises a dozen types of its own, all of which mean this
+            if out_of_memory(error):
+                raise
             raise ArtifactError(
                 f"{model.name}: ONNX Runtime {onnxruntime.__version__} cannot load it",
                 got=str(error).strip(),
@@ -91,11 +108,11 @@ class OnnxRuntimeEngine:
 class ProfiledOnnxRuntimeEngine(OnnxRuntimeEngine):
     """Writes every call to a trace, in a temporary directory; see slipcast.engines.ProfiledEngine."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: ModelFile, weights: ModelFile | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="slipcast-profile-")
         self._calls = self._before = 0
         try:
-            super().__init__(model, Path(self._folder.name) / "trace")
+            super().__init__(model, weights, Path(self._folder.name) / "trace")
         except BaseException:
             self._folder.cleanup()
             raise
@@ -133,9 +150,9 @@ class ProfiledOnnxRuntimeEngine(OnnxRuntimeEngine):
         self._folder.cleanup()
 
 
-def open_engine(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
-    """`weights` is found by the library beside the model, as the graph says; `precision` is in the graph."""
-    return OnnxRuntimeEngine(model)
+def open_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> OnnxRuntimeEngine:
+    """`weights` is the file that the graph names; `precision` is in the graph."""
+    return OnnxRuntimeEngine(model, weights)
 
 
 def available_providers() -> list[str]:
@@ -143,18 +160,18 @@ def available_providers() -> list[str]:
     return list(onnxruntime.get_available_providers())
 
 
-def open_cuda(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
+def open_cuda(model: ModelFile, weights: ModelFile | None, precision: str) -> OnnxRuntimeEngine:
     """As open_engine, on a GPU by the CUDA provider."""
-    return OnnxRuntimeEngine(model, providers=(CUDA,))
+    return OnnxRuntimeEngine(model, weights, providers=(CUDA,))
 
 
-def open_tensorrt(model: Path, weights: Path | None, precision: str) -> OnnxRuntimeEngine:
+def open_tensorrt(model: ModelFile, weights: ModelFile | None, precision: str) -> OnnxRuntimeEngine:
     """As open_engine, on a GPU by the TensorRT provider, and by CUDA where that has no kernel. It builds its engines
     whenever a session is opened: nothing is written to disk."""
-    return OnnxRuntimeEngine(model, providers=(TENSORRT, CUDA))
+    return OnnxRuntimeEngine(model, weights, providers=(TENSORRT, CUDA))
 
 
-def check_placement(model: Path, session: Any, providers: Sequence[str]) -> None:
+def check_placement(model: ModelFile, session: Any, providers: Sequence[str]) -> None:
     """HostError where a provider did not load, or a layer went to the CPU all the same."""
     if missing := [name for name in providers if name not in session.get_providers()]:
         raise _fallen_back(model, f"{missing[0]} did not load", session.get_providers())
@@ -166,7 +183,7 @@ def check_placement(model: Path, session: Any, providers: Sequence[str]) -> None
         raise _fallen_back(model, f"it leaves layers to the CPU: {shown}", providers)
 
 
-def _fallen_back(model: Path, problem: str, has: Iterable[str]) -> HostError:
+def _fallen_back(model: ModelFile, problem: str, has: Iterable[str]) -> HostError:
     return HostError(
         f"{model.name}: ONNX Runtime {onnxruntime.__version__} would not run it on the GPU",
         expected="a provider for GPUs",
@@ -176,9 +193,9 @@ def _fallen_back(model: Path, problem: str, has: Iterable[str]) -> HostError:
     )
 
 
-def open_profiled_engine(model: Path, weights: Path | None, precision: str) -> ProfiledOnnxRuntimeEngine:
+def open_profiled_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> ProfiledOnnxRuntimeEngine:
     """As open_engine, with the profiler on."""
-    return ProfiledOnnxRuntimeEngine(model)
+    return ProfiledOnnxRuntimeEngine(model, weights)
 
 
 def _layer_times(events: list[dict[str, Any]], calls: int) -> tuple[LayerTime, ...]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -17,6 +16,8 @@ import numpy as np
 
 from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array, LayerTime, cpu_threads
+from slipcast.engines.files import ModelFile, contents
+from slipcast.engines.resources import out_of_memory
 from slipcast.errors import ArtifactError
 
 
@@ -54,7 +55,7 @@ class OpenVinoEngine:
     every batch size, which a reshaped graph does not.
     """
 
-    def __init__(self, model: Path, weights: Path, precision: str, profile: bool = False) -> None:
+    def __init__(self, model: ModelFile, weights: ModelFile, precision: str, profile: bool = False) -> None:
         core = openvino.Core()
         options = {
             "INFERENCE_PRECISION_HINT": _hint(precision),
@@ -63,12 +64,14 @@ class OpenVinoEngine:
             **({"PERF_COUNT": True} if profile else {}),
         }
         try:
-            graph = core.read_model(model, weights)
+            graph = core.read_model(model.read_bytes(), _tensor(weights))
             self._modules = _modules(graph) if profile else {}
             compiled = core.compile_model(graph, "CPU", options)
             self.inputs = tuple(_spec(port) for port in compiled.inputs)
             self.outputs = tuple(_spec(port) for port in compiled.outputs)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             raise ArtifactError(
                 f"{model.name}: OpenVINO {openvino.__version__} cannot load it",
                 got=str(error).strip(),
@@ -102,7 +105,7 @@ class OpenVinoEngine:
 class ProfiledOpenVinoEngine(OpenVinoEngine):
     """With performance counters; see slipcast.engines.ProfiledEngine."""
 
-    def __init__(self, model: Path, weights: Path, precision: str) -> None:
+    def __init__(self, model: ModelFile, weights: ModelFile, precision: str) -> None:
         super().__init__(model, weights, precision, profile=True)
         self._calls = self._calls_before = 0
         self._before: dict[str, int] = {}
@@ -135,12 +138,12 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
         return spent
 
 
-def open_engine(model: Path, weights: Path | None, precision: str) -> OpenVinoEngine:
+def open_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> OpenVinoEngine:
     """`weights` is the .bin that belongs to the .xml."""
     return OpenVinoEngine(model, _needed(model, weights), precision)
 
 
-def open_profiled_engine(model: Path, weights: Path | None, precision: str) -> ProfiledOpenVinoEngine:
+def open_profiled_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> ProfiledOpenVinoEngine:
     """As open_engine, with the profiler on."""
     return ProfiledOpenVinoEngine(model, _needed(model, weights), precision)
 
@@ -161,7 +164,15 @@ def bf16_is_native() -> bool:
     return native
 
 
-def _needed(model: Path, weights: Path | None) -> Path:
+def _tensor(weights: ModelFile) -> Any:
+    """The bytes in memory of the library's own, which it gives back once no constant lies in them."""
+    data = contents(weights)
+    tensor = openvino.Tensor(openvino.Type.u8, [data.size])
+    tensor.data[:] = data
+    return tensor
+
+
+def _needed(model: ModelFile, weights: ModelFile | None) -> ModelFile:
     if weights is None:
         raise ArtifactError(f"{model.name}: the manifest names no weights for it", expected="an .xml with its .bin")
     return weights

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +18,7 @@ from cuda.bindings import runtime as cuda
 from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array
 from slipcast.engines.device import SCRATCH, Graphs, checked
+from slipcast.engines.files import ModelFile
 from slipcast.errors import HostError, RequestError, ResourceError
 
 Shape = tuple[int, ...]
@@ -37,7 +37,7 @@ class TensorRtEngine:
     target. What the copies themselves take has not been measured: that needs a GPU.
     """
 
-    def __init__(self, library: str, model: Path, capture: bool = True) -> None:
+    def __init__(self, library: str, model: ModelFile, capture: bool = True) -> None:
         """`capture`: make CUDA graphs of calls, which costs the first ones and spares the others their launches."""
         self._trt: Any = importlib.import_module(library)
         self._log: list[str] = []
@@ -199,7 +199,7 @@ class TensorRtEngine:
         return "; ".join(self._log[-3:]) or "no reason given"
 
 
-def open_engine(model: Path, weights: Path | None, precision: str, *, library: str) -> TensorRtEngine:
+def open_engine(model: ModelFile, weights: ModelFile | None, precision: str, *, library: str) -> TensorRtEngine:
     """Weights and precision are in the engine file. HostError where the host is not one that it was built for."""
     return TensorRtEngine(library, model)
 

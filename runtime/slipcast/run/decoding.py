@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 
 from slipcast.bundle.manifest import ImageGeometry
+from slipcast.engines.resources import out_of_memory
 from slipcast.run.tiling import Floats, decode_tiled
 
 logger = logging.getLogger("slipcast")
 
 SMALLEST_TILE = 8  # latent cells: below, pictures suffer more from tiling than memory gains
-# Engines raise RuntimeErrors of their own, in which the libraries' words are all there is to tell.
-_MEMORY = re.compile(
-    r"out of memory|bad_alloc|(fail\w*|cannot|could not) .{0,20}allocat|allocat\w+ fail", re.IGNORECASE
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an engine failed because memory ran out."""
-    return isinstance(error, MemoryError) or bool(_MEMORY.search(str(error)))
 
 
 def decode_frugally(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from slipcast.bundle.manifest import EMBEDDINGS, GuardPolicy, GuardRecord
 from slipcast.bundle.tensorfile import read_header, read_tensor
 from slipcast.errors import ArtifactError, RequestError
+from slipcast.run.tokenizer import shorten
 
 logger = logging.getLogger("slipcast")
 
@@ -113,8 +114,3 @@ def choose_policy(record: GuardRecord | None, asked: object) -> GuardPolicy:
             hint=f'compile a bundle with --set guard.policy="{asked}"' if asked in get_args(GuardPolicy) else None,
         )
     return asked
-
-
-def shorten(prompt: str) -> str:
-    """A prompt as messages show it."""
-    return repr(prompt if len(prompt) <= 100 else prompt[:100] + "...")

@@ -20,11 +20,12 @@ from PIL import Image
 from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardPolicy, Target
 from slipcast.bundle.reader import Bundle, check_digests, open_bundle
 from slipcast.engines import Engine, Instrument, as_it_is, open_engine, refusal
+from slipcast.engines.resources import as_resource_error, out_of_memory
 from slipcast.engines.targets import choose_target
 from slipcast.errors import HostError, ResourceError
 from slipcast.run.caching import Features
 from slipcast.run.contract import check_contract
-from slipcast.run.decoding import decode_frugally, out_of_memory
+from slipcast.run.decoding import decode_frugally
 from slipcast.run.guard import Guard, Verdict
 from slipcast.run.loop import Evaluator, check_finite, chosen_rows, images_at_once, timed
 from slipcast.run.prompt_table import PromptTable
@@ -35,7 +36,7 @@ from slipcast.run.tokenizer import OnLongPrompt, PromptTokenizer
 from slipcast.sampling.denoiser import final_scale, initial_scale
 from slipcast.sampling.early_exit import EarlyExit
 from slipcast.sampling.guidance import Guided
-from slipcast.sampling.samplers import SAMPLERS, sample
+from slipcast.sampling.samplers import is_known, sample
 from slipcast.sampling.schedules import SCHEDULES
 from slipcast.sampling.seeds import TorchGenerator, batch_noise
 
@@ -76,8 +77,10 @@ class Pipeline:
         self.bundle, self.manifest, self.target = bundle, bundle.manifest, target.id
         self._target, self._instrument = target, instrument
         check_contract(self.manifest)
+        for file in target.files:  # whatever is published at this place from now on, they stay
+            bundle.file(file)
         self._tokenizers = [
-            PromptTokenizer(bundle.path(text.tokenizer), text.max_length, text.pad_token_id)
+            PromptTokenizer(bundle.file(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
         ]
         cut, closed = self.manifest.cut, self.manifest.prompts
@@ -87,6 +90,7 @@ class Pipeline:
         openers = {str(name): partial(self._open, str(name)) for name in target.components}
         self.residency = Residency(openers, residency, rare={FALLBACK})
         self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
+        self._calls, self._closing = 0, False
 
     def __call__(
         self,
@@ -135,12 +139,27 @@ class Pipeline:
             guard=guard,
         )
         with self._one_call_at_a_time:
-            return self._run(request, callback_on_step_end)
+            self._calls += 1
+            try:
+                return self._run(request, callback_on_step_end)
+            except Exception as error:
+                if lack := as_resource_error(error, "making images"):
+                    raise lack from error
+                raise
+            finally:
+                self._calls -= 1
+                if self._closing and not self._calls:
+                    self.close()
 
     def close(self) -> None:
-        """Free the engines. A later call opens each for as long as it is needed."""
+        """Free the engines. A later call opens each for as long as it is needed.
+
+        From a callback: once the call that it belongs to has ended, which is in need of them until then.
+        """
         with self._one_call_at_a_time:
-            self.residency.close()
+            self._closing = bool(self._calls)
+            if not self._calls:
+                self.residency.close()
 
     def __enter__(self) -> Self:
         return self
@@ -151,8 +170,8 @@ class Pipeline:
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
         name, target = cast(Any, component), target or self._target
         files = target.components[name]
-        weights = self.bundle.path(files.weights) if files.weights else None
-        model = self.bundle.path(files.model)
+        weights = self.bundle.file(files.weights) if files.weights else None
+        model = self.bundle.file(files.model)
         contract = self.manifest.components[name]
         opener = partial(open_engine, target.engine, model, weights, precision or target.precision, contract)
         return self._instrument(component, opener)
@@ -366,9 +385,12 @@ def load(
     """
     bundle = open_bundle(path, allow_unlisted=allow_unlisted)
     sampling = bundle.manifest.sampling
-    for kind, name, known in (("sampler", sampling.sampler, SAMPLERS), ("schedule", sampling.schedule, SCHEDULES)):
-        if name is not None and name not in known:
-            raise HostError(f"this runtime does not know the {kind} {name!r}", hint="pip install -U slipcast")
+    if not is_known(sampling.sampler):
+        raise HostError(f"this runtime does not know the sampler {sampling.sampler!r}", hint="pip install -U slipcast")
+    if sampling.schedule not in (None, *SCHEDULES):
+        raise HostError(
+            f"this runtime does not know the schedule {sampling.schedule!r}", hint="pip install -U slipcast"
+        )
     chosen = choose_target(bundle.manifest, target)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
     check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])

@@ -7,6 +7,7 @@ import numbers
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -92,7 +93,9 @@ def check_request(
         prompts = [text for text in check_prompts("prompt", cast(Any, prompt)) for _ in range(num_images_per_prompt)]
     elif prompt is not None or negative_prompt:
         raise RequestError(
-            "this bundle is unconditional: it takes no prompt", expected="None", got=repr(prompt or negative_prompt)
+            "this bundle is unconditional: it takes no prompt",
+            expected="None",
+            got=repr(prompt or negative_prompt)[:200],
         )
     count = len(prompts) or num_images_per_prompt
     if target.built:
@@ -138,7 +141,7 @@ def _unspecialised(request: Request, manifest: Manifest, steps: int | None, scal
         request,
         component=FALLBACK,
         sampling=settings,
-        schedule=settings.lay(steps),
+        schedule=_lay_steps(settings, steps),
         guidance_scale=settings.guidance_scale if scale is None else request.guidance_scale,
     )
 
@@ -156,9 +159,7 @@ def _check_size(image: ImageGeometry, width: int | None, height: int | None) -> 
 
 def _lay(manifest: Manifest, steps: int | None) -> Schedule:
     settings, cut = manifest.sampling, manifest.cut
-    if steps is not None:
-        check_integer("num_inference_steps", steps, 1, settings.noise.num_train_timesteps)
-    schedule = settings.lay(steps)
+    schedule = _lay_steps(settings, steps)
     if cut and "denoiser_step" not in manifest.components:
         known = [told(timestep) for timestep in cut.timesteps]
         asked = evaluated_timesteps(settings, schedule)
@@ -172,9 +173,46 @@ def _lay(manifest: Manifest, steps: int | None) -> Schedule:
     return schedule
 
 
+def _lay_steps(settings: Sampling, steps: int | None) -> Schedule:
+    """The schedule; RequestError with the numbers of steps that it can have, where this is none of them."""
+    if steps is None or settings.timesteps or settings.sigmas:
+        return settings.lay(steps)
+    high = settings.noise.num_train_timesteps
+    if isinstance(steps, (int, np.integer)) and not isinstance(steps, bool) and 1 <= steps <= high:
+        try:
+            return settings.lay(steps)
+        except RequestError:
+            pass
+    check_integer("num_inference_steps", steps, 1, _most_steps(settings))
+    return settings.lay(steps)
+
+
+@cache
+def _most_steps(settings: Sampling) -> int:
+    """The largest number up to which every number of steps can be laid. By bisection: steps only grow narrower."""
+
+    def fits(steps: int) -> bool:
+        try:
+            settings.lay(steps)
+        except RequestError:
+            return False
+        return True
+
+    low, high = 0, settings.noise.num_train_timesteps + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def check_latents(name: str, latents: object, shape: tuple[int, ...]) -> Floats:
     """RequestError where they are not float32 of this shape."""
-    found: Floats = np.asarray(latents)
+    try:
+        found: Floats = np.asarray(latents)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; or what cannot be an array
+        raise RequestError(
+            f"{name} are not usable", expected=f"float32 {list(shape)}", got=str(error).splitlines()[0][:200]
+        ) from None
     if found.shape != shape or found.dtype != np.float32:
         raise RequestError(
             f"{name} are not usable", expected=f"float32 {list(shape)}", got=f"{found.dtype} {list(found.shape)}"

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from slipcast.engines.files import ModelFile
 from slipcast.errors import ArtifactError, RequestError
 
 logger = logging.getLogger("slipcast")
 
 OnLongPrompt = Literal["warn", "error"]
+SHOWN = 200  # characters of a text that messages repeat
 
 
 class PromptTokenizer:
     """Token ids of fixed length, begin and end tokens included, as CLIP's text encoders expect them."""
 
-    def __init__(self, file: Path, max_length: int, pad_token_id: int) -> None:
+    def __init__(self, file: ModelFile, max_length: int, pad_token_id: int) -> None:
+        data = file.read_bytes()
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises a bare Exception for every defect
             raise ArtifactError(
                 f"{file.name}: not a tokenizer", got=str(error), hint="compile the bundle again"
@@ -49,10 +51,15 @@ class PromptTokenizer:
         return rows
 
     def _too_long(self, dropped: str, on_long_prompt: OnLongPrompt) -> None:
-        message = f"prompt is longer than {self.max_length} tokens; dropped: {dropped!r}"
+        message = f"prompt is longer than {self.max_length} tokens; dropped: {shorten(dropped)}"
         if on_long_prompt == "error":
             raise RequestError(message, hint="shorten the prompt, or pass on_long_prompt='warn'")
         logger.warning(message)
+
+
+def shorten(text: str) -> str:
+    """As it is quoted in a message, which does not grow with it."""
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")
 
 
 def check_prompts(name: str, prompts: str | Sequence[str]) -> list[str]:
@@ -60,13 +67,15 @@ def check_prompts(name: str, prompts: str | Sequence[str]) -> list[str]:
     several = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(several, (list, tuple)) or not several:
         raise RequestError(
-            f"{name} is not usable", expected="a string or a non-empty list of strings", got=repr(prompts)
+            f"{name} is not usable", expected="a string or a non-empty list of strings", got=repr(prompts)[:SHOWN]
         )
     for prompt in several:
         if not isinstance(prompt, str):
-            raise RequestError(f"{name} is not usable", expected="a string", got=repr(prompt))
+            raise RequestError(f"{name} is not usable", expected="a string", got=repr(prompt)[:SHOWN])
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
-            raise RequestError(f"{name} holds a lone surrogate", expected="valid Unicode", got=ascii(prompt)) from None
+            raise RequestError(
+                f"{name} holds a lone surrogate", expected="valid Unicode", got=ascii(prompt)[:SHOWN]
+            ) from None
     return list(several)

@@ -253,7 +253,7 @@ class TestErrors:
                 [sys.executable, "-m", "slipcast.cli.main", *arguments],
                 cwd=bundle.parent, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
             )  # fmt: skip
-        assert done.returncode == (4 if "missing" in arguments else 1)
+        assert done.returncode == (4 if "missing" in arguments else 5)
         assert "Traceback" not in done.stderr
         assert done.stderr.count("rror: ") <= 2
 

@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -26,7 +26,7 @@ from slipcast.cli.profile_run import profile_run
 from slipcast.cli.report import report
 from slipcast.cli.run import run
 from slipcast.cli.verify import verify
-from slipcast.errors import Cancelled, HostError, ResourceError, SlipcastError
+from slipcast.errors import Cancelled, HostError, SlipcastError
 
 ENTRY_POINTS = "slipcast.commands"
 INSTALL_COMPILER = "pip install 'slipcast[compiler]'"
@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments  # wherever it stands
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Shown("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("slipcast").setLevel(logging.INFO)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
@@ -79,23 +81,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(f"interrupted{hint}", err=True)
         _fail(Cancelled.exit_code, "interrupted", {}, arguments)
     except SlipcastError as error:
-        _explain(debug)
-        click.echo(f"error: {error}", err=True)
-        details = {"expected": _text(error.expected), "got": _text(error.got), "hint": error.hint}
-        _fail(error.exit_code, error.message, {"type": type(error).__name__, **details}, arguments)
+        _tell(error, debug, arguments)
     except ModuleNotFoundError as error:
         _explain(debug)
         click.echo(
             f"error: this command needs {error.name}, which is not installed\n  next:     {INSTALL_COMPILER}", err=True
         )
         _fail(HostError.exit_code, f"{error.name} is not installed", {"hint": INSTALL_COMPILER}, arguments)
-    except Exception as error:  # ours to mend; the user gets one message all the same
-        _explain(debug)
-        message = f"{type(error).__name__}: {error}"
-        hint = "free some memory" if isinstance(error, MemoryError) else "run `slipcast --debug ...` and report it"
-        click.echo(f"error: {message}\n  next:     {hint}", err=True)
-        code = ResourceError.exit_code if isinstance(error, MemoryError) else SlipcastError.exit_code
-        _fail(code, message, {"type": type(error).__name__, "hint": hint}, arguments)
+    except Exception as error:
+        from slipcast.engines.resources import as_resource_error
+
+        if lack := as_resource_error(error, type(error).__name__):
+            _tell(lack, debug, arguments)
+        _explain(debug)  # ours to mend; the user gets one message all the same
+        message, hint = f"{type(error).__name__}: {error}", "run `slipcast --debug ...` and report it"
+        _say(f"error: {message}\n  next:     {hint}")
+        _fail(SlipcastError.exit_code, message, {"type": type(error).__name__, "hint": hint}, arguments)
+
+
+class _Shown(logging.Formatter):
+    """Lines of the log, which repeat what bundles and prompts say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from slipcast.bundle.validation import shown
+
+        return shown(super().format(record))
+
+
+def _say(text: str) -> None:
+    """On stderr, whoever wrote the text."""
+    from slipcast.bundle.validation import shown
+
+    click.echo(shown(text), err=True)
+
+
+def _tell(error: SlipcastError, debug: bool, arguments: Sequence[str]) -> NoReturn:
+    """The error's message, and its exit code."""
+    _explain(debug)
+    _say(f"error: {error}")
+    details = {"expected": _text(error.expected), "got": _text(error.got), "hint": error.hint}
+    _fail(error.exit_code, error.message, {"type": type(error).__name__, **details}, arguments)
 
 
 def _terminated(signum: int, frame: object) -> None:
@@ -108,10 +133,10 @@ def _explain(debug: bool) -> None:
         traceback.print_exc()
 
 
-def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> None:
+def _fail(code: int, message: str, details: dict[str, Any], arguments: Sequence[str]) -> NoReturn:
     try:
         if "--json" in arguments:
-            click.echo(json.dumps({"error": {"message": message, **details}, "exit_code": code}, indent=2))
+            click.echo(json.dumps({"error": {"message": message, **details}, "exit_code": code}, indent=2))  # ASCII
         sys.stdout.flush()
     except OSError:  # full or closed: said on stderr already; let the flush at exit find a place
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

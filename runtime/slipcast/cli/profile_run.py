@@ -14,6 +14,7 @@ from slipcast.cli.common import (
     json_option,
     target_option,
     unlisted_option,
+    write_whole,
 )
 
 
@@ -50,9 +51,5 @@ def profile_run(
         check_writable(output)
     document = profile_run(bundle, prompt, target, steps, num_images, seed, allow_unlisted, Stages())
     output = output or Path(f"{document['name']}-profile.html")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(render_page(document), "utf-8")
-    except OSError as error:
-        raise click.UsageError(f"cannot write {output}: {error}") from None
+    write_whole(output, render_page(document).encode())
     emit(document | {"files": [str(output)]}, f"{render_table(document)}\npicture: {output}", as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,13 @@ from slipcast.cli.common import (
     json_option,
     target_option,
     unlisted_option,
+    write_whole,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from slipcast.run.pipeline import Pipeline
 
 
 @click.command()
@@ -70,6 +74,7 @@ def run(
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
+    _check_space(pipe, num_images, output)
     usual = steps or pipe.manifest.sampling.steps  # the unspecialised denoiser may take more
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
         result = pipe(
@@ -105,17 +110,29 @@ def _check_output(output: Path) -> None:
     check_writable(output)
 
 
+def _check_space(pipe: Pipeline, images: int, output: Path | None) -> None:
+    """ResourceError where the pictures might not fit on the disk: compressed or not, they are no larger than this."""
+    from slipcast.engines.resources import check_space
+
+    image = pipe.manifest.image
+    count = images if isinstance(images, int) else 1
+    check_space(output or Path(), max(count, 1) * (image.width * image.height * 4 + 65_536), "the pictures")
+
+
 def _save(images: Sequence[Image], seeds: Sequence[int], output: Path) -> list[Path]:
     """One file, a grid of all images; or one each, named by seed, where `output` is a directory."""
+    from PIL.Image import registered_extensions
+
     as_directory = is_directory(output)
     files = [output / f"{seed}.png" for seed in seeds] if as_directory else [output]
     pictures = images if as_directory else [make_grid(images)]
-    try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        for file, picture in zip(files, pictures, strict=True):
-            picture.save(file)
-    except (OSError, ValueError) as error:
-        raise click.UsageError(f"cannot write {output}: {error}") from None
+    for file, picture in zip(files, pictures, strict=True):
+        data = io.BytesIO()
+        try:
+            picture.save(data, registered_extensions()[file.suffix.lower()])
+        except (OSError, ValueError) as error:  # a format that has no such pictures
+            raise click.UsageError(f"cannot write {file}: {error}") from None
+        write_whole(file, data.getvalue())
     return files
 
 

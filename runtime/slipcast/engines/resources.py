@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
+from pathlib import Path
 
 from slipcast.errors import ResourceError, SlipcastError
 
@@ -27,6 +29,18 @@ def out_of_memory(error: BaseException) -> bool:
 def disk_full(error: BaseException) -> bool:
     """Whether it failed because the disk, or a quota on it, is full."""
     return isinstance(error, OSError) and error.errno in _FULL
+
+
+def check_space(place: Path, needed: int, what: str) -> None:
+    """ResourceError where less than `needed` bytes are free where `place` is, or will be; before anything is made."""
+    folder = next(each for each in (place.absolute(), *place.absolute().parents) if each.is_dir())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise ResourceError(
+            f"{what}: the disk is too full",
+            expected=f"about {needed / 1e6:.1f} MB",
+            got=f"{free / 1e6:.1f} MB free in {folder}",
+            hint="free that much, or write to another disk",
+        )
 
 
 def as_resource_error(error: BaseException, doing: str) -> ResourceError | None:

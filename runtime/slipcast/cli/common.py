@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-
 json_option: Callable[[Any], Any] = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 unlisted_option: Callable[[Any], Any] = click.option(
     "--allow-unlisted", is_flag=True, help="Tolerate files that the manifest does not list."

@@ -58,22 +58,22 @@ def add_target(
     """Publish the bundle at `path` with one target more at `output`, which may be the same place.
 
     Either the new bundle is there, complete, or nothing has changed. `images`: pictures to compare. `replace`: a target
-    of this name that is there already. (Both are options of the command: with them it has seven parameters.) Raises RecipeError where the bundle has no graph to build from, HostError where
-    the engine cannot be built here, and CheckFailed where the pictures are far from those of the target it comes from.
+    of this name that is there already. (Both are options of the command: with them it has seven parameters.) Raises
+    RecipeError where the bundle has no graph to build from, HostError where the engine cannot be built here, and
+    CheckFailed where the pictures are far from those of the target it comes from.
     """
     if not ENGINES[table.engine].can_build():
         raise HostError(f"target {table.engine} cannot be built here", hint=ENGINES[table.engine].why_not())
     if table.half:
         need_graph_libraries()
-    bundle = open_bundle(path)
-    _check_version(bundle.manifest)
-    portable = find_portable(bundle.manifest, table.precision)
-    _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
-    publish.check_output(output)
-    _check_space(bundle, portable, output)
-    with stages.stage("verify") as advance:
-        check_digests(bundle, "all", advance)
-    with publish.workspace(output) as folder:
+    with publish.workspace(output) as folder:  # before the bundle is opened: who waited here goes on from its new state
+        bundle = open_bundle(path)
+        _check_version(bundle.manifest)
+        portable = find_portable(bundle.manifest, table.precision)
+        _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
+        _check_space(bundle, portable, output)
+        with stages.stage("verify") as advance:
+            check_digests(bundle, "all", advance)
         digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
         pool = Pool(folder)
         for target in bundle.manifest.targets:
@@ -179,9 +179,11 @@ def _sources(bundle: Bundle, portable: Target, digests: dict[str, str]) -> dict[
 
 
 def _copy(bundle: Bundle, paths: Sequence[str], folder: Path) -> None:
+    """ArtifactError where a copy is not what was verified: the new manifest will vouch for it."""
     for relative in paths:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.path(relative), folder / relative)
+    check_digests(Bundle(folder, bundle.manifest), paths)
 
 
 def _fields(manifest: Manifest, target: Target) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slipcast.bundle.manifest import MANIFEST_NAME
-from slipcast.errors import RecipeError
+from slipcast.errors import RecipeError, ResourceError
 from slipcast_compiler.host import publish as publishing
 from slipcast_compiler.host.publish import check_output, publish, workspace
 
@@ -122,5 +122,5 @@ def test_a_place_that_can_no_longer_be_made(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(publishing, "check_output", lambda *_: None)
     monkeypatch.setattr(*((Path, call) if call == "mkdir" else (publishing.tempfile, call)), full)
-    with pytest.raises(RecipeError, match="No space left"), workspace(tmp_path / "bundle"):
+    with pytest.raises(ResourceError, match="No space left"), workspace(tmp_path / "bundle"):
         pass

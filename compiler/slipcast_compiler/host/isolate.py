@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Self, TypeVarTuple
 
+from slipcast.engines.resources import as_resource_error
 from slipcast.errors import ResourceError, SlipcastError
 from slipcast.progress import Advance
 from slipcast.timing.memory import peak_mb
@@ -172,6 +173,7 @@ def _outcome(pipe: Connection, function: Callable[..., Any], arguments: tuple[An
     except BrokenPipeError:
         raise
     except Exception as error:
-        failure = error if isinstance(error, SlipcastError) else SlipcastError(f"{type(error).__name__}: {error}")
+        told = as_resource_error(error, type(error).__name__) or SlipcastError(f"{type(error).__name__}: {error}")
+        failure = error if isinstance(error, SlipcastError) else told
         failure.add_note(traceback.format_exc())
         return "error", failure

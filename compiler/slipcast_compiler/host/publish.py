@@ -1,36 +1,115 @@
-"""Make a directory beside its destination, and publish it in one rename. Nothing here needs torch."""
+"""Make a directory beside its destination, and publish it in one rename. Nothing here needs torch.
+
+Two writers of one place take turns by a lock. Where locks lie, as they do on some network disks, the rename itself
+tells: what it displaced is compared with what was there when the work began, and put back where somebody else changed
+it in the meantime.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import glob
+import hashlib
+import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Manifest
 from slipcast.bundle.reader import file_entries
-from slipcast.errors import RecipeError
+from slipcast.engines.resources import as_resource_error, disk_full
+from slipcast.errors import CheckFailed, RecipeError, SlipcastError
+
+logger = logging.getLogger("slipcast")
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
+
+_states: dict[tuple[int, Path], str | None] = {}  # of the outputs that a thread has locked, as they are to be found
 
 
 @contextlib.contextmanager
 def workspace(output: Path, index: str = MANIFEST_NAME) -> Iterator[Path]:
-    """An empty directory on the output's file system; gone afterwards, unless it was published."""
+    """An empty directory on the output's file system; gone afterwards, unless it was published. Locks the output."""
+    with locked(output, index):
+        prefix = f".{output.name}.part-"
+        for left in output.parent.glob(f"{glob.escape(prefix)}*"):  # by a run that was killed: we have its lock
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+        except OSError as error:
+            raise _cannot_be_made(output, output.parent, error) from None
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(output: Path, index: str = MANIFEST_NAME) -> Iterator[None]:
+    """Nobody else writes to the output within the block: who comes second waits, and says for which process. The state
+    that `publish` expects there is that of the beginning. Of one thread, a block may lie within another."""
     check_output(output, index)
+    place = output.resolve()
+    key = threading.get_ident(), place
+    if key in _states:
+        yield
+        return
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_be_made(output, output.parent, error) from None
+    with _lock(place):
+        _states[key] = _state(place, index)
+        try:
+            yield
+        finally:
+            del _states[key]
+
+
+@contextlib.contextmanager
+def _lock(place: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    file = place.with_name(f".{place.name}.lock")
+    lock = FileLock(file)
     try:
-        yield folder
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("%s is being written to by %s: waiting for it to end", place, _holder(file))
+            lock.acquire()
+        file.write_text(str(os.getpid()))
+    except OSError as error:  # a disk without locks
+        if disk_full(error):
+            raise
+        logger.warning("%s: cannot be locked here (%s); going on without", place, error.strerror)
+    try:
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if lock.is_locked:
+            file.unlink(missing_ok=True)  # those who wait look whether theirs is the file of this name
+            lock.release()
+
+
+def _holder(file: Path) -> str:
+    try:
+        return f"process {int(file.read_text())}"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _state(folder: Path, index: str) -> str | None:
+    """What tells one content of the output from another: its index has the digests of all else."""
+    try:
+        return hashlib.sha256((folder / index).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def check_output(output: Path, index: str = MANIFEST_NAME) -> None:
@@ -47,7 +126,9 @@ def check_output(output: Path, index: str = MANIFEST_NAME) -> None:
         raise _cannot_be_made(output, parent, error) from None
 
 
-def _cannot_be_made(output: Path, parent: Path, error: OSError) -> RecipeError:
+def _cannot_be_made(output: Path, parent: Path, error: OSError) -> SlipcastError:
+    if lack := as_resource_error(error, f"{output} cannot be made"):
+        return lack
     return RecipeError(
         f"{output} cannot be made", expected="a directory that can be written to", got=f"{parent}: {error.strerror}"
     )
@@ -73,11 +154,33 @@ def publish(folder: Path, output: Path, index: str = MANIFEST_NAME) -> None:
         _sync(path)
     _sync(folder)
     check_output(output, index)
+    place = output.resolve()
+    key = threading.get_ident(), place
+    expected = _states[key] if key in _states else _state(place, index)
     if output.exists():
         _exchange(folder, output)  # the old bundle is removed with the workspace
+        if (found := _state(folder, index)) != expected:
+            _exchange(folder, output)
+            raise _changed(output, expected, found)
     else:
-        os.replace(folder, output)
+        try:
+            os.rename(folder, output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise _changed(output, expected, _state(place, index)) from None
     _sync(output.parent)
+    if key in _states:
+        _states[key] = _state(place, index)
+
+
+def _changed(output: Path, expected: str | None, found: str | None) -> CheckFailed:
+    return CheckFailed(
+        f"{output} was changed by another process while this one worked; nothing was published",
+        expected=f"index {expected[:16]}" if expected else "nothing there",
+        got=f"index {found[:16]}" if found else "something else",
+        hint="run the same command again: it goes on from what is there now, and from the cache",
+    )
 
 
 def _exchange(a: Path, b: Path) -> None:

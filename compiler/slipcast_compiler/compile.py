@@ -17,6 +17,7 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.judge.evaluate import judge_targets
 from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.originals import run_originals
+from slipcast_compiler.judge.weights import check_weights
 from slipcast_compiler.pages import report
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.precision.casts import measure_casts
@@ -35,6 +36,10 @@ class Compiled:
 
 def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Compiled:
     """Make the bundle at `output`. Raises CheckFailed, with the report written beside it, where the gate is missed."""
+    # One number that is none would spoil every picture.
+    with stages.stage("weights") as advance:
+        check_weights(plan.checkpoint, cache, advance)
+
     # The point of the recipe's space that is best within the gate, on calibration prompts.
     searched = None
     if plan.recipe.search:

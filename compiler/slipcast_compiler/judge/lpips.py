@@ -1,5 +1,7 @@
 """LPIPS, version 0.1 (Zhang et al., arXiv 1801.03924), from weights that the user has: nothing is downloaded.
 
+Those are published as .pth files alone. weights_only=True reads them by a machine of torch's own, which knows the few
+instructions that tensors need, calls nothing that a file names, and refuses the rest: that is not unpickling.
 The networks are here as data, since the `lpips` package needs torchvision, and that a build of it for one's torch.
 """
 

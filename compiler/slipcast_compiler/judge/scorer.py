@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from slipcast.bundle.validation import parse_json
 from slipcast.errors import HostError, RecipeError
 from slipcast_compiler.host.quiet import quiet
 
 Floats = npt.NDArray[np.float32]
 BATCH = 16
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+@[\w./-]+")  # so that the same scorer judges again
 
 
 class Scorer:
@@ -28,19 +32,20 @@ class Scorer:
     def _load(self, path: str, folder: Path) -> None:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-        where = find_scorer(path, folder)
+        where = _directory(find_scorer(path, folder))
         try:
-            self._model = CLIPModel.from_pretrained(where).float().eval()
-            self._tokenizer = CLIPTokenizer.from_pretrained(where)
+            self._model = CLIPModel.from_pretrained(where, use_safetensors=True, local_files_only=True).float().eval()
+            self._tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=True)
             size = self._model.config.vision_config.image_size
-            processed = isinstance(where, str) or (where / "preprocessor_config.json").is_file()
+            processed = (where / "preprocessor_config.json").is_file()
             # A scorer without a processor of its own takes pictures in [-1, 1], as it was trained.
             self._processor = CLIPImageProcessor.from_pretrained(where) if processed else CLIPImageProcessor(
                 size={"shortest_edge": size}, crop_size={"height": size, "width": size},
                 image_mean=[0.5] * 3, image_std=[0.5] * 3,
             )  # fmt: skip
-        except OSError as error:
-            raise HostError(f"evaluate.scorer: {where} cannot be loaded", got=str(error).splitlines()[0]) from error
+        except Exception as error:  # the library raises of many types, most of them for files that are not a CLIP's
+            got = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise HostError(f"evaluate.scorer: {where} cannot be loaded", got=got) from error
 
     def __call__(self, images: Floats, prompts: Sequence[str | None]) -> Floats:
         """float32 [n], image i against prompt i."""
@@ -85,13 +90,55 @@ class Scorer:
 
 
 def find_scorer(path: str, folder: Path) -> Path | str:
-    """A scorer's directory (relative to `folder`), or else the hub id; RecipeError where it can be neither."""
+    """A scorer's directory (relative to `folder`), or else the hub id with its revision; RecipeError where it can be
+    neither, or has no weights in safetensors: nothing is ever unpickled."""
     local = folder / path
     if local.is_dir():
+        _check_weights(local)
         return local
-    if path.count("/") != 1 or path.startswith((".", "/")):
-        raise RecipeError("evaluate.scorer does not exist", expected="a CLIP directory or hub id", got=str(local))
+    if not _HUB.fullmatch(path):
+        raise RecipeError(
+            "evaluate.scorer does not exist",
+            expected="a CLIP directory, or a hub id with a revision: NAME/MODEL@COMMIT",
+            got=str(local),
+        )
     return path
+
+
+def _check_weights(folder: Path) -> None:
+    """RecipeError where it has no weights in safetensors, or an index of them leads to something else."""
+    if not (known := [folder / name for name in WEIGHTS if (folder / name).is_file()]):
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:20]) or "nothing"
+        raise RecipeError(
+            f"evaluate.scorer: {folder} has no weights",
+            expected=" or ".join(WEIGHTS),
+            got=found,
+            hint="save it again with safe_serialization=True: pickles are not read",
+        )
+    if known[0].suffix == ".json":
+        document = parse_json(known[0].read_bytes(), str(known[0]))
+        names = set((document.get("weight_map") if isinstance(document, dict) else None) or {"": ""}.values())
+        if strays := [name for name in names if not str(name).endswith(".safetensors") or "/" in str(name)]:
+            raise RecipeError(f"{known[0]}: leads elsewhere", expected="*.safetensors", got=repr(strays[0])[:200])
+
+
+def _directory(found: Path | str) -> Path:
+    """The scorer's directory: what the hub has is downloaded, but for pickles. HostError where that fails."""
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = found.partition("@")
+    try:
+        root = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
+    except Exception as error:  # the library raises many kinds, all of which mean that it could not be fetched
+        raise HostError(
+            f"evaluate.scorer: {found} cannot be downloaded",
+            got=str(error).splitlines()[0],
+            hint="check the network and the name, or download it elsewhere and give its directory",
+        ) from error
+    _check_weights(root)
+    return root
 
 
 def digest(weights: Mapping[str, Any]) -> str:

@@ -6,16 +6,20 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.recipe.recipe import EvaluateTable, FamilyTable, slots_of
+from slipcast_compiler.recipe.values import read_plain
 
 logger = logging.getLogger("slipcast")
 
 FEW_HELD_OUT = 8
+MAX_BYTES = 64 << 20  # of a list of prompts
+MOST_PROMPTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def expand(table: FamilyTable, name: str, folder: Path) -> Family:
 
 def _listed(table: FamilyTable, folder: Path) -> list[str]:
     if table.templates:
+        _check_count(table)
         return [
             template.format(**dict(zip(slots, values, strict=True)))
             for template in table.templates
@@ -71,6 +76,21 @@ def _listed(table: FamilyTable, folder: Path) -> list[str]:
     if table.prompts_file is None:
         return list(table.prompts)
     return _read("family.prompts_file", folder / table.prompts_file)
+
+
+def _check_count(table: FamilyTable) -> None:
+    """RecipeError where the templates would make more prompts than anybody judges, before they are made."""
+    products = {
+        template: math.prod(len(table.slots[slot]) for slot in set(slots_of(template))) for template in table.templates
+    }
+    if (count := sum(products.values())) > MOST_PROMPTS:
+        largest = max(products, key=lambda template: products[template])
+        raise RecipeError(
+            "family.templates make too many prompts",
+            expected=f"at most {MOST_PROMPTS} combinations of slots",
+            got=f"{count}, of them {products[largest]} by {largest[:200]!r}",
+            hint="give fewer values to the slots, or list the prompts themselves",
+        )
 
 
 def outside(table: EvaluateTable, family: Family, folder: Path) -> tuple[str, ...]:
@@ -93,7 +113,7 @@ def _read(key: str, file: Path) -> list[str]:
 def read_prompts(file: Path) -> list[str]:
     """One prompt a line; empty lines and lines that begin with # do not count. RecipeError if it is not UTF-8 text."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_plain(file, MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError(
@@ -101,6 +121,12 @@ def read_prompts(file: Path) -> list[str]:
         ) from None
     except IsADirectoryError:
         raise RecipeError(f"{file}: a directory", expected="a text file, one prompt a line") from None
+    except ValueError as error:
+        raise RecipeError(f"{file}: no list of prompts", expected="a text file", got=str(error)) from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read", expected="a text file", got=error.strerror) from None
     prompts = [line.strip() for line in text.splitlines()]
     prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
     if not prompts:

@@ -64,12 +64,12 @@ class Recover(Strict):
     """`steps` of AdamW on `batch` states each. "full" trains all weights, "lora" a low-rank change of each linear
     layer, which takes less memory, wants about ten times the learning rate, and is merged in the end."""
 
-    steps: Annotated[int, Field(ge=0)] = 300
+    steps: Annotated[int, Field(ge=0, le=10_000_000)] = 300
     # what is trained
     method: Literal["full", "lora"] = "full"
     # of AdamW; it rises over the first tenth, then falls as a cosine
     learning_rate: Annotated[float, Field(gt=0)] = 3e-5
-    batch: Annotated[int, Field(ge=1)] = 8
+    batch: Annotated[int, Field(ge=1, le=4096)] = 8
     # train with weights and inputs rounded to 8 bits
     fake_quant: bool = False
     # of what training draws
@@ -93,7 +93,7 @@ class Quantize(Strict):
     smooth_quant_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     samples: Annotated[int, Field(ge=1, le=9999)] = 32
     max_error: Annotated[float, Field(gt=0)] = 0.03
-    measurements: Annotated[int, Field(ge=0)] = 200
+    measurements: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     protect: Texts = ()
     symmetric: bool = False
 

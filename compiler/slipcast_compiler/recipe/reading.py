@@ -11,10 +11,25 @@ from pydantic import ValidationError
 
 from slipcast.bundle.validation import dotted, problems
 from slipcast.errors import RecipeError
+from slipcast_compiler.recipe.lines import Location, key_lines
 from slipcast_compiler.recipe.recipe import NEEDS, Recipe, int8_contradiction
 from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.recipe.values import read_plain
 
-Location = tuple[str | int, ...]
+__all__ = [
+    "Location",
+    "key_lines",
+    "parse_override",
+    "parse_recipe",
+    "parse_target",
+    "parse_toml",
+    "put",
+    "read_recipe",
+]
+
+MAX_BYTES = 16 << 20
+MAX_DEPTH = 32  # of tables and arrays in each other
+MOST_TOLD = 50  # problems
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -29,10 +44,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_text(path: Path, hint: str) -> str:
     """A recipe's text; RecipeError, with the hint, where there is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_plain(path, MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe", hint=hint) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read", expected="a UTF-8 TOML file", got=str(error)) from None
 
 
@@ -40,6 +55,8 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As read_recipe, from text; `name` stands for the file in messages."""
     document = parse_toml(text, name)
     forced = {parse_override(document, override): override for override in overrides}
+    if found := list(_unusable(document)):
+        raise refusal(found, text, name, forced)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -64,8 +81,25 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
     """The TOML text's tables; RecipeError, naming `name`, where it is none."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and what Python says of numbers with thousands of digits
         raise RecipeError(f"{name}: not valid TOML", got=str(error)) from None
+    except RecursionError:
+        expected = f"at most {MAX_DEPTH} tables and arrays in each other"
+        raise RecipeError(f"{name}: nested too deeply", expected=expected) from None
+
+
+def _unusable(document: dict[str, Any]) -> Iterator[tuple[Location, str]]:
+    """What TOML allows and nothing here could be called: texts with NUL, and what is nested too deeply."""
+    level: list[tuple[Location, Any]] = [((), document)]
+    for _ in range(MAX_DEPTH):
+        inner = [((*at, key), value) for at, holder in level for key, value in _items(holder)]
+        yield from ((at, "NUL in a text") for at, value in inner if "\0" in (value if isinstance(value, str) else ""))
+        level = [(at, value) for at, value in inner if isinstance(value, (dict, list))]
+    yield from ((at[:1], f"more than {MAX_DEPTH} tables and arrays in each other") for at, _ in level[:1])
+
+
+def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
+    yield from value.items() if isinstance(value, dict) else enumerate(value)
 
 
 def refusal(
@@ -74,41 +108,13 @@ def refusal(
     """All problems at once, each with the line it stands on, or the override in `forced` that it came from."""
     lines, forced = key_lines(text), forced or {}
     messages = []
-    for where, what in found:
+    for where, what in found[:MOST_TOLD]:
         place = next((f"--set {forced[k]}" for k in forced if where[: len(k)] == k[: len(where)]), None)
         place = place or f"{name}:{_line(lines, where)}"
         messages.append((_line(lines, where), f"{place}: {dotted(where)}: {what}"))
     listing = "\n  ".join(message for _, message in sorted(messages))
-    return RecipeError(f"{len(messages)} problem{'s' * (len(messages) > 1)} in the recipe:\n  {listing}")
-
-
-def key_lines(text: str) -> dict[Location, int]:
-    """The line each key of a TOML text stands on, counted from 1.
-
-    A key stands on the first line of the shortest piece of text that, taken with what is before it, parses and has
-    the key: so the parser itself tells, whatever the notation (dotted keys, inline tables, arrays over many lines).
-    """
-    found: dict[Location, int] = {}
-    lines = text.splitlines()
-    start = 0
-    for end in range(1, len(lines) + 1):
-        while start < end - 1 and (not lines[start].strip() or lines[start].lstrip().startswith("#")):
-            start += 1
-        try:
-            document = tomllib.loads("\n".join(lines[:end]))
-        except tomllib.TOMLDecodeError:
-            continue
-        for location in _locations(document):
-            found.setdefault(location, start + 1)
-        start = end
-    return found
-
-
-def _locations(value: Any, at: Location = ()) -> Iterator[Location]:
-    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*at, key)
-        yield from _locations(inner, (*at, key))
+    more = f"\n  and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
+    return RecipeError(f"{len(found)} problem{'s' * (len(found) > 1)} in the recipe:\n  {listing}{more}")
 
 
 def _line(lines: dict[Location, int], where: Location) -> int:
@@ -125,7 +131,7 @@ def parse_override(document: dict[str, Any], override: str) -> Location:
         raise RecipeError(f"--set {override}: not usable", expected="--set key.in.recipe=value", got=override)
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value  # a bare word is text
     return put(document, key, parsed, f"--set {override}")
 

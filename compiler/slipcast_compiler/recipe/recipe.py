@@ -20,7 +20,7 @@ from slipcast_compiler.recipe.sampling import (
 )
 from slipcast_compiler.recipe.search import SearchTable
 from slipcast_compiler.recipe.targets import TargetTable
-from slipcast_compiler.recipe.values import AsTuple, Texts
+from slipcast_compiler.recipe.values import AsTuple, Images, Texts
 
 Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
 
@@ -32,6 +32,8 @@ class ModelTable(Strict):
     path: Annotated[str, Field(min_length=1)]
     # of a hub id: a commit, a tag or a branch
     revision: str | None = None
+    # of the weights, such as "fp16"; without, the plain files of each component, or else those that it has
+    variant: Annotated[str, Field(min_length=1)] | None = None
 
 
 class FamilyTable(Strict):
@@ -73,7 +75,7 @@ class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells."""
 
     # the side of a tile
-    tile: Annotated[int, Field(ge=4)] = 64
+    tile: Annotated[int, Field(ge=4, le=16_384)] = 64
     # of neighbours, at most half the tile
     overlap: Annotated[int, Field(ge=0)] = 16
 
@@ -88,9 +90,9 @@ class ProfileTable(Strict):
     """What is measured on calibration prompts, and on how much of it."""
 
     # how many calibration prompts
-    prompts: Annotated[int, Field(ge=1)] = 16
+    prompts: Images = 16
     seeds: Annotated[int, Field(ge=1, le=1000)] = 1  # images of each prompt
-    states: Annotated[int, Field(ge=1)] = 16  # points of the trajectories for taylor and leave_one_out, the dear part
+    states: Images = 16  # points of the trajectories for taylor and leave_one_out, the dear part
     # Each head by itself, or all at once by random projections; auto: exact where the model is small.
     leave_one_out: Literal["auto", "exact", "projected"] = "auto"
     batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
@@ -108,11 +110,12 @@ class GuardTable(Strict):
 
 
 class EvaluateTable(Strict):
-    """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory or hub id;
-    `lpips`: a directory with its weights. Prompts out of the family are judged too, apart and without limits."""
+    """What the gate is measured on: held-out prompts, image i with `seed` + i; `scorer`: a CLIP directory, or a
+    hub id with a revision, NAME/MODEL@COMMIT; `lpips`: a directory with its weights. Prompts out of the family are
+    judged too, apart and without limits."""
 
     # one of each of the first so many held-out prompts
-    images: Annotated[int, Field(ge=1)] = 16
+    images: Images = 16
     seed: Annotated[int, Field(ge=0, lt=2**27)] = 1000
     scorer: str | None = None
     lpips: str | None = None

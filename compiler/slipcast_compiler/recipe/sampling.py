@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from slipcast.bundle.validation import Strict
 from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import SCHEDULES
-from slipcast_compiler.recipe.values import Numbers
+from slipcast_compiler.recipe.values import Images, Numbers, Side
 
 
 class ReferenceTable(Strict):
@@ -49,11 +49,11 @@ class SamplingTable(ReferenceTable):
     say where the unconditional branch is left out: see slipcast.sampling.guidance.Guidance. Sizes in pixels."""
 
     guidance_interval: Annotated[Numbers, Field(min_length=2, max_length=2)] | None = None
-    guidance_reuse: Annotated[int, Field(ge=0)] = 0
+    guidance_reuse: Annotated[int, Field(ge=0, le=100_000)] = 0
     # without: the checkpoint's own
-    width: Annotated[int, Field(ge=8)] | None = None
+    width: Side | None = None
     # without: the checkpoint's own
-    height: Annotated[int, Field(ge=8)] | None = None
+    height: Side | None = None
 
     @model_validator(mode="after")
     def _nothing_idle(self) -> Self:
@@ -71,7 +71,7 @@ class TimestepsTable(Strict):
     # dynamic programming, or descent
     method: Literal["dp", "direct"] = "direct"
     # how many calibration prompts they are found on
-    prompts: Annotated[int, Field(ge=1)] = 16
+    prompts: Images = 16
     fine_steps: Annotated[int, Field(ge=4, le=200)] = 48
 
 
@@ -103,4 +103,4 @@ class EarlyExitTable(Strict):
 
     max_error: Annotated[float, Field(gt=0, lt=1)] = 0.02
     # how many calibration prompts it is measured on
-    prompts: Annotated[int, Field(ge=1)] = 16
+    prompts: Images = 16

@@ -42,7 +42,7 @@ class TargetTable(Strict):
         Field(default=None, min_length=1)
     )
     max_images: Annotated[int, Field(ge=1, le=4096)] | None = None
-    workspace_mb: Annotated[int, Field(ge=1)] | None = None
+    workspace_mb: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     hardware_compatibility: Literal["ampere_plus", "same_compute_capability"] | None = None
     weight_streaming: bool | None = None
     version_compatible: bool | None = None

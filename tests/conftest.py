@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+from filelock import FileLock
 
 # Before any test imports them: ONNX Runtime shall not report home, and torch's threads shall not spin while they wait,
 # which makes a busy machine many times slower.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
+# Each worker has cores of its own, for all its processes: engines and torch take a thread for each core that they see,
+# and threads that wait for one another on a core which others have too wait long.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if len(cores) >= workers > 1:
+        os.sched_setaffinity(0, cores[int(WORKER.removeprefix("gw")) :: workers])
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 # A shell starts what is in its background with SIGINT ignored, which children inherit: tests send it to them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,38 +38,110 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_cli(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The `slipcast` command as a user starts it: a process of its own."""
+    """The `slipcast` command as a user starts it: a process of its own. Where that is not the point, call_cli does."""
     return subprocess.run(
         [sys.executable, "-m", "slipcast.cli.main", *arguments],
         cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
 
 
-class _Files(LoadScopeScheduling):  # type: ignore[misc]
-    """A file's tests stay in one process; and so do all files that use the compiled bundle, which is made once."""
+def call_cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The `slipcast` command in this process, which has its imports already; what it says and returns is the same."""
+    from slipcast.cli.main import main
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        text = (ROOT / file).read_text("utf-8")
-        return "bundle" if "shapes_bundle" in text or "workspace" in text else file
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    root, terminate = logging.getLogger(), signal.getsignal(signal.SIGTERM)
+    handlers, root.handlers = root.handlers, []  # else logging goes to pytest, and not to stderr
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        root.handlers = handlers
+        signal.signal(signal.SIGTERM, terminate)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Files:
-    """The one above."""
-    return _Files(config, log)
+BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their file stay on one worker; others go wherever there is time.
+
+    One file that needs the compiled bundle comes first, and the others last: so that one worker compiles it while the
+    others have something else to do.
+    """
+    files, late = dict[Path, bool](), set[Path]()
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009 - of functions, which all of them are
+        if any(each.scope in ("class", "module") for found in fixtures.values() for each in found):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+        files[item.path] = files.get(item.path, False) or not BUNDLED.isdisjoint(fixtures)
+    bundled = [file for file, uses in files.items() if uses]
+    late = set(bundled[1:])
+    items.sort(key=lambda item: 0 if item.path in bundled[:1] else 2 if item.path in late else 1)
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that looks like the checkout, where README's commands can leave their artifacts."""
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of the whole session, which all workers have; locks in it end with the session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if WORKER else base) / "shared"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def shapes_bundle(workspace: Path) -> Path:
-    """The shipped recipe, compiled once per test session."""
-    done = run_cli("compile", "recipes/shapes-circles.toml", cwd=workspace)
-    assert done.returncode == 0, done.stderr
-    return workspace / "artifacts" / "shapes-circles"
+def workspace(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that looks like the checkout, where README's commands can leave their artifacts.
+
+    It is this worker's own, but for the build cache, which is the session's.
+    """
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "artifacts").mkdir()
+    (shared / "cache").mkdir(exist_ok=True)
+    (folder / "artifacts" / "cache").symlink_to(shared / "cache")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle(shared: Path, workspace: Path) -> Path:
+    """The shipped recipe, compiled once per test session, in a copy of this worker's own."""
+    compiled, bundle = shared / "shapes-circles", workspace / "artifacts" / "shapes-circles"
+    with FileLock(shared / "shapes-circles.lock"):
+        if not compiled.exists():
+            done = run_cli("compile", "recipes/shapes-circles.toml", "-o", str(compiled), cwd=workspace)
+            assert done.returncode == 0, done.stderr
+    shutil.copytree(compiled, bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def build_cache(shared: Path, shapes_bundle: Path) -> str:
+    """The build cache of the session: the reference model is exported and its engines are built there."""
+    return str(shared / "cache")
+
+
+@pytest.fixture(scope="session")
+def exported_denoiser(shared: Path) -> Callable[[str], Path]:
+    """name -> the folder with denoiser.onnx of a small denoiser of that architecture, exported once per session.
+
+    Its names are those of denoisers.DENOISERS. Nothing is to be written there.
+    """
+    from compiler.denoisers import DENOISERS, export_denoiser
+
+    def exported(name: str) -> Path:
+        folder = shared / "denoisers" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                work = folder.with_suffix(".work")
+                work.mkdir()
+                export_denoiser(DENOISERS[name], work)
+                work.rename(folder)
+        return folder
+
+    return exported

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, run_cli
+from conftest import ROOT, call_cli
 from slipcast.bundle.reader import open_bundle
 
 PROMPTS = [f"a {size} {color} circle on a white background" for size in ("small", "large") for color in ("red", "blue")]
@@ -30,10 +30,10 @@ engine = "onnxruntime"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     (folder / "cached.toml").write_text(RECIPE)
-    done = run_cli("compile", "cached.toml", "-o", "bundle", cwd=folder)
+    done = call_cli("compile", "cached.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "bundle"
 
@@ -49,7 +49,7 @@ def test_the_manifest_and_the_report_say_what_is_cached(bundle: Path) -> None:
     assert parts["denoise"]["parameters"] < record["cut"]["original"]["parameters"]
     page = (bundle / "report.html").read_text()
     assert "Feature caching" in page and "What left the sampling loop" in page
-    shown = run_cli("inspect", str(bundle))
+    shown = call_cli("inspect", str(bundle))
     assert "caching      3 of 6 steps in full: F" in shown.stdout, shown.stderr
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, run_cli
+from conftest import ROOT, call_cli
 from slipcast.bundle.reader import open_bundle
 from slipcast.errors import RequestError
 
@@ -27,12 +27,13 @@ engine = "onnxruntime"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     """Where the family is compiled twice, as bundles named open and closed."""
     folder = tmp_path_factory.mktemp("closed")
     (folder / "six.toml").write_text(RECIPE)
     for name, closed in (("open", "false"), ("closed", "true")):
-        done = run_cli("compile", "six.toml", "-o", name, "--set", f"family.closed={closed}", cwd=folder)
+        options = ("-o", name, "--cache", build_cache, "--set", f"family.closed={closed}")
+        done = call_cli("compile", "six.toml", *options, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -63,12 +64,12 @@ def test_the_pictures_are_the_open_bundles(folder: Path) -> None:
 
 
 def test_a_dry_run_says_what_is_not_shipped(folder: Path) -> None:
-    done = run_cli("compile", "six.toml", "-o", "dry", "--dry-run", "--set", "family.closed=true", cwd=folder)
+    done = call_cli("compile", "six.toml", "-o", "dry", "--dry-run", "--set", "family.closed=true", cwd=folder)
     assert "in place of text_encoder: 7 prompts" in done.stdout, done.stderr
 
 
 def test_prompts_out_of_a_closed_family_cannot_be_judged(folder: Path) -> None:
-    done = run_cli(
+    done = call_cli(
         "compile", "six.toml", "-o", "strangers", "--set", "family.closed=true",
         "--set", 'evaluate.out_of_family=["a cat"]', cwd=folder,
     )  # fmt: skip

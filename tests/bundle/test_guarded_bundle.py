@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, run_cli
+from conftest import ROOT, call_cli
 from slipcast_compiler.engines.recording import record
 
 MEMBER, STRANGER = "a small red circle on a white background", "a pink cross to the left of a navy ring"
@@ -35,10 +35,10 @@ engine = "onnxruntime"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "guarded.toml").write_text(RECIPE)
-    done = run_cli("compile", "guarded.toml", "-o", "bundle", cwd=folder)
+    done = call_cli("compile", "guarded.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -66,9 +66,9 @@ def test_a_batch_of_both(folder: Path) -> None:
 
 
 def test_wrong_input_for_a_guard(folder: Path) -> None:
-    closed = run_cli("compile", "guarded.toml", "--dry-run", "--set", "family.closed=true", cwd=folder)
+    closed = call_cli("compile", "guarded.toml", "--dry-run", "--set", "family.closed=true", cwd=folder)
     assert (closed.returncode, "[guard] is for an open family" in closed.stderr) == (2, True)
-    rare = run_cli("compile", "guarded.toml", "--dry-run", "--set", "guard.false_alarms=0.01", cwd=folder)
+    rare = call_cli("compile", "guarded.toml", "--dry-run", "--set", "guard.false_alarms=0.01", cwd=folder)
     assert rare.returncode == 2 and "expected: 99 calibration prompts" in rare.stderr
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import run_cli
+from conftest import call_cli
 
 CODE = """
 import sys
@@ -59,12 +59,12 @@ def test_profile(shapes_bundle: Path, tmp_path: Path, target: str) -> None:
 
 
 def test_wrong_input(shapes_bundle: Path, tmp_path: Path) -> None:
-    unknown = run_cli("profile-run", str(shapes_bundle), "--target", "tensorrt", "--json", cwd=tmp_path)
+    unknown = call_cli("profile-run", str(shapes_bundle), "--target", "tensorrt", "--json", cwd=tmp_path)
     assert unknown.returncode == 2
     assert "openvino-cpu-bf16" in json.loads(unknown.stdout)["error"]["expected"]
-    missing = run_cli("profile-run", str(tmp_path / "nothing"), cwd=tmp_path)
+    missing = call_cli("profile-run", str(tmp_path / "nothing"), cwd=tmp_path)
     assert missing.returncode == 4
-    folder = run_cli("profile-run", str(shapes_bundle), "-o", str(tmp_path), cwd=tmp_path)
+    folder = call_cli("profile-run", str(shapes_bundle), "-o", str(tmp_path), cwd=tmp_path)
     assert folder.returncode == 2
     assert "name a page" in folder.stderr
     assert not list(tmp_path.iterdir())

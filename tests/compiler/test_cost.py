@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import onnx_ir as ir
 import pytest
 import torch
-from denoisers import DENOISERS, export_denoiser
+from denoisers import DENOISERS
 from onnx_ir.passes.common import ShapeInferencePass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,10 +47,10 @@ def test_operators(text: str, wanted: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
-def test_a_denoiser(name: str, tmp_path: Path) -> None:
+def test_a_denoiser(name: str, exported_denoiser: Callable[[str], Path]) -> None:
     """torch counts a multiplication and an addition apart."""
     denoiser = DENOISERS[name]
-    found = cost(export_denoiser(denoiser, tmp_path))
+    found = cost(exported_denoiser(name) / "denoiser.onnx")
     module = getattr(diffusers, denoiser.kind)(**denoiser.config).eval()
     shapes = [tuple(1 if d == "batch" else d for d in each.shape) for each in denoiser.inputs]
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from denoisers import DENOISERS, export_denoiser
 
 from slipcast_compiler.export.component import write_component
 from slipcast_compiler.graph.cut import count_parts, cut
@@ -44,15 +44,14 @@ class Graph:
 class Case:
     """A denoiser, whole and parts."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, name: str, folder: Path, out: Path) -> None:
+        self.name = name
         self.model = ir.load(folder / "denoiser.onnx")
         self.parts = cut(ir.load(folder / "denoiser.onnx"))
-        (folder / "parts").mkdir()
         for part, model in self.parts.graphs.items():
-            ir.save(model, folder / "parts" / f"{part}.onnx", external_data=f"{part}.onnx.data")
+            ir.save(model, out / f"{part}.onnx", external_data=f"{part}.onnx.data")
         self.whole = Graph(folder / "denoiser.onnx")
-        self.parts = {part: Graph(folder / "parts" / f"{part}.onnx") for part in self.parts.graphs}
+        self.parts = {part: Graph(out / f"{part}.onnx") for part in self.parts.graphs}
 
     def inputs(self, batch: int) -> Arrays:
         random = np.random.default_rng(batch)
@@ -79,15 +78,18 @@ def _error(found: Arrays, wanted: Arrays) -> float:
 
 
 @pytest.fixture(scope="module", params=STAGES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp(request.param)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported_denoiser: Callable[[str], Path]
+) -> Case:
+    out = tmp_path_factory.mktemp("parts")
     if request.param == "shapes":
         checkpoint = Checkpoint(SHAPES, "shapes")
+        folder = tmp_path_factory.mktemp("shapes")
         sizes = {**checkpoint.sizes, "latent_height": 16, "latent_width": 16}
         write_component(checkpoint, "denoiser", sizes, folder)
     else:
-        export_denoiser(DENOISERS[request.param], folder)
-    return Case(request.param, folder)
+        folder = exported_denoiser(request.param)
+    return Case(request.param, folder, out)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

@@ -483,14 +483,16 @@ def test_a_published_profile_is_whole_or_refused(profile: Profile, tmp_path: Pat
     assert (other / "precious").exists()
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_the_commands(tmp_path: Path, cache: Cache, profile: Profile) -> None:
     out = tmp_path / "p"
     settings = [word for each in (*TINY, "profile.leave_one_out=projected") for word in ("--set", each)]
-    arguments = ("profile", str(ROOT / "recipes/shapes-circles.toml"), "-o", str(out), *settings)
+    recipe, known = str(ROOT / "recipes/shapes-circles.toml"), ("--cache", str(cache.root))
+    arguments = ("profile", recipe, "-o", str(out), *known, *settings)
     done = call_cli(*arguments, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["output"] == str(out) and document["leave_one_out"] == "projected"
+    assert open_profile(out).digest == profile.digest
     assert "profile ..." in done.stderr
     shown = call_cli("inspect", str(out), "--json")
     assert {"output": str(out), **json.loads(shown.stdout)} == document

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from denoisers import DENOISERS, export_denoiser
 
 from slipcast.bundle.manifest import Component
 from slipcast.bundle.onnxfile import external_files
@@ -26,11 +26,12 @@ SHARES = (0.3, 0.6)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl", "sd15 parts"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported_denoiser: Callable[[str], Path]
+) -> Path:
     name, *parts = request.param.split()
-    folder = tmp_path_factory.mktemp(name)
-    export_denoiser(DENOISERS[name], folder)
-    return export_parts(folder, False, Cache(folder / "cache"))["denoiser"] if parts else folder
+    folder = exported_denoiser(name)
+    return export_parts(folder, False, Cache(tmp_path_factory.mktemp("cache")))["denoiser"] if parts else folder
 
 
 def _inputs(engine: Engine, batch: int) -> dict[str, Any]:
@@ -97,9 +98,9 @@ def test_both_have_one_file_of_weights(source: Path, tmp_path: Path, engine: str
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart", "flux"])
-def test_a_denoiser_without_skip_connections_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_denoiser_without_skip_connections_is_refused(name: str, exported_denoiser: Callable[[str], Path]) -> None:
     """What is left behind a cut there would not see the latent."""
-    graph = ir.load(export_denoiser(DENOISERS[name], tmp_path)).graph
+    graph = ir.load(exported_denoiser(name) / "denoiser.onnx").graph
     with pytest.raises(RecipeError, match="no place where one feature crosses"):
         find_cut(graph, 0.5)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from denoisers import DENOISERS, export_denoiser
 
 from slipcast.bundle.manifest import Component, Sampling
 from slipcast.engines.onnxruntime import open_engine
@@ -22,10 +22,8 @@ SAMPLING = Sampling(
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    export_denoiser(DENOISERS[request.param], folder)
-    return folder
+def exported(request: pytest.FixtureRequest, exported_denoiser: Callable[[str], Path]) -> Path:
+    return exported_denoiser(request.param)
 
 
 def _run(file: Path, arrays: dict[str, Any]) -> dict[str, Any]:

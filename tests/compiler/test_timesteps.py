@@ -16,8 +16,8 @@ from slipcast.sampling.guidance import Guidance
 from slipcast.sampling.samplers import SAMPLERS
 from slipcast.sampling.schedules import NoiseProcess, from_sigmas, make_schedule
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.model.original import Drawing
+from slipcast_compiler.model.rewrite import UNCHANGED
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
 from slipcast_compiler.recipe.sampling import TimestepsTable

@@ -38,15 +38,24 @@ levers = ["steps", "guidance_interval", "caching", "ffn"]
 )
 
 
+slow = pytest.mark.slow  # a search of a minute, and a compile
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, a recipe with [search], and what a search that was ended by Ctrl-C has left."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and a recipe with [search]."""
     made = tmp_path_factory.mktemp("searched")
     write_tiny(made)
     # Random weights end in latents that are far from any picture, where PSNR says little: the gate is a loose one.
     (made / "tiny.toml").write_text(SEARCHED)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(asked: Path) -> Path:
+    """The same, with what a search that was ended by Ctrl-C has left."""
     command = [sys.executable, "-m", "slipcast.cli.main", "compile", "tiny.toml"]
-    child = subprocess.Popen(command, cwd=made, env=os.environ, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=asked, env=os.environ, stderr=subprocess.PIPE, text=True)
     assert child.stderr
     said = []
     for line in child.stderr:
@@ -58,9 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert child.wait(timeout=60) == 130, "".join(said) + rest
     assert "finished trials are kept in artifacts/search/tiny-" in rest
     assert "the same command goes on" in rest
-    return made
+    return asked
 
 
+@slow
 def test_what_was_found_is_taken_from_the_journal_and_compiled(folder: Path) -> None:
     (journal,) = folder.glob(f"artifacts/search/tiny-*/{JOURNAL}")
     before = journal.read_text()
@@ -90,6 +100,7 @@ def test_what_was_found_is_taken_from_the_journal_and_compiled(folder: Path) -> 
     assert '<code id="chosen">' in page and page.count("<circle") >= len(found["front"])
 
 
+@slow
 def test_nothing_holds_the_gate(folder: Path) -> None:
     """A gate that no trial can hold, judged from a journal with one trial."""
     overrides = ("gate.psnr=101", "search.budget_minutes=0.001", 'search.levers=["steps"]')
@@ -98,9 +109,9 @@ def test_nothing_holds_the_gate(folder: Path) -> None:
         run.choose_by_search(plan, Cache(folder / "artifacts" / "cache"), Stages())
 
 
-def test_another_recipe_is_another_search_and_another_budget_is_not(folder: Path) -> None:
+def test_another_recipe_is_another_search_and_another_budget_is_not(asked: Path) -> None:
     def name(*overrides: str) -> str:
-        return run._hash(make_plan(read_recipe(folder / "tiny.toml", overrides), folder))
+        return run._hash(make_plan(read_recipe(asked / "tiny.toml", overrides), asked))
 
     assert name() == name("search.budget_minutes=3")
     assert len({name(), name("search.seed=1"), name("gate.psnr=9"), name("sampling.steps=7")}) == 4

@@ -29,7 +29,9 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "reference": plan.reference.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
         "few_step": checkpoint.few_step_sampler is not None,
         "image": f"{image.width}x{image.height}",
-        "components": {name: {"parameters": count} for name, count in parameters.items()},
+        "components": {
+            name: {"parameters": count, "files": weight_names(plan, name)} for name, count in parameters.items()
+        },
         "not_compiled": list(checkpoint.not_compiled),
         "not_shipped": list(plan.not_shipped),
         "prompt_table": {"prompts": len(plan.closed_prompts), "bytes": prompt_table_bytes(plan)},
@@ -40,6 +42,13 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "disk_bytes": {"bundle": bundle_bytes(plan, parameters), "cache": cache_bytes(plan, parameters)},
         "memory_bytes": memory_bytes(parameters),
     }
+
+
+def weight_names(plan: Plan, component: str) -> list[str]:
+    """The files that a component's weights are in, relative to the checkpoint."""
+    components = plan.checkpoint.architecture.components
+    folder = components["denoiser" if component == FALLBACK else component].folder
+    return [file.relative_to(plan.checkpoint.root).as_posix() for file in plan.checkpoint.weight_files(folder)]
 
 
 def count_parameters(plan: Plan) -> dict[str, int]:

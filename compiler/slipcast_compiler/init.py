@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.checkpoint import Checkpoint, refuse_file
+from slipcast_compiler.model.weight_files import PICKLES
+from slipcast_compiler.plan import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, FEW_STEPS
 from slipcast_compiler.recipe.family import read_prompts
+from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
+from slipcast_compiler.recipe.recipe import Recipe
 
 TEMPLATE = """\
 # A slipcast recipe; `slipcast compile {file}` makes a bundle of it.
@@ -56,30 +62,9 @@ held_out = 0.2                     # share of the prompts that only the gate may
 
 def write_recipe(model: Path, prompts: Path | None, output: Path | None) -> Path:
     """Write a recipe, by default NAME.toml here. RecipeError where it exists, or model or prompts are unusable."""
-    checkpoint = Checkpoint(model.resolve(), str(model))
-    width, height = checkpoint.native_size
-    conditional = bool(checkpoint.architecture.text)
-    if conditional != (prompts is not None):
-        raise RecipeError(
-            f"{model} takes {'prompts' if conditional else 'no prompts'}",
-            expected="MODEL PROMPTS" if conditional else "MODEL alone",
-        )
-    stem = model.resolve().name
-    if prompts:
-        stem += f"-{prompts.stem}"
-        try:
-            read_prompts(prompts)
-        except FileNotFoundError:
-            raise RecipeError(f"{prompts}: no such file", expected="a text file, one prompt a line") from None
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")
+    name = first_name(model, prompts)
     output = output or Path(f"{name}.toml")
-    beside = output.resolve().parent
-    text = TEMPLATE.format(
-        file=output, name=json.dumps(name), model=_quoted(model, beside), width=width, height=height,
-        family=FAMILY.format(prompts=_quoted(prompts, beside)) if prompts else "",
-        sampler="dpmpp_2m" if conditional else "ddpm", steps=20 if conditional else 100,
-        guidance=5.0 if conditional else 1.0,
-    )  # fmt: skip
+    text = first_recipe(model, prompts, output)
     try:
         with output.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -88,6 +73,88 @@ def write_recipe(model: Path, prompts: Path | None, output: Path | None) -> Path
     except OSError as error:
         raise RecipeError(f"{output}: cannot be written", got=error.strerror) from None
     return output
+
+
+def first_recipe(model: Path, prompts: Path | None, output: Path) -> str:
+    """The text of a recipe at `output`; RecipeError where model or prompts are unusable."""
+    refuse_file(model)
+    checkpoint = Checkpoint(model.resolve(), str(model))
+    width, height = checkpoint.native_size
+    conditional = bool(checkpoint.architecture.text)
+    if conditional != (prompts is not None):
+        raise RecipeError(
+            f"{model} takes {'prompts' if conditional else 'no prompts'}",
+            expected="MODEL PROMPTS" if conditional else "MODEL alone",
+        )
+    if prompts:
+        try:
+            read_prompts(prompts)
+        except FileNotFoundError:
+            raise RecipeError(f"{prompts}: no such file", expected="a text file, one prompt a line") from None
+    beside = output.resolve().parent
+    sampler, steps, guidance = _first_sampling(checkpoint)
+    return TEMPLATE.format(
+        file=output, name=json.dumps(first_name(model, prompts)), model=_quoted(model, beside),
+        width=width, height=height, sampler=sampler, steps=steps, guidance=guidance,
+        family=FAMILY.format(prompts=_quoted(prompts, beside)) if prompts else "",
+    )  # fmt: skip
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a checkpoint's, and no recipe's."""
+    return path.is_dir() or (path.is_file() and path.suffix.lower() in (".safetensors", ".gguf", *PICKLES))
+
+
+def read_first_recipe(
+    model: Path, prompts: Path | None, bundle: Path | None, overrides: Sequence[str], dry_run: bool
+) -> tuple[Recipe, Path]:
+    """The first recipe for a model, and its file beside the bundle; a dry run writes none.
+
+    RecipeError where another recipe is there.
+    """
+    if dry_run:
+        here = Path(f"{first_name(model, prompts)}.toml")
+        return parse_recipe(first_recipe(model, prompts, here), str(here), overrides), here
+    folder = bundle.parent if bundle else Path("artifacts")
+    file = folder / f"{bundle.name if bundle else first_name(model, prompts)}.toml"
+    text = first_recipe(model, prompts, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        write_recipe(model, prompts, file)
+    elif file.read_text("utf-8") != text:
+        raise RecipeError(
+            f"{file} exists already, and is another recipe", expected="none, or the one for this model and prompts",
+            hint=f"compile it with `slipcast compile {file}`, or give another place with -o",
+        )  # fmt: skip
+    return read_recipe(file, overrides), file
+
+
+def _first_sampling(checkpoint: Checkpoint) -> tuple[str, int, float]:
+    """Sampler, steps and guidance scale: what a plan takes where a recipe is silent, but for models without text."""
+    if not checkpoint.architecture.text:
+        return ("ddim", 50, 1.0) if checkpoint.index.get("_class_name") == "DDIMPipeline" else ("ddpm", 100, 1.0)
+    if few := checkpoint.few_step_sampler:
+        return few, FEW_STEPS, 1.0
+    return DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE
+
+
+def first_name(model: Path, prompts: Path | None) -> str:
+    """A bundle's name of a model's and a list's: ASCII, and of a snapshot from the hub not its commit."""
+    folder = model.resolve()
+    repository = folder.parent.parent.name
+    stem = folder.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        stem = repository.split("--")[-1]
+    parts = [_ascii(stem) or "model"]
+    if prompts:
+        parts.append(_ascii(prompts.stem) or "prompts")
+    return "-".join(parts)[:100].rstrip("-.")
+
+
+def _ascii(text: str) -> str:
+    """What a name may hold of a text; letters lose their accents."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
 
 
 def _quoted(path: Path, beside: Path) -> str:

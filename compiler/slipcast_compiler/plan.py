@@ -16,8 +16,11 @@ from slipcast.sampling.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.judge.lpips import SMALLEST, find_weights
 from slipcast_compiler.judge.originals import Evaluation
 from slipcast_compiler.judge.scorer import find_scorer
+from slipcast_compiler.model.agreement import check_agreement
+from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
 from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
+from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand, outside
@@ -137,6 +140,7 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             raise RecipeError(f"evaluate.{key} is for a model with prompts, which this one has not", expected="none")
     for source in checkpoint.architecture.components.values():
         checkpoint.weights(source.folder)  # reads headers only: what is missing or damaged is found now
+    check_configs(checkpoint)
     if recipe.evaluate.scorer:
         find_scorer(recipe.evaluate.scorer, folder)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
@@ -160,7 +164,10 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     plan = Plan(recipe, folder, original, family, sampling, strangers)
     _check_guard(plan)
     _check_caching(plan)
-    plan.reference.lay()
+    check_tokenizers(original)
+    check_components(original)
+    for sampling in (plan.reference, plan.sampling):
+        check_agreement(sampling, checkpoint.scheduler)
     return plan
 
 
@@ -226,9 +233,10 @@ def _geometry(recipe: Recipe, checkpoint: Checkpoint) -> ImageGeometry:
                 f"sampling.{name} does not fit the model", expected=f"a multiple of {multiple}", got=value
             )
     decoder = checkpoint.config("vae") if "vae_decoder" in checkpoint.architecture.components else {}
+    # diffusers' pipelines for these models do not look at shift_factor
     return ImageGeometry(
         width=width, height=height, channels=denoiser["in_channels"], factor=checkpoint.factor,
-        scaling_factor=decoder.get("scaling_factor") or 1.0, shift_factor=decoder.get("shift_factor") or 0.0,
+        scaling_factor=decoder.get("scaling_factor") or 1.0, shift_factor=0.0,
         tile=recipe.decode.tile, overlap=recipe.decode.overlap,
     )  # fmt: skip
 
@@ -237,27 +245,35 @@ def _sampling(asked: ReferenceTable, checkpoint: Checkpoint) -> Sampling:
     """The schedule in full, tried out once, so that a run can only fail on what it asks for itself."""
     explicit = asked.timesteps or (asked.sigmas and asked.sigmas[:-1])
     few_step, prompted = checkpoint.few_step_sampler, bool(checkpoint.architecture.text)
-    sampler = asked.sampler or few_step or DEFAULT_SAMPLER
-    usual = checkpoint.usual_schedule or find_sampler(sampler).grid.spacing
+    base, config = asked.sampler or few_step or DEFAULT_SAMPLER, checkpoint.scheduler
+    process, sampler = read_process(config, base, prompted), with_options(config, base)
     scale = asked.guidance_scale
     if scale is None:
         scale = DEFAULT_GUIDANCE if prompted and not few_step else 1.0
-    process = checkpoint.process
-    if prompted:
-        process = dataclasses.replace(
-            process, clip_sample=None
-        )  # latents have no bounds; nor do diffusers' pipelines clip
     if asked.eta and find_sampler(sampler).eta is None:
         raise RecipeError(f"eta belongs to the sampler ddim, not to {sampler}", expected="no eta", got=asked.eta)
+    schedule = None if explicit else asked.schedule or usual_schedule(config, base)
     sampling = Sampling(
-        sampler=sampler, schedule=None if explicit else asked.schedule or usual, timesteps=asked.timesteps,
+        sampler=sampler, schedule=schedule, timesteps=asked.timesteps,
         sigmas=asked.sigmas, guidance_scale=scale, guidance_rescale=asked.guidance_rescale or 0.0,
         steps=len(explicit) if explicit else asked.steps or (FEW_STEPS if few_step else DEFAULT_STEPS),
         guidance_interval=getattr(asked, "guidance_interval", None), eta=asked.eta or 0.0,
         guidance_reuse=getattr(asked, "guidance_reuse", 0), noise=process,
     )  # fmt: skip
-    sampling.lay()
+    _check_scheduler(sampling)
     return sampling
+
+
+def _check_scheduler(sampling: Sampling) -> None:
+    """RecipeError where the scheduler's config and the rest of the sampling make pictures that diffusers does not."""
+    last = sampling.lay().timesteps[-1]
+    if "variance_type=fixed_large" in sampling.sampler and last != 0:
+        raise refuse(
+            "variance_type", "fixed_small, or timesteps that end at 0", "fixed_large", "ddpm",
+            f"diffusers adds noise after the last step, at timestep {last:g}",
+        )  # fmt: skip
+    if sampling.noise.keeps_noise and sampling.eta:
+        raise refuse("clip_sample", "false, or no eta", True, "ddim", "clipped pictures and eta are not drawn together")
 
 
 def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) -> None:

@@ -16,6 +16,7 @@ from slipcast.sampling.schedules import SCHEDULES
 from slipcast_compiler.model import original
 from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.model.original import Drawing, Original
+from slipcast_compiler.model.scheduler import read_process, usual_schedule, with_options
 
 SHAPES = Path("recipes/models/shapes").resolve()
 NOISE = Checkpoint(SHAPES, "shapes").process
@@ -33,12 +34,12 @@ def _draw(checkpoint: Checkpoint, size: int, sampling: Sampling, prompt: str | N
     return original.make_images(drawing, "float32", False, lambda *_: None)["images"]
 
 
-PAIRS = [(sampler, schedule) for sampler, (_, _, schedules) in original.SCHEDULERS.items() for schedule in schedules]
+PAIRS = [(sampler, schedule) for sampler, schedules in original.SCHEDULERS.items() for schedule in schedules]
 
 
 @pytest.fixture(scope="module")
 def loaded() -> Any:
-    return original._load(SHAPES, torch.float32)
+    return original.load_pipeline(Checkpoint(SHAPES, "shapes"), torch.float32)
 
 
 @pytest.fixture
@@ -64,20 +65,73 @@ def test_both_ways_agree(sampler: str, schedule: str, pipe: Any) -> None:
     assert np.abs(pictures[0] - pictures[1]).max() < 2e-3
 
 
-def test_unconditional_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of pixels, with the config of diffusers' DDPMScheduler, which clips."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=16, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    pipe = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
-    pipe.save_pretrained(tmp_path)
-    theirs = pipe(generator=torch.Generator("cpu").manual_seed(5), num_inference_steps=8, output_type="np").images
-    noise = Checkpoint(tmp_path, "m").process
-    assert noise.clip_sample == 1.0
-    sampling = Sampling(sampler="ddpm", schedule="leading", steps=8, guidance_scale=1.0, noise=noise)
-    ours = _draw(Checkpoint(tmp_path, "m"), 16, sampling, None, 5)
-    assert np.abs(ours - theirs).max() < 2e-3
+    folder = tmp_path_factory.mktemp("pixels")
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sampler", "keys"),
+    [
+        ("ddpm", {}),
+        ("ddpm", {"variance_type": "fixed_large"}),
+        ("ddim", {}),
+        ("ddim", {"clip_sample": False}),
+        ("dpmpp_2m", {}),
+    ],
+    ids=str,
+)
+def test_unconditional_pictures_are_those_of_diffusers(sampler: str, keys: dict[str, Any], pixels: Path) -> None:
+    """The original's are drawn by diffusers' own pipeline, and our sampler gives the same."""
+    pipe = diffusers.DDPMPipeline.from_pretrained(pixels)
+    config = {**pipe.scheduler.config, **keys}
+    pipe.scheduler.register_to_config(**keys)
+    noise = read_process(config, sampler, False)
+    sampling = Sampling(
+        sampler=with_options(config, sampler), schedule=usual_schedule(config, sampler), steps=8, guidance_scale=1.0,
+        noise=noise,
+    )  # fmt: skip
+    name, settings = original.scheduler_for(sampling) or ("", {})
+    scheduler = getattr(diffusers, name).from_config(config, **settings)
+    kind = getattr(diffusers, original.UNCONDITIONAL[sampler])
+    own = kind(pipe.unet, scheduler)
+    own.set_progress_bar_config(disable=True)
+    theirs = own(generator=torch.Generator("cpu").manual_seed(5), num_inference_steps=8, output_type="np").images
+    original.choose_scheduler(pipe, sampling)
+    drawn = original.draw(pipe, sampling, (16, 16), [None], [5])
+    assert np.abs(drawn - theirs).max() < 1e-5
+    generators = [torch.Generator("cpu").manual_seed(5)]
+    start = torch.randn((1, 3, 16, 16), generator=generators[0])
+    with torch.no_grad():
+        ours = original._with_our_sampler(pipe, sampling, None, start, generators)
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert original.drawn_by(sampling, False).startswith(f"diffusers' {original.UNCONDITIONAL[sampler]}")
+
+
+def test_reduced_precision_begins_from_the_same_noise(pixels: Path) -> None:
+    checkpoint = Checkpoint(pixels, "m")
+    noise = read_process(checkpoint.scheduler, "ddpm", False)
+    sampling = Sampling(sampler="ddpm", schedule="leading", steps=4, guidance_scale=1.0, noise=noise)
+    full, half = (
+        original.draw(original.open_pipeline(checkpoint.root, sampling, dtype), sampling, (16, 16), [None], [5])
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < np.abs(full - half).max() < 0.1
+
+
+def test_what_stands_in_is_said(pixels: Path) -> None:
+    noise = read_process(Checkpoint(pixels, "m").scheduler, "euler", False)
+    sampling = Sampling(sampler="euler", schedule="leading", steps=4, guidance_scale=1.0, noise=noise)
+    assert "slipcast's sampler" in original.drawn_by(sampling, False)
+    assert original.drawn_by(_sampling("euler", "leading"), True) == "diffusers' pipeline with EulerDiscreteScheduler"
 
 
 @pytest.mark.parametrize("sampling", [_sampling("dpmpp_sde", "karras"), _sampling("dpmpp_3m_sde", "leading")])
@@ -89,5 +143,5 @@ def test_what_diffusers_lacks_is_drawn_all_the_same(sampling: Sampling) -> None:
 
 def test_tables_name_what_the_runtime_knows() -> None:
     assert set(original.SCHEDULERS) < set(SAMPLERS)
-    assert set(original.SCHEDULES) < set(SCHEDULES)
+    assert {each for schedules in original.SCHEDULERS.values() for each in schedules} < set(SCHEDULES)
     assert not original.has_scheduler(_sampling("euler", "ays_sd15"))

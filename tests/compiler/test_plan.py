@@ -10,6 +10,7 @@ import pytest
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.estimate import summarise
+from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
 
@@ -115,3 +116,39 @@ def test_the_reference_is_plain(tmp_path: Path) -> None:
     assert plan.reference.requires == ()
     assert plan.reference.sampler == plan.sampling.sampler
     assert summarise(plan)["reference"]["steps"] == 20
+
+
+@pytest.mark.parametrize("config", [{"steps_offset": 0}, {"steps_offset": 1}, {}], ids=str)
+def test_the_offset_is_what_diffusers_pipeline_makes_it(config: dict[str, Any], tmp_path: Path) -> None:
+    plan = planned(tmp_path, "sampling.sampler = 'ddim'", steps_offset=config.get("steps_offset"))
+    assert plan.sampling.noise.steps_offset == 1
+    assert plan.sampling.lay(4).timesteps == (751, 501, 251, 1)
+
+
+def test_a_sampler_has_the_options_of_the_config(tmp_path: Path) -> None:
+    plan = planned(tmp_path, _class_name="DPMSolverMultistepScheduler", solver_type="heun", use_lu_lambdas=True)
+    assert (plan.sampling.sampler, plan.sampling.schedule) == ("dpmpp_2m+solver_type=heun", "lu")
+
+
+def test_a_key_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"scheduler_config\.json: solver_order"):
+        planned(tmp_path, _class_name="DPMSolverMultistepScheduler", solver_order=3)
+
+
+@pytest.mark.parametrize(
+    ("version", "sample_size", "size"),
+    [("0.6.0", 32, 256), ("0.8.1", 32, 256), ("0.9.0", 32, 128), ("0.6.0", 96, 384), (None, 32, 128)],
+)
+def test_the_size_that_diffusers_takes(version: str | None, sample_size: int, size: int, tmp_path: Path) -> None:
+    """Configs of diffusers before 0.9 have sample_size 32 where their models are of 64; latents are a quarter here."""
+    (tmp_path / "model").mkdir()
+    for part in SHAPES.iterdir():
+        (tmp_path / "model" / part.name).symlink_to(part)
+    (tmp_path / "model" / "unet").unlink()
+    (tmp_path / "model" / "unet").mkdir()
+    config = json.loads((SHAPES / "unet/config.json").read_text()) | {"sample_size": sample_size}
+    del config["_diffusers_version"]
+    (tmp_path / "model/unet/config.json").write_text(
+        json.dumps(config | ({"_diffusers_version": version} if version else {}))
+    )
+    assert Checkpoint(tmp_path / "model", "m").native_size == (size, size)

@@ -8,26 +8,38 @@ from typing import Any
 import click
 
 from slipcast.cli.common import emit, json_option
-from slipcast_compiler.cli.options import cache_option, recipe_argument, set_option
+from slipcast_compiler.cli.options import cache_option, set_option
 
 
 @click.command("compile")
-@recipe_argument
+@click.argument("recipe", metavar="RECIPE|MODEL", type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), help="Of a MODEL: a file with one prompt a line.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle to make.  [default: artifacts/NAME]")
 @set_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done and needed, and stop.")
 @cache_option
 @json_option
 def compile_command(
-    recipe: Path, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path, as_json: bool
-) -> None:
-    """Compile a checkpoint for a prompt family into a bundle."""
+    recipe: Path, prompts: Path | None, output: Path | None, overrides: tuple[str, ...], dry_run: bool, cache: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compile a checkpoint for a prompt family into a bundle.
+
+    Of a MODEL, a diffusers directory, with --prompts: by the recipe that `slipcast init` would write, which is left
+    beside the bundle.
+    """
     from slipcast_compiler.estimate import summarise
     from slipcast_compiler.host.publish import check_output
+    from slipcast_compiler.init import is_model, read_first_recipe
     from slipcast_compiler.plan import make_plan
     from slipcast_compiler.recipe.reading import read_recipe
 
-    parsed = read_recipe(recipe, overrides)
+    if is_model(recipe):
+        parsed, recipe = read_first_recipe(recipe, prompts, output, overrides, dry_run)
+    elif prompts:
+        raise click.UsageError("--prompts is for a MODEL; a recipe has a [family]")
+    else:
+        parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts") / parsed.name
     check_output(output)
     plan = make_plan(parsed, recipe.parent)
@@ -60,6 +72,10 @@ def _search_text(search: dict[str, Any]) -> list[str]:
     return [first, *(f"    {name:14} {', '.join(map(str, values))}" for name, values in search["values"].items())]
 
 
+def _files_text(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
 def _plan_text(summary: dict[str, Any]) -> str:
     sampling, family, components = summary["sampling"], summary["family"], summary["components"]
     reference, table = summary["reference"], summary["prompt_table"]
@@ -72,7 +88,10 @@ def _plan_text(summary: dict[str, Any]) -> str:
         f"  reference  {reference['sampler']}, {reference['steps']} steps, "
         f"{reference.get('schedule', 'explicit list')}, guidance {reference['guidance_scale']}",
         *(["  few steps  the checkpoint is distilled to few steps, without guidance"] * summary["few_step"]),
-        *(f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters" for name, c in components.items()),
+        *(
+            f"  component  {name}: {c['parameters'] / 1e6:.1f} M parameters, {_files_text(c['files'])}"
+            for name, c in components.items()
+        ),
         *(f"  left out   {name}" for name in summary["not_compiled"]),
         *(f"  table      in place of {name}: {table['prompts']} prompts" for name in summary["not_shipped"]),
         *([f"             {table['bytes'] / 1e6:.1f} MB"] if table["prompts"] else []),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.metadata
 import inspect
+import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.tensorfile import TensorEntry, read_header, read_tensor
-from slipcast.bundle.validation import parse_json
 from slipcast.errors import ArtifactError, HostError, RecipeError
 from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.architectures import Architecture, architecture
+from slipcast_compiler.model.library import library_class
+from slipcast_compiler.model.weight_files import WeightFiles, find_weight_files, is_weights, link, variants_of
 from slipcast_compiler.recipe.recipe import ModelTable
 
 # Names that published checkpoints use for parameters which the libraries of today call otherwise.
@@ -31,6 +34,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.to_v\.", ".value."),
     (r"\.to_out\.0\.", ".proj_attn."),
 )
+MAX_CONFIG_BYTES = 64 << 20  # an index of shards names every tensor
 _FEW_STEP_EULER = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 
@@ -49,15 +53,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`name` is what the recipe called it; `root` the directory it was found in."""
+    """`name` is what the recipe called it; `root` the directory it was found in; `variant` the weights it prefers."""
 
     root: Path
     name: str
+    variant: str | None = None
 
     @cached_property
     def index(self) -> dict[str, Any]:
         """model_index.json."""
-        return self._json(self.root / "model_index.json")
+        return read_json(self.root / "model_index.json")
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -67,15 +72,7 @@ class Checkpoint:
     @cached_property
     def process(self) -> NoiseProcess:
         """The noise process the denoiser was trained on, from the scheduler's config."""
-        return NoiseProcess.from_scheduler_config(self._scheduler)
-
-    @property
-    def usual_schedule(self) -> str | None:
-        """The schedule that the scheduler's config asks for, if it does."""
-        if self.few_step_sampler == "lcm":
-            return "lcm"
-        flags = (name for name in ("karras", "exponential", "beta") if self._scheduler.get(f"use_{name}_sigmas"))
-        return next(flags, self.process.timestep_spacing)
+        return NoiseProcess.from_scheduler_config(self.scheduler)
 
     @property
     def few_step_sampler(self) -> str | None:
@@ -84,15 +81,16 @@ class Checkpoint:
         LCM is published with a scheduler of its own, Turbo and Lightning with Euler's on trailing timesteps. Other
         models are on trailing timesteps for their zero terminal SNR, and say so.
         """
-        name, euler = self._scheduler.get("_class_name"), _FEW_STEP_EULER
+        name, euler = self.scheduler.get("_class_name"), _FEW_STEP_EULER
         if name == "LCMScheduler":
             return "lcm"
         distilled = self.process.timestep_spacing == "trailing" and not self.process.rescale_betas_zero_snr
         return euler.get(str(name)) if distilled and self.process.prediction == "epsilon" else None
 
     @cached_property
-    def _scheduler(self) -> dict[str, Any]:
-        return self._json(self.root / "scheduler" / "scheduler_config.json")
+    def scheduler(self) -> dict[str, Any]:
+        """scheduler_config.json."""
+        return read_json(self.root / "scheduler" / "scheduler_config.json")
 
     @cached_property
     def factor(self) -> int:
@@ -109,8 +107,11 @@ class Checkpoint:
     @cached_property
     def native_size(self) -> tuple[int, int]:
         """(width, height) in pixels that the denoiser was trained for."""
-        sample = self.config(self.architecture.components["denoiser"].folder)["sample_size"] or 64
+        config = self.config(self.architecture.components["denoiser"].folder)
+        sample = config["sample_size"] or 64
         rows, columns = (sample, sample) if isinstance(sample, int) else sample
+        if self.architecture.text and isinstance(sample, int) and sample < 64 and _is_old(config):
+            rows = columns = 64  # as diffusers' pipeline has it: the default of then was too small for these models
         return columns * self.factor, rows * self.factor
 
     @property
@@ -120,11 +121,11 @@ class Checkpoint:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what was read so far, some of which (code of the architecture) cannot go to another process."""
-        return Checkpoint, (self.root, self.name)
+        return Checkpoint, (self.root, self.name, self.variant)
 
     def config(self, folder: str) -> dict[str, Any]:
         """config.json of a component's folder, completed by its class's defaults: older files lack newer keys."""
-        given = self._json(self.root / folder / "config.json")
+        given = read_json(self.root / folder / "config.json")
         library, name = self.class_of(folder)
         kind = library_class(library, name)
         if library == "transformers":
@@ -152,33 +153,43 @@ class Checkpoint:
         }  # fmt: skip
 
     def weight_files(self, folder: str) -> list[Path]:
-        """The safetensors files of a component: sharded, plain, or the fp16 variant where there is no other."""
-        base = self.root / folder
-        indexes = sorted(base.glob("*.safetensors.index*.json"), key=lambda file: ("fp16" in file.name, file.name))
-        for index in indexes[:1]:
-            names = sorted(set(self._json(index)["weight_map"].values()))
-            if strays := [name for name in names if Path(name).name != name]:
-                raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
-            return [base / name for name in names]
-        files = sorted(base.glob("*.safetensors"))
-        plain = [file for file in files if file.suffixes[-2:-1] not in ([".fp16"], [".non_ema"])]
-        for candidates in (plain, [file for file in files if ".fp16." in file.name]):
-            if candidates:
-                return candidates[:1]
-        raise ArtifactError(
-            f"{base}: no weights", expected="*.safetensors",
-            got=", ".join(sorted(p.name for p in base.glob("*"))) or "nothing",
-            hint="save the pipeline again with safe_serialization=True",
-        )  # fmt: skip
+        """The safetensors files of a component: see model/weight_files.py."""
+        return list(self.chosen_weights(folder).files)
+
+    def chosen_weights(self, folder: str) -> WeightFiles:
+        """The variant of a component's weights that is taken."""
+        return find_weight_files(self.root / folder, self.variant, read_json)
 
     @cached_property
     def files(self) -> list[Path]:
         """All files that a bundle depends on."""
-        folders = {source.folder for source in self.architecture.components.values()}
-        folders |= {text.tokenizer for text in self.architecture.text} | {"scheduler"}
+        weighty = {source.folder for source in self.architecture.components.values()}
         files = [self.root / "model_index.json"]
-        files += [file for folder in folders for file in (self.root / folder).rglob("*") if file.is_file()]
+        for folder in weighty | {text.tokenizer for text in self.architecture.text} | {"scheduler"}:
+            inside = [file for file in (self.root / folder).rglob("*") if file.is_file()]
+            if folder in weighty:
+                chosen = self.chosen_weights(folder)
+                taken = {*chosen.files, *([chosen.index] if chosen.index else [])}
+                inside = [file for file in inside if file in taken or not is_weights(file)]
+            files += inside
         return sorted(files)
+
+    @contextmanager
+    def as_diffusers(self) -> Iterator[Path]:
+        """A directory of links for diffusers to load, which has no weights but those that are taken, and no pickles."""
+        with TemporaryDirectory(prefix="slipcast-") as made:
+            root = Path(made)
+            (root / "model_index.json").symlink_to((self.root / "model_index.json").absolute())
+            weighty = {source.folder for source in self.architecture.components.values()}
+            others = {text.tokenizer for text in self.architecture.text} | {"scheduler"}
+            for folder in weighty | others:
+                (root / folder).mkdir()
+                for file in (self.root / folder).iterdir():
+                    if not is_weights(file):
+                        (root / folder / file.name).symlink_to(file.absolute())
+                if folder in weighty:
+                    link(self.chosen_weights(folder), self.class_of(folder)[0], root / folder)
+            yield root
 
     @cached_property
     def sha256(self) -> str:
@@ -190,24 +201,37 @@ class Checkpoint:
             total.update(f"{file.relative_to(self.root).as_posix()}\0{digest}\n".encode())
         return total.hexdigest()
 
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            document = parse_json(path.read_bytes(), str(path))
-        except FileNotFoundError:
-            raise ArtifactError(
-                f"{path}: not found", expected="a diffusers directory with model_index.json",
-                hint="check model.path; it is relative to the recipe",
-            ) from None  # fmt: skip
-        if not isinstance(document, dict):
-            raise ArtifactError(f"{path}: not an object", got=type(document).__name__)
-        return document
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file of a checkpoint, which may hold what Python's json writes: NaN and Infinity, too.
+
+    diffusers writes -Infinity for a scheduler's lambda_min_clipped. ArtifactError for anything else.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ArtifactError(f"{path}: too large", expected=f"at most {MAX_CONFIG_BYTES} bytes")
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path}: not found", expected="a diffusers directory with model_index.json",
+            hint="check model.path; it is relative to the recipe",
+        ) from None  # fmt: skip
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read", got=error.strerror) from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not valid JSON", got=str(error)[:200], hint="download it again") from None
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: not an object", got=type(document).__name__)
+    return document
 
 
 def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
     """A local directory (relative to `folder`), or else a hub id with a revision, which is downloaded."""
     local = folder / table.path
     if local.is_dir():
-        return Checkpoint(local.resolve(), table.path)
+        return _with_variant(Checkpoint(local.resolve(), table.path, table.variant))
+    if local.exists():
+        refuse_file(local)
     if table.path.count("/") != 1 or table.path.startswith((".", "/")):
         raise RecipeError("model.path does not exist", expected="a diffusers directory, or a hub id", got=str(local))
     if not table.revision:
@@ -226,7 +250,49 @@ def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
             f"{table.path}@{table.revision}: cannot be downloaded", got=str(error).splitlines()[0],
             hint="check the network and the name, or download it elsewhere and give its directory as model.path",
         ) from error  # fmt: skip
-    return Checkpoint(Path(root), f"{table.path}@{table.revision}")
+    return _with_variant(Checkpoint(Path(root), f"{table.path}@{table.revision}", table.variant))
+
+
+def _with_variant(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint; RecipeError where no component has the variant that it is to prefer."""
+    folders = [source.folder for source in checkpoint.architecture.components.values()]
+    found = [variants_of(checkpoint.root / folder, read_json) for folder in folders]
+    known = set().union(*found)
+    if checkpoint.variant and checkpoint.variant not in known:
+        raise RecipeError(
+            f"model.variant: no component of {checkpoint.name} has such weights", got=checkpoint.variant,
+            expected=", ".join(sorted(known - {""})) or "no variant: there are plain files alone",
+        )  # fmt: skip
+    return checkpoint
+
+
+def refuse_file(local: Path) -> None:
+    """RecipeError for a checkpoint that is not a directory."""
+    if local.is_dir():
+        return
+    if not local.exists():
+        raise RecipeError(f"{local}: no such directory", expected="a diffusers directory")
+    if local.suffix.lower() == ".gguf":
+        raise RecipeError(
+            f"{local}: weights in GGUF are quantised for other runtimes", expected="a diffusers directory",
+            got="a GGUF file", hint="take the checkpoint that it was made of; slipcast quantises on its own",
+        )  # fmt: skip
+    if local.suffix.lower() != ".safetensors":
+        raise RecipeError(
+            f"{local}: a pickle is never loaded", expected="a diffusers directory with safetensors",
+            got=local.suffix or "a file", hint="convert it to safetensors where you trust it",
+        )  # fmt: skip
+    raise RecipeError(
+        f"{local}: a checkpoint in one file holds neither configs nor a tokenizer", expected="a diffusers directory",
+        got="a single file",
+        hint="diffusers makes one: StableDiffusionPipeline.from_single_file(FILE, config=DIR).save_pretrained(OUT)",
+    )  # fmt: skip
+
+
+def _is_old(config: Mapping[str, Any]) -> bool:
+    """Whether a config was written by diffusers before 0.9."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 9)
 
 
 def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
@@ -261,18 +327,6 @@ def read_tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
             f"{checkpoint.root / folder}: not a usable tokenizer", expected=f"the files of a {name}",
             got=f"{type(error).__name__}: {error}".splitlines()[0],
         ) from error  # fmt: skip
-
-
-def library_class(library: str, name: str) -> Any:
-    """A class of diffusers or transformers by name; ArtifactError where the installed version has none."""
-    import torch  # noqa: F401 - where it is missing, that is the error, and not what diffusers makes of it
-
-    with quiet():
-        found = getattr(importlib.import_module(library), name, None)
-    if found is None:
-        version = importlib.metadata.version(library)
-        raise ArtifactError(f"{library} {version} has no class {name}", hint=f"pip install --upgrade {library}")
-    return found
 
 
 def empty_module(checkpoint: Checkpoint, folder: str) -> Any:

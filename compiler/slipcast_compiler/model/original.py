@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,43 +16,44 @@ from slipcast.errors import ArtifactError
 from slipcast.progress import Advance
 from slipcast.sampling.denoiser import final_scale, initial_scale
 from slipcast.sampling.guidance import Evaluate, Guided
-from slipcast.sampling.samplers import sample
+from slipcast.sampling.samplers import base_name, sample
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, library_class
+from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer
+from slipcast_compiler.model.library import library_class
+from slipcast_compiler.model.scheduler import CLASSES, settings_for
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 Images = tuple[tuple[str | None, int], ...]  # prompt and seed of each
 
 _SPACED = ("leading", "linspace", "trailing")
 _ALL = (*_SPACED, "karras", "exponential", "beta")
-# sampler -> diffusers' scheduler, its settings, and the schedules with which it gives the pictures of ours. Where
-# diffusers ignores a schedule, or steps by T // n instead of to the next timestep, it is not in the list. Two samplers
-# are left out: DPMSolverSDEScheduler draws its noise from a Brownian tree, so no seed gives its pictures; and the third
-# order of sde-dpmsolver++ has a wrong sign (as of 0.42).
-SCHEDULERS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "ddpm": ("DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}, _SPACED),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}, ("leading",)),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, ("leading",)),
-    "euler": ("EulerDiscreteScheduler", {}, _ALL),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}, _SPACED),
-    "heun": ("HeunDiscreteScheduler", {}, _ALL),
-    "dpm2": ("KDPM2DiscreteScheduler", {}, _ALL),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, _ALL),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, _ALL),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "solver_type": "bh2"}, _ALL),
-    "deis": ("DEISMultistepScheduler", {"solver_order": 2}, _ALL),
-    "lcm": ("LCMScheduler", {}, ("lcm",)),
+# sampler -> the schedules with which diffusers' scheduler gives the pictures of ours. Where diffusers ignores a
+# schedule, or steps by T // n instead of to the next timestep, it is not in the list. Two samplers are left out:
+# DPMSolverSDEScheduler draws its noise from a Brownian tree, so no seed gives its pictures; and the third order of
+# sde-dpmsolver++ has a wrong sign (as of 0.42).
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "ddpm": _SPACED,
+    "ddim": ("leading",),
+    "pndm": ("leading",),
+    "euler": _ALL,
+    "euler_ancestral": _SPACED,
+    "heun": _ALL,
+    "dpm2": _ALL,
+    "dpmpp_2m": (*_ALL, "lu"),
+    "dpmpp_2m_sde": (*_ALL, "lu"),
+    "unipc": _ALL,
+    "deis": _ALL,
+    "lcm": ("lcm",),
 }
-_NONE = dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False)
-# schedule -> the scheduler settings that choose it.
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "leading": {**_NONE, "timestep_spacing": "leading"},
-    "linspace": {**_NONE, "timestep_spacing": "linspace"},
-    "trailing": {**_NONE, "timestep_spacing": "trailing"},
-    "karras": {**_NONE, "use_karras_sigmas": True},
-    "exponential": {**_NONE, "use_exponential_sigmas": True},
-    "beta": {**_NONE, "use_beta_sigmas": True},
-    "lcm": {},
+_STRIDING = ("ddim", "pndm")
+# sampler -> diffusers' pipeline for models without text that its scheduler can be run in: these neither scale what the
+# model reads, nor the first noise.
+NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
+UNCONDITIONAL = {
+    "ddpm": "DDPMPipeline",
+    "ddim": "DDIMPipeline",
+    "dpmpp_2m": "DDPMPipeline",
+    "dpmpp_2m_sde": "DDPMPipeline",
 }
 
 
@@ -104,7 +105,7 @@ class Drawing:
 
     def open(self, dtype: str = "float32") -> Any:
         """The pipeline in diffusers that draws them."""
-        return open_pipeline(self.original.checkpoint.root, self.sampling, dtype)
+        return open_pipeline(self.original.checkpoint, self.sampling, dtype)
 
 
 def make_images(drawing: Drawing, dtype: str, warm: bool, advance: Advance) -> dict[str, Any]:
@@ -134,11 +135,12 @@ def _short(sampling: Sampling) -> Sampling:
     return sampling.model_copy(update={"steps": min(sampling.steps, 2)}) if sampling.schedule else sampling
 
 
-def open_pipeline(root: Path, sampling: Sampling, dtype: str) -> Any:
+def open_pipeline(model: Checkpoint | Path, sampling: Sampling, dtype: str) -> Any:
     """The checkpoint's pipeline in diffusers, in `dtype` (float32 or bfloat16), with the scheduler for `sampling`."""
     import torch
 
-    pipe = _load(root, getattr(torch, dtype))
+    checkpoint = Checkpoint(model, str(model)) if isinstance(model, Path) else model
+    pipe = load_pipeline(checkpoint, getattr(torch, dtype))
     choose_scheduler(pipe, sampling)
     return pipe
 
@@ -149,10 +151,12 @@ def draw(
     """One image per prompt and seed, all in one batch: float32 [n, h, w, c] in [0, 1]; size is (width, height)."""
     import torch
 
-    noise, generators = draw_noise(pipe, size, seeds)
     text = [prompt for prompt in prompts if prompt is not None] or None
-    run = _with_diffusers if text is not None and has_scheduler(sampling) else _with_our_sampler
     with torch.no_grad():
+        if text is None and has_pipeline(sampling, False):
+            return _unconditional(pipe, sampling, size, seeds).astype(np.float32)
+        noise, generators = draw_noise(pipe, size, seeds)
+        run = _with_diffusers if has_pipeline(sampling, text is not None) else _with_our_sampler
         return run(pipe, sampling, text, noise, generators).astype(np.float32)
 
 
@@ -168,48 +172,70 @@ def draw_noise(pipe: Any, size: tuple[int, int], seeds: Sequence[int]) -> tuple[
 
 def has_scheduler(sampling: Sampling) -> bool:
     """Whether diffusers has this sampler with this schedule and guidance; tests show that the two then agree."""
-    known = sampling.sampler in SCHEDULERS and sampling.schedule in SCHEDULERS[sampling.sampler][2]
-    return known and not sampling.requires  # its pipelines guide every step
+    base, noise = base_name(sampling.sampler), sampling.noise
+    known = sampling.schedule in SCHEDULERS.get(base, ())
+    # To t - T // n, or to the next timestep: the same where n divides T.
+    known |= base in _STRIDING and sampling.schedule == "trailing" and noise.num_train_timesteps % sampling.steps == 0
+    flow = noise.prediction == "flow"
+    return known and not flow and not sampling.requires  # its pipelines guide every step
+
+
+def has_pipeline(sampling: Sampling, conditional: bool) -> bool:
+    """Whether a pipeline of diffusers draws the reference pictures."""
+    return has_scheduler(sampling) and (conditional or base_name(sampling.sampler) in UNCONDITIONAL)
 
 
 def drawn_by(sampling: Sampling, conditional: bool) -> str:
     """What the reference pictures are drawn by."""
-    if conditional and has_scheduler(sampling):
-        return f"diffusers' pipeline with {SCHEDULERS[sampling.sampler][0]}"
-    return "diffusers' modules under slipcast's sampler, as diffusers has no pipeline for this sampling"
+    if not has_pipeline(sampling, conditional):
+        return "diffusers' modules under slipcast's sampler, as diffusers has no pipeline for this sampling"
+    base = base_name(sampling.sampler)
+    return f"diffusers' {'pipeline' if conditional else UNCONDITIONAL[base]} with {CLASSES[base][0]}"
 
 
 def scheduler_for(sampling: Sampling) -> tuple[str, dict[str, Any]] | None:
     """diffusers' class for the sampler and the settings for its schedule; None where it has not both."""
     if not has_scheduler(sampling):
         return None
-    name, settings, _ = SCHEDULERS[sampling.sampler]
-    return name, {**settings, **SCHEDULES[sampling.schedule or ""]}
+    noise = sampling.noise
+    # What a pipeline corrects in its scheduler's config is lost to another scheduler that is made of it, if it was
+    # absent: diffusers takes it for a default.
+    corrected = {"steps_offset": noise.steps_offset, "clip_sample": noise.clip_sample is not None}
+    return CLASSES[base_name(sampling.sampler)][0], {**settings_for(sampling.sampler, sampling.schedule), **corrected}
 
 
 def choose_scheduler(pipe: Any, sampling: Sampling) -> None:
     """Give the pipeline the scheduler for the sampler and schedule, if diffusers has it."""
-    if chosen := scheduler_for(sampling):
-        name, settings = chosen
-        scheduler = library_class("diffusers", name)
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
+    if scheduler := make_scheduler(sampling, pipe.scheduler.config):
+        pipe.scheduler = scheduler
 
 
-def _load(root: Path, dtype: Any) -> Any:
+def make_scheduler(sampling: Sampling, config: Any) -> Any:
+    """diffusers' scheduler for the sampling, made of a checkpoint's; None where it has none."""
+    if not (chosen := scheduler_for(sampling)):
+        return None
+    name, settings = chosen
+    return library_class("diffusers", name).from_config(config, **settings)
+
+
+def load_pipeline(checkpoint: Checkpoint, dtype: Any) -> Any:
+    """The checkpoint as diffusers loads it, from the files that the bundle is made of."""
     from diffusers import DiffusionPipeline
 
-    weights = list((root / "unet").glob("*.safetensors"))
-    variant = "fp16" if weights and all(".fp16." in file.name for file in weights) else None
-    # A safety checker is not compiled, so the original's memory is measured without it.
-    parts = json.loads((root / "model_index.json").read_text())
-    without = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            root, torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, **without
-        )
-    except Exception as error:  # whatever is wrong with a checkpoint, it is of another type in every library
-        got = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ArtifactError(f"{root}: diffusers cannot load it", expected="a diffusers checkpoint", got=got) from error
+    # What is not compiled is not loaded, so that the original's memory is measured without it.
+    without: dict[str, Any] = {name: None for name in NOT_LOADED if name in checkpoint.index}
+    if "safety_checker" in checkpoint.index:
+        without["requires_safety_checker"] = False
+    with checkpoint.as_diffusers() as root:
+        try:
+            pipe = DiffusionPipeline.from_pretrained(
+                root, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **without
+            )
+        except Exception as error:  # whatever is wrong with a checkpoint, it is of another type in every library
+            got = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ArtifactError(
+                f"{checkpoint.root}: diffusers cannot load it", expected="a diffusers checkpoint", got=got
+            ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -224,14 +250,41 @@ def _with_diffusers(pipe: Any, sampling: Sampling, prompts: list[str] | None, no
     ).images  # fmt: skip
 
 
+class _Reduced:
+    """A denoiser that takes and returns float32 whatever it computes in: its pipeline draws noise in its dtype, and
+    noise in another dtype is another picture."""
+
+    def __init__(self, unet: Any, size: tuple[int, int]) -> None:
+        import torch
+
+        self._unet, self.dtype = unet, torch.float32
+        self.config = SimpleNamespace(in_channels=unet.config.in_channels, sample_size=(size[1], size[0]))
+
+    def __call__(self, sample: Any, timestep: Any) -> Any:
+        output = self._unet(sample.to(self._unet.dtype), timestep, return_dict=False)[0]
+        return SimpleNamespace(sample=output.float())
+
+
+def _unconditional(pipe: Any, sampling: Sampling, size: tuple[int, int], seeds: Sequence[int]) -> Any:
+    """The call of diffusers' own pipeline for the sampler, at this size."""
+    import torch
+
+    kind = library_class("diffusers", UNCONDITIONAL[base_name(sampling.sampler)])
+    own = kind(unet=pipe.unet, scheduler=pipe.scheduler)
+    own.unet = _Reduced(pipe.unet, size)
+    own.set_progress_bar_config(disable=True)
+    eta = {"eta": sampling.eta} if base_name(sampling.sampler) == "ddim" else {}
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return own(
+        batch_size=len(seeds), generator=generators, num_inference_steps=sampling.steps, output_type="np", **eta
+    ).images  # fmt: skip
+
+
 def _with_our_sampler(pipe: Any, sampling: Sampling, prompts: list[str] | None, noise: Any, generators: Any) -> Any:
-    """The original modules under slipcast's sampler: for schedules that diffusers lacks, and for models without text,
-    whose pipelines in diffusers know their own scheduler alone."""
+    """The original modules under slipcast's sampler: for what no pipeline of diffusers draws."""
     x = sample_latents(pipe, sampling, prompts, noise, generators)
     if hasattr(pipe, "vae"):
-        config = pipe.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        x = pipe.vae.decode((x / config.scaling_factor + shift).to(pipe.dtype), return_dict=False)[0].float()
+        x = pipe.vae.decode((x / pipe.vae.config.scaling_factor).to(pipe.dtype), return_dict=False)[0].float()
     return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from slipcast.engines import ENGINES
-from slipcast.sampling.samplers import SAMPLERS
+from slipcast.sampling.samplers import SAMPLERS, base_name, find_sampler
 from slipcast_compiler.plan import Plan
 
 Overrides: TypeAlias = dict[str, Any]
@@ -74,7 +74,7 @@ def _samplers(plan: Plan) -> dict[str, Dimension]:
         return {}
     fitting = {name: each for name, each in SAMPLERS.items() if each.flow or not _is_flow(plan)}
     alike = (name for name, each in fitting.items() if not each.stochastic and each.evaluations == 1)
-    return {"sampler": _named(plan.sampling.sampler, tuple(alike))}
+    return {"sampler": _named(base_name(plan.sampling.sampler), tuple(alike))}
 
 
 def _steps(plan: Plan) -> dict[str, Dimension]:
@@ -92,7 +92,7 @@ def _timesteps(plan: Plan) -> dict[str, Dimension]:
     if plan.recipe.timesteps:
         return {"timesteps": _named(plan.recipe.timesteps.method, FOUND, dear=FOUND)}
     names = FLOW_SCHEDULES if _is_flow(plan) else SCHEDULES
-    found = () if SAMPLERS[plan.sampling.sampler].stochastic or plan.sampling.eta else FOUND
+    found = () if find_sampler(plan.sampling.sampler).stochastic or plan.sampling.eta else FOUND
     return {"timesteps": _named(plan.sampling.schedule, (*names, *found), dear=FOUND)}
 
 
@@ -112,7 +112,7 @@ def _interval(plan: Plan) -> dict[str, Dimension]:
 def _caching(plan: Plan) -> dict[str, Dimension]:
     """Whether about half of the steps are shallow, by a mask that is found for each point. It takes memory. What a
     recipe says of it goes for all points."""
-    sampler, search = SAMPLERS[plan.sampling.sampler], plan.recipe.search
+    sampler, search = find_sampler(plan.sampling.sampler), plan.recipe.search
     fewer = search and search.objective == "memory"
     if plan.recipe.caching:
         return {"caching": Dimension((True,), True, ordered=False)}

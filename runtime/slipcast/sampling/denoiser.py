@@ -60,7 +60,15 @@ class Denoiser:
         output = self.predict(x if scale == 1.0 else x * scale, self.schedule.timestep(sigma))
         denoised = PREDICTIONS[prediction](x, output, sigma)
         limit = self.process.clip_sample
-        return denoised if limit is None else denoised.clip(-limit, limit)
+        if limit is None:
+            return denoised
+        clipped = denoised.clip(-limit, limit)
+        if not self.process.keeps_noise:
+            return clipped
+        # The step goes to clipped + t * (x - denoised) / sigma, where the next sigma is t; the one that samplers make
+        # of D, D + t * (x - D) / sigma, is the same for this D. At the last step t is 0, and D what was clipped.
+        ratio = self.schedule.after(sigma) / sigma
+        return clipped + (ratio / (1 - ratio)) * (clipped - denoised)
 
 
 def initial_scale(process: NoiseProcess, schedule: Schedule | float, sampler: str = "dpmpp_2m") -> float:
@@ -77,4 +85,4 @@ def initial_scale(process: NoiseProcess, schedule: Schedule | float, sampler: st
 
 def final_scale(process: NoiseProcess, schedule: Schedule) -> float:
     """Factor from the last x to the clean latent: not quite 1 where the terminal sigma is not 0 (PNDM, DEIS)."""
-    return input_scale(process.prediction, schedule.sigmas[-1])
+    return input_scale(process.prediction, schedule.sigmas[-1]) if schedule.vp else 1.0

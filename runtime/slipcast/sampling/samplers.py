@@ -14,8 +14,9 @@ of its calls is diffusers' order, so that a seed means the same picture. Nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
@@ -65,6 +66,24 @@ def euler_ancestral(
         yield x
 
 
+def ddpm(
+    denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise, variance_type: str = "fixed_small"
+) -> Iterator[Array]:
+    """The ancestral sampling of DDPM (arXiv 2006.11239, Algorithm 2), with the smaller variance or the larger one.
+
+    `fixed_large` adds noise of variance beta after every step but that from the smallest noise level.
+    """
+    if variance_type == "fixed_small":
+        yield from euler_ancestral(denoise, x, sigmas, noise)
+        return
+    steps = _steps(sigmas)
+    for i, (s, t) in enumerate(steps):
+        x = _blend(x, denoise(x, s), (t / s) ** 2)
+        if i < len(steps) - 1:
+            x = x + math.sqrt((s * s - t * t) * (1 + t * t) / (1 + s * s)) * noise()
+        yield x
+
+
 def heun(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array]:
     """Heun's method, Algorithm 1 of Karras et al., arXiv 2206.00364; the last step to sigma = 0 is Euler's."""
     for s, t in _steps(sigmas):
@@ -111,19 +130,38 @@ def pndm(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array]
         yield x
 
 
-def _is_last_and_coarse(i: int, t: float, count: int) -> bool:
-    """DPM-Solver++ ends with a first-order step where sigma ends at 0, or where steps are few (diffusers: below 15)."""
-    return i == count - 1 and (t == 0 or count < 15)
+COARSE = 15  # steps; diffusers ends schedules of fewer in lower order
 
 
-def _multistep_2m(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise | None) -> Iterator[Array]:
+def _is_last_and_coarse(i: int, t: float, count: int, coarse: float = COARSE) -> bool:
+    """DPM-Solver++ ends with a first-order step where sigma ends at 0, or where there are fewer than `coarse` steps."""
+    return i == count - 1 and (t == 0 or count < coarse)
+
+
+def _second_order(h: float, drift: int, solver_type: str) -> float:
+    """Weight of D's slope, times h, over a step of length h in log sigma: the two forms of arXiv 2211.01095.
+
+    `heun` integrates the slope exactly, `midpoint` takes half of it; their difference is of third order.
+    """
+    if solver_type == "midpoint" or h == 0:
+        return 0.5
+    whole = -math.expm1(-drift * h)
+    return (1 - whole / (drift * h)) / whole
+
+
+def _multistep_2m(
+    denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise | None, options: Mapping[str, Any]
+) -> Iterator[Array]:
     """Second-order multistep in log sigma: on the ODE, or, where there is noise, on the SDE, whose drift is twofold."""
+    coarse: float = COARSE if options.get("lower_order_final", True) else 0
+    coarse = math.inf if options.get("euler_at_final", False) else coarse
+    solver_type, drift = options.get("solver_type", "midpoint"), 1 if noise is None else 2
     steps, last, h_last = _steps(sigmas), None, 0.0
     for i, (s, t) in enumerate(steps):
         denoised = target = denoise(x, s)
         h = math.log(s / t) if t > 0 else math.inf
-        if last is not None and not _is_last_and_coarse(i, t, len(steps)):
-            target = denoised + (h / (2 * h_last)) * (denoised - last)
+        if last is not None and not _is_last_and_coarse(i, t, len(steps), coarse):
+            target = denoised + (h / h_last) * _second_order(h, drift, solver_type) * (denoised - last)
         x = _blend(x, target, t / s if noise is None else (t / s) ** 2)
         if noise is not None and t > 0:
             x = x + t * math.sqrt(-math.expm1(-2 * h)) * noise()
@@ -131,14 +169,14 @@ def _multistep_2m(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: No
         yield x
 
 
-def dpmpp_2m(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array]:
+def dpmpp_2m(denoise: Denoise, x: Array, sigmas: Sequence[float], **options: Any) -> Iterator[Array]:
     """DPM-Solver++(2M), Algorithm 2 of arXiv 2211.01095."""
-    return _multistep_2m(denoise, x, sigmas, None)
+    return _multistep_2m(denoise, x, sigmas, None, options)
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise) -> Iterator[Array]:
-    """SDE-DPM-Solver++(2M), arXiv 2211.01095 section 5, midpoint form."""
-    return _multistep_2m(denoise, x, sigmas, noise)
+def dpmpp_2m_sde(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise, **options: Any) -> Iterator[Array]:
+    """SDE-DPM-Solver++(2M), arXiv 2211.01095 section 5; in midpoint form, unless solver_type is heun."""
+    return _multistep_2m(denoise, x, sigmas, noise, options)
 
 
 def dpmpp_3m_sde(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise) -> Iterator[Array]:
@@ -190,10 +228,13 @@ def dpmpp_sde(denoise: Denoise, x: Array, sigmas: Sequence[float], noise: Noise)
         yield x
 
 
-def unipc(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array]:
-    """UniPC of order 2 with B(h) = expm1(h) and data prediction, Algorithms 5 and 6 of arXiv 2302.04867.
+def unipc(
+    denoise: Denoise, x: Array, sigmas: Sequence[float], solver_type: str = "bh2", disable_corrector: Sequence[int] = ()
+) -> Iterator[Array]:
+    """UniPC of order 2 with data prediction, Algorithms 5 and 6 of arXiv 2302.04867; B(h) = expm1(h), or h for `bh1`.
 
-    What is yielded is the prediction; the next evaluation corrects it. The last step, of order 1, has no correction.
+    What is yielded is the prediction; the next evaluation corrects it, but for steps in `disable_corrector`. The last
+    step, of order 1, has no correction.
     """
     steps = _steps(sigmas)
     before: Array = x  # x, D, the step's length and its difference D1, of the step that led here
@@ -202,30 +243,37 @@ def unipc(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array
     r, h = 0.0, 0.0
     for i, (s, t) in enumerate(steps):
         denoised = denoise(x, s)
-        if i > 0:
+        if i > 0 and i - 1 not in disable_corrector:
             grown = math.expm1(-h)
-            b1 = (1 + grown / h) / -grown
+            b1 = (1 + grown / h) / -grown  # of B(h) = expm1(h); the equations are divided by it
             b2 = 2 * ((1 + grown / h) / h - 0.5) / grown
             w = (b1 - b2) / (1 + r) if i > 1 else 0.0  # of D1; the first step has none
-            x = _blend(before, past + w * d1 + ((b1 - w) if i > 1 else 0.5) * (denoised - past), math.exp(-h))
+            first = 0.5 * _bh(h, solver_type)
+            x = _blend(before, past + w * d1 + ((b1 - w) if i > 1 else first) * (denoised - past), math.exp(-h))
         h_last, h = h, math.log(s / t) if t > 0 else math.inf
         target = denoised
         if 0 < i < len(steps) - 1:
             r = h_last / h
             d1 = (denoised - past) / r
-            target = denoised + 0.5 * d1
+            target = denoised + 0.5 * _bh(h, solver_type) * d1
         before, past = x, denoised
         x = _blend(x, target, t / s)
         yield x
 
 
-def deis(denoise: Denoise, x: Array, sigmas: Sequence[float]) -> Iterator[Array]:
+def _bh(h: float, solver_type: str) -> float:
+    """B(h) over that of bh2: it matters where diffusers takes 1/2 for a weight that would follow from it."""
+    return 1.0 if solver_type == "bh2" else -h / math.expm1(-h)
+
+
+def deis(denoise: Denoise, x: Array, sigmas: Sequence[float], lower_order_final: bool = True) -> Iterator[Array]:
     """DEIS of order 2, arXiv 2204.13902, log-rho form: eps is extrapolated linearly in log sigma, then integrated."""
+    coarse = COARSE if lower_order_final else 0
     steps, last, before = _steps(sigmas), None, 0.0
     for i, (s, t) in enumerate(steps):
         eps = (x - denoise(x, s)) / s
         slope = (t - s) * eps
-        if last is not None and not _is_last_and_coarse(i, t, len(steps)):
+        if last is not None and not _is_last_and_coarse(i, t, len(steps), coarse):
             integral = t * (math.log(t / s) - 1) + s  # of log(sigma / s), from s to t
             weight = integral / math.log(s / before)
             slope = slope + weight * (eps - last)
@@ -261,7 +309,8 @@ class Grid:
     karras, karras_cosine, others: what is done to the fractional timesteps of karras sigmas, of karras sigmas on the
     cosine beta schedule, and of exponential and beta sigmas.
     terminal: the sigma after the last step: `zero`, or the `first` of the training table, or either one as the config's
-    set_alpha_to_one says (where it is silent: `config_one` zero, `config_first` first).
+    set_alpha_to_one says (where it is silent: `config_one` zero, `config_first` first) or as its final_sigmas_type does
+    (`config_final`; `config_last`: of karras, exponential and beta it is then the last that was laid).
     start: the first x is unit noise in variance-preserving coordinates (`vp`), or depends on the spacing (`spacing`).
     clamped: where training ends with no signal, abar is held at 2**-24 there, for the sigma to be finite.
     """
@@ -273,7 +322,7 @@ class Grid:
     karras: Rounding = "round"
     karras_cosine: Rounding = "round"
     others: Rounding = "floor"
-    terminal: Literal["zero", "first", "config_one", "config_first"] = "zero"
+    terminal: Literal["zero", "first", "config_one", "config_first", "config_final", "config_last"] = "zero"
     start: Literal["vp", "spacing"] = "vp"
     clamped: bool = True
 
@@ -293,11 +342,25 @@ CONTINUOUS = Grid(
     karras_cosine="exact",
     others="exact",
 )
+EULER = replace(CONTINUOUS, terminal="config_final")
 KDPM2 = Grid(spacing="linspace", whole=False, span="spaced", others="exact", start="spacing")
 # DPMSolverMultistep, UniPC, DEIS: cast to integers, which rounds down unless they round first.
-DPMPP = Grid(spacing="linspace", extra=1, karras_cosine="floor")
-UNIPC = Grid(spacing="linspace", extra=1)
+DPMPP = Grid(spacing="linspace", extra=1, karras_cosine="floor", terminal="config_final")
+UNIPC = Grid(spacing="linspace", extra=1, terminal="config_last")
 DEIS = Grid(spacing="linspace", extra=1, terminal="first")
+
+
+Option: TypeAlias = Callable[[str], Any]
+
+
+def _one_of(*names: str) -> Option:
+    """A reader of one of these words; KeyError for another."""
+    return {name: name for name in names}.__getitem__
+
+
+_FLAG: Option = {"true": True, "false": False}.__getitem__
+_NUMBERS: Option = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731 - a row of a table
+_DPMPP_OPTIONS = {"solver_type": _one_of("midpoint", "heun"), "lower_order_final": _FLAG, "euler_at_final": _FLAG}
 
 
 @dataclass(frozen=True)
@@ -307,7 +370,8 @@ class Sampler:
     step: the generator. order: global order of convergence; of a stochastic sampler, in law (the third-order drift of
     `dpmpp_3m_sde` makes its error small, but D still sees no noise within a step). grid: how diffusers lays its steps.
     evaluations: calls of `denoise` per step. stochastic: draws noise. flow: also runs in flow-matching coordinates.
-    eta: the default of a sampler that takes one, else None.
+    eta: the default of a sampler that takes one, else None. options: keywords of `step` that a name may set, by the
+    keys of diffusers' configs: `dpmpp_2m+solver_type=heun` is dpmpp_2m with that option.
     """
 
     step: Callable[..., Iterator[Array]]
@@ -317,31 +381,64 @@ class Sampler:
     stochastic: bool = False
     flow: bool = False
     eta: float | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(euler_ancestral, 1, DISCRETE, stochastic=True),
+    "ddpm": Sampler(
+        ddpm, 1, DISCRETE, stochastic=True, options={"variance_type": _one_of("fixed_small", "fixed_large")}
+    ),
     "ddim": Sampler(euler_ancestral, 1, DDIM, eta=0.0),
     "pndm": Sampler(pndm, 2, PNDM),
-    "euler": Sampler(euler, 1, CONTINUOUS, flow=True),
+    "euler": Sampler(euler, 1, EULER, flow=True),
     "euler_ancestral": Sampler(euler_ancestral, 1, CONTINUOUS, stochastic=True),
     "heun": Sampler(heun, 2, CONTINUOUS, evaluations=2, flow=True),
     "dpm2": Sampler(dpm2, 2, KDPM2, evaluations=2),
-    "dpmpp_2m": Sampler(dpmpp_2m, 2, DPMPP),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, DPMPP, stochastic=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, 2, DPMPP, options=_DPMPP_OPTIONS),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, 2, DPMPP, stochastic=True, options=_DPMPP_OPTIONS),
     "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, 2, DPMPP, stochastic=True),
     "dpmpp_sde": Sampler(dpmpp_sde, 2, CONTINUOUS, evaluations=2, stochastic=True),
-    "unipc": Sampler(unipc, 2, UNIPC),
-    "deis": Sampler(deis, 2, DEIS),
+    "unipc": Sampler(unipc, 2, UNIPC, options={"solver_type": _one_of("bh1", "bh2"), "disable_corrector": _NUMBERS}),
+    "deis": Sampler(deis, 2, DEIS, options={"lower_order_final": _FLAG}),
     "lcm": Sampler(lcm, 1, DISCRETE, stochastic=True),
 }
 
 
 def find_sampler(name: str) -> Sampler:
-    """The sampler of that name; RequestError with the candidates if there is none."""
-    if name not in SAMPLERS:
+    """The sampler of that name, with the options that it sets; RequestError with the candidates if there is none."""
+    base = base_name(name)
+    if base not in SAMPLERS:
         raise RequestError("unknown sampler", expected=", ".join(SAMPLERS), got=repr(name))
-    return SAMPLERS[name]
+    sampler, options = SAMPLERS[base], sampler_options(name)
+    return replace(sampler, step=partial(sampler.step, **options)) if options else sampler
+
+
+def is_known(name: str) -> bool:
+    """Whether there is a sampler of that name, options and all."""
+    try:
+        find_sampler(name)
+    except RequestError:
+        return False
+    return True
+
+
+def base_name(name: str) -> str:
+    """The sampler's name without options."""
+    return name.partition("+")[0]
+
+
+def sampler_options(name: str) -> dict[str, Any]:
+    """The options that a sampler's name sets; RequestError where it has not such an option, or not with that value."""
+    known, found = SAMPLERS[base_name(name)].options, {}
+    for option in name.split("+")[1:]:
+        key, _, value = option.partition("=")
+        try:
+            found[key] = known[key](value)
+        except (KeyError, ValueError):
+            raise RequestError(
+                f"{base_name(name)} has no such option", expected=", ".join(known) or "none", got=repr(option[:100])
+            ) from None
+    return found
 
 
 def sample(

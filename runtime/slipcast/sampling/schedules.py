@@ -59,6 +59,14 @@ _CLIPPING = ("DDPMScheduler", "DDIMScheduler")  # classes that clip unless they 
 SPACINGS = ("leading", "linspace", "trailing")
 
 
+_WORDS = {
+    "timestep_spacing": SPACINGS,
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+}
+
+
 def _pick(what: str, value: Any, candidates: Sequence[str] | Mapping[str, Any]) -> str:
     if value not in candidates:
         raise RecipeError(f"scheduler config: unknown {what}", expected=", ".join(candidates), got=repr(value))
@@ -67,7 +75,7 @@ def _pick(what: str, value: Any, candidates: Sequence[str] | Mapping[str, Any]) 
 
 @dataclass(frozen=True)
 class NoiseProcess:
-    """The noise a model was trained to remove.
+    """The noise a model was trained to remove, and how its scheduler lays steps on it.
 
     `timestep_spacing` and `set_alpha_to_one` are None where the config is silent: then each sampler family has its own
     default, as in diffusers. `shift` belongs to flow matching. All fields but `trained_betas` (a tuple of floats or
@@ -88,13 +96,34 @@ class NoiseProcess:
     set_alpha_to_one: bool | None = None
     shift: float = 1.0
     clip_sample: float | None = None  # DDPM on pixels: the expected clean picture is kept within +- this
+    keeps_noise: bool = False  # of a clipped picture: DDIM in diffusers goes on with the noise of the unclipped one
+    final_sigmas_type: str = "zero"  # after the last step, or sigma_min: the smallest of the training table
+    sigma_min: float | None = None  # karras, exponential and beta end there, not at the smallest of the table
+    sigma_max: float | None = None  # and begin there
+    lambda_min_clipped: float | None = None  # spacings begin where log(signal / noise) is at least this
+    interpolation_type: str = "linear"  # or log_linear: sigmas even in their logarithm, whatever the timesteps
+    timestep_type: str = "discrete"  # or continuous: with v prediction the model is told log(sigma) / 4
+    original_inference_steps: int = 50  # that a latent consistency model was distilled on
+
+    def __post_init__(self) -> None:
+        """ValueError for what no schedule can be laid on; pydantic and from_scheduler_config make it their own."""
+        low, high = self.sigma_min, self.sigma_max
+        if not (0 < (1e-6 if low is None else low) < (1e6 if high is None else high) < math.inf):
+            raise ValueError(f"sigma_min and sigma_max rise from above 0, got {low} and {high}")
+        if self.original_inference_steps < 1:
+            raise ValueError(f"original_inference_steps is at least 1, got {self.original_inference_steps}")
+        if not math.isfinite(self.lambda_min_clipped or 0.0):
+            raise ValueError(f"lambda_min_clipped is a finite number, got {self.lambda_min_clipped}")
+        for key, candidates in _WORDS.items():
+            if (word := getattr(self, key)) is not None and word not in candidates:
+                raise ValueError(f"{key} is one of {', '.join(candidates)}, got {str(word)[:100]!r}")
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> NoiseProcess:
         """Read a scheduler_config.json; RecipeError where it asks for what is not known here.
 
-        Not read: `clip_sample`, meant for models of pixels, and the `use_..._sigmas` switches, which name a schedule,
-        not a process. With `use_dynamic_shifting` the shift depends on the image size: replace `shift` by exp(mu).
+        Not read: the `use_..._sigmas` switches, which name a schedule, not a process. With `use_dynamic_shifting` the
+        shift depends on the image size: replace `shift` by exp(mu).
         """
         name = str(config.get("_class_name", ""))
         known = {**_CLASS_DEFAULTS.get(name, {}), **{k: v for k, v in config.items() if v is not None}}
@@ -113,14 +142,20 @@ class NoiseProcess:
                 raise RecipeError("scheduler config: trained_betas has another length", expected=count, got=got)
             if "trained_betas" not in known:
                 _pick("beta_schedule", known.get("beta_schedule", "linear"), BETA_SCHEDULES)
-        if "timestep_spacing" in known:
-            _pick("timestep_spacing", known["timestep_spacing"], SPACINGS)
+        for key, candidates in _WORDS.items():
+            if key in known:
+                _pick(key, known[key], candidates)
+        if values.get("lambda_min_clipped") == -math.inf:  # as JSON cannot say it, and neither can a manifest
+            del values["lambda_min_clipped"]
         if known.get("clip_sample", name in _CLIPPING):
             values["clip_sample"] = float(known.get("clip_sample_range", 1.0))
         else:
             values.pop("clip_sample", None)
         betas = known.get("trained_betas")
-        return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
+        try:
+            return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"scheduler config: {error}") from None
 
     @cached_property
     def sigmas(self) -> Floats:
@@ -145,8 +180,17 @@ class NoiseProcess:
         return sigmas.astype(np.float64)
 
     @cached_property
-    def _log_sigmas(self) -> Floats:
+    def log_sigmas(self) -> Floats:
+        """The logarithms of `sigmas`, rounded to float32 as diffusers has them."""
         return np.log(self.sigmas.astype(np.float32)).astype(np.float64)
+
+    @property
+    def clipped_timesteps(self) -> int:
+        """How many of the training timesteps a spacing reaches: all, but for those below lambda_min_clipped."""
+        total = self.num_train_timesteps
+        if self.lambda_min_clipped is None or self.prediction == "flow":
+            return total
+        return total - int((-self.log_sigmas < self.lambda_min_clipped).sum())
 
     def sigma_at(self, timesteps: Floats) -> Floats:
         """Sigmas of (possibly fractional) timesteps, linear between those of the table; for flow sigma = t / T."""
@@ -158,7 +202,7 @@ class NoiseProcess:
         """Fractional timesteps of sigmas, linear in log sigma between those of the table; for flow t = sigma * T."""
         if self.prediction == "flow":
             return sigmas * self.num_train_timesteps
-        return np.interp(np.log(np.maximum(sigmas, 1e-10)), self._log_sigmas, np.arange(len(self.sigmas)))
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), self.log_sigmas, np.arange(len(self.sigmas)))
 
 
 def _cumulative_product(alphas: Floats32) -> Floats32:
@@ -184,17 +228,27 @@ def _shifted(times: Floats, shift: float) -> Floats:
 class Schedule:
     """n steps: `sigmas`, n + 1 falling values, the last the terminal one, and `timesteps`, n, that the model is told.
 
-    `spacing`: leading, linspace or trailing, if the schedule is one of these.
+    `spacing`: leading, linspace or trailing, if the schedule is one of these. `vp`: what the sampler ends with is in
+    variance-preserving coordinates in diffusers, which shows where the terminal sigma is not 0.
     """
 
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     process: NoiseProcess
     spacing: str | None = None
+    vp: bool = True
 
     @cached_property
     def _told(self) -> dict[float, float]:
         return dict(zip(self.sigmas, self.timesteps, strict=False))  # the terminal sigma has no timestep
+
+    @cached_property
+    def _after(self) -> dict[float, float]:
+        return dict(zip(self.sigmas, self.sigmas[1:], strict=False))
+
+    def after(self, sigma: float) -> float:
+        """The sigma that follows this one, which is of the schedule."""
+        return self._after[sigma]
 
     def timestep(self, sigma: float) -> float:
         """The timestep to tell the model at that sigma: `timesteps[i]` at `sigmas[i]`, interpolated between them."""
@@ -208,9 +262,9 @@ def _spaced(process: NoiseProcess, steps: int, grid: Grid, spacing: str) -> Poin
     DDIM and PNDM in diffusers step from t to t - T // n, not to the next timestep of the list. That is the same for
     leading, and for trailing where n divides T; elsewhere theirs leave gaps or overlap, and ours do not follow.
     """
-    total = process.num_train_timesteps
     if process.prediction == "flow":
         return _flow(process, steps, grid)
+    total = process.clipped_timesteps
     if spacing == "leading":
         laid = steps + grid.extra
         timesteps = np.arange(laid, dtype=np.float64)[::-1][:steps] * (total // laid) + process.steps_offset
@@ -219,8 +273,23 @@ def _spaced(process: NoiseProcess, steps: int, grid: Grid, spacing: str) -> Poin
         if grid.whole:
             timesteps = np.round(timesteps)
     else:
-        timesteps = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1  # arange may round up to one step more
+        stride = process.num_train_timesteps / steps
+        timesteps = np.round(np.arange(total, 0, -stride)[:steps]) - 1  # arange may round up to one step more
+        if len(timesteps) < steps:
+            raise RequestError(
+                "lambda_min_clipped leaves too few trailing timesteps", expected=f"{steps} steps", got=len(timesteps),
+                hint="choose another schedule",
+            )  # fmt: skip
+    if process.interpolation_type == "log_linear":
+        return _even_in_log(process, steps)[:-1], timesteps
     return _laid(process, timesteps, grid)
+
+
+def _even_in_log(process: NoiseProcess, steps: int) -> Floats:
+    """n + 1 sigmas from end to end of the training table, even in their logarithm; float64 of float32, as in torch."""
+    high, low = np.log(process.sigmas[[-1, 0]].astype(np.float32))
+    sigmas: Floats = np.exp(np.linspace(high, low, steps + 1, dtype=np.float32)).astype(np.float64)
+    return sigmas
 
 
 def _laid(process: NoiseProcess, timesteps: Floats, grid: Grid) -> Points:
@@ -244,7 +313,7 @@ def _flow_uniform(process: NoiseProcess, steps: int, grid: Grid) -> Points:
 
 def _lcm(process: NoiseProcess, steps: int, grid: Grid) -> Points:
     """The 50 timesteps latent consistency models (arXiv 2310.04378) are distilled on, thinned as by LCMScheduler."""
-    origin = 50
+    origin = min(process.original_inference_steps, process.num_train_timesteps)
     if steps > origin:
         raise RequestError("too many steps for the lcm schedule", expected=f"1 to {origin}", got=steps)
     trained = np.arange(origin, 0, -1) * (process.num_train_timesteps // origin) - 1.0
@@ -262,10 +331,13 @@ def _round(process: NoiseProcess, sigmas: Floats, how: Rounding) -> Points:
 
 def _span(process: NoiseProcess, steps: int, grid: Grid) -> tuple[float, float]:
     """The largest and the smallest sigma that karras, exponential and beta run between."""
-    if grid.span == "table" and process.prediction != "flow":
-        return float(process.sigmas[-1]), float(process.sigmas[0])
-    sigmas, _ = _spaced(process, steps, grid, process.timestep_spacing or grid.spacing)
-    return float(sigmas[0]), float(sigmas[-1])
+    if process.prediction != "flow" and (grid.span == "table" or process.interpolation_type == "log_linear"):
+        high, low = float(process.sigmas[-1]), float(process.sigmas[0])
+    else:
+        sigmas, _ = _spaced(process, steps, grid, process.timestep_spacing or grid.spacing)
+        high, low = float(sigmas[0]), float(sigmas[-1])
+    high = high if process.sigma_max is None else process.sigma_max
+    return high, low if process.sigma_min is None else process.sigma_min
 
 
 def _karras(process: NoiseProcess, steps: int, grid: Grid, rho: float = 7.0) -> Points:
@@ -281,6 +353,15 @@ def _exponential(process: NoiseProcess, steps: int, grid: Grid) -> Points:
     high, low = _span(process, steps, grid)
     sigmas = np.exp(np.linspace(math.log(high), math.log(low), steps))
     return _round(process, np.clip(sigmas, low, high), grid.others)
+
+
+def _lu(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Even in log sigma over the training table, Lu et al., arXiv 2206.00927: `exponential` but for its timesteps."""
+    logs = np.linspace(process.log_sigmas[-1], process.log_sigmas[0], steps)
+    timesteps = np.interp(logs, process.log_sigmas, np.arange(len(process.sigmas)))
+    how = grid.karras_cosine if process.beta_schedule == "squaredcos_cap_v2" else grid.karras
+    sigmas = np.clip(np.exp(logs), process.sigmas[0], process.sigmas[-1])
+    return sigmas, np.round(timesteps) if how == "round" else np.floor(timesteps) if how == "floor" else timesteps
 
 
 def _beta(process: NoiseProcess, steps: int, grid: Grid) -> Points:
@@ -308,6 +389,7 @@ SCHEDULES: dict[str, Callable[[NoiseProcess, int, Grid], Points]] = {
     "karras": _karras,
     "exponential": _exponential,
     "beta": _beta,
+    "lu": _lu,
     "ays_sd15": _align_your_steps((14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)),
     "ays_sdxl": _align_your_steps((14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)),
     "lcm": _lcm,
@@ -342,11 +424,9 @@ def _finish(
 ) -> Schedule:
     """Append the sampler's terminal sigma and check that noise falls."""
     _check_sampler(process, sampler)
-    terminal = find_sampler(sampler).grid.terminal
-    if terminal.startswith("config"):
-        one = process.set_alpha_to_one if process.set_alpha_to_one is not None else terminal == "config_one"
-        terminal = "zero" if one else "first"
-    last = 0.0 if terminal == "zero" or process.prediction == "flow" else float(process.sigmas[0])
+    last = _last(process, sigmas, find_sampler(sampler).grid, spacing)
+    if process.timestep_type == "continuous" and process.prediction == "v_prediction":
+        timesteps = 0.25 * np.log(sigmas)
     if not (np.diff(sigmas) < 0).all() or not sigmas[-1] >= last or sigmas[-1] <= 0:
         raise RequestError(
             "two steps of the schedule fall on the same noise level",
@@ -354,7 +434,26 @@ def _finish(
             got=f"{len(sigmas)} steps",
             hint="ask for fewer steps",
         )
-    return Schedule((*sigmas.tolist(), last), tuple(timesteps.tolist()), process, spacing)
+    vp = find_sampler(sampler).grid.start == "vp"
+    return Schedule((*sigmas.tolist(), last), tuple(timesteps.tolist()), process, spacing, vp)
+
+
+def _last(process: NoiseProcess, sigmas: Floats, grid: Grid, spacing: str | None) -> float:
+    """The terminal sigma."""
+    if process.prediction == "flow":
+        return 0.0
+    smallest = float(process.sigmas[0])
+    if spacing and process.interpolation_type == "log_linear":
+        return smallest  # the last of its n + 1 sigmas
+    match grid.terminal:
+        case "config_one" | "config_first" as silent:
+            one = process.set_alpha_to_one
+            return 0.0 if (silent == "config_one" if one is None else one) else smallest
+        case "config_final" | "config_last" as which if process.final_sigmas_type == "sigma_min":
+            return smallest if which == "config_final" or spacing else float(sigmas[-1])
+        case "first":
+            return smallest if spacing or process.sigma_min is None else float(sigmas[-1])
+    return 0.0
 
 
 def from_timesteps(process: NoiseProcess, timesteps: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
@@ -372,7 +471,8 @@ def from_sigmas(process: NoiseProcess, sigmas: Sequence[float], sampler: str = "
     if given.ndim != 1 or given.size < 2 or not (np.diff(given) < 0).all() or given[-1] < 0:
         raise RequestError("not a list of sigmas", expected="2 or more falling numbers, the last 0 or more", got=sigmas)
     _check_sampler(process, sampler)
-    return Schedule(tuple(given.tolist()), tuple(process.timestep_at(given[:-1]).tolist()), process)
+    vp = find_sampler(sampler).grid.start == "vp"
+    return Schedule(tuple(given.tolist()), tuple(process.timestep_at(given[:-1]).tolist()), process, vp=vp)
 
 
 def _check_sampler(process: NoiseProcess, sampler: str) -> None:

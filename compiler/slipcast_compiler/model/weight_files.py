@@ -1,0 +1,111 @@
+"""Which of a component's files hold its weights: one rule, for the bundle and for the original that it is judged by.
+
+A *variant* is what stands in a file's name before `.safetensors` and the number of a shard: `fp16` of
+`model.fp16-00001-of-00002.safetensors`; the plain files have none. Of one variant, a whole file goes before shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slipcast.errors import ArtifactError
+
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+PREFERRED = ("", "fp16", "bf16", "ema")  # without a wish; others follow, and non_ema is the last
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5")
+_SHARD = r"-\d{4,6}-of-\d{4,6}"
+_FILE = re.compile(rf"(?P<stem>[^.]+?)(?P<first>{_SHARD})?(\.(?P<variant>[^.]+?))?(?P<last>{_SHARD})?\.safetensors")
+_INDEX = re.compile(
+    r"(?P<stem>[^.]+)(\.(?P<before>[^.]+))?\.safetensors\.index(\.(?P<after>[^.]+))?\.json"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """A component's weights: whole, or shards with the index that names them."""
+
+    variant: str
+    files: tuple[Path, ...]
+    index: Path | None = None
+
+
+def is_weights(file: Path) -> bool:
+    """Whether a file of a component's folder holds weights or is an index of some."""
+    name = file.name
+    return name.endswith(".safetensors") or ".safetensors.index." in name or file.suffix in PICKLES or ".bin." in name
+
+
+def find_weight_files(folder: Path, wish: str | None, read_json: Callable[[Path], dict[str, Any]]) -> WeightFiles:
+    """The files of the variant that is wished for, if the component has it, or else of the first of PREFERRED.
+
+    Raises ArtifactError where there are none that can be read safely, or where shards are missing.
+    """
+    found = _variants(folder, read_json)
+    if wish and wish in found:
+        return found[wish]
+    order = [*PREFERRED, *sorted(found.keys() - {*PREFERRED, "non_ema"}), "non_ema"]
+    for variant in order:
+        if variant in found:
+            return found[variant]
+    names = sorted(file.name for file in folder.glob("*"))
+    raise ArtifactError(
+        f"{folder}: no weights", expected="*.safetensors, whole or with an index", got=", ".join(names) or "nothing",
+        hint="save the pipeline again with safe_serialization=True: pickled weights are never loaded",
+    )  # fmt: skip
+
+
+def variants_of(folder: Path, read_json: Callable[[Path], dict[str, Any]]) -> set[str]:
+    """The variants that a component has."""
+    return set(_variants(folder, read_json))
+
+
+def _variants(folder: Path, read_json: Callable[[Path], dict[str, Any]]) -> dict[str, WeightFiles]:
+    sharded, shards = dict[str, WeightFiles](), set[Path]()
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        if match := _INDEX.fullmatch(index.name):
+            variant = match["after"] or match["before"] or ""
+            sharded.setdefault(variant, WeightFiles(variant, _shards(index, read_json), index))
+            shards |= {*sharded[variant].files}
+    whole: dict[str, WeightFiles] = {}
+    # A name that a library gives goes before others.
+    stems = tuple(STEMS.values())
+    for file in sorted(
+        folder.glob("*.safetensors"), key=lambda file: (file.name.split(".")[0] not in stems, file.name)
+    ):
+        match = _FILE.fullmatch(file.name)
+        if match and file not in shards and not (match["first"] or match["last"]):
+            variant = match["variant"] or ""
+            whole.setdefault(variant, WeightFiles(variant, (file,)))
+    return sharded | whole
+
+
+def _shards(index: Path, read_json: Callable[[Path], dict[str, Any]]) -> tuple[Path, ...]:
+    mapped = read_json(index).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+        raise ArtifactError(f"{index}: no weight_map", expected="a file name for every tensor")
+    names = sorted(set(mapped.values()))
+    if strays := [name for name in names if Path(name).name != name]:
+        raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
+    if pickled := [name for name in names if not name.endswith(".safetensors")]:
+        raise ArtifactError(f"{index}: names a file that is no safetensors", expected="*.safetensors", got=pickled[0])
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise ArtifactError(
+            f"{index}: shards are missing", expected=", ".join(names), got=f"without {missing[0]}",
+            hint="download the checkpoint again",
+        )  # fmt: skip
+    return tuple(index.parent / name for name in names)
+
+
+def link(chosen: WeightFiles, library: str, folder: Path) -> None:
+    """The weights under the names that the library looks for first, and no others, in `folder`."""
+    stem = STEMS[library]
+    if chosen.index is None:
+        (folder / f"{stem}.safetensors").symlink_to(chosen.files[0].absolute())
+        return
+    (folder / f"{stem}.safetensors.index.json").symlink_to(chosen.index.absolute())
+    for file in chosen.files:
+        (folder / file.name).symlink_to(file.absolute())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from types import TracebackType
@@ -48,65 +48,131 @@ _PARAMETER = re.compile(r"(?:model\.)?(.+)\.(?:weight|bias)(?![a-z])")
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 is in the graph; the hint is for the rest
 
 
-class OpenVinoEngine:
-    """One compiled model; see slipcast.engines.Engine.
+STREAMS = 2  # requests that run side by side, each on its share of the threads
+KEPT = 4  # compiled graphs
 
-    The batch stays dynamic: it costs time against a graph reshaped to one batch size, but gives bit-equal images for
-    every batch size, which a reshaped graph does not.
+
+class OpenVinoEngine:
+    """One model; see slipcast.engines.Engine.
+
+    It is compiled when it is called, for the shapes that it is called with: static graphs are faster than dynamic ones.
+    Rows of a batch go in groups, each a request of its own on one of two streams, so that few graphs serve every batch
+    and an image's rows meet the same kernels whatever else is in the batch.
     """
 
     def __init__(self, model: ModelFile, weights: ModelFile, precision: str, profile: bool = False) -> None:
-        core = openvino.Core()
-        options = {
+        self._model, self._weights = model, weights
+        self._streams = 1 if profile else min(STREAMS, cpu_threads())
+        self._options = {
             "INFERENCE_PRECISION_HINT": _hint(precision),
-            "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": cpu_threads(),
             **({"PERF_COUNT": True} if profile else {}),
         }
-        try:
-            graph = core.read_model(model.read_bytes(), _tensor(weights))
-            self._modules = _modules(graph) if profile else {}
-            compiled = core.compile_model(graph, "CPU", options)
-            self.inputs = tuple(_spec(port) for port in compiled.inputs)
-            self.outputs = tuple(_spec(port) for port in compiled.outputs)
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise
-            raise ArtifactError(
-                f"{model.name}: OpenVINO {openvino.__version__} cannot load it",
-                got=str(error).strip(),
-                hint="run `slipcast verify`; where the digests hold, upgrade openvino: it cannot read the graph",
-            ) from error
-        self._request: Any = compiled.create_infer_request()
-        self._given: dict[str, Array] = {}
+        self._graph = self._read()
+        self.inputs = tuple(_spec(port) for port in self._graph.inputs)
+        self.outputs = tuple(_spec(port) for port in self._graph.outputs)
+        self._batched = {spec.name for spec in self.inputs if spec.shape and spec.shape[0] == "?"}
+        self._compiled: dict[Any, _Static] = {}
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the graph; every input by name. The results are copies, not views of the engine's memory."""
-        # Handing an array over costs tens of microseconds, and a loop takes dozens that stay: those of the
-        # last call are not handed over again. Their memory is shared, so that a change inside them is seen.
-        fresh = {
-            name: np.ascontiguousarray(array) for name, array in arrays.items() if self._given.get(name) is not array
-        }
-        self._given |= fresh
-        try:
-            results = self._request.infer(fresh, share_inputs=True, share_outputs=False)
-        except BaseException:  # what was handed over before that is not known
-            self._given.clear()
-            raise
+        rows = max((len(arrays[name]) for name in self._batched), default=1)
+        size = 1 if rows % 2 or rows <= self._streams else 2
+        groups = rows // size
+        shapes = {name: (size, *a.shape[1:]) if name in self._batched else a.shape for name, a in arrays.items()}
+        results = self._static(shapes, groups)(arrays, self._batched, size, groups)
         return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._request = None
+        self._graph, self._compiled = None, {}
+
+    def _static(self, shapes: dict[str, tuple[int, ...]], groups: int) -> _Static:
+        """The graph for these shapes, on streams where groups run side by side; the one used longest ago makes way."""
+        streams = min(self._streams, groups)
+        key = streams, *sorted(shapes.items())
+        static = self._compiled.pop(key, None) or self._compile(shapes, streams)
+        self._compiled[key] = static
+        if len(self._compiled) > KEPT:
+            self._compiled.pop(next(iter(self._compiled)))
+        return static
+
+    def _compile(self, shapes: dict[str, tuple[int, ...]], streams: int) -> _Static:
+        # Not kept after that: a compiled graph has its weights in an order of its own.
+        graph, self._graph = self._graph or self._read(), None
+        with self._refusals():
+            graph.reshape(shapes)
+            options = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
+            return _Static(openvino.Core().compile_model(graph, "CPU", self._options | options))
+
+    def _read(self) -> Any:
+        with self._refusals():
+            return openvino.Core().read_model(self._model.read_bytes(), _tensor(self._weights))
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise ArtifactError(
+                f"{self._model.name}: OpenVINO {openvino.__version__} cannot load it",
+                got=str(error).strip(),
+                hint="run `slipcast verify`; where the digests hold, upgrade openvino: it cannot read the graph",
+            ) from error
+
+
+class _Static:
+    """A graph compiled for one set of shapes, and its requests: one for each group of rows that runs at once."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._graph = compiled
+        self._requests: list[Any] = []
+        self._given: list[dict[str, Array]] = []  # by request, the whole arrays
+        self.calls = 0
+
+    def __call__(self, arrays: Mapping[str, Array], batched: Set[str], size: int, groups: int) -> list[Array]:
+        """By output. Arrays of `batched` are cut into `groups` of `size` rows; the others go to each."""
+        while len(self._requests) < groups:
+            self._requests.append(self._graph.create_infer_request())
+            self._given.append({})
+        requests, started = self._requests[:groups], []
+        self.calls += groups
+        try:
+            for i, (request, given) in enumerate(zip(requests, self._given, strict=False)):
+                # Handing an array over costs tens of microseconds, and a loop takes dozens that stay: those of the
+                # last call are not handed over again. Their memory is shared, so that a change inside them is seen.
+                fresh = {name: array for name, array in arrays.items() if given.get(name) is not array}
+                rows = slice(i * size, (i + 1) * size)
+                parts = {name: np.ascontiguousarray(a[rows] if name in batched else a) for name, a in fresh.items()}
+                request.start_async(parts, share_inputs=True)
+                given |= fresh
+                started.append(request)
+            for request in started:
+                request.wait()
+        except BaseException:  # what was handed over is not known
+            self._requests, self._given = [], []
+            for request in started:
+                with suppress(RuntimeError):
+                    request.wait()
+            raise
+        found = [[r.get_output_tensor(i).data for r in requests] for i in range(len(self._graph.outputs))]
+        return [np.concatenate(parts) if groups > 1 else parts[0].copy() for parts in found]
+
+    def profile(self) -> Any:
+        """What the plugin counted, by layer: the mean of all calls."""
+        return self._requests[0].profiling_info if self._requests else []
 
 
 class ProfiledOpenVinoEngine(OpenVinoEngine):
-    """With performance counters; see slipcast.engines.ProfiledEngine."""
+    """With performance counters, on one stream; see slipcast.engines.ProfiledEngine."""
 
     def __init__(self, model: ModelFile, weights: ModelFile, precision: str) -> None:
         super().__init__(model, weights, precision, profile=True)
+        self._modules = _modules(self._graph)
         self._calls = self._calls_before = 0
         self._before: dict[str, int] = {}
 
@@ -122,7 +188,7 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
         """See ProfiledEngine. The plugin rounds down to whole microseconds: what takes less reads as nothing."""
         spent, calls = self._microseconds(), self._calls - self._calls_before
         times = {name: (total - self._before.get(name, 0)) / 1e6 for name, total in spent.items()}
-        about = {info.node_name: info for info in self._request.profiling_info}
+        about = {info.node_name: info for static in self._compiled.values() for info in static.profile()}
         return tuple(
             LayerTime(name, about[name].node_type, about[name].exec_type, self._modules.get(name, ""), seconds, calls)
             for name, seconds in times.items()
@@ -130,11 +196,12 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
         )
 
     def _microseconds(self) -> dict[str, int]:
-        """By layer, since it was opened: a counter holds the mean of all calls."""
+        """By layer, since it was opened."""
         spent: dict[str, int] = {}
-        for info in self._request.profiling_info:
-            total = info.real_time // timedelta(microseconds=1) * self._calls
-            spent[info.node_name] = spent.get(info.node_name, 0) + total
+        for static in self._compiled.values():
+            for info in static.profile():
+                total = info.real_time // timedelta(microseconds=1) * static.calls
+                spent[info.node_name] = spent.get(info.node_name, 0) + total
         return spent
 
 

@@ -28,7 +28,11 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         if all(tensor.device != META for tensor in tensors):
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            # Integers stay real where a module makes or moves them "where its weights are".
+            if kwargs.get("device") == META and not (made.is_floating_point() or made.is_complex()):
+                made = func(*args, **kwargs | {"device": torch.device("cpu")})
+            return made
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
             args = (args[0], _as_places(args[1]), *args[2:])
         args, kwargs = tree_map(_all_to_meta, (args, kwargs))

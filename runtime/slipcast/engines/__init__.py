@@ -265,7 +265,9 @@ def open_engine(
         )
     try:
         module = importlib.import_module(kind.module)
-    except ImportError as error:  # installed, but for another Python, or without a system library
+    except (ImportError, MemoryError) as error:  # installed, but for another Python, or without a system library
+        if lack := as_resource_error(error, f"loading {kind.library}"):
+            raise lack from error
         raise HostError(
             f"engine {name} cannot run here", got=str(error), hint=f"reinstall {kind.library}: it cannot be imported"
         ) from error

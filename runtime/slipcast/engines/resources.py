@@ -12,7 +12,7 @@ from slipcast.errors import ResourceError, SlipcastError
 # Engines raise RuntimeErrors of their own, in which the libraries' words are all there is to tell.
 _MEMORY = re.compile(
     r"out of memory|not enough memory|bad_alloc|std::bad_array_new_length|(fail\w*|cannot|could not|unable to) "
-    r".{0,20}(allocat|map memory)|allocat\w+ fail|can't (start new|allocate) |resource temporarily unavailable",
+    r".{0,20}(allocat|map memory|map segment)|allocat\w+ fail|can't (start new|alloc)|resource temporarily unavailable",
     re.IGNORECASE,
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,7 +47,8 @@ def as_resource_error(error: BaseException, doing: str) -> ResourceError | None:
     """The error to raise in place of one that means a lack of memory or disk; None for others."""
     if isinstance(error, SlipcastError):
         return None
-    got = str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    got = next(filter(_MEMORY.search, lines), lines[0])[:500]  # libraries begin with where in their code it was
     if disk_full(error):
         place = getattr(error, "filename", None)
         hint = f"free some space{f' where {place} is' if place else ''}, or write to another disk"

@@ -81,8 +81,13 @@ class TestManyLines:
         found = key_lines(text)
         assert set(found) == set(locations(tomllib.loads(text)))
         assert [found[key] for key in (("a b", "c.d"), ("f",), ("g", 0, 1), ("g", 1, "i", 0), ("j",), ("k",))] == [
-            1, 2, 5, 6, 8, 9,
-        ]  # fmt: skip
+            1,
+            2,
+            5,
+            6,
+            8,
+            9,
+        ]
         assert [found["l", "m", i, "o", "p"] for i in (0, 1)] == [13, 16]
 
 
@@ -197,8 +202,12 @@ def test_the_command_says_2_and_one_document(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "slipcast.cli.main", "compile", "r.toml", "--dry-run", "--json"],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 2, done.stderr
     assert "no list of prompts" in json.loads(done.stdout)["error"]["message"]
     assert "Traceback" not in done.stderr

@@ -19,11 +19,13 @@ from slipcast_compiler.bench.energy import Meter
 from slipcast_compiler.bench.gpu import Gpus
 from slipcast_compiler.bench.measure import Results
 from slipcast_compiler.bench.pages import render_page
+from slipcast_compiler.bench.peaks import Peaks, measure_peaks
 from slipcast_compiler.bench.plan import BUNDLE, Options, Side
 from slipcast_compiler.bench.process import Drawn
 from slipcast_compiler.bench.running import Measured
 from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.table import render_table
+from slipcast_compiler.host.machine import this_processor
 from slipcast_compiler.judge.metrics import MAX_PSNR, Reference, summarise
 
 RNG = np.random.default_rng(0)
@@ -168,7 +170,7 @@ def test_a_document_of_what_was_measured() -> None:
     peer = _measured("diffusers", (1.0, 2.0), images=2)
     images = np.concatenate([each.images for each in peer.drawn])
     results = Results({BUNDLE: bundle, "diffusers": peer}, {"x": "broke"}, images, beside={"diffusers": bundle})
-    document = make_document(plan, results, 0.1)
+    document = make_document(plan, results, 0.1, Peaks(fp32=19.0, bf16=63.0, int8=95.0, memory=6.0))
     assert document.ratios["diffusers"].model_dump() == {"median": 3.0, "min": 2.0, "max": 4.0, "pairs": 2}
     assert document.break_even == {"diffusers": 10}
     assert document.batch_ratios["diffusers"]["4"].median == 3.0
@@ -181,4 +183,12 @@ def test_a_document_of_what_was_measured() -> None:
     assert parse_document(json.dumps(document.plain())) == document
     assert "files" not in document.plain()
     assert "missing  ddim50: needs torch" in render_table(document.plain())
+    assert "at most 19 fp32, 63 bf16, 95 int8 Gop/s, 6 GB/s" in render_table(document.plain())
+    assert document.host.cpu == this_processor()
+    assert "63.0 bf16" in render_page(document)
     assert "broke" in render_page(document)
+
+
+def test_peaks_of_this_host() -> None:
+    peaks = measure_peaks()
+    assert min(peaks.model_dump().values()) > 0

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from slipcast.bundle.validation import Strict
+from slipcast_compiler.bench.peaks import Peaks
 from slipcast_compiler.bench.plan import BUNDLE
-from slipcast_compiler.host.machine import Machine
+from slipcast_compiler.host.machine import Machine, Processor
 
 SCHEMA: Literal["slipcast-bench/1"] = "slipcast-bench/1"
 
@@ -88,9 +89,11 @@ class SideFigures(Strict):
 
 
 class Host(Machine):
-    """The machine, and its load before anything was started."""
+    """The machine, its load before anything was started, and what it can do at most; None in documents of before."""
 
     load_before: float | None
+    cpu: Processor | None = None
+    peaks: Peaks | None = None
 
 
 class Settings(Strict):

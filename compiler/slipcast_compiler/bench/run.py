@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,9 +15,11 @@ from slipcast.errors import RequestError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import BenchDocument
 from slipcast_compiler.bench.measure import measure
+from slipcast_compiler.bench.peaks import measure_peaks
 from slipcast_compiler.bench.plan import Options, check_names, make_plan, venvs, wanted_venvs
 from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.venvs import VENVS, make
+from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import load_average
 
 
@@ -32,7 +35,11 @@ def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: b
             with stages.stage(f"environment {name}"):
                 make(VENVS[name], venvs(options) / name)
     plan = make_plan(bundle, options)
-    document = make_document(plan, measure(plan, stages), load_before)
+    peaks = None
+    if find_spec("torch"):
+        with stages.stage("peaks of the host"):
+            peaks = run_isolated(measure_peaks).result
+    document = make_document(plan, measure(plan, stages), load_before, peaks)
     output = output or _default_output(options.folder, plan.bundle.manifest.name)
     return write(document, output, bundle / "report.html", stages).plain()
 

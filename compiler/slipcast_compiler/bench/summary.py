@@ -26,16 +26,19 @@ from slipcast_compiler.bench.document import (
     Spread,
 )
 from slipcast_compiler.bench.measure import Results
+from slipcast_compiler.bench.peaks import Peaks
 from slipcast_compiler.bench.plan import BUNDLE, REFERENCE, BenchPlan, Options
 from slipcast_compiler.bench.process import Drawn
 from slipcast_compiler.bench.running import Measured
-from slipcast_compiler.host.machine import this_machine
+from slipcast_compiler.host.machine import this_machine, this_processor
 from slipcast_compiler.judge.scorer import Scorer
 
 BUSY = 0.25  # load per core, before anything was started, from which figures are not to be trusted
 
 
-def make_document(plan: BenchPlan, results: Results, load_before: float | None) -> BenchDocument:
+def make_document(
+    plan: BenchPlan, results: Results, load_before: float | None, peaks: Peaks | None = None
+) -> BenchDocument:
     """Everything that follows from what was measured."""
     manifest = plan.bundle.manifest
     pairs = {name: (results.measured[name], beside) for name, beside in results.beside.items()}
@@ -49,7 +52,7 @@ def make_document(plan: BenchPlan, results: Results, load_before: float | None) 
         command=command(plan),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         source_sha256=manifest.source_sha256,
-        host=Host(**this_machine().model_dump(), load_before=load_before),
+        host=Host(**this_machine().model_dump(), load_before=load_before, cpu=this_processor(), peaks=peaks),
         settings=_settings(plan),
         sides=sides,
         ratios={name: _ratios(peer.seconds, bundle.seconds) for name, (peer, bundle) in pairs.items()},

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slipcast_compiler.bench.document import BenchDocument, Interval, Ratios, typed_document
+from slipcast_compiler.bench.document import BenchDocument, Host, Interval, Ratios, typed_document
 from slipcast_compiler.bench.plan import BUNDLE
 
 WIDTH = 150  # where there is no terminal to ask
@@ -29,6 +29,7 @@ def render_table(plain: Mapping[str, Any]) -> str:
         console.print(_denoiser(document))
     if document.quality_reference:
         console.print(_quality(document))
+    console.print(Text(_host(document.host)), soft_wrap=True)
     for name, why in document.missing.items():
         install = f"; {why.install}" if why.install else ""
         console.print(Text(f"missing  {name}: {why.reason}{install}"), soft_wrap=True)
@@ -38,6 +39,16 @@ def render_table(plain: Mapping[str, Any]) -> str:
         console.print(Text(f"note     {note}"), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _host(host: Host) -> str:
+    """What the figures were seen on, and what it can do at most."""
+    line = f"host     {host.processor}, {host.cores} cores"
+    if cpu := host.cpu:
+        line += f", family {cpu.family} model {cpu.model} stepping {cpu.stepping}: {' '.join(cpu.flags)}"
+    if best := host.peaks:
+        line += f"; at most {best.fp32:g} fp32, {best.bf16:g} bf16, {best.int8:g} int8 Gop/s, {best.memory:g} GB/s"
+    return line
 
 
 def _speed(document: BenchDocument) -> Table:

@@ -20,6 +20,45 @@ class Machine(Strict):
     python: str
 
 
+class Processor(Strict):
+    """What its name leaves open: two of one name differ. `flags`: the instructions that matrix products are made of;
+    `caches`: of one core, in the system's words."""
+
+    family: int
+    model: int
+    stepping: int
+    flags: tuple[str, ...]
+    caches: dict[str, str]
+
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+
+
+def this_processor() -> Processor | None:
+    """None where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()
+        pairs = (line.partition(":") for line in reversed(lines))
+        known = {name.strip(): value.strip() for name, _, value in pairs}
+        return Processor(
+            family=int(known["cpu family"]),
+            model=int(known["model"]),
+            stepping=int(known["stepping"]),
+            flags=tuple(name for name in INSTRUCTIONS if name in known["flags"].split()),
+            caches=_caches(Path("/sys/devices/system/cpu/cpu0/cache")),
+        )
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    found = {}
+    for cache in sorted(folder.glob("index*")):
+        level, kind, size = ((cache / name).read_text("ascii").strip() for name in ("level", "type", "size"))
+        found[f"L{level} {kind.lower()}"] = size
+    return found
+
+
 def this_machine() -> Machine:
     """The one that this process runs on."""
     return Machine(

@@ -234,9 +234,9 @@ def _peer_side(
     assert python
     prepared, disk = None, sum(file.stat().st_size for file in checkpoint.files)
     if peer.venv:
-        key = json.dumps([checkpoint.sha256, peer.venv, VENVS[peer.venv].record, python == sys.executable])
+        key = json.dumps([checkpoint.sha256, peer.side, VENVS[peer.venv].record, python == sys.executable])
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-        prepared, disk = options.folder.absolute() / "bench-exports" / f"{peer.venv}-{digest}", 0
+        prepared, disk = options.folder.absolute() / "bench-exports" / f"{Path(peer.side).stem}-{digest}", 0
         job["prepared"] = str(prepared / "model")
     return Side(name, peer.title, python, job, peer.images, peer.batches, peer.pixels, prepared, disk)
 

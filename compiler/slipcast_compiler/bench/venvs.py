@@ -44,7 +44,9 @@ VENVS: dict[str, Venv] = {
     "optimum-onnxruntime": Venv(("optimum-onnx[onnxruntime]==0.1.0", "diffusers"), _TORCH),
     # torchvision comes as a build for CUDA, which a torch for CPUs cannot load; and then transformers fails to import.
     "optimum-openvino": Venv(
-        ("optimum==2.3.0", "optimum-intel[openvino]==2.2.0", "diffusers"), _TORCH, unwanted=("torchvision",)
+        ("optimum==2.3.0", "optimum-intel[openvino]==2.2.0", "diffusers", "openvino-genai==2026.4.1.0"),
+        _TORCH,
+        unwanted=("torchvision",),
     ),
 }
 

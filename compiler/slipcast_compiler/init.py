@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.model.checkpoint import Checkpoint, refuse_file
+from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.single_file import refuse_file
 from slipcast_compiler.model.weight_files import PICKLES
 from slipcast_compiler.plan import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, FEW_STEPS
 from slipcast_compiler.recipe.family import read_prompts
@@ -77,7 +78,13 @@ def write_recipe(model: Path, prompts: Path | None, output: Path | None) -> Path
 
 def first_recipe(model: Path, prompts: Path | None, output: Path) -> str:
     """The text of a recipe at `output`; RecipeError where model or prompts are unusable."""
-    refuse_file(model)
+    if not model.is_dir():
+        refuse_file(model)
+        raise RecipeError(
+            f"{model}: a checkpoint in one file needs configs beside it", expected="a diffusers directory",
+            got="a single file",
+            hint="write the recipe for a directory of the same kind; then model.path = FILE, model.config = DIRECTORY",
+        )  # fmt: skip
     checkpoint = Checkpoint(model.resolve(), str(model))
     width, height = checkpoint.native_size
     conditional = bool(checkpoint.architecture.text)

@@ -20,7 +20,7 @@ from slipcast_compiler.model.agreement import check_agreement
 from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
 from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
-from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedule, with_options
+from slipcast_compiler.model.scheduler import FILE, read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand, outside
@@ -294,6 +294,11 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
         raise RecipeError(
             "[early_exit]: the checkpoint seems to be distilled to few steps, and takes all of them",
             expected="no [early_exit]", got=f"a scheduler for {checkpoint.few_step_sampler}",
+        )  # fmt: skip
+    if recipe.early_exit and sampling.noise.keeps_noise:
+        raise RecipeError(
+            "[early_exit]: DDIM goes on with the noise of what was not clipped, and has no clean picture to stop at",
+            expected="no [early_exit], or another sampler", got=f"clip_sample in {FILE}",
         )  # fmt: skip
     if recipe.early_exit and sampling.steps < LEAST_TO_EXIT:
         raise RecipeError(

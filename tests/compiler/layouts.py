@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,71 @@ def with_old_names(folder: Path) -> None:
         for name, tensor in load_file(file).items()
     }
     save_file(prefixed, file, metadata={"format": "pt"})
+
+
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_ENDS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv_norm_out": "out.0",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+}  # fmt: skip
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _ldm_unet(name: str) -> str:
+    """As the training code of latent diffusion has it, for UNET_CONFIG."""
+    for now, then in _RESNET.items():
+        name = re.sub(rf"(resnets\.\d+)\.{now}\.", rf"\1.{then}.", name)
+    for now, then in _ENDS.items():
+        if name.startswith(f"{now}."):
+            return then + name.removeprefix(now)
+    block, _, rest = name.partition(".")
+    parts = rest.split(".")
+    if block == "mid_block":
+        kind, number, *tail = parts
+        return ".".join(["middle_block", str(1 if kind == "attentions" else 2 * int(number)), *tail])
+    level, kind, number, *tail = parts
+    place = 2 * int(level) + int(number)  # one layer and one change of size a level
+    if kind == "downsamplers":
+        return ".".join(["input_blocks", str(2 * int(level) + 2), "0.op", *tail[1:]])
+    if kind == "upsamplers":
+        return ".".join(["output_blocks", str(2 * int(level) + 1), "1", *tail])
+    first = "input_blocks" if block == "down_blocks" else "output_blocks"
+    return ".".join([first, str(place + (block == "down_blocks")), str(int(kind == "attentions")), *tail])
+
+
+def _ldm_vae(name: str) -> str:
+    name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
+    name = name.replace("mid_block.attentions.0.", "mid.attn_1.")
+    for now, then in _ATTENTION.items():
+        name = name.replace(f"attn_1.{now}.", f"attn_1.{then}.")
+    name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda found: f"up.{1 - int(found[1])}.block.", name)
+    return re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{1 - int(found[1])}.upsample", name)
+
+
+def write_single_file(folder: Path, out: Path) -> None:
+    """All weights of make_tiny's checkpoint in one file, under the names that such files have."""
+    tensors = {}
+    for name, tensor in load_file(folder / UNET / f"{STEM[UNET]}.safetensors").items():
+        tensors[f"model.diffusion_model.{_ldm_unet(name)}"] = tensor
+    for name, tensor in load_file(folder / VAE / f"{STEM[VAE]}.safetensors").items():
+        old = _ldm_vae(name)
+        linear = "attn_1" in old and old.endswith("weight") and tensor.ndim == 2
+        tensors[f"first_stage_model.{old}"] = tensor[:, :, None, None] if linear else tensor
+    for name, tensor in load_file(folder / TEXT / f"{STEM[TEXT]}.safetensors").items():
+        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, metadata={"format": "pt"})
+
+
+def without_weights(folder: Path, out: Path) -> Path:
+    """The configs and the tokenizer alone."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    return out
 
 
 Change = Callable[[Path], None]

@@ -23,6 +23,7 @@ from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.architectures import Architecture, architecture
 from slipcast_compiler.model.library import library_class
+from slipcast_compiler.model.single_file import convert
 from slipcast_compiler.model.weight_files import WeightFiles, find_weight_files, is_weights, link, variants_of
 from slipcast_compiler.recipe.recipe import ModelTable
 
@@ -84,8 +85,9 @@ class Checkpoint:
         name, euler = self.scheduler.get("_class_name"), _FEW_STEP_EULER
         if name == "LCMScheduler":
             return "lcm"
-        distilled = self.process.timestep_spacing == "trailing" and not self.process.rescale_betas_zero_snr
-        return euler.get(str(name)) if distilled and self.process.prediction == "epsilon" else None
+        config = self.scheduler
+        distilled = config.get("timestep_spacing") == "trailing" and not config.get("rescale_betas_zero_snr")
+        return euler.get(str(name)) if distilled and config.get("prediction_type", "epsilon") == "epsilon" else None
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
@@ -226,12 +228,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
-    """A local directory (relative to `folder`), or else a hub id with a revision, which is downloaded."""
+    """A local directory or file (relative to `folder`), or else a hub id with a revision, which is downloaded."""
     local = folder / table.path
     if local.is_dir():
         return _with_variant(Checkpoint(local.resolve(), table.path, table.variant))
     if local.exists():
-        refuse_file(local)
+        made = convert(local, folder / table.config if table.config else None)
+        return _with_variant(Checkpoint(made.resolve(), table.path, table.variant))
     if table.path.count("/") != 1 or table.path.startswith((".", "/")):
         raise RecipeError("model.path does not exist", expected="a diffusers directory, or a hub id", got=str(local))
     if not table.revision:
@@ -264,29 +267,6 @@ def _with_variant(checkpoint: Checkpoint) -> Checkpoint:
             expected=", ".join(sorted(known - {""})) or "no variant: there are plain files alone",
         )  # fmt: skip
     return checkpoint
-
-
-def refuse_file(local: Path) -> None:
-    """RecipeError for a checkpoint that is not a directory."""
-    if local.is_dir():
-        return
-    if not local.exists():
-        raise RecipeError(f"{local}: no such directory", expected="a diffusers directory")
-    if local.suffix.lower() == ".gguf":
-        raise RecipeError(
-            f"{local}: weights in GGUF are quantised for other runtimes", expected="a diffusers directory",
-            got="a GGUF file", hint="take the checkpoint that it was made of; slipcast quantises on its own",
-        )  # fmt: skip
-    if local.suffix.lower() != ".safetensors":
-        raise RecipeError(
-            f"{local}: a pickle is never loaded", expected="a diffusers directory with safetensors",
-            got=local.suffix or "a file", hint="convert it to safetensors where you trust it",
-        )  # fmt: skip
-    raise RecipeError(
-        f"{local}: a checkpoint in one file holds neither configs nor a tokenizer", expected="a diffusers directory",
-        got="a single file",
-        hint="diffusers makes one: StableDiffusionPipeline.from_single_file(FILE, config=DIR).save_pretrained(OUT)",
-    )  # fmt: skip
 
 
 def _is_old(config: Mapping[str, Any]) -> bool:

@@ -23,6 +23,8 @@ _INDEX = re.compile(
     r"(?P<stem>[^.]+)(\.(?P<before>[^.]+))?\.safetensors\.index(\.(?P<after>[^.]+))?\.json"
 )  # fmt: skip
 
+ReadJson = Callable[[Path], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -39,18 +41,19 @@ def is_weights(file: Path) -> bool:
     return name.endswith(".safetensors") or ".safetensors.index." in name or file.suffix in PICKLES or ".bin." in name
 
 
-def find_weight_files(folder: Path, wish: str | None, read_json: Callable[[Path], dict[str, Any]]) -> WeightFiles:
+def find_weight_files(folder: Path, wish: str | None, read_json: ReadJson) -> WeightFiles:
     """The files of the variant that is wished for, if the component has it, or else of the first of PREFERRED.
 
-    Raises ArtifactError where there are none that can be read safely, or where shards are missing.
+    A variant whose shards are not all there is none. Raises ArtifactError where nothing can be read safely.
     """
-    found = _variants(folder, read_json)
-    if wish and wish in found:
-        return found[wish]
-    order = [*PREFERRED, *sorted(found.keys() - {*PREFERRED, "non_ema"}), "non_ema"]
-    for variant in order:
-        if variant in found:
+    found, missing = _variants(folder, read_json)
+    if wish and wish in missing:
+        raise missing[wish]
+    for variant in (wish, *PREFERRED, *sorted(found.keys() - {*PREFERRED, "non_ema"}), "non_ema"):
+        if variant is not None and variant in found:
             return found[variant]
+    for error in missing.values():
+        raise error
     names = sorted(file.name for file in folder.glob("*"))
     raise ArtifactError(
         f"{folder}: no weights", expected="*.safetensors, whole or with an index", got=", ".join(names) or "nothing",
@@ -58,18 +61,27 @@ def find_weight_files(folder: Path, wish: str | None, read_json: Callable[[Path]
     )  # fmt: skip
 
 
-def variants_of(folder: Path, read_json: Callable[[Path], dict[str, Any]]) -> set[str]:
-    """The variants that a component has."""
-    return set(_variants(folder, read_json))
+def variants_of(folder: Path, read_json: ReadJson) -> set[str]:
+    """The variants that a component has, in part or whole."""
+    return set().union(*_variants(folder, read_json))
 
 
-def _variants(folder: Path, read_json: Callable[[Path], dict[str, Any]]) -> dict[str, WeightFiles]:
-    sharded, shards = dict[str, WeightFiles](), set[Path]()
+def _variants(folder: Path, read_json: ReadJson) -> tuple[dict[str, WeightFiles], dict[str, ArtifactError]]:
+    """By variant: the files, and what is wrong with shards that are not all there."""
+    sharded, missing, shards = dict[str, WeightFiles](), dict[str, ArtifactError](), set[Path]()
     for index in sorted(folder.glob("*.safetensors.index*.json")):
-        if match := _INDEX.fullmatch(index.name):
-            variant = match["after"] or match["before"] or ""
-            sharded.setdefault(variant, WeightFiles(variant, _shards(index, read_json), index))
-            shards |= {*sharded[variant].files}
+        match = _INDEX.fullmatch(index.name)
+        if not match:
+            continue
+        variant, files = match["after"] or match["before"] or "", _shards(index, read_json)
+        shards |= {*files}
+        if absent := [file.name for file in files if not file.is_file()]:
+            missing[variant] = ArtifactError(
+                f"{index}: shards are missing", expected=", ".join(file.name for file in files),
+                got=f"without {absent[0]}", hint="download the checkpoint again",
+            )  # fmt: skip
+        else:
+            sharded.setdefault(variant, WeightFiles(variant, files, index))
     whole: dict[str, WeightFiles] = {}
     # A name that a library gives goes before others.
     stems = tuple(STEMS.values())
@@ -80,10 +92,10 @@ def _variants(folder: Path, read_json: Callable[[Path], dict[str, Any]]) -> dict
         if match and file not in shards and not (match["first"] or match["last"]):
             variant = match["variant"] or ""
             whole.setdefault(variant, WeightFiles(variant, (file,)))
-    return sharded | whole
+    return sharded | whole, {key: error for key, error in missing.items() if key not in whole}
 
 
-def _shards(index: Path, read_json: Callable[[Path], dict[str, Any]]) -> tuple[Path, ...]:
+def _shards(index: Path, read_json: ReadJson) -> tuple[Path, ...]:
     mapped = read_json(index).get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise ArtifactError(f"{index}: no weight_map", expected="a file name for every tensor")
@@ -92,11 +104,6 @@ def _shards(index: Path, read_json: Callable[[Path], dict[str, Any]]) -> tuple[P
         raise ArtifactError(f"{index}: leads out of its folder", expected="file names", got=strays[0])
     if pickled := [name for name in names if not name.endswith(".safetensors")]:
         raise ArtifactError(f"{index}: names a file that is no safetensors", expected="*.safetensors", got=pickled[0])
-    if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise ArtifactError(
-            f"{index}: shards are missing", expected=", ".join(names), got=f"without {missing[0]}",
-            hint="download the checkpoint again",
-        )  # fmt: skip
     return tuple(index.parent / name for name in names)
 
 

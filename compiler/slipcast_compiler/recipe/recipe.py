@@ -26,12 +26,14 @@ Slots = Annotated[dict[str, Texts], Field(default_factory=dict)]
 
 
 class ModelTable(Strict):
-    """A diffusers directory (relative to the recipe), or a hub id with a revision."""
+    """A diffusers directory or a .safetensors file (relative to the recipe), or a hub id with a revision."""
 
-    # the directory, or the hub id
+    # the directory, the file, or the hub id
     path: Annotated[str, Field(min_length=1)]
     # of a hub id: a commit, a tag or a branch
     revision: str | None = None
+    # of a file: a diffusers directory of the same kind of model, for its configs and tokenizer
+    config: Annotated[str, Field(min_length=1)] | None = None
     # of the weights, such as "fp16"; without, the plain files of each component, or else those that it has
     variant: Annotated[str, Field(min_length=1)] | None = None
 

@@ -56,6 +56,7 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "LCMScheduler": {**_LATENT_BETAS, "beta_schedule": "scaled_linear"},
 }
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")  # classes that clip unless they are told not to
+MOST_TIMESTEPS = 100_000
 SPACINGS = ("leading", "linspace", "trailing")
 
 
@@ -69,8 +70,34 @@ _WORDS = {
 
 def _pick(what: str, value: Any, candidates: Sequence[str] | Mapping[str, Any]) -> str:
     if value not in candidates:
-        raise RecipeError(f"scheduler config: unknown {what}", expected=", ".join(candidates), got=repr(value))
+        raise RecipeError(f"scheduler_config.json: {what}: not known", expected=", ".join(candidates), got=repr(value))
     return str(value)
+
+
+_FLAGS = ("rescale_betas_zero_snr", "set_alpha_to_one", "clip_sample", "thresholding")
+_WHOLE = ("num_train_timesteps", "steps_offset", "original_inference_steps")
+_NUMBERS = ("beta_start", "beta_end", "sigma_min", "sigma_max", "lambda_min_clipped", "clip_sample_range")
+
+
+def _check_types(config: Mapping[str, Any]) -> None:
+    """RecipeError for a value that is of another type than diffusers writes."""
+    kinds: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
+        (_FLAGS, (bool,), "true or false"),
+        (_WHOLE, (int,), "a whole number"),
+        (_NUMBERS, (int, float), "a number"),
+        (("trained_betas",), (list, tuple, np.ndarray), "a list of numbers"),
+    )
+    for keys, types, expected in kinds:
+        for key in keys:
+            value = config.get(key)
+            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                raise RecipeError(
+                    f"scheduler_config.json: {key}: of a wrong type", expected=expected, got=repr(value)[:200]
+                )
+    if not 1 <= (count := config.get("num_train_timesteps", 1000)) <= MOST_TIMESTEPS:
+        raise RecipeError(
+            "scheduler_config.json: num_train_timesteps: out of range", expected=f"1 to {MOST_TIMESTEPS}", got=count
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +154,11 @@ class NoiseProcess:
         """
         name = str(config.get("_class_name", ""))
         known = {**_CLASS_DEFAULTS.get(name, {}), **{k: v for k, v in config.items() if v is not None}}
+        _check_types(known)
         if known.get("thresholding"):
-            raise RecipeError("scheduler config: thresholding is not supported", expected="false", got="true")
+            raise RecipeError(
+                "scheduler_config.json: thresholding: pictures would be others", expected="false", got="true"
+            )
         values = {f.name: known[f.name] for f in fields(cls) if f.name in known}
         if "FlowMatch" in name:
             values["prediction"] = "flow"
@@ -139,7 +169,11 @@ class NoiseProcess:
             count = known.get("num_train_timesteps", 1000)
             if len(known.get("trained_betas", range(count))) != count:
                 got = len(known["trained_betas"])
-                raise RecipeError("scheduler config: trained_betas has another length", expected=count, got=got)
+                raise RecipeError(
+                    "scheduler_config.json: trained_betas: another length than num_train_timesteps",
+                    expected=count,
+                    got=got,
+                )
             if "trained_betas" not in known:
                 _pick("beta_schedule", known.get("beta_schedule", "linear"), BETA_SCHEDULES)
         for key, candidates in _WORDS.items():
@@ -155,7 +189,7 @@ class NoiseProcess:
         try:
             return cls(**{**values, "trained_betas": None if betas is None else tuple(map(float, betas))})
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"scheduler config: {error}") from None
+            raise RecipeError(f"scheduler_config.json: {error}") from None
 
     @cached_property
     def sigmas(self) -> Floats:

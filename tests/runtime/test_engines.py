@@ -156,6 +156,68 @@ class TestOpenVino:
         with pytest.raises(ArtifactError, match=r"bad\.xml: OpenVINO \S+ cannot load it(.|\n)*slipcast verify"):
             open_engine("openvino", tmp_path / "bad.xml", tmp_path / "bad.bin", "bf16", component(ADD))
 
+    @pytest.fixture
+    def squares(self, tmp_path: Path) -> Iterator[Any]:
+        """x (rows, 3), of any number, times y (1, 3)."""
+        openvino = pytest.importorskip("slipcast.engines.openvino").openvino
+        ops = openvino.opset13
+        x, y = ops.parameter([-1, 3], np.float32, name="x"), ops.parameter([1, 3], np.float32, name="y")
+        product = ops.multiply(x, y, name="z")
+        for node in (x, y, product):
+            node.output(0).get_tensor().set_names({node.get_friendly_name()})
+        openvino.save_model(openvino.Model([product], [x, y], "squares"), tmp_path / "m.xml")
+        shapes = {"inputs": [("x", "float32", ["batch", 3]), ("y", "float32", [1, 3])]}
+        contract = component({**ADD, **shapes, "outputs": [("z", "float32", ["batch", 3])]})
+        with open_engine("openvino", tmp_path / "m.xml", tmp_path / "m.bin", "fp32", contract) as engine:
+            yield engine
+
+    def test_rows_in_any_number(self, squares: Any) -> None:
+        for rows in (1, 2, 3, 4, 8, 5, 1, 12):
+            x, y = (
+                np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32),
+                np.ones((1, 3), np.float32),
+            )
+            np.testing.assert_array_equal(squares({"x": x, "y": y * 2})["z"], x * 2)
+            x += 1  # what was handed over is seen as it is now
+            np.testing.assert_array_equal(squares({"x": x, "y": y * 3})["z"], x * 3)
+
+    def test_graphs_that_are_kept_are_few(self, squares: Any) -> None:
+        module = pytest.importorskip("slipcast.engines.openvino")
+        compiled, compile_it = [], squares._compile
+
+        def count(shapes: dict[str, tuple[int, ...]], streams: int) -> Any:
+            compiled.append(shapes["x"])
+            return compile_it(shapes, streams)
+
+        squares._compile = count
+        y = np.ones((1, 3), np.float32)
+        for rows in (1, 3, 4, 8, 16, 64, 2, 1):
+            squares({"x": np.ones((rows, 3), np.float32), "y": y})
+        assert set(compiled) == {(1, 3), (2, 3)}
+        assert len(squares._compiled) == len(compiled) <= module.KEPT
+
+    def test_pairs_that_round_differently_are_not_used(self, squares: Any, caplog: pytest.LogCaptureFixture) -> None:
+        evaluate, asked = squares._evaluate, []
+
+        def by_another_kernel(arrays: Any, rows: int, size: int) -> Any:
+            asked.append((rows, size))
+            return [each + (size - 1) * 1e-7 for each in evaluate(arrays, rows, size)]
+
+        squares._evaluate = by_another_kernel
+        x, y = np.ones((8, 3), np.float32), np.ones((1, 3), np.float32)
+        with caplog.at_level("INFO", "slipcast"):
+            for _ in range(2):
+                np.testing.assert_array_equal(squares({"x": x, "y": y})["z"], x)
+        assert asked == [(2, 2), (2, 1), (8, 1), (8, 1)]
+        assert caplog.text.count("rows go one by one") == 1
+
+    def test_what_fails_leaves_the_engine_as_it_was(self, squares: Any) -> None:
+        x, y = np.ones((4, 3), np.float32), np.ones((1, 3), np.float32)
+        before = squares({"x": x, "y": y})["z"]
+        with pytest.raises((ArtifactError, RuntimeError)):
+            squares({"x": np.ones((4, 5), np.float32), "y": y})
+        np.testing.assert_array_equal(squares({"x": x, "y": y})["z"], before)
+
     def test_no_weights(self, tmp_path: Path) -> None:
         pytest.importorskip("slipcast.engines.openvino")
         with pytest.raises(ArtifactError, match=r"a\.xml: the manifest names no weights"):

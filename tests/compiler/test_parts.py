@@ -13,6 +13,7 @@ import pytest
 
 from slipcast_compiler.export.component import write_component
 from slipcast_compiler.graph.cut import count_parts, cut
+from slipcast_compiler.graph.weights import load
 from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
@@ -46,12 +47,12 @@ class Case:
 
     def __init__(self, name: str, folder: Path, out: Path) -> None:
         self.name = name
-        self.model = ir.load(folder / "denoiser.onnx")
-        self.parts = cut(ir.load(folder / "denoiser.onnx"))
-        for part, model in self.parts.graphs.items():
+        self.model = load(folder / "denoiser.onnx")
+        self.cut = cut(load(folder / "denoiser.onnx"))
+        for part, model in self.cut.graphs.items():
             ir.save(model, out / f"{part}.onnx", external_data=f"{part}.onnx.data")
         self.whole = Graph(folder / "denoiser.onnx")
-        self.parts = {part: Graph(out / f"{part}.onnx") for part in self.parts.graphs}
+        self.parts = {part: Graph(out / f"{part}.onnx") for part in self.cut.graphs}
 
     def inputs(self, batch: int) -> Arrays:
         random = np.random.default_rng(batch)
@@ -104,29 +105,29 @@ def test_every_tensor_that_crosses_matters(case: Case) -> None:
     """Otherwise the equality above would not see a wrong one."""
     arrays, random = case.inputs(2), np.random.default_rng(0)
     values = case.run(arrays)
-    for crossing in count_parts(case.parts)["crossings"]:
+    for crossing in count_parts(case.cut)["crossings"]:
         value = values[crossing["name"]]
         noise = np.asarray(random.standard_normal(value.shape) * (1 + value.std()), value.dtype)
         assert _error(case.run(arrays, {crossing["name"]: value + noise}), values) > 1e-5, crossing
 
 
 def test_what_is_bound_early_has_left_the_loop(case: Case) -> None:
-    assert list(case.parts.graphs) == STAGES[case.name]
-    whole, loop = case.model.graph, case.parts.graphs["denoise"].graph
+    assert list(case.cut.graphs) == STAGES[case.name]
+    whole, loop = case.model.graph, case.cut.graphs["denoise"].graph
     assert {value.name for value in whole.inputs} & {value.name for value in loop.inputs} == {"sample"}
     assert not {node.op_type for node in loop} & {"Shape", "Constant", "Sin", "Cos"}
-    for value in case.parts.graphs["step"].graph.outputs:
+    for value in case.cut.graphs["step"].graph.outputs:
         assert value.shape is not None and value.shape[0] == 1  # one row of the table serves every image of a batch
 
 
 def test_weights_are_in_the_stage_that_uses_them(case: Case) -> None:
     holders: dict[str, list[str]] = {}
-    for name, model in case.parts.graphs.items():
+    for name, model in case.cut.graphs.items():
         for weight in model.graph.initializers:
             if weight.startswith("model."):  # a parameter, and not a constant of the traced code
                 holders.setdefault(weight, []).append(name)
     assert holders and [names for names in holders.values() if len(names) > 1] == []
-    figures = count_parts(case.parts)
+    figures = count_parts(case.cut)
     parts = figures["parts"].values()
     assert sum(part["parameters"] for part in parts) == pytest.approx(figures["original"]["parameters"], abs=64)
     assert figures["parts"]["denoise"]["parameters"] < 0.97 * figures["original"]["parameters"]

@@ -18,6 +18,7 @@ from conftest import call_cli
 from slipcast.bundle.reader import open_bundle
 from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
+from slipcast_compiler.host import closure
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import read_recipe
@@ -126,6 +127,6 @@ def test_code_that_changes_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> N
 
     watched = run._Watched(Evaluator())  # type: ignore[arg-type]
     assert watched.measure({}) == {}
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"other code")
+    monkeypatch.setattr(closure, "_parse", lambda *_: closure._Parsed("other code", frozenset()))
     with pytest.raises(run.CodeChanged, match="changed during the search"):
         watched.measure({})

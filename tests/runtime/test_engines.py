@@ -166,7 +166,7 @@ class TestOpenVino:
         for node in (x, y, product):
             node.output(0).get_tensor().set_names({node.get_friendly_name()})
         openvino.save_model(openvino.Model([product], [x, y], "squares"), tmp_path / "m.xml")
-        shapes = {"inputs": [("x", "float32", ["batch", 3]), ("y", "float32", [1, 3])]}
+        shapes: Any = {"inputs": [("x", "float32", ["batch", 3]), ("y", "float32", [1, 3])]}
         contract = component({**ADD, **shapes, "outputs": [("z", "float32", ["batch", 3])]})
         with open_engine("openvino", tmp_path / "m.xml", tmp_path / "m.bin", "fp32", contract) as engine:
             yield engine

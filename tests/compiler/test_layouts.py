@@ -81,6 +81,7 @@ EQUAL: dict[str, tuple[Change, str]] = {
     "fp16 shards": (partial(layouts.shard, component=UNET, variant="fp16"), ""),
     "shards of the text encoder": (partial(layouts.shard, component=TEXT), ""),
     "a whole file and other shards": (partial(layouts.shard, component=UNET, keep=True), ""),
+    "a whole text encoder and other shards": (partial(layouts.shard, component=TEXT, keep=True), ""),
     "links into blobs": (layouts.as_links, ""),
     "names of 2022": (layouts.with_old_names, ""),
     "steps_offset 0": (partial(layouts.edit, file=SCHEDULER, steps_offset=0), ""),
@@ -122,11 +123,6 @@ def _plainly(model: Path, plan: Plan) -> Any:
         )
     except (OSError, ValueError):
         return None  # it loads one variant throughout
-    if (
-        plan.recipe.model.variant is None
-        and (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
-    ):
-        return None  # and shards before a whole file, of which the text encoder's library thinks otherwise
     name, settings = original.scheduler_for(plan.reference) or ("", {})
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
     pipe.set_progress_bar_config(disable=True)

@@ -96,9 +96,12 @@ def test_which_weight_files(tmp_path: Path) -> None:
         (tmp_path / "unet" / name).touch()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
     (tmp_path / "unet" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert [f.name for f in checkpoint.weight_files("unet")] == ["model.safetensors"]  # a whole file goes before
+    shards = ["model-1.safetensors", "model-2.safetensors"]
+    assert [f.name for f in checkpoint.weight_files("unet")] == shards  # as diffusers
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["transformers", "CLIPTextModel"]}))
+    assert [f.name for f in checkpoint.weight_files("unet")] == ["model.safetensors"]  # as transformers
     (tmp_path / "unet" / "model.safetensors").unlink()
-    assert [f.name for f in checkpoint.weight_files("unet")] == ["model-1.safetensors", "model-2.safetensors"]
+    assert [f.name for f in checkpoint.weight_files("unet")] == shards
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors"])

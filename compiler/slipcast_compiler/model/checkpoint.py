@@ -160,7 +160,8 @@ class Checkpoint:
 
     def chosen_weights(self, folder: str) -> WeightFiles:
         """The variant of a component's weights that is taken."""
-        return find_weight_files(self.root / folder, self.variant, read_json)
+        library = self.class_of(folder)[0] if (self.root / "model_index.json").exists() else ""
+        return find_weight_files(self.root / folder, library, self.variant, read_json)
 
     @cached_property
     def files(self) -> list[Path]:

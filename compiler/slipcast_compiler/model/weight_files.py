@@ -1,7 +1,8 @@
 """Which of a component's files hold its weights: one rule, for the bundle and for the original that it is judged by.
 
 A *variant* is what stands in a file's name before `.safetensors` and the number of a shard: `fp16` of
-`model.fp16-00001-of-00002.safetensors`; the plain files have none. Of one variant, a whole file goes before shards.
+`model.fp16-00001-of-00002.safetensors`; the plain files have none. Where one variant is there twice, the libraries
+differ, and the rule with them: diffusers takes the shards, transformers the whole file.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ def is_weights(file: Path) -> bool:
     return name.endswith(".safetensors") or ".safetensors.index." in name or file.suffix in PICKLES or ".bin." in name
 
 
-def find_weight_files(folder: Path, wish: str | None, read_json: ReadJson) -> WeightFiles:
+def find_weight_files(folder: Path, library: str, wish: str | None, read_json: ReadJson) -> WeightFiles:
     """The files of the variant that is wished for, if the component has it, or else of the first of PREFERRED.
 
     A variant whose shards are not all there is none. Raises ArtifactError where nothing can be read safely.
     """
-    found, missing = _variants(folder, read_json)
+    whole, sharded, missing = _variants(folder, read_json)
+    found = sharded | whole if library == "transformers" else whole | sharded
+    missing = {variant: error for variant, error in missing.items() if variant not in found}
     if wish and wish in missing:
         raise missing[wish]
     for variant in (wish, *PREFERRED, *sorted(found.keys() - {*PREFERRED, "non_ema"}), "non_ema"):
@@ -66,8 +69,10 @@ def variants_of(folder: Path, read_json: ReadJson) -> set[str]:
     return set().union(*_variants(folder, read_json))
 
 
-def _variants(folder: Path, read_json: ReadJson) -> tuple[dict[str, WeightFiles], dict[str, ArtifactError]]:
-    """By variant: the files, and what is wrong with shards that are not all there."""
+def _variants(
+    folder: Path, read_json: ReadJson
+) -> tuple[dict[str, WeightFiles], dict[str, WeightFiles], dict[str, ArtifactError]]:
+    """By variant: whole files, shards, and what is wrong with shards that are not all there."""
     sharded, missing, shards = dict[str, WeightFiles](), dict[str, ArtifactError](), set[Path]()
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         match = _INDEX.fullmatch(index.name)
@@ -92,7 +97,7 @@ def _variants(folder: Path, read_json: ReadJson) -> tuple[dict[str, WeightFiles]
         if match and file not in shards and not (match["first"] or match["last"]):
             variant = match["variant"] or ""
             whole.setdefault(variant, WeightFiles(variant, (file,)))
-    return sharded | whole, {key: error for key, error in missing.items() if key not in whole}
+    return whole, sharded, missing
 
 
 def _shards(index: Path, read_json: ReadJson) -> tuple[Path, ...]:

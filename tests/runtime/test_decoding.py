@@ -91,7 +91,7 @@ def test_row_39_from_a_gpu_to_the_cpu(
     tmp_path: Path, engines: Fakes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = document(Path("nowhere"))["targets"]
-    targets[0] |= {"engine": "tensorrt-rtx", "device": "cuda"}
+    targets[0] |= {"engine": "onnxruntime-gpu", "device": "cuda", "components": targets[1]["components"]}
     monkeypatch.setattr("slipcast.run.pipeline.refusal", lambda target: None)
     pipe = load(write_fake(tmp_path / "gpu", **_large(), targets=targets))
     expected = _draw(pipe)

@@ -18,6 +18,7 @@ from slipcast.cli.inspect import bound_to, profile_lines
 def manifest(tmp_path: Path) -> Manifest:
     """A portable target, with one in INT8 for two kinds of GPU before it."""
     write_files(root := tmp_path / "bundle")
+    (root / "denoiser.engine").write_bytes(b"engine")
     content = document(list_files(root))
     latent: list[Any] = ["batch", 4, "tile_height", 8]
     for specs in content["components"]["denoiser"].values():
@@ -25,7 +26,8 @@ def manifest(tmp_path: Path) -> Manifest:
     ranges = {"batch": [1, 2, 8], "tile_height": [8, 16, 16], "tile_width": [8, 8, 8]}
     built = {"library_version": "1.7.1", "compute_capabilities": ["8.6", "8.9"], "max_images": 4}
     portable = content["targets"][0]
-    engine = {"engine": "tensorrt-rtx", "device": "cuda", "precision": "int8", "components": portable["components"]}
+    engine: dict[str, Any] = {"engine": "tensorrt-rtx", "device": "cuda", "precision": "int8"}
+    engine["components"] = {"denoiser": {"model": "denoiser.engine"}}
     content["targets"].insert(0, engine | {"built": built | {"profiles": {"denoiser": ranges}}})
     portable["addition"] = {
         "against": "another-cpu-fp32", "images": 3, "psnr_mean": 50.5, "psnr_worst": 48.25, "latency_s": 0.5,

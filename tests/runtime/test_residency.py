@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from fakes import COMPONENTS, Fakes, write_fake
 
-from slipcast.errors import ArtifactError, RequestError
+from slipcast.bundle.manifest import Component
+from slipcast.errors import ArtifactError, RequestError, ResourceError
 from slipcast.run.pipeline import load
 from slipcast.run.residency import Residency
 
@@ -30,7 +31,7 @@ def openers(engines: Fakes, *broken: str) -> dict[str, Any]:
     def open_one(name: str) -> Any:
         if name in broken:
             raise ArtifactError(f"{name} is broken")
-        return engines("fake", Path(name), None, "fp32", None)
+        return engines("fake", Path(name), None, "fp32", Component(inputs=(), outputs=()))
 
     return {name: partial(open_one, name) for name in COMPONENTS}
 
@@ -108,7 +109,7 @@ class TestPipeline:
 
         engines.functions["denoiser"] = fail
         pipe = load(root, residency="sequential")
-        with pytest.raises(MemoryError):
+        with pytest.raises(ResourceError):
             pipe("a red circle", seed=1)
         assert engines.open_now == []
         engines.functions["denoiser"] = fakes.predict

@@ -47,10 +47,14 @@ def compile_command(
     if dry_run:
         emit(summary, _plan_text(summary), as_json)
         return
+    from slipcast.engines.resources import check_space
     from slipcast.progress import Stages
     from slipcast_compiler.compile import compile_plan
     from slipcast_compiler.host.cache import Cache
 
+    bundle, entries = summary["disk_bytes"]["bundle"], summary["disk_bytes"]["cache"]
+    made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: then it is not asked for again
+    check_space(output, bundle + (0 if made_before else entries), f"{output} and the cache")
     made = compile_plan(plan, output, Cache(cache), Stages())
     lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
     for target in made.manifest.targets:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.model.check import check_configs
 from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.model.single_file import refuse_file
 from slipcast_compiler.model.weight_files import PICKLES
@@ -86,6 +87,7 @@ def first_recipe(model: Path, prompts: Path | None, output: Path) -> str:
             hint="write the recipe for a directory of the same kind; then model.path = FILE, model.config = DIRECTORY",
         )  # fmt: skip
     checkpoint = Checkpoint(model.resolve(), str(model))
+    check_configs(checkpoint)
     width, height = checkpoint.native_size
     conditional = bool(checkpoint.architecture.text)
     if conditional != (prompts is not None):

@@ -225,6 +225,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
                 partial(layouts.edit, file="vae/config.json", drop=("block_out_channels",))),
         "block_out_channels",
     ),
+    "a size that is none": (unet(sample_size="big"), "sample_size"),
     "scaling_factor 0": (vae(scaling_factor=0), "scaling_factor"),
     "no model_max_length": (
         partial(layouts.edit, file="tokenizer/tokenizer_config.json", drop=("model_max_length",)), "model_max_length",

@@ -38,6 +38,7 @@ def check_configs(checkpoint: Checkpoint) -> None:
     for key, (why, fine) in _MORE_INPUTS.items():
         if denoiser.get(key) not in fine:
             raise _unfit(checkpoint, folder, key, why, "null", denoiser[key])
+    _check_types(checkpoint, folder, denoiser)
     channels, out = denoiser.get("in_channels"), denoiser.get("out_channels")
     latent = channels
     if "vae_decoder" in components:
@@ -59,6 +60,16 @@ def check_configs(checkpoint: Checkpoint) -> None:
     width = denoiser.get("cross_attention_dim")
     if checkpoint.architecture.text and not isinstance(width, int):
         raise _unfit(checkpoint, folder, "cross_attention_dim", "its blocks take texts of their own", "a number", width)
+
+
+def _check_types(checkpoint: Checkpoint, folder: str, denoiser: dict[str, Any]) -> None:
+    """RecipeError where a size is of another type than diffusers writes."""
+    size, levels = denoiser.get("sample_size"), denoiser.get("block_out_channels")
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    if size is not None and not all(isinstance(side, int) and side > 0 for side in sides):
+        raise _unfit(checkpoint, folder, "sample_size", "it is no size", "a number or two", size)
+    if not isinstance(levels, (list, tuple)) or not all(isinstance(level, int) and level > 0 for level in levels):
+        raise _unfit(checkpoint, folder, "block_out_channels", "it is no list of channels", "numbers", levels)
 
 
 def check_tokenizers(original: Original) -> None:

@@ -11,7 +11,7 @@ from xml.parsers import expat
 
 from slipcast.errors import ArtifactError
 
-MAX_BYTES = 1 << 28  # a U-Net of Stable Diffusion XL has 10 MB
+MAX_BYTES = 1 << 26  # read in two seconds; a U-Net of Stable Diffusion XL has 10 MB
 
 
 def check_ir(data: bytes, name: str, weights: str | None, size: int) -> None:

@@ -37,7 +37,7 @@ def _prompts(bundle: Bundle, kind: str) -> list[str]:
     usual = next(prompt for prompt in closed.prompts if prompt) if closed else USUAL_PROMPT
     record: Any = {}
     if report_files(manifest):
-        record = parse_json(bundle.path(REPORT).read_bytes(), REPORT)
+        record = parse_json(bundle.file(REPORT).read_bytes(), REPORT)
     return list(map(str, (record.get("family") or {}).get(kind) or [usual]))
 
 

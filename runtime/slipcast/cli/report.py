@@ -26,7 +26,7 @@ def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
         files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")],
     )
     try:
-        record = parse_json(opened.path("report.json").read_bytes(), "report.json")
+        record = parse_json(opened.file("report.json").read_bytes(), "report.json")
     except ArtifactError as error:
         raise ArtifactError(f"{bundle}: holds no report", hint="compile the bundle again") from error
     emit(record, render_evidence(opened.manifest, record, opened.path("report.html")), as_json)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -61,6 +64,13 @@ def call_cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
         root.handlers = handlers
         signal.signal(signal.SIGTERM, terminate)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[[int, int], None] | None = None) -> Any:
+    """What isolate.run_isolated does, without the process, which takes seconds for its imports: for monkeypatch."""
+    from slipcast_compiler.host.isolate import Isolated
+
+    return Isolated(function(*arguments, advance or (lambda done, total: None)), peak_memory_mb=0.0)
 
 
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
@@ -113,10 +123,30 @@ def shapes_bundle(shared: Path, workspace: Path) -> Path:
     compiled, bundle = shared / "shapes-circles", workspace / "artifacts" / "shapes-circles"
     with FileLock(shared / "shapes-circles.lock"):
         if not compiled.exists():
+            before = bytes_under(shared / "cache")
             done = run_cli("compile", "recipes/shapes-circles.toml", "-o", str(compiled), cwd=workspace)
             assert done.returncode == 0, done.stderr
+            took = {
+                "bundle": bytes_under(compiled),
+                "cache": bytes_under(shared / "cache") - before,
+                "memory": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+            }
+            (shared / "took.json").write_text(json.dumps(took))
     shutil.copytree(compiled, bundle)
     return bundle
+
+
+def bytes_under(folder: Path) -> int:
+    """What its files need of the disk; a file with two names is one."""
+    files = {(found := file.stat()).st_ino: found.st_size for file in folder.rglob("*") if file.is_file()}
+    return sum(files.values())
+
+
+@pytest.fixture(scope="session")
+def took(shared: Path, shapes_bundle: Path) -> dict[str, int]:
+    """Bytes that the compile of the reference recipe took: of its largest process's memory, and of the disk."""
+    found: dict[str, int] = json.loads((shared / "took.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,10 @@ Advance = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
+def silent(done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
 @dataclass
 class Stages:
     """Shows stages while they run and remembers their seconds, for the report."""
@@ -62,3 +66,15 @@ class Stages:
                 print(f"{name}: {done}/{total}", file=sys.stderr, flush=True)
 
         yield advance
+
+
+class SilentStages(Stages):
+    """Stages of which there are too many to tell."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Advance]:
+        """Shows nothing."""
+        yield silent
+
+    def say(self, text: str) -> None:
+        """Nothing."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from conftest import call_cli, run_cli
+from conftest import call_cli, in_process, run_cli
 from slipcast.bundle.profiles import (
     ProfileFile,
     is_profile,
@@ -32,6 +32,7 @@ from slipcast_compiler.model.layers import attention_layers, feed_forward_layers
 from slipcast_compiler.pages.profile import curves, figures, publish, ranked, render_page
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.profile import importance
+from slipcast_compiler.profile import profile as profiles
 from slipcast_compiler.profile.measure import chosen_states, evaluated_sigmas, measure
 from slipcast_compiler.profile.observe import PERCENTILE, Observer, blocks
 from slipcast_compiler.profile.profile import Profile, make_profile, open_profile, rank_correlations
@@ -54,8 +55,10 @@ def _profiled(cache: Cache, *overrides: str, advance: Any = lambda *_: None) -> 
 
 
 def _profile_of(plan: Plan, cache: Cache, advance: Any = lambda *_: None) -> Profile:
-    """As a compile has it made."""
-    return make_profile(plan.task.calibration, plan.recipe.profile, plan.recipe.name, cache, advance)
+    """As a compile has it made, but for the process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiles, "run_isolated", in_process)
+        return make_profile(plan.task.calibration, plan.recipe.profile, plan.recipe.name, cache, advance)
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +451,9 @@ def test_an_unconditional_model_is_profiled_too(tmp_path: Path) -> None:
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "m")
     text = f'name = "u"\nmodel.path = {str(tmp_path / "m")!r}\ntargets = [{{ engine = "onnxruntime" }}]\n'
     text += "[sampling]\nsampler = 'ddpm'\nsteps = 2\nguidance_scale = 1.0\n[profile]\nprompts = 5\nstates = 2\n"
-    made = _profile_of(make_plan(parse_recipe(text, "u.toml"), tmp_path), Cache(tmp_path / "cache"))
+    plan, cache = make_plan(parse_recipe(text, "u.toml"), tmp_path), Cache(tmp_path / "cache")
+    made = make_profile(plan.task.calibration, plan.recipe.profile, "u", cache, lambda *_: None)  # in a process
+    assert made.file.record.peak_memory_mb > 100
     assert made.file.record.leave_one_out == "exact"
     assert {name: len(scores) for name, scores in made.heads("leave_one_out").items()} == {
         layer.name: layer.heads for layer in attention_layers(unet)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from tiny import RECIPE, Bench, example, tiny_plan
 
+from conftest import in_process
 from slipcast.errors import NumericalError, RecipeError
 from slipcast.progress import Stages
 from slipcast_compiler.export.component import write_component
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model.rewrite import Rewrite
-from slipcast_compiler.passes import PASSES, micro
+from slipcast_compiler.passes import PASSES, apply, micro
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.passes.micro import Gain
 from slipcast_compiler.recipe.passes import PassesTable
@@ -142,8 +143,9 @@ def test_defaults_are_valid_and_change_something(name: str) -> None:
     assert options != type(options).model_validate(ZERO[name])
 
 
-def test_a_compile_runs_them_in_order_and_caches_each(tmp_path: Path) -> None:
+def test_a_compile_runs_them_in_order_and_caches_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a profile, so with the criteria that need none."""
+    monkeypatch.setattr(apply, "run_isolated", in_process)
     table = (
         'passes.prune_ffn={ratio=0.4, criterion="magnitude", correct=false}',
         'passes.prune_heads={ratio=0.4, criterion="magnitude", correct=false}',

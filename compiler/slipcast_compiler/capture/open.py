@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from slipcast_compiler.model.checkpoint import Checkpoint
 
 def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
     """The pipeline of a diffusers directory; `pipeline`: a class in place of the one that model_index.json names, of
-    diffusers, or of the user's own module ("package.module:Class").
+    diffusers, or of the user's own module ("package.module:Class"), in which components' classes are looked for too.
 
     RecipeError for code that comes with a checkpoint, which never runs; ArtifactError where a part cannot be made.
     """
@@ -68,15 +69,20 @@ def _part(root: Path, name: str, given: Any, kind: Any) -> Any:
     try:
         if issubclass(found, nn.Module):
             return _empty(found, str(library), root / name)
-        return found.from_pretrained(root / name, local_files_only=True)
+        trust = {"trust_remote_code": False} if library == "transformers" else {}  # it would ask the user
+        return found.from_pretrained(root / name, local_files_only=True, **trust)
     except Exception as error:  # every library has errors of its own for a missing file, or one that it cannot read
         raise _unusable(f"{root / name}: no {class_name} can be made of it", error) from error
 
 
 def _class_of(library: str, name: str, kind: Any) -> Any:
-    """In diffusers a component may be of a pipeline's own folder, which the index calls by its last name."""
+    """In diffusers a component may be of a pipeline's own folder, which the index calls by its last name; where the
+    pipeline is of the user's own module, so may they be."""
     if library in ("diffusers", "transformers"):
         return getattr(importlib.import_module(library), name, None)
+    own = sys.modules[kind.__module__]
+    if kind.__module__.partition(".")[0] != "diffusers" and hasattr(own, name):
+        return getattr(own, name)
     pipelines = importlib.import_module("diffusers.pipelines")
     return getattr(getattr(pipelines, library, None), name, None) if library.isidentifier() else None
 

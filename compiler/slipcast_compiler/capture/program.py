@@ -51,13 +51,14 @@ class Op:
 @dataclass(frozen=True)
 class Call:
     """A module of a component was called: `module` is its name, such as unet, or vae.decoder. `outputs`: values by path
-    in what it returned."""
+    in what it returned. `written`: values by path in (args, kwargs), that it put into lists and dicts there."""
 
     module: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[tuple[Path, int], ...]
     where: str = ""
+    written: tuple[tuple[Path, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Program:
 
 def outputs_of(event: Op | Call) -> tuple[int, ...]:
     """The values that an event gives."""
-    return event.outputs if isinstance(event, Op) else tuple(value for _, value in event.outputs)
+    return event.outputs if isinstance(event, Op) else tuple(value for _, value in (*event.outputs, *event.written))
 
 
 def refs(value: Any) -> list[Ref]:

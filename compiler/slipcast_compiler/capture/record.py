@@ -3,17 +3,17 @@
 A dispatch mode sees every ATen operator of what runs between the components. Values enter at sources: a tokenizer's
 output, a random draw, an image that the call was given, a weight that the pipeline's code reads by itself. Operators on
 constants run and leave their result; those on other values are recorded besides. A component's module that is called
-from outside is one opaque call.
+from outside is one opaque call. What the pipeline reads into Python is a guard, and refused where only the weights give
+it: whatever it does then, it may do something else with another prompt.
 
-What a dispatch mode does not see: higher-order operators (flex_attention), and what leaves torch for numpy and comes
-back, which is a constant from then on; verify.py finds that out.
+What a dispatch mode does not see: higher-order operators (flex_attention); verify.py finds that out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -21,22 +21,41 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Program, Ref, Source, leaves, rebuild
-from slipcast_compiler.capture.shapes import META, run_for_shapes
+from slipcast.errors import RecipeError, SlipcastError
+from slipcast_compiler.capture.edges import leaving_watched, offline
+from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Path, Program, Ref, Source, leaves, rebuild
+from slipcast_compiler.capture.shapes import META, ShapeRunner, is_random
+from slipcast_compiler.capture.where import here, package_of, raised_at
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+_COMPUTED = "computed"  # beside the kinds of sources: of what a module makes of its weights
+Bound = frozenset[str]
 
 
 def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
     """The program of pipe(**call). The pipeline's modules may be on the meta device; images among the arguments are
-    given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent")."""
+    given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent").
+
+    RecipeError for a call that fails, and for a pipeline that a program cannot follow.
+    """
     recorder = Recorder(pipe)
     for name, value in call.items():
         for path, tensor in leaves(value):
             recorder.enter(tensor, "image", (name, *path))
-    with recorder.watching(), torch.no_grad(), recorder:
-        result = pipe(**call)
-    return recorder.program(result)
+    try:
+        with recorder.watching(), torch.no_grad(), recorder:
+            result = pipe(**call)
+    except Exception as error:  # the pipeline's own code, which may fail in any way
+        raise recorder.refusal(error) from error
+    program = recorder.program(result)
+    if not any(isinstance(found, Ref) for _, found in program.results):
+        raise RecipeError(
+            f"{program.pipeline} returns nothing that a program gives",
+            expected="tensors that follow from its prompt or its noise",
+            got=type(result).__name__,
+            hint="--set output_type=pt or latent, if the pipeline has that argument",
+        )
+    return program
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
@@ -45,6 +64,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self, pipe: Any) -> None:
         super().__init__()
         self._pipe, self._inside = pipe, 0
+        self._package, self._shapes = package_of(type(pipe)), ShapeRunner()
+        self._failed: tuple[str, Exception] | None = None  # the module that raised
         self._modules: dict[int, str] = {}
         self._weights: dict[int, tuple[str, torch.Tensor]] = {}
         for name, module in pipe.components.items():
@@ -55,7 +76,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._ids: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no id is used again
         self._count = 0
-        self._bound: dict[int, frozenset[Kind]] = {}
+        self._bound: dict[int, Bound] = {}
         self._memory: dict[int, int] = {}  # value -> the storage that it lies in
         self._written: dict[int, int] = {}  # storage of a constant that was written into -> the value of its content
         self._constants: dict[tuple[int, int], torch.Tensor] = {}
@@ -86,6 +107,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def watching(self) -> Iterator[None]:
         """Within it, calls of components, tokenizers and the scheduler's steps come here first."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(offline(lambda: here(self._package)))
+            stack.enter_context(leaving_watched(self._leaving))
             stack.enter_context(self._on_cpu())
             stack.enter_context(self._modules_opaque())
             for name, part in self._pipe.components.items():
@@ -97,9 +120,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     stack.enter_context(self._texts_watched(name, part))
             yield
 
+    def refusal(self, error: Exception) -> SlipcastError:
+        """Of a call that failed with this error, in words of its user."""
+        problem, place = f"{type(self._pipe).__name__} cannot be captured", raised_at(error)
+        if self._failed and self._failed[1] is error:
+            problem += f": its component {self._failed[0]} fails"
+        if isinstance(error, SlipcastError):
+            problem += f": {error.message}"
+            return type(error)(problem, expected=error.expected, got=error.got, hint=error.hint)
+        return RecipeError(
+            f"{problem} with these arguments",
+            expected="a call that runs to its end",
+            got=f"{type(error).__name__} at {place}: {error}".splitlines()[0],
+            hint="give what the call needs with --set KEY=VALUE; `slipcast --debug capture ...` shows where it failed",
+        )
+
     # --- values ---------------------------------------------------------------------------------------------------
 
-    def _new(self, tensor: torch.Tensor, bound: frozenset[Kind]) -> int:
+    def _new(self, tensor: torch.Tensor, bound: Bound) -> int:
         value, self._count = self._count, self._count + 1
         self._ids[id(tensor)] = value
         self._kept.append(tensor)
@@ -137,8 +175,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._weights[id(tensor)] = name, value
         return self._ids[id(tensor)]
 
-    def _bound_by(self, structure: Any) -> frozenset[Kind]:
-        found = frozenset[Kind]()
+    def _bound_by(self, structure: Any) -> Bound:
+        found = Bound()
         for _, tensor in leaves(structure):
             if isinstance(tensor, Ref):
                 found |= self._bound[tensor.id]
@@ -165,7 +203,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if kwargs.get("device") is not None and torch.device(kwargs["device"]) == META:
             kwargs["device"] = torch.device("cpu")
         args, kwargs = rebuild((args, kwargs), self._real)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if is_random(func, args, kwargs):
             out = func(*args, **kwargs)
             for _, tensor in leaves(out):
                 with self._unseen():
@@ -179,7 +217,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         given = rebuild((args, kwargs), self._refer)
         out = func(*args, **kwargs)
         values = tuple(self._new(tensor, bound) for _, tensor in leaves(out))
-        self._events.append(Op(func, given[0], given[1], values, _where()))
+        self._events.append(Op(func, given[0], given[1], values, here()))
         return out
 
     def _real(self, tensor: Any) -> Any:
@@ -189,13 +227,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return self._weights[id(tensor)][1]
         return tensor
 
-    def _read(self, func: Any, args: Any, bound: frozenset[Kind]) -> None:
+    def _read(self, func: Any, args: Any, bound: Bound) -> None:
         name = str(func._schema.name)
         masked = name == "aten::index" and any(t.dtype == torch.bool for _, t in leaves(args[1:]))
         if name in _READS or masked:
-            self._guards.append(Guard(name.removeprefix("aten::"), _where(), tuple(sorted(bound))))
+            self._guard(name.removeprefix("aten::"), bound)
 
-    def _open_written(self, func: Any, args: Any, kwargs: Any, bound: frozenset[Kind]) -> None:
+    def _leaving(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor that becomes an array or a list."""
+        if not self._inside and (bound := self._bound_by(tensor)):
+            self._guard(name, bound)
+
+    def _guard(self, operator: str, bound: Bound) -> None:
+        """A value that is read into Python. RecipeError where it needs the weights: capture has none."""
+        if _COMPUTED in bound:
+            raise RecipeError(
+                "it reads a number into Python that its components compute",
+                expected="arithmetic on tensors, which is the same for every prompt",
+                got=f"{operator} at {here()}",
+                hint="a branch on it may go another way with another prompt: keep to tensors there (torch.where)",
+            )
+        self._guards.append(Guard(operator, here(), tuple(sorted(bound))))
+
+    def _open_written(self, func: Any, args: Any, kwargs: Any, bound: Bound) -> None:
         """Before an operator writes into a constant: what lies in its memory becomes a value, which views refer to."""
         if not func._schema.is_mutable:
             return
@@ -217,7 +271,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             self._kept.append(tensor)
             value = self._new(content, bound)
             self._written[storage] = value
-            self._events.append(Op(torch.ops.aten.clone.default, (before,), {}, (value,), _where()))
+            self._events.append(Op(torch.ops.aten.clone.default, (before,), {}, (value,), here()))
 
     # --- what comes here first -------------------------------------------------------------------------------------
 
@@ -250,12 +304,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         bound = self._bound_by((args, kwargs))
         given = rebuild((args, kwargs), self._refer)
+        name = self._modules[id(module)]
         with self._unseen():
-            on_meta = any(each.device == META for each in (*module.parameters(), *module.buffers()))
-            run = run_for_shapes if on_meta else type(module).__call__
-            out = rebuild(run(module, args, kwargs) if on_meta else run(module, *args, **kwargs), _zeros)
-        values = tuple((path, self._new(tensor, bound)) for path, tensor in leaves(_opened(out)))
-        self._events.append(Call(self._modules[id(module)], given[0], given[1], values, _where()))
+            try:
+                shaped, written = self._shapes.run(module, args, kwargs)
+            except Exception as error:
+                self._failed = self._failed or (name, error)
+                raise
+            out, put = rebuild((shaped, written), _zeros)
+        known = bound - {_COMPUTED}  # of integers, which are real
+
+        def values(shapes: Any, zeros: Any) -> tuple[tuple[Path, int], ...]:
+            pairs = zip(leaves(_opened(shapes)), leaves(_opened(zeros)), strict=True)
+            return tuple(
+                (path, self._new(tensor, bound | {_COMPUTED} if shape.device == META else known))
+                for (path, shape), (_, tensor) in pairs
+            )
+
+        outputs, places = values(shaped, out), []
+        for path, value in put.items():
+            _place((args, kwargs), path, value)
+            places += [((*path, *inner), number) for inner, number in values(written[path], value)]
+        self._events.append(Call(name, given[0], given[1], outputs, here(), tuple(places)))
         return out
 
     @contextlib.contextmanager
@@ -263,6 +333,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         usual = scheduler.step
         signature = inspect.signature(usual)
 
+        @functools.wraps(usual)  # pipelines read from its signature what it can be given, such as a generator
         def step(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
             output, sample = (rebuild(given.get(name), self._refer) for name in ("model_output", "sample"))
@@ -299,6 +370,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             tokenizer.__class__ = own
 
 
+def _place(given: Any, path: Path, value: Any) -> None:
+    """Put a value where a module put one, into a list or a dict that it was given."""
+    for key in path[:-1]:
+        given = given[key]
+    if isinstance(given, list) and path[-1] == len(given):
+        given.append(value)
+    else:
+        given[path[-1]] = value
+
+
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device == META else tensor
 
@@ -310,14 +391,3 @@ def _opened(value: Any) -> Any:
 
 def _storage(tensor: torch.Tensor) -> int:
     return cast(int, tensor.untyped_storage()._cdata)
-
-
-def _where() -> str:
-    """File and line of the pipeline's code that runs now, below the folder of its package."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if "site-packages/torch/" not in file and "slipcast_compiler/capture" not in file and file[0] == "/":
-            return f"{file.rpartition('site-packages/')[2]}:{frame.f_lineno}"
-        frame = cast(Any, frame.f_back)
-    return ""

@@ -32,7 +32,8 @@ def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module]) -
         found = [tensor for _, tensor in leaves(event.function(*args, **kwargs))]
     else:
         out = dict(leaves(_opened(find_module(components, event.module)(*args, **kwargs))))
-        found = [out[path] for path, _ in event.outputs]
+        put = dict(leaves((args, kwargs))) if event.written else {}
+        found = [*(out[path] for path, _ in event.outputs), *(put[path] for path, _ in event.written)]
     values.update(zip(outputs_of(event), found, strict=True))
 
 

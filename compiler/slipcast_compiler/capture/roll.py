@@ -13,10 +13,23 @@ from typing import Any
 
 import torch
 
+from slipcast.errors import RecipeError
 from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, rebuild, refs
 
+FORMS = 4  # of which each is an engine
 # What may follow guidance: its numbers stay, but for the sign and for channels that the scheduler does not read.
-SAME_NUMBERS = ("neg", "split", "split_with_sizes", "squeeze", "unsqueeze", "stack", "slice", "select", "_to_copy")
+SAME_NUMBERS = (
+    "neg",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "unsqueeze",
+    "stack",
+    "slice",
+    "select",
+    "alias",
+    "_to_copy",
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +47,14 @@ class Predict:
 @dataclass(frozen=True)
 class Phase:
     """Steps of one form, from `first` on. `table`: by place among the constants, how many numbers differ from step to
-    step. `guidance`: what its last operators compute, if that is guidance."""
+    step. `guidance`: what its last operators compute, if that is guidance. `ending`: what gives the output: a module, or an
+    operator with its line."""
 
     first: int
     steps: tuple[Predict, ...]
     table: tuple[int, ...]
     guidance: str | None
+    ending: str
 
 
 @dataclass(frozen=True)
@@ -51,18 +66,42 @@ class Loop:
 
 
 def roll(program: Program) -> Loop | None:
-    """The loop; None where the scheduler takes no step, or where a step's output does not come from its latent."""
+    """The loop; None where the scheduler takes no step, or where a step's output does not come from its latent.
+
+    RecipeError where each step has a form of its own, or where there are more than FORMS of them.
+    """
     steps = [_predict(program, number) for number in range(len(program.marks))]
     found = [step for step in steps if step and step.events]
     if not steps or len(found) < len(steps):
         return None
+    _check_forms(program, found)
     phases, first = [], 0
     for _, group in groupby(found, key=lambda step: step.form):
         alike = tuple(group)
         output = program.marks[first].output.id
-        phases.append(Phase(first, alike, _differing(alike), find_guidance(program, alike[0], output)))
+        guidance, ending = find_guidance(program, alike[0], output), find_ending(program, alike[0], output)
+        phases.append(Phase(first, alike, _differing(alike), guidance, ending))
         first += len(alike)
     return Loop(tuple(phases), all(before.result == after.sample for before, after in pairwise(program.marks)))
+
+
+def _check_forms(program: Program, steps: Sequence[Predict]) -> None:
+    forms: list[Any] = []
+    for step in steps:
+        if step.form not in forms:
+            forms.append(step.form)
+    if len(forms) <= FORMS and (len(forms) < len(steps) or len(steps) < 3):
+        return
+    order = "".join(chr(ord("A") + min(forms.index(step.form), 25)) for step in steps)
+    pairs = zip(steps[0].form, steps[1].form, strict=False)
+    place = next((place for place, (one, other) in enumerate(pairs) if one != other), -1)
+    raise RecipeError(
+        f"{program.pipeline}: its steps change their form without a pattern",
+        expected=f"steps of one form, or of up to {FORMS} forms that come back",
+        got=f"{len(forms)} forms in {len(steps)} steps: {order}; the first two part at "
+        f"{program.events[steps[1].events[place]].where}",
+        hint="give the call more steps, if a form lasts for some of them; each form is a denoiser of its own",
+    )
 
 
 def _predict(program: Program, number: int) -> Predict | None:
@@ -136,15 +175,12 @@ def _differing(steps: Sequence[Predict]) -> tuple[int, ...]:
 def find_guidance(program: Program, step: Predict, output: int) -> str | None:
     """Classifier-free guidance at the end of a step, `a + s (b - a)`, whichever branch it starts from; None where the
     output is something else (renormalised, or of the model alone). `u` is the branch that comes first in the batch."""
-    made = {value: program.events[place] for place in step.events for value in outputs_of(program.events[place])}
+    made, value = _before_output(program, step, output)
 
     def operator(value: Any, name: str) -> Op | None:
         event = made.get(value.id) if isinstance(value, Ref) else None
         return event if isinstance(event, Op) and event.function._schema.name == f"aten::{name}" else None
 
-    value: Any = Ref(output)
-    while plain := next((found for name in SAME_NUMBERS if (found := operator(value, name))), None):
-        value = plain.args[0][0] if isinstance(plain.args[0], list) and len(plain.args[0]) == 1 else plain.args[0]
     if not (total := operator(value, "add")):
         return None
     for start, added in (total.args[:2], total.args[1::-1]):
@@ -155,6 +191,24 @@ def find_guidance(program: Program, step: Predict, output: int) -> str | None:
             if branches and start in branches.args[:2] and not isinstance(scale, Ref):
                 return _named(made, branches, start, float(scale))
     return None
+
+
+def find_ending(program: Program, step: Predict, output: int) -> str:
+    """The module whose output the scheduler is given, or the operator, with its line, that comes after it."""
+    made, value = _before_output(program, step, output)
+    event = made[value.id] if isinstance(value, Ref) and value.id in made else program.events[step.events[-1]]
+    return event.module if isinstance(event, Call) else f"{event.function._schema.name} at {event.where}"
+
+
+def _before_output(program: Program, step: Predict, output: int) -> tuple[dict[int, Op | Call], Any]:
+    """The events of a step by their values; and the value that the output has its numbers from."""
+    made = {value: program.events[place] for place in step.events for value in outputs_of(program.events[place])}
+    value: Any = Ref(output)
+    while isinstance(value, Ref) and isinstance(event := made.get(value.id), Op):
+        if event.function._schema.name.removeprefix("aten::") not in SAME_NUMBERS:
+            break
+        value = event.args[0][0] if isinstance(event.args[0], list) and len(event.args[0]) == 1 else event.args[0]
+    return made, value
 
 
 def _named(made: dict[int, Op | Call], branches: Op, start: Any, scale: float) -> str:

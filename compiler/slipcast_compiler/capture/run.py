@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast.errors import HostError, RecipeError, SlipcastError
+from slipcast.errors import HostError
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.open import find_pipeline, open_without_weights
 from slipcast_compiler.capture.program import Program
@@ -28,24 +28,10 @@ def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], ch
     for override in overrides:
         parse_override(given, override)
     pipe = open_without_weights(root, pipeline)
-    program = _capture(pipe, make_call(pipe, given))
+    with quiet():
+        program = capture(pipe, make_call(pipe, given))
     verdict = _verify(program, root, pipeline, given) if check else None
     return summarise(program, pipe, verdict)
-
-
-def _capture(pipe: Any, call: dict[str, Any]) -> Program:
-    try:
-        with quiet():
-            return capture(pipe, call)
-    except SlipcastError:
-        raise
-    except Exception as error:  # the pipeline's own code, which may fail in any way
-        raise RecipeError(
-            f"{type(pipe).__name__} cannot be captured with these arguments",
-            expected="a call that runs to its end",
-            got=f"{type(error).__name__}: {error}".splitlines()[0],
-            hint="give what the call needs with --set KEY=VALUE; `slipcast --debug capture ...` shows where it failed",
-        ) from error
 
 
 def _verify(program: Program, root: Path, pipeline: str | None, given: dict[str, Any]) -> Verdict:

@@ -1,55 +1,149 @@
-"""Run a module for the shapes of its outputs: floating-point tensors on torch's meta device, integers for real.
+"""Run modules for the shapes of their outputs: floating-point tensors on torch's meta device, integers for real.
 
 So no weight is read, and code that branches on integers (lengths, masks, position ids) finds what it would find.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.program import Path, leaves, rebuild
+from slipcast_compiler.capture.where import here
 
 META = torch.device("meta")
+_INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+_VALUES_DECIDE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_PLAIN = (torch.Tensor, int, float, str, bool, torch.dtype, torch.device, type(None))
+
+
+class ShapeRunner:
+    """Runs modules, each once for arguments of the same shapes: a denoiser has the same at every step."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def run(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[Path, Any]]:
+        """What the module returns, with tensors on meta in place of those that need its weights; and, by path in (args,
+        kwargs), what it put into lists and dicts that it was given."""
+        key = _key(module, args, kwargs)
+        if key in self._known:
+            return rebuild(self._known[key], torch.empty_like), {}
+        used = tree_map(_to_meta, (args, kwargs))
+        before, mode = tree_map(lambda leaf: leaf, used), _Shapes()
+        with _left_as_it_was(module), torch.no_grad(), mode:
+            out = module(*used[0], **used[1])
+        written = dict(_written(before, used))
+        found = [tensor for _, tensor in leaves(out)]
+        if key and found and not written and not mode.values_decide and all(each.device == META for each in found):
+            self._known[key] = rebuild(out, torch.empty_like)
+        return out, written
 
 
 def run_for_shapes(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """What the module returns, with zeros in place of numbers that need its weights."""
-    args, kwargs = tree_map(_to_meta, (args, kwargs))
-    with torch.no_grad(), _Shapes():
-        return module(*args, **kwargs)
+    """What ShapeRunner's run says that the module returns."""
+    return ShapeRunner().run(module, args, kwargs)[0]
+
+
+@contextlib.contextmanager
+def _left_as_it_was(module: torch.nn.Module) -> Iterator[None]:
+    """What a module keeps of a call, such as position embeddings on the device of its arguments, is forgotten; so are
+    hooks that it puts on its parts."""
+    inside = [vars(each) for each in module.modules()]
+    inside += [value for each in inside for value in each.values() if type(value) in (dict, OrderedDict)]
+    kept = [(each, dict(each)) for each in inside]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            now.clear()
+            now.update(before)
+
+
+def _written(before: Any, after: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """By path, what is new in lists and dicts. None becomes shorter: caches grow, or have places to fill."""
+    if isinstance(after, dict) and isinstance(before, dict):
+        pairs = [(key, before.get(key), inner) for key, inner in after.items()]
+    elif isinstance(after, list | tuple) and isinstance(before, list | tuple):
+        longer = [*before, *[None] * (len(after) - len(before))]
+        pairs = [(place, old, new) for place, (old, new) in enumerate(zip(longer, after, strict=False))]
+    else:
+        if before is not after:
+            yield path, after
+        return
+    for key, old, new in pairs:
+        yield from _written(old, new, (*path, key))
+
+
+def is_random(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator draws random numbers; those that could, as attention with dropout, do not when it is off."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    switch = next((name for name in ("dropout_p", "train", "training") if name in names), None)
+    return switch is None or bool(given.get(switch))
 
 
 class _Shapes(TorchDispatchMode):  # type: ignore[misc]
-    """Operators whose tensors are all on the CPU run there; where one is on meta, so are all."""
+    """Operators whose tensors are all on the CPU run there; where one is on meta, so are all.
+
+    `values_decide`: whether a shape, or what Python does, came from the value of an integer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values_decide = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors((args, kwargs))
+        if is_random(func, args, kwargs):
+            raise RecipeError(
+                "it draws random numbers inside, which come out differently each time",
+                expected="draws in the pipeline's own code, with its generator",
+                got=f"{func._schema.name} at {here()}",
+            )
+        self.values_decide |= any(tag in func.tags for tag in _VALUES_DECIDE)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if all(tensor.device != META for tensor in tensors):
             made = func(*args, **kwargs)
             # Integers stay real where a module makes or moves them "where its weights are".
             if kwargs.get("device") == META and not (made.is_floating_point() or made.is_complex()):
                 made = func(*args, **kwargs | {"device": torch.device("cpu")})
             return made
-        if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
-            args = (args[0], _as_places(args[1]), *args[2:])
+        if func in _INDEXING:
+            args = (args[0], self._as_places(args[1]), *args[2:])
         args, kwargs = tree_map(_all_to_meta, (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = META
         return func(*args, **kwargs)
 
+    def _as_places(self, indices: Any) -> list[Any]:
+        """Masks as the places where they are true, of which there are as many as the real mask says."""
+        found: list[Any] = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool and index.device != META:
+                self.values_decide = True
+                found += list(index.nonzero(as_tuple=True))
+            else:
+                found.append(index)
+        return found
 
-def _as_places(indices: Any) -> list[Any]:
-    """Masks as the places where they are true, of which there are as many as the real mask says."""
-    found: list[Any] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool and index.device != META:
-            found += list(index.nonzero(as_tuple=True))
-        else:
-            found.append(index)
-    return found
+
+def _key(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """What the shapes of the outputs follow from, unless values decide; None where that cannot be said."""
+    given, structure = tree_flatten((args, kwargs))
+    if not all(isinstance(leaf, _PLAIN) for leaf in given):
+        return None
+    told = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in given]
+    return id(module), structure, tuple(told)
 
 
 def _to_meta(value: Any) -> Any:
@@ -59,9 +153,3 @@ def _to_meta(value: Any) -> Any:
 
 def _all_to_meta(value: Any) -> Any:
     return value.to(META) if isinstance(value, torch.Tensor) else value
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

@@ -98,6 +98,7 @@ def _phase(program: Program, phase: Phase) -> dict[str, Any]:
         "given": len(phase.steps[0].given),
         "table": list(phase.table),
         "guidance": phase.guidance,
+        "ending": phase.ending,
     }
 
 
@@ -110,7 +111,7 @@ def _loop_lines(loop: dict[str, Any] | None) -> list[str]:
         last = phase["first"] + phase["steps"]
         lines.append(
             f"  steps {phase['first'] + 1} to {last}: {' then '.join(phase['calls'])}, {phase['operators']} operators; "
-            f"guidance {phase['guidance'] or 'none that is recognised'}"
+            f"guidance {phase['guidance'] or 'none that is recognised: it ends with ' + phase['ending']}"
         )
         lines.append(
             f"    {sum(phase['table'])} numbers of the step table, {phase['given']} given from before the loop"

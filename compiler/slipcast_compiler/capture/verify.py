@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +36,15 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
 
     The pipeline has its weights. `again` is the same call, with a generator of its own.
     """
-    other = capture(pipe, call)
+    with _seeded():
+        other = capture(pipe, call)
     if mismatch := compare_sources(program, other):
         return Verdict(None, mismatch)
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
     values = {mine.id: theirs.value for mine, theirs in sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     found = replay(program, values, components)
-    with torch.no_grad():
+    with torch.no_grad(), _seeded():
         wanted = dict(leaves(_opened(pipe(**again))))
     error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
     difference = None if error <= LIMIT else first_difference(program, other, components)
@@ -86,6 +88,14 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
         return float("inf")
     size = float(wanted.double().norm())
     return float((found.double() - wanted.double()).norm()) / size if size else float(found.abs().max())
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Draws without a generator are the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _opened(value: Any) -> Any:

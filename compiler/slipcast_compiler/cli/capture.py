@@ -27,6 +27,8 @@ def capture_command(model: Path, pipeline: str | None, overrides: tuple[str, ...
     from slipcast_compiler.capture.run import capture_model
     from slipcast_compiler.capture.summary import render
 
+    if pipeline and ":" in pipeline:
+        sys.path.append(str(Path.cwd()))  # the user's own module may lie here; nothing that is installed gives way
     summary = capture_model(model, pipeline, overrides, check)
     emit(summary, render(summary), as_json)
     if check and not summary["verified"]["holds"]:

@@ -1,0 +1,76 @@
+"""Tiny pipelines of videos, and of sounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiny.parts import flow, t5_text, umt5_text, word_tokenizer
+
+
+def _wan_transformer() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+def wan(**other: Any) -> Any:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = UniPCMultistepScheduler(flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True)
+    return WanPipeline(
+        transformer=_wan_transformer(), vae=vae, scheduler=scheduler, text_encoder=umt5_text(),
+        tokenizer=word_tokenizer(), **other,
+    )  # fmt: skip
+
+
+def wan_2_2() -> Any:
+    """Two denoisers: one for the noisy steps, one for the others."""
+    return wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
+
+
+def ltx() -> Any:
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32,
+        num_layers=2, caption_channels=32,
+    )  # fmt: skip
+    widths, ones, scaled = (8, 8, 8, 8), (1, 1, 1, 1, 1), (True, True, False, False)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=widths, decoder_block_out_channels=widths, layers_per_block=ones,
+        decoder_layers_per_block=ones, spatio_temporal_scaling=scaled, decoder_spatio_temporal_scaling=scaled,
+        patch_size=1, patch_size_t=1,
+    )  # fmt: skip
+    return LTXPipeline(
+        transformer=transformer, vae=vae, scheduler=flow(), text_encoder=t5_text(), tokenizer=word_tokenizer(128)
+    )
+
+
+def stable_audio() -> Any:
+    from diffusers import (
+        AutoencoderOobleck,
+        CosineDPMSolverMultistepScheduler,
+        StableAudioDiTModel,
+        StableAudioPipeline,
+        StableAudioProjectionModel,
+    )
+
+    transformer = StableAudioDiTModel(
+        sample_size=4, in_channels=3, num_layers=2, attention_head_dim=4, num_attention_heads=4,
+        num_key_value_attention_heads=2, out_channels=3, cross_attention_dim=4, time_proj_dim=8,
+        global_states_input_dim=8, cross_attention_input_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderOobleck(
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=3,
+        channel_multiples=[2, 4], sampling_rate=4,
+    )  # fmt: skip
+    projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
+    scheduler = CosineDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0)
+    return StableAudioPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=t5_text(), tokenizer=word_tokenizer(),
+        projection_model=projection,
+    )  # fmt: skip

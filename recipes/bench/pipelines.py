@@ -1,0 +1,91 @@
+"""Capture the tests' tiny pipelines, roll their loops, and replay each on another prompt, seed and picture.
+
+    python recipes/bench/pipelines.py [NAMES] -o recipes/bench/captures/tiny.json
+
+Each runs in a process of its own. A pipeline whose program is of one prompt length is replayed on a prompt of that
+length, and the table says what comes of another length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from slipcast.errors import SlipcastError
+from slipcast.progress import Advance
+from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.host.machine import this_machine
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "capture"))
+from tiny import PIPELINES, call_of, open_pipeline
+
+ONE, SAME_LENGTH, OTHER = (
+    "a small red circle on white",
+    "the large blue star on black",
+    "a large blue star on a black background",
+)
+COLUMNS = ("pipeline", "loop", "guidance", "error", "other lengths")
+
+
+def examine(name: str, _: Advance) -> dict[str, Any]:
+    """Runs in a process of its own: a row of the table."""
+    from slipcast_compiler.capture.record import capture
+    from slipcast_compiler.capture.roll import roll
+    from slipcast_compiler.capture.verify import verify
+    from slipcast_compiler.host.quiet import quiet
+
+    with quiet():
+        pipe = open_pipeline(name)
+        program = capture(pipe, call_of(name, ONE, 1))
+        loop = roll(program)
+        same, other = (
+            verify(program, pipe, call_of(name, prompt, 7), call_of(name, prompt, 7)) for prompt in (SAME_LENGTH, OTHER)
+        )
+    phases = loop.phases if loop else ()
+    return {
+        "class": type(pipe).__name__,
+        "loop": [{"steps": len(phase.steps), "events": len(phase.steps[0].events)} for phase in phases],
+        "carried": loop and loop.carried,
+        "guidance": [phase.guidance or f"none: {phase.ending}" for phase in phases],
+        "error": same.error,
+        "difference": same.difference,
+        "other_length": None if other.holds else other.difference,
+        "guards": sorted({f"{guard.operator} at {guard.where}" for guard in program.guards}),
+    }
+
+
+def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
+    """What the table says of a pipeline."""
+    if "refused" in found:
+        return name, "refused", "", "", found["refused"]
+    loop = " + ".join(f"{phase['steps']} x {phase['events']}" for phase in found["loop"]) or "none"
+    loop += "" if found["carried"] else ", and more between steps"
+    error = "not comparable" if found["error"] is None else f"{found['error']:.2g}"
+    return name, loop, ", ".join(dict.fromkeys(found["guidance"])), error, found["other_length"] or "the same"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(PIPELINES))
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args()
+    found: dict[str, Any] = {}
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for name in given.names:
+        try:
+            found[name] = run_isolated(examine, name).result
+        except SlipcastError as error:
+            found[name] = {"refused": " ".join(f"{error.message} {error.got or ''}".split())}
+        print(f"| {' | '.join(row(name, found[name]))} |", flush=True)
+    if given.output:
+        machine = this_machine().model_dump()
+        document = {"command": f"python recipes/bench/pipelines.py -o {given.output}", "machine": machine}
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps(document | {"pipelines": found}, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from pathlib import Path
 from typing import Any
 
 _about: dict[str, Any] = {}
@@ -22,9 +23,15 @@ _SCHEDULERS = {
 def prepare(job: dict[str, Any]) -> None:
     """Export `model` to `prepared`, its tokenizers too."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # a measurement reports to nobody
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
     from optimum.exporters.openvino import main_export
+    from transformers import AutoTokenizer
 
     main_export(job["model"], job["prepared"], task="text-to-image", library_name="diffusers")
+    for folder in Path(job["prepared"]).glob("tokenizer*"):
+        tokenizer = convert_tokenizer(AutoTokenizer.from_pretrained(folder))
+        openvino.save_model(tokenizer, folder / "openvino_tokenizer.xml")
 
 
 def open_side(job: dict[str, Any]) -> Any:

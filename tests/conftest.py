@@ -76,22 +76,15 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture of their file stay on one worker; others go wherever there is time.
+    """A file's tests stay on one worker (--dist loadfile), and files come in this order.
 
-    One file that needs the compiled bundle comes first, and the others last: so that one worker compiles it while the
+    One file that needs the compiled bundle is first, and the others are last: so that one worker compiles it while the
     others have something else to do.
     """
-    files, late = dict[Path, bool](), set[Path]()
-    for item in items:
-        fixtures = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009 - of functions, which all of them are
-        if any(each.scope in ("class", "module") for found in fixtures.values() for each in found):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
-        files[item.path] = files.get(item.path, False) or not BUNDLED.isdisjoint(fixtures)
-    bundled = [file for file, uses in files.items() if uses]
-    late = set(bundled[1:])
-    items.sort(key=lambda item: 0 if item.path in bundled[:1] else 2 if item.path in late else 1)
+    bundled: dict[Path, None] = {item.path: None for item in items if not BUNDLED.isdisjoint(item.fixturenames)}  # type: ignore[attr-defined]
+    first, *late = bundled or [None]
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in late else 1)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Denoiser:
 class OneDenoiser(Checkpoint):
     """A checkpoint of nothing but a denoiser."""
 
-    entry: Architecture
+    entry: Architecture = field(kw_only=True)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -90,7 +90,7 @@ def write_configs(denoiser: Denoiser, folder: Path, kind: type[OneDenoiser] = On
     (folder / "denoiser" / "config.json").write_text(json.dumps({"_class_name": denoiser.kind, **denoiser.config}))
     (folder / "model_index.json").write_text(json.dumps({"denoiser": ["diffusers", denoiser.kind]}))
     source = ComponentSource("denoiser", denoiser.inputs, ("prediction",), denoiser.call)
-    return kind(folder, denoiser.kind, Architecture({"denoiser": source}, (), {}))
+    return kind(folder, denoiser.kind, entry=Architecture({"denoiser": source}, (), {}))
 
 
 def _sd15(model: Any, sample: Any, timestep: Any, text: Any) -> Any:

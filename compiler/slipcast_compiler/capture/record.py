@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Path, Program, Ref, Source, leaves, rebuild
-from slipcast_compiler.capture.shapes import META, ShapeRunner, is_random
+from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, run_on_meta, zeros
 from slipcast_compiler.capture.where import here, package_of, raised_at
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _enter_weight(self, tensor: torch.Tensor) -> int:
         name, real = self._weights[id(tensor)]
         with self._unseen():
-            value = torch.zeros(real.shape, dtype=real.dtype) if real.device == META else real.detach()
+            value = zeros(real.detach())
         self.enter(value, "weight", (name,))
         self._ids[id(tensor)] = self._ids[id(value)]
         self._weights[id(tensor)] = name, value
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         kwargs = dict(kwargs or {})
         if self._inside:
             return func(*args, **kwargs)
-        if kwargs.get("device") is not None and torch.device(kwargs["device"]) == META:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs["device"] = torch.device("cpu")
         args, kwargs = rebuild((args, kwargs), self._real)
         if is_random(func, args, kwargs):
@@ -215,7 +215,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._read(func, args, bound)
         self._open_written(func, args, kwargs, bound)
         given = rebuild((args, kwargs), self._refer)
-        out = func(*args, **kwargs)
+        if _COMPUTED in bound and is_pure(func):  # nobody may read its numbers, which are none
+            with self._unseen():
+                out = run_on_meta(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         values = tuple(self._new(tensor, bound) for _, tensor in leaves(out))
         self._events.append(Op(func, given[0], given[1], values, here()))
         return out
@@ -230,7 +234,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _read(self, func: Any, args: Any, bound: Bound) -> None:
         name = str(func._schema.name)
         masked = name == "aten::index" and any(t.dtype == torch.bool for _, t in leaves(args[1:]))
-        if name in _READS or masked:
+        if masked or name == "aten::masked_select":  # of which the mask alone decides
+            bound = self._bound_by(args[1:])
+        if (name in _READS or masked) and bound:
             self._guard(name.removeprefix("aten::"), bound)
 
     def _leaving(self, name: str, tensor: torch.Tensor) -> None:
@@ -311,13 +317,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             except Exception as error:
                 self._failed = self._failed or (name, error)
                 raise
-            out, put = rebuild((shaped, written), _zeros)
+            out, put = rebuild((shaped, written), zeros)
         known = bound - {_COMPUTED}  # of integers, which are real
 
-        def values(shapes: Any, zeros: Any) -> tuple[tuple[Path, int], ...]:
-            pairs = zip(leaves(_opened(shapes)), leaves(_opened(zeros)), strict=True)
+        def values(shapes: Any, made: Any) -> tuple[tuple[Path, int], ...]:
+            pairs = zip(leaves(_opened(shapes)), leaves(_opened(made)), strict=True)
             return tuple(
-                (path, self._new(tensor, bound | {_COMPUTED} if shape.device == META else known))
+                (path, self._new(tensor, bound | {_COMPUTED} if shape.is_meta else known))
                 for (path, shape), (_, tensor) in pairs
             )
 
@@ -378,10 +384,6 @@ def _place(given: Any, path: Path, value: Any) -> None:
         given.append(value)
     else:
         given[path[-1]] = value
-
-
-def _zeros(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device == META else tensor
 
 
 def _opened(value: Any) -> Any:

@@ -47,7 +47,7 @@ class Predict:
 @dataclass(frozen=True)
 class Phase:
     """Steps of one form, from `first` on. `table`: by place among the constants, how many numbers differ from step to
-    step. `guidance`: what its last operators compute, if that is guidance. `ending`: what gives the output: a module, or
+    step. `guidance`: what its last operators compute, if that is guidance. `ending`: what gives the output, a module or
     an operator with its line."""
 
     first: int

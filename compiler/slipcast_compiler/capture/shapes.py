@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
@@ -82,6 +83,13 @@ def _written(before: Any, after: Any, path: Path = ()) -> Iterator[tuple[Path, A
         yield from _written(old, new, (*path, key))
 
 
+def is_pure(func: Any) -> bool:
+    """Whether an operator's results are its own and have shapes that follow from shapes: no views, nothing written."""
+    schema = func._schema
+    aliases = any(each.alias_info for each in (*schema.arguments, *schema.returns))
+    return not aliases and not any(tag in func.tags for tag in _VALUES_DECIDE)
+
+
 def is_random(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operator draws random numbers; those that could, as attention with dropout, do not when it is off."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
@@ -93,7 +101,7 @@ def is_random(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class _Shapes(TorchDispatchMode):  # type: ignore[misc]
-    """Operators whose tensors are all on the CPU run there; where one is on meta, so are all.
+    """Operators whose tensors are all on the CPU run there; where one is on meta, or is a weight, all go there.
 
     `values_decide`: whether a shape, or what Python does, came from the value of an integer.
     """
@@ -111,8 +119,7 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
                 got=f"{func._schema.name} at {here()}",
             )
         self.values_decide |= any(tag in func.tags for tag in _VALUES_DECIDE)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if all(tensor.device != META for tensor in tensors):
+        if not any(map(_is_shape, tree_leaves((args, kwargs)))):
             made = func(*args, **kwargs)
             # Integers stay real where a module makes or moves them "where its weights are".
             if kwargs.get("device") == META and not (made.is_floating_point() or made.is_complex()):
@@ -120,7 +127,8 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
             return made
         if func in _INDEXING:
             args = (args[0], self._as_places(args[1]), *args[2:])
-        args, kwargs = tree_map(_all_to_meta, (args, kwargs))
+        if not all(map(_is_there, tree_leaves((args, kwargs)))):
+            args, kwargs = tree_map(_all_to_meta, (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = META
         return func(*args, **kwargs)
@@ -144,6 +152,31 @@ def _key(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         return None
     told = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in given]
     return id(module), structure, tuple(told)
+
+
+def run_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator's result for the shapes of its arguments alone, as zeros."""
+    args, kwargs = tree_map(_all_to_meta, (args, kwargs))
+    return tree_map(zeros, func(*args, **kwargs | ({"device": META} if kwargs.get("device") else {})))
+
+
+def zeros(tensor: Any) -> Any:
+    """In place of a tensor on meta: memory that takes no room until it is written to (torch.zeros does)."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
+        return tensor
+    size = tensor.untyped_storage().nbytes()
+    memory = torch.from_numpy(np.zeros(max(size, tensor.element_size()), np.uint8)).view(tensor.dtype)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _is_shape(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.device == META or (isinstance(value, torch.nn.Parameter) and value.is_floating_point())
+
+
+def _is_there(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.is_meta
 
 
 def _to_meta(value: Any) -> Any:

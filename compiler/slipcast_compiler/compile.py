@@ -14,6 +14,7 @@ from slipcast_compiler.engines.contents import write_contents
 from slipcast_compiler.graphs import make_graphs
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.machine import wait_without_spinning
 from slipcast_compiler.judge.evaluate import judge_targets
 from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.originals import run_originals
@@ -36,6 +37,8 @@ class Compiled:
 
 def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Compiled:
     """Make the bundle at `output`. Raises CheckFailed, with the report written beside it, where the gate is missed."""
+    wait_without_spinning()
+
     # One number that is none would spoil every picture.
     with stages.stage("weights") as advance:
         check_weights(plan.checkpoint, cache, advance)

@@ -95,7 +95,7 @@ def cache_bytes(plan: Plan, parameters: dict[str, int]) -> int:
 
 
 def memory_bytes(parameters: dict[str, int]) -> int:
-    """Of the process that needs most: the original in fp32, while it draws."""
+    """Of the process that needs most: the one that exports, or that draws with the original, both in fp32."""
     return LIBRARIES_BYTES + sum(parameters.values()) * BYTES["fp32"] * 2
 
 

@@ -103,6 +103,6 @@ def _plan_text(summary: dict[str, Any]) -> str:
         *(_search_text(summary["search"]) if summary["search"] else []),
         f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
         f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",
-        f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, while the original runs",
+        f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, in one process",
     ]
     return "\n".join(lines)

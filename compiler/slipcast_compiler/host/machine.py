@@ -75,6 +75,18 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def wait_without_spinning() -> None:
+    """On a machine that is busy already, let threads of OpenMP sleep while they wait for one another.
+
+    Theirs is to spin, on cores that what they wait for then has not: pictures in torch were seen to take seven times as
+    long. Libraries look at it when they are loaded, so that it is for processes that start from now on. On a quiet
+    machine spinning is a little faster, and what is measured there is what users get.
+    """
+    load = load_average()
+    if load is not None and load > cpu_threads():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text("ascii", "replace").splitlines()

@@ -22,7 +22,8 @@ from PIL import Image
 from slipcast.bundle.profiles import open_profile_file
 from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.graph.cost import cost
-from slipcast_compiler.host.cache import TOOLS, tool_versions
+from slipcast_compiler.host.cache import TOOLS
+from slipcast_compiler.host.closure import versions
 from slipcast_compiler.judge.evaluate import Judged, count_alarms
 from slipcast_compiler.judge.gate import GateRow
 from slipcast_compiler.judge.host_notes import host_notes
@@ -99,7 +100,7 @@ def make_record(evidence: Evidence) -> dict[str, Any]:
         "sampling": fields["sampling"].model_dump(mode="json", exclude_none=True),
         "reference": graphs.reference.model_dump(mode="json", exclude_none=True),
         "original": original.drawn_by(graphs.reference, graphs.family is not None),
-        "tools": {tool: tool_versions()[tool] for tool in TOOLS},
+        "tools": {tool: found for tool, found in versions(TOOLS).items() if tool in TOOLS},
         "passes": {name: found for name, found in graphs.reports.items() if name in PassesTable.model_fields},
         "mixed_precision": evidence.casts,
         "search": evidence.searched,

@@ -179,6 +179,7 @@ def qwen3_4b(config: Any) -> Any:
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=151936,
+        tie_word_embeddings=True,
     )
 
 
@@ -252,15 +253,14 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 def measure(name: str, _: Advance) -> dict[str, Any]:
     """Runs in a process of its own: the summary of the capture, and the seconds that it took."""
-    from accelerate import init_empty_weights
-
     from slipcast_compiler.capture.call import make_call
+    from slipcast_compiler.capture.open import without_weights
     from slipcast_compiler.capture.record import capture
     from slipcast_compiler.capture.summary import summarise
     from slipcast_compiler.host.quiet import quiet
 
     build, given = PIPELINES[name]
-    with quiet(), init_empty_weights(include_buffers=False):
+    with quiet(), without_weights():
         pipe = build()
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():

@@ -41,9 +41,10 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
         pipe = open_pipeline(name)
         program = capture(pipe, call_of(name, ONE, 1))
         loop = roll(program)
-        same, other = (
-            verify(program, pipe, call_of(name, prompt, 7), call_of(name, prompt, 7)) for prompt in (SAME_LENGTH, OTHER)
-        )
+        other = verify(program, pipe, call_of(name, OTHER, 7), call_of(name, OTHER, 7))
+        same = other
+        if not other.holds:
+            same = verify(program, pipe, call_of(name, SAME_LENGTH, 7), call_of(name, SAME_LENGTH, 7))
     phases = loop.phases if loop else ()
     return {
         "class": type(pipe).__name__,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slipcast.errors import ArtifactError, RecipeError
+from slipcast_compiler.capture.shapes import META, is_pure, run_on_meta
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.checkpoint import Checkpoint
+
+LARGE = 1 << 20  # numbers
 
 
 def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
@@ -88,17 +96,40 @@ def _class_of(library: str, name: str, kind: Any) -> Any:
 
 
 def _empty(found: Any, library: str, folder: Path) -> nn.Module:
-    """A module for inference, with parameters on the meta device and buffers that its constructor computes."""
-    from accelerate import init_empty_weights
-    from torch import float32
-
-    with init_empty_weights(include_buffers=False):
+    """A module for inference, without weights."""
+    with without_weights():
         if library == "transformers":
             config = found.config_class.from_pretrained(folder, local_files_only=True)
-            module = found._from_config(config, attn_implementation="sdpa", dtype=float32)
+            module = found._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         else:
             module = found.from_config(found.load_config(folder, local_files_only=True))
     return module.eval()
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Within it, modules are made with parameters on the meta device, and with the buffers that constructors compute,
+    but for large tables of floats, such as sines of positions: their numbers are zero, and take no memory."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), _LargeAsZeros():
+        yield
+
+
+class _LargeAsZeros(TorchDispatchMode):  # type: ignore[misc]
+    """What is computed from many floats is computed for its shape."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        moves = torch.device(kwargs.get("device") or "cpu") == META  # a weight, which goes there
+        if not moves and is_pure(func) and any(map(_is_large, tree_leaves((args, kwargs)))):
+            return run_on_meta(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_large(value: Any) -> bool:
+    there = isinstance(value, torch.Tensor) and not value.is_meta and value.is_floating_point()
+    return there and value.numel() > LARGE
 
 
 def _unusable(what: str, error: Exception) -> ArtifactError:

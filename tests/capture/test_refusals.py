@@ -62,6 +62,11 @@ class Branching(Plain):
         return output * 2 if output.mean() > 0 else output
 
 
+class ReadingAWeight(Plain):
+    def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
+        return output * float(self.denoiser.weight[0, 0])
+
+
 class ToNumpy(Plain):
     def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
         return torch.from_numpy(output.numpy() * 2)
@@ -135,11 +140,12 @@ def test_the_plain_pipeline_rolls() -> None:
     ("kind", "operator", "code"),
     [
         (Branching, "_local_scalar_dense", "if output.mean() > 0"),
+        (ReadingAWeight, "_local_scalar_dense", "float(self.denoiser.weight"),
         (ToNumpy, "numpy", "output.numpy()"),
         (Listing, "tolist", "output.tolist()"),
     ],
 )
-def test_a_branch_on_what_is_computed(kind: Any, operator: str, code: str) -> None:
+def test_a_number_that_the_weights_give(kind: Any, operator: str, code: str) -> None:
     refusal = _refused(kind)
     assert kind.__name__ in str(refusal) and "reads a number into Python" in str(refusal)
     assert operator in str(refusal.got) and _line(code) in str(refusal.got)

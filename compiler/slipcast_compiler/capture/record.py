@@ -28,7 +28,7 @@ from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, ru
 from slipcast_compiler.capture.where import here, package_of, raised_at
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
-_COMPUTED = "computed"  # beside the kinds of sources: of what a module makes of its weights
+_COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a module makes of them
 Bound = frozenset[str]
 
 
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def enter(self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...]) -> None:
         """A source."""
-        value = self._new(tensor, frozenset((kind,)))
+        value = self._new(tensor, frozenset((kind, _COMPUTED) if kind == "weight" else (kind,)))
         self._sources.append(Source(value, kind, detail, tensor.detach().clone()))
 
     @contextlib.contextmanager
@@ -318,7 +318,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 self._failed = self._failed or (name, error)
                 raise
             out, put = rebuild((shaped, written), zeros)
-        known = bound - {_COMPUTED}  # of integers, which are real
+        integers = [
+            each for _, each in leaves((args, kwargs)) if not (isinstance(each, Ref) or each.is_floating_point())
+        ]
+        known = bound - {_COMPUTED} | self._bound_by(integers)  # of integers, which are real if those given are
 
         def values(shapes: Any, made: Any) -> tuple[tuple[Path, int], ...]:
             pairs = zip(leaves(_opened(shapes)), leaves(_opened(made)), strict=True)
@@ -365,8 +368,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             with self._unseen():
                 out = own.__call__(this, *args, **kwargs)
                 texts = kwargs.get("text", args[0] if args else None)
+                first = texts[0] if isinstance(texts, list | tuple) and texts else texts
                 for path, tensor in leaves(_opened(out)):
-                    self.enter(tensor, "prompt", (name, *path, texts))
+                    kind: Kind = "prompt" if isinstance(first, str | list) else "image"
+                    self.enter(tensor, kind, (name, *path, texts if kind == "prompt" else None))
             return out
 
         tokenizer.__class__ = type(own.__name__, (own,), {"__call__": call})

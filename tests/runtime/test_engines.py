@@ -208,8 +208,18 @@ class TestOpenVino:
         with caplog.at_level("INFO", "slipcast"):
             for _ in range(2):
                 np.testing.assert_array_equal(squares({"x": x, "y": y})["z"], x)
-        assert asked == [(2, 2), (2, 1), (8, 1), (8, 1)]
+        streams = squares._streams
+        assert asked == [(2 * streams, 2), (2 * streams, 1), (8, 1), (8, 1)]
         assert caplog.text.count("rows go one by one") == 1
+
+    def test_large_models_have_one_graph(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squares: Any) -> None:
+        module = pytest.importorskip("slipcast.engines.openvino")
+        monkeypatch.setattr(module, "ONE_STREAM", -1)
+        with module.OpenVinoEngine(tmp_path / "m.xml", tmp_path / "m.bin", "fp32") as engine:
+            for rows in (1, 2, 3, 8):
+                x = np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32)
+                np.testing.assert_array_equal(engine({"x": x, "y": np.ones((1, 3), np.float32)})["z"], x)
+            assert len(engine._compiled) == 1
 
     def test_what_fails_leaves_the_engine_as_it_was(self, squares: Any) -> None:
         x, y = np.ones((4, 3), np.float32), np.ones((1, 3), np.float32)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -49,6 +50,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 is in the graph
 
 
 STREAMS = 2  # requests that run side by side, each on its share of the threads
+ONE_STREAM = 2**28  # bytes of weights from which on there is one: each has much of them in an order of its own
 KEPT = 4  # compiled graphs
 
 
@@ -57,12 +59,13 @@ class OpenVinoEngine:
 
     It is compiled when it is called, for the shapes that it is called with: static graphs are faster than dynamic ones.
     Rows of a batch go in groups, each a request of its own on one of two streams, so that few graphs serve every batch
-    and an image's rows meet the same kernels whatever else is in the batch.
+    and an image's rows meet the same kernels whatever else is in the batch. In a large model one row keeps all threads
+    busy: there rows go one after another through one graph, which also needs the least memory.
     """
 
     def __init__(self, model: ModelFile, weights: ModelFile, precision: str, profile: bool = False) -> None:
         self._model, self._weights = model, weights
-        self._streams = 1 if profile else min(STREAMS, cpu_threads())
+        self._streams = 1 if profile or _size(weights) > ONE_STREAM else min(STREAMS, cpu_threads())
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(precision),
             "INFERENCE_NUM_THREADS": cpu_threads(),
@@ -78,7 +81,7 @@ class OpenVinoEngine:
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the graph; every input by name. The results are copies, not views of the engine's memory."""
         rows = max((len(arrays[name]) for name in self._batched), default=1)
-        by_pairs = rows % 2 == 0 and rows > self._streams and self._pairs_are_exact(arrays)
+        by_pairs = rows % 2 == 0 and rows > self._streams > 1 and self._pairs_are_exact(arrays)
         results = self._evaluate(arrays, rows, 2 if by_pairs else 1)
         return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
 
@@ -99,9 +102,10 @@ class OpenVinoEngine:
         Looked at once, for the first such batch.
         """
         if self._pairs is None:
-            two = {name: array[:2] if name in self._batched else array for name, array in arrays.items()}
-            at_once, alone = self._evaluate(two, 2, 2), self._evaluate(two, 2, 1)
-            self._pairs = all(map(np.array_equal, at_once, alone))
+            rows = 2 * self._streams  # as many as the graphs are for that are there anyway
+            some = {name: array[:rows] if name in self._batched else array for name, array in arrays.items()}
+            by_pairs, alone = self._evaluate(some, rows, 2), self._evaluate(some, rows, 1)
+            self._pairs = all(map(np.array_equal, by_pairs, alone))
             if not self._pairs:
                 logger.info("%s: rows go one by one: two at once round differently here", self._model.name)
         return self._pairs
@@ -246,6 +250,10 @@ def bf16_is_native() -> bool:
     if not native:
         logger.warning("this processor has no bf16 instructions: OpenVINO computes in fp32 what would be in bf16")
     return native
+
+
+def _size(file: ModelFile) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.entry.size
 
 
 def _tensor(weights: ModelFile) -> Any:

@@ -3,7 +3,7 @@
     python recipes/bench/pipelines.py [NAMES] -o recipes/bench/captures/tiny.json
 
 Each runs in a process of its own. A pipeline whose program is of one prompt length is replayed on a prompt of that
-length, and the table says what comes of another length.
+length, and the table says what comes of another length. Kolors needs sentencepiece installed.
 """
 
 from __future__ import annotations

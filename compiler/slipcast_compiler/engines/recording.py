@@ -68,8 +68,7 @@ def record(
 
     Every image gives about as many, spread over its steps and beginning at another one than the last image's. What is
     in memory is one image's. No component is spared: what is tabled by timestep is computed at each that is tabled, and
-    what draws strangers draws everyone, after the others have been recorded. (Seven parameters: `advance` is of the
-    process that this runs in.)
+    what draws strangers draws everyone, after the others have been recorded.
 
     Runs in a process of its own, which has to be told everything: hence the seven parameters.
     """

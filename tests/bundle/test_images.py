@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slipcast.run.pipeline import Pipeline
 from slipcast.run.residency import Policy
 from slipcast.run.tiling import decode_tiled
 from slipcast.sampling.seeds import TorchGenerator
+from slipcast_compiler.model.scheduler import read_process
 
 MODEL = Path(__file__).parents[2] / "recipes/models/shapes"
 CONFIG = json.loads((MODEL / "scheduler/scheduler_config.json").read_text())
@@ -159,6 +161,9 @@ def with_sampling(shapes_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
         root = Path(shutil.copytree(shapes_bundle, tmp_path / "copy"))
         manifest = json.loads((root / "manifest.json").read_text())
         manifest["sampling"] |= changes
+        if sampler := changes.get("sampler"):  # of its scheduler's config, a sampler reads what its class takes
+            config = json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())
+            manifest["sampling"]["noise"] = asdict(read_process(config, sampler, prompted=True))
         manifest["requires"] += [name for name in ("guidance_interval", "guidance_reuse") if changes.get(name)]
         (root / "manifest.json").write_text(json.dumps(manifest))
         return root

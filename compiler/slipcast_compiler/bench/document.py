@@ -12,6 +12,7 @@ from slipcast_compiler.bench.peaks import Peaks
 from slipcast_compiler.bench.plan import BUNDLE
 from slipcast_compiler.host.machine import Machine, Processor
 
+NEW = ("cpu", "peaks")  # what documents of before do not say of their host
 SCHEMA: Literal["slipcast-bench/1"] = "slipcast-bench/1"
 
 
@@ -157,7 +158,9 @@ class BenchDocument(Strict):
 
     def plain(self) -> dict[str, Any]:
         """As it is written: plain JSON."""
-        return self.model_dump(mode="json", by_alias=True, exclude=None if self.files else {"files"})
+        plain = self.model_dump(mode="json", by_alias=True, exclude=None if self.files else {"files"})
+        plain["host"] = {key: value for key, value in plain["host"].items() if key not in NEW or value is not None}
+        return plain
 
 
 def parse_document(text: str) -> BenchDocument:

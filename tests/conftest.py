@@ -26,11 +26,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Each worker has cores of its own, for all its processes: engines and torch take a thread for each core that they see,
 # and threads that wait for one another on a core which others have too wait long.
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # gw0, gw1
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER and hasattr(os, "sched_setaffinity"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     if len(cores) >= workers > 1:
-        os.sched_setaffinity(0, cores[int(WORKER.removeprefix("gw")) :: workers])
+        number = int(WORKER.removeprefix("gw")) % workers  # one that takes the place of one that died counts on
+        os.sched_setaffinity(0, cores[number::workers])
         os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 # A shell starts what is in its background with SIGINT ignored, which children inherit: tests send it to them.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import Bench, tiny_plan
 
+from compiler.passes.tiny import Bench, tiny_plan
 from slipcast_compiler.model.layers import attention_layers
 from slipcast_compiler.passes.couplings import couplings, joint_rank, root
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Bench, example, tiny_plan
 
+from compiler.passes.tiny import Bench, example, tiny_plan
 from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler.model.layers import attention_layers, linear_layers
 from slipcast_compiler.passes import low_rank, micro

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny import RECIPE, Bench, example, tiny_plan
 
+from compiler.passes.tiny import RECIPE, Bench, example, tiny_plan
 from conftest import in_process
 from slipcast.errors import NumericalError, RecipeError
 from slipcast.progress import Stages

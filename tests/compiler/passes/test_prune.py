@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import Bench, example, tiny_plan
 
+from compiler.passes.tiny import Bench, example, tiny_plan
 from slipcast.errors import RecipeError
 from slipcast_compiler.model.layers import attention_layers, feed_forward_layers
 from slipcast_compiler.model.rewrite import Denoiser

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import Bench, tiny_plan
 
+from compiler.passes.tiny import Bench, tiny_plan
 from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler.model import original
 from slipcast_compiler.model.layers import attention_layers, linear_layers

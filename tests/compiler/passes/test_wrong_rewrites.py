@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import Bench, tiny_plan
 
+from compiler.passes.tiny import Bench, tiny_plan
 from slipcast_compiler.judge.evaluate import Judge
 from slipcast_compiler.judge.gate import apply_gate, missed
 from slipcast_compiler.judge.originals import Originals, Run

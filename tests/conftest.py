@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Each worker has cores of its own, for all its processes: engines and torch take a thread for each core that they see,
-# and threads that wait for one another on a core which others have too wait long.
+# and threads that wait for one another on a core which others have too wait long. See all_cores.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if WORKER and hasattr(os, "sched_setaffinity"):
-    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    if len(cores) >= workers > 1:
-        number = int(WORKER.removeprefix("gw")) % workers  # one that takes the place of one that died counts on
-        os.sched_setaffinity(0, cores[number::workers])
-        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
+if WORKER and len(CORES) >= (workers := int(os.environ["PYTEST_XDIST_WORKER_COUNT"])) > 1:
+    number = int(WORKER.removeprefix("gw")) % workers  # one that takes the place of one that died counts on
+    os.sched_setaffinity(0, sorted(CORES)[number::workers])
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 # A shell starts what is in its background with SIGINT ignored, which children inherit: tests send it to them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -69,9 +68,18 @@ def call_cli(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 
 def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[[int, int], None] | None = None) -> Any:
     """What isolate.run_isolated does, without the process, which takes seconds for its imports: for monkeypatch."""
+    from slipcast.timing.memory import peak_mb
     from slipcast_compiler.host.isolate import Isolated
 
-    return Isolated(function(*arguments, advance or (lambda done, total: None)), peak_memory_mb=0.0)
+    return Isolated(function(*arguments, advance or (lambda done, total: None)), peak_mb())
+
+
+def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`slipcast compile` with all that needs torch in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("judge.originals", "passes.apply", "profile.profile"):
+            patch.setattr(f"slipcast_compiler.{module}.run_isolated", in_process)
+        return call_cli("compile", *arguments, cwd=cwd)
 
 
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
@@ -86,6 +94,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     bundled: dict[Path, None] = {item.path: None for item in items if not BUNDLED.isdisjoint(item.fixturenames)}  # type: ignore[attr-defined]
     first, *late = bundled or [None]
     items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in late else 1)
+
+
+@pytest.fixture(scope="module")
+def all_cores() -> Iterator[None]:
+    """For tests of what engines do with several threads: the choice of kernels, and so the last bits, follow those."""
+    own = os.sched_getaffinity(0) if CORES else CORES
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+    yield
+    if own:
+        os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")
@@ -153,9 +172,10 @@ def build_cache(shared: Path, shapes_bundle: Path) -> str:
 def exported_denoiser(shared: Path) -> Callable[[str], Path]:
     """name -> the folder with denoiser.onnx of a small denoiser of that architecture, exported once per session.
 
-    Its names are those of denoisers.DENOISERS. Nothing is to be written there.
+    Its names are those of denoisers.DENOISERS, and shapes: all components of the reference model, as its recipe has
+    them. Nothing is to be written there.
     """
-    from compiler.denoisers import DENOISERS, export_denoiser
+    from compiler.denoisers import DENOISERS, export_denoiser, export_shapes
 
     def exported(name: str) -> Path:
         folder = shared / "denoisers" / name
@@ -164,7 +184,10 @@ def exported_denoiser(shared: Path) -> Callable[[str], Path]:
             if not folder.exists():
                 work = folder.with_suffix(".work")
                 work.mkdir()
-                export_denoiser(DENOISERS[name], work)
+                if name == "shapes":
+                    export_shapes(work)
+                else:
+                    export_denoiser(DENOISERS[name], work)
                 work.rename(folder)
         return folder
 

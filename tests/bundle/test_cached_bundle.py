@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, call_cli
+from conftest import ROOT, call_cli, compile_here
 from slipcast.bundle.reader import open_bundle
 
 PROMPTS = [f"a {size} {color} circle on a white background" for size in ("small", "large") for color in ("red", "blue")]
@@ -33,7 +33,7 @@ engine = "onnxruntime"
 def bundle(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     (folder / "cached.toml").write_text(RECIPE)
-    done = call_cli("compile", "cached.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
+    done = compile_here("cached.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "bundle"
 

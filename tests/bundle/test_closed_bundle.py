@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, call_cli
+from conftest import ROOT, call_cli, compile_here
 from slipcast.bundle.reader import open_bundle
 from slipcast.errors import RequestError
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     (folder / "six.toml").write_text(RECIPE)
     for name, closed in (("open", "false"), ("closed", "true")):
         options = ("-o", name, "--cache", build_cache, "--set", f"family.closed={closed}")
-        done = call_cli("compile", "six.toml", *options, cwd=folder)
+        done = compile_here("six.toml", *options, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from conftest import call_cli
+from conftest import call_cli, compile_here
 from slipcast.bundle.reader import open_bundle
 
 
@@ -129,8 +129,9 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow  # a compile and a bench
 def test_an_unconditional_model(pixels: Path) -> None:
-    done = call_cli("compile", "pixels.toml", cwd=pixels)
+    done = compile_here("pixels.toml", cwd=pixels)
     assert done.returncode == 0, done.stderr
     assert open_bundle(pixels / "artifacts" / "pixels").manifest.family is None
     run = call_cli("run", "artifacts/pixels", "--seed", "1", "-o", "a.png", cwd=pixels)

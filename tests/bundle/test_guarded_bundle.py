@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import slipcast
-from conftest import ROOT, call_cli
+from conftest import ROOT, call_cli, compile_here
 from slipcast_compiler.engines.recording import record
 
+pytestmark = pytest.mark.slow  # a minute: two denoisers, and passes
 MEMBER, STRANGER = "a small red circle on a white background", "a pink cross to the left of a navy ring"
 RECIPE = f"""
 name = "guarded"
@@ -38,7 +39,7 @@ engine = "onnxruntime"
 def folder(tmp_path_factory: pytest.TempPathFactory, build_cache: str) -> Path:
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "guarded.toml").write_text(RECIPE)
-    done = call_cli("compile", "guarded.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
+    done = compile_here("guarded.toml", "-o", "bundle", "--cache", build_cache, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 

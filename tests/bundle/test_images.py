@@ -29,7 +29,10 @@ PROMPT, NEGATIVE = "a large red circle on a white background", "a small blue cir
 TARGETS = ("openvino-cpu-bf16", "onnxruntime-cpu-fp32")
 EXACT_DB, CLOSE_DB = 80.0, 45.0  # fp32 measures 115 to 120, bf16 51 to 59
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning", "ignore:__array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("all_cores"),
+    pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning", "ignore:__array:DeprecationWarning"),
+]
 
 
 def psnr(a: Any, b: Any) -> float:

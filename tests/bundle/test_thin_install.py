@@ -52,11 +52,13 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return venv / "bin"
 
 
+@pytest.mark.slow
 def test_torch_is_not_installed(thin: Path, tmp_path: Path) -> None:
     code = f"import importlib.util as u; print([name for name in {HEAVY} if u.find_spec(name)])"
     assert succeed(thin / "python", "-c", code, cwd=tmp_path).strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_makes_an_image(thin: Path, shapes_bundle: Path, tmp_path: Path, target: str) -> None:
     bundle = shutil.copytree(shapes_bundle, tmp_path / "shapes")
@@ -75,6 +77,7 @@ def test_makes_an_image(thin: Path, shapes_bundle: Path, tmp_path: Path, target:
     assert red[green < 128].mean() > 150
 
 
+@pytest.mark.slow
 def test_compile_is_listed_and_says_how_to_install_it(thin: Path, tmp_path: Path) -> None:
     assert "\n  compile " in succeed(thin / "slipcast", "--help", cwd=tmp_path)
     done = run(thin / "slipcast", "compile", ROOT / "recipes" / "shapes-circles.toml", cwd=tmp_path)
@@ -84,6 +87,7 @@ def test_compile_is_listed_and_says_how_to_install_it(thin: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bundle_is_benchable_without_torch(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     arguments = ("bench", shapes_bundle, "--images", "2", "--steps", "2", "--json")
     found = json.loads(succeed(thin / "slipcast", *arguments, "-o", "bench.json", cwd=tmp_path))
@@ -94,6 +98,7 @@ def test_a_bundle_is_benchable_without_torch(thin: Path, shapes_bundle: Path, tm
     assert "diffusers: needs torch and diffusers and transformers; pip install 'slipcast[compiler]'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_target_is_added_without_torch(thin: Path, shapes_bundle: Path, tmp_path: Path) -> None:
     build = (thin / "slipcast", "build", shapes_bundle, "-o", tmp_path / "more", "--images", "1", "--json")
     found = json.loads(succeed(*build, "--target", "openvino:fp32", cwd=tmp_path))

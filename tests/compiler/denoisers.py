@@ -14,11 +14,13 @@ import diffusers
 import torch
 
 from slipcast_compiler.export.component import write_component
+from slipcast_compiler.model.checkpoint import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "bench"))
 from cuts import DENOISERS as PUBLISHED
 from cuts import Denoiser, pixart_mask, write_configs
 
+SHAPES, SHAPES_SIZES = Path("recipes/models/shapes"), {"latent_height": 16, "latent_width": 16}
 SIZE, TEXT = 8, 6  # the latent's height and width, and the prompt's length in tokens
 
 
@@ -32,6 +34,14 @@ def export_denoiser(denoiser: Denoiser, folder: Path, seed: int = 0) -> Path:
     module.save_pretrained(folder / "denoiser")
     write_component(checkpoint, "denoiser", {}, folder)
     return folder / "denoiser.onnx"
+
+
+def export_shapes(folder: Path) -> None:
+    """Every component of the reference model, for pictures of 64x64."""
+    checkpoint = Checkpoint(SHAPES, "shapes")
+    for name in checkpoint.architecture.components:
+        contract = write_component(checkpoint, name, {**checkpoint.sizes, **SHAPES_SIZES}, folder)
+        assert contract.inputs[0].shape[0] == contract.outputs[0].shape[0] == "batch"
 
 
 def _small(name: str, config: dict[str, Any], **fields: Any) -> Denoiser:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,9 @@ def _error(found: np.ndarray[Any, Any], wanted: torch.Tensor) -> float:
     return float(np.linalg.norm(found - wanted.numpy()) / np.linalg.norm(wanted.numpy()))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    checkpoint = Checkpoint(SHAPES, "shapes")
-    for name in checkpoint.architecture.components:
-        contract = write_component(checkpoint, name, {**checkpoint.sizes, **SIZES}, folder)
-        assert contract.inputs[0].shape[0] == contract.outputs[0].shape[0] == "batch"
-    return folder
+@pytest.fixture
+def exported(exported_denoiser: Callable[[str], Path]) -> Path:
+    return exported_denoiser("shapes")
 
 
 @pytest.mark.parametrize("batch", [1, 3, 65])

@@ -11,10 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from slipcast_compiler.export.component import write_component
 from slipcast_compiler.graph.cut import count_parts, cut
 from slipcast_compiler.graph.weights import load
-from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -83,14 +81,7 @@ def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported_denoiser: Callable[[str], Path]
 ) -> Case:
     out = tmp_path_factory.mktemp("parts")
-    if request.param == "shapes":
-        checkpoint = Checkpoint(SHAPES, "shapes")
-        folder = tmp_path_factory.mktemp("shapes")
-        sizes = {**checkpoint.sizes, "latent_height": 16, "latent_width": 16}
-        write_component(checkpoint, "denoiser", sizes, folder)
-    else:
-        folder = exported_denoiser(request.param)
-    return Case(request.param, folder, out)
+    return Case(request.param, exported_denoiser(request.param), out)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

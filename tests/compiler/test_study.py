@@ -26,6 +26,8 @@ KEPT = [file.with_suffix(".json") for file in sorted(STUDY.glob("*.toml")) if fi
 RECOVER = "\n[recover]\nratios = [0.5]\nsteps = 1\n"
 ONE = re.sub(r"\[families.stars\]\n.*\n.*\n|stars = .*\n", "", SMALL) + RECOVER  # one family
 
+slow = pytest.mark.slow  # a study of two minutes, killed and gone on with
+
 
 def run_script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """heads.py as a user starts it."""
@@ -68,12 +70,14 @@ def document(finished: tuple[Path, Any, Any]) -> dict[str, Any]:
     return run.read(finished[0] / "out" / "small.json")
 
 
+@slow
 def test_a_killed_study_repeats_no_case(finished: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
     _, before, after = finished
     assert len(before) < len(after)
     assert before.items() <= after.items()
 
 
+@slow
 def test_all_masks_of_a_ratio_remove_the_same_number_of_heads(document: dict[str, Any]) -> None:
     total = sum(document["heads"].values())
     assert total == 160
@@ -85,6 +89,7 @@ def test_all_masks_of_a_ratio_remove_the_same_number_of_heads(document: dict[str
     assert len(masks) == 1
 
 
+@slow
 def test_pictures_are_those_of_pruned_models(document: dict[str, Any]) -> None:
     """More heads gone is farther from the unpruned model, and what is recovered is another model."""
 
@@ -103,6 +108,7 @@ def test_pictures_are_those_of_pruned_models(document: dict[str, Any]) -> None:
     assert max(map(abs, scores)) <= 1
 
 
+@slow
 def test_ranks_order_the_heads_that_go(document: dict[str, Any]) -> None:
     """Of each layer that keeps more than the floor, the heads that went rank below those that stayed."""
     for record in document["records"]:
@@ -118,6 +124,7 @@ def test_ranks_order_the_heads_that_go(document: dict[str, Any]) -> None:
             assert not out or max(out) < min(stay)
 
 
+@slow
 def test_the_report_is_written_again_from_the_document(finished: tuple[Path, Any, Any]) -> None:
     folder = finished[0] / "out"
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -129,6 +136,7 @@ def test_the_report_is_written_again_from_the_document(finished: tuple[Path, Any
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+@slow
 def test_the_dry_run_says_how_long(finished: tuple[Path, Any, Any]) -> None:
     done = run_script("small.toml", "--dry-run", cwd=finished[0])
     assert done.returncode == 0, done.stderr

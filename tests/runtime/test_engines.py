@@ -278,6 +278,7 @@ COMPONENTS = ("text_encoder", "denoiser_prompt", "denoiser", "vae_decoder")
 Feed = Callable[[str, int], dict[str, Any]]
 
 
+@pytest.mark.usefixtures("all_cores")
 @pytest.mark.parametrize("component", COMPONENTS)
 class TestCompiled:
     def test_targets_agree(self, opened: dict[str, dict[str, Engine]], feed: Feed, component: str) -> None:

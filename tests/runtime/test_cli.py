@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,12 +261,6 @@ class TestErrors:
         engines.functions["denoiser"] = fail_with(KeyboardInterrupt())
         self.check(cli, 130, "run", bundle, *PROMPT, says="interrupted$")
 
-    def test_terminated_130(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            pytest.skip("a signal reaches the main thread alone: run with -n0")
-        engines.functions["denoiser"] = lambda _: os.kill(os.getpid(), signal.SIGTERM)
-        self.check(cli, 130, "run", bundle, *PROMPT, says="interrupted$")
-
     def test_an_interrupted_compile_says_how_to_go_on(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             "slipcast.cli.main.Commands.get_command", lambda *_: click.Command("compile", callback=interrupt)
@@ -429,7 +422,8 @@ class TestAsAProcess:
         assert len(re.findall(r"sha256 [0-9a-f]{64}", done.stderr)) == 2
         assert (done.stdout, "Traceback" in done.stderr) == ("", False)
 
-    def test_interrupt(self, shapes_bundle: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+    def test_interrupt(self, shapes_bundle: Path, tmp_path: Path, by: signal.Signals) -> None:
         command = [sys.executable, "-m", "slipcast.cli.main", "run", str(shapes_bundle), *PROMPT]
         running = subprocess.Popen(
             [*command, "--steps", "900", "--num-images", "4", "-o", str(tmp_path / "x.png")],
@@ -440,7 +434,7 @@ class TestAsAProcess:
             for line in running.stderr:
                 if line.startswith("sample on"):
                     break
-            running.send_signal(signal.SIGINT)
+            running.send_signal(by)
             out, err = running.communicate(timeout=30)
         finally:
             running.kill()

@@ -133,6 +133,7 @@ class TestOnnxRuntime:
             open_engine("onnxruntime", tmp_path / "bad.onnx", None, "fp32", component(ADD))
 
 
+@pytest.mark.usefixtures("all_cores")  # streams are as many as the cores allow
 class TestOpenVino:
     @pytest.mark.parametrize(("native", "hint"), [(True, "bf16"), (False, "f32")])
     def test_bf16_is_not_emulated(self, native: bool, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:

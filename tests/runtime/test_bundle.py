@@ -357,7 +357,7 @@ def test_row_10_newer_schema(root: Path):
 @pytest.mark.usefixtures("nothing_is_hashed", "nothing_is_parsed")
 def test_row_11_huge_manifest_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch):
     os.truncate(root / "manifest.json", 1 << 30)
-    monkeypatch.setattr(bundle_module, "read_manifest", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(bundle_module, "read_any_manifest", lambda _: pytest.fail("it was read"))
     refusal(root, "manifest.json", "too large", str(MAX_JSON_BYTES), str(1 << 30))
 
 

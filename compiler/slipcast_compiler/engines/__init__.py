@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
-from slipcast.bundle.manifest import ComponentName, EngineFiles, ImageGeometry, Target
+from slipcast.bundle.manifest import EngineFiles, ImageGeometry, Target
 from slipcast.engines import ENGINES
 from slipcast.errors import SlipcastError
 from slipcast.progress import Advance, Stages
@@ -106,14 +106,14 @@ def build_target(
     In int8 the denoiser's source is the quantised graph. `casts`: of a target in half precision, which nodes stay in
     fp32, by component; see precision.mixed.measure_cast.
     """
-    engines: dict[ComponentName, EngineFiles] = {}
+    engines: dict[str, EngineFiles] = {}
     for done, name in enumerate(sources.components):
         advance(done, len(sources.components))
         rest = table.precision == "int8" and name != "denoiser"
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
         entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
-        engines[cast(ComponentName, name)] = pool.add(entry, files, table.name)
+        engines[name] = pool.add(entry, files, table.name)
     return declare(table, sources.components, sources.image).model_copy(update={"components": engines})
 
 

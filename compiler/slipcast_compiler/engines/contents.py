@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import slipcast
-from slipcast.bundle.manifest import SCHEMA_VERSION, ComponentName, FamilyRecord, Target, TextInput
+from slipcast.bundle.manifest import SCHEMA_VERSION, FamilyRecord, Target, TextInput
 from slipcast.progress import silent
 from slipcast_compiler.engines import build_target, sources_of
 from slipcast_compiler.engines.pool import Pool
@@ -86,7 +86,7 @@ def _write_texts(original: Original, folder: Path) -> tuple[TextInput, ...]:
         (folder / f"{text.tokenizer}.json").write_bytes(tokenizer.data)
         texts.append(
             TextInput(
-                component=cast(ComponentName, text.component),
+                component=text.component,
                 tokenizer=f"{text.tokenizer}.json",
                 max_length=original.sizes["text_length"],
                 pad_token_id=tokenizer.pad_token_id,

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from slipcast.bundle.manifest import FALLBACK, ComponentName, Target
+from slipcast.bundle.manifest import FALLBACK, Target
 from slipcast.bundle.reader import Bundle, open_bundle
 from slipcast.engines import Array, Engine, EngineWrapper
 from slipcast.progress import Advance
@@ -116,7 +116,7 @@ def _unspecialised(bundle: Bundle, target: Target) -> tuple[Bundle, Target]:
     Not the bundle itself with a guard that lets nobody in: that would warn of every prompt.
     """
     manifest = bundle.manifest
-    names: dict[ComponentName, ComponentName] = {text.component: text.component for text in manifest.text}
+    names: dict[str, str] = {text.component: text.component for text in manifest.text}
     names[DENOISER] = FALLBACK
     fields = {
         "components": {name: manifest.components[source] for name, source in names.items()},

@@ -21,9 +21,9 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from slipcast.bundle.manifest import Built, ComponentName, EngineFiles, ImageGeometry
+from slipcast.bundle.manifest import Built, EngineFiles, ImageGeometry
 from slipcast.engines import ENGINES, cuda
 from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.progress import Advance
@@ -87,7 +87,7 @@ def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -
         compute_capabilities=capabilities,
         version_compatible=bool(table.version_compatible),
         max_images=table.max_images or MAX_IMAGES,
-        profiles={cast(ComponentName, name): dict(options(table, name, image).ranges) for name in components},
+        profiles={name: dict(options(table, name, image).ranges) for name in components},
     )
 
 

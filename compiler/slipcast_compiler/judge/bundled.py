@@ -28,9 +28,9 @@ def make_images(
     component, and the guard's distances.
     """
     begin = time.perf_counter()
-    import slipcast
+    from slipcast.run.pipeline import load
 
-    with slipcast.load(root, target=target) as pipe:
+    with load(root, target=target) as pipe:
         load_s = time.perf_counter() - begin
         pipe(prompts[0], seed=seeds[0], output_type="np", guard="warn")
         pictures, seconds, distances = [], [], []
@@ -52,9 +52,9 @@ def make_images(
 
 def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float:
     """Megabytes that a component adds to a process when it is opened and run once."""
-    import slipcast
+    from slipcast.run.pipeline import load
 
-    with slipcast.load(root, target=target, residency="sequential") as pipe:
+    with load(root, target=target, residency="sequential") as pipe:
         engine_name = next(t.engine for t in pipe.manifest.targets if t.id == target)
         importlib.import_module(ENGINES[engine_name].module)  # the library is there whatever the component
         image, contract = pipe.manifest.image, pipe.manifest.components[cast(Any, component)]

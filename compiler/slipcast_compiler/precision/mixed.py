@@ -21,12 +21,12 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import SHALLOW, ComponentName, Target
+from slipcast.bundle.manifest import SHALLOW, Target
 from slipcast.bundle.reader import open_bundle
 from slipcast.engines import open_engine, refusal
 from slipcast.progress import Advance, Stages
@@ -110,10 +110,10 @@ def engine_errors(
     contracts, errors = open_bundle(folder).manifest.components, dict[str, float]()
     for done, component in enumerate(components):
         advance(done, len(components))
-        name, recorded = cast(ComponentName, component), _read(inputs, component)
-        files = target.components[name]
+        recorded = _read(inputs, component)
+        files = target.components[component]
         weights = folder / files.weights if files.weights else None
-        with open_engine(target.engine, folder / files.model, weights, target.precision, contracts[name]) as run:
+        with open_engine(target.engine, folder / files.model, weights, target.precision, contracts[component]) as run:
             found = [run({spec.name: arrays[spec.name] for spec in run.inputs}) for arrays in recorded]
         errors[component] = worst_error(recorded, found)
     return errors

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slipcast.bundle.manifest import Comparison, Manifest, Quality
+from slipcast.bundle.quality import Comparison, Quality
 from slipcast.bundle.reader import Bundle
+from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.validation import parse_json
 
 REPORT = "report.json"
 USUAL_PROMPT = "a photograph"  # for a bundle without a report
 
 
-def report_files(manifest: Manifest) -> list[str]:
+def report_files(manifest: BaseManifest) -> list[str]:
     """To be verified before prompts are read from it."""
     return [entry.path for entry in manifest.files if entry.path == REPORT]
 
@@ -41,7 +42,7 @@ def _prompts(bundle: Bundle, kind: str) -> list[str]:
     return list(map(str, (record.get("family") or {}).get(kind) or [usual]))
 
 
-def render_evidence(manifest: Manifest, record: Any, page: Path) -> str:
+def render_evidence(manifest: BaseManifest, record: Any, page: Path) -> str:
     """The text of what the bundle's targets were judged to be. `record`: what report.json holds."""
     lines = [manifest.name]
     if isinstance(record, dict) and isinstance(search := record.get("search"), dict):

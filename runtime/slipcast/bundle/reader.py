@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import threading
 import weakref
@@ -24,20 +23,18 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.irfile import check_ir
-from slipcast.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, read_manifest
+from slipcast.bundle.kinds import check_collisions, check_kind, check_name, refuse, refuse_code
+from slipcast.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, not_sampled, read_any_manifest
 from slipcast.bundle.onnxfile import check_external_data
+from slipcast.bundle.program import ProgramManifest
+from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.tensorfile import read_header
-from slipcast.bundle.validation import MAX_JSON_BYTES, bundle_path, colliding
+from slipcast.bundle.validation import MAX_JSON_BYTES, bundle_path
 from slipcast.errors import ArtifactError
-
-SUFFIXES = frozenset([".json", ".onnx", ".data", ".xml", ".bin", ".html", ".txt", ".png", ".safetensors", ".engine"])
-_CODE = re.compile(
-    r"\.(pickle|pkl|pt|pth|ckpt|joblib|py[cdo]?|pyw|so(\.[0-9]+)*|dll|dylib|exe|bat|cmd|sh)[. ]*$", re.IGNORECASE
-)
 
 Progress = Callable[[int, int], None]
 Files = Iterable[str] | Literal["all"]
-Choice = Files | Callable[[Manifest], Iterable[str]]
+Choice = Files | Callable[[BaseManifest], Iterable[str]]
 
 
 class BundleFile:
@@ -90,17 +87,17 @@ class BundleFile:
         _check_size(self.entry.path, self.entry.size, done)
         if (digest := hashlib.sha256(array.data).hexdigest()) != self.entry.sha256:
             problem = f"{self.entry.path}: changed since the bundle was opened"
-            raise _refuse(problem, f"sha256 {self.entry.sha256}", f"sha256 {digest}", "verify the bundle, and load it")
+            raise refuse(problem, f"sha256 {self.entry.sha256}", f"sha256 {digest}", "verify the bundle, and load it")
         array.flags.writeable = False
         return array
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """An opened bundle; `root` is absolute and free of links."""
+class BaseBundle:
+    """An opened bundle, of either kind; `root` is absolute and free of links."""
 
     root: Path
-    manifest: Manifest
+    manifest: BaseManifest
     _files: dict[str, BundleFile] = field(default_factory=dict, repr=False, compare=False)
 
     def file(self, relative: str) -> BundleFile:
@@ -118,19 +115,36 @@ class Bundle:
         for entry in self.manifest.files:
             if entry.path == relative:
                 return entry
-        raise _refuse(f"{relative!r}: not in the bundle", f"a file listed in {MANIFEST_NAME}", "a name that is not")
+        raise refuse(f"{relative!r}: not in the bundle", f"a file listed in {MANIFEST_NAME}", "a name that is not")
 
 
-def open_bundle(path: str | os.PathLike[str], *, allow_unlisted: bool = False, files: Choice = ()) -> Bundle:
+@dataclass(frozen=True)
+class Bundle(BaseBundle):
+    """One that samples with our samplers."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class ProgramBundle(BaseBundle):
+    """One of a captured program."""
+
+    manifest: ProgramManifest
+
+
+def open_any_bundle(
+    path: str | os.PathLike[str], *, allow_unlisted: bool = False, files: Choice = ()
+) -> Bundle | ProgramBundle:
     """Check the structure of a bundle, and the contents of `files`: "all", or those about to be used,
     by name or as a function of the manifest.
 
     `allow_unlisted` tolerates files that the manifest does not list, but neither links nor formats that carry code.
     Raises ArtifactError for whatever is wrong.
     """
-    bundle = Bundle(root := _resolve_root(path), manifest := read_manifest(_read_manifest_file(root)))
+    manifest = read_any_manifest(_read_manifest_file(root := _resolve_root(path)))
+    bundle = ProgramBundle(root, manifest) if isinstance(manifest, ProgramManifest) else Bundle(root, manifest)
     for entry in manifest.files:
-        _check_name(entry.path)
+        check_name(entry.path)
     _compare(root, {entry.path: entry.size for entry in manifest.files}, allow_unlisted)
     check_digests(bundle, files(manifest) if callable(files) else files)
     for entry in manifest.files:
@@ -139,7 +153,15 @@ def open_bundle(path: str | os.PathLike[str], *, allow_unlisted: bool = False, f
     return bundle
 
 
-def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | None = None) -> None:
+def open_bundle(path: str | os.PathLike[str], *, allow_unlisted: bool = False, files: Choice = ()) -> Bundle:
+    """As open_any_bundle; RequestError where it is that of a captured program."""
+    bundle = open_any_bundle(path, allow_unlisted=allow_unlisted, files=files)
+    if isinstance(bundle, ProgramBundle):
+        raise not_sampled(bundle.manifest)
+    return bundle
+
+
+def check_digests(bundle: BaseBundle, files: Files = "all", progress: Progress | None = None) -> None:
     """Compare `files` with the manifest, and look whether the graphs among them are what their engines open, and where
     they keep their weights.
 
@@ -156,7 +178,7 @@ def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | Non
             read = check_external_data(bundle.root / entry.path, bundle.root, listed)
             if entry.path in graphs and (others := read - {graphs[entry.path]}):
                 wanted = graphs[entry.path] or "no other file"
-                raise _refuse(f"{entry.path}: reads weights of another file", wanted, ", ".join(sorted(others)))
+                raise refuse(f"{entry.path}: reads weights of another file", wanted, ", ".join(sorted(others)))
             used |= read
     _hash(bundle.root, [bundle.entry(name) for name in used.difference(entry.path for entry in chosen)], None)
     for entry in chosen:
@@ -165,7 +187,7 @@ def check_digests(bundle: Bundle, files: Files = "all", progress: Progress | Non
             check_ir(bundle.file(entry.path).read_bytes(), entry.path, weights, listed[weights] if weights else 0)
 
 
-def _graphs(manifest: Manifest) -> dict[str, str | None]:
+def _graphs(manifest: BaseManifest) -> dict[str, str | None]:
     """The engines' models, each with its file of weights."""
     engines = [files for target in manifest.targets for files in target.components.values()]
     return {files.model: files.weights for files in engines}
@@ -178,11 +200,11 @@ def file_entries(root: Path, paths: Iterable[str]) -> tuple[FileEntry, ...]:
         try:
             bundle_path(name)
         except ValueError as error:
-            raise _refuse(f"{name!r}: bad path", "a relative path for any system", error, "rename it") from None
-        _check_name(name)
+            raise refuse(f"{name!r}: bad path", "a relative path for any system", error, "rename it") from None
+        check_name(name)
         size = _plain(root, name).lstat().st_size
         entries.append(FileEntry(path=name, size=size, sha256=_sha256(root, name)))
-    _check_collisions([MANIFEST_NAME, *(entry.path for entry in entries)])
+    check_collisions([MANIFEST_NAME, *(entry.path for entry in entries)])
     return tuple(entries)
 
 
@@ -192,10 +214,10 @@ def _resolve_root(path: str | os.PathLike[str]) -> Path:
         root = Path(os.path.realpath(path, strict=True))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         got = getattr(error, "strerror", None) or error
-        raise _refuse(f"{path}: cannot be opened", "a bundle directory", got, "check the path") from None
+        raise refuse(f"{path}: cannot be opened", "a bundle directory", got, "check the path") from None
     if not root.is_dir():
         hint = "give the directory; unpack archives first"
-        raise _refuse(f"{path}: not a bundle", f"a directory that holds {MANIFEST_NAME}", "a file", hint)
+        raise refuse(f"{path}: not a bundle", f"a directory that holds {MANIFEST_NAME}", "a file", hint)
     return root
 
 
@@ -204,11 +226,11 @@ def _read_manifest_file(root: Path) -> bytes:
         got, hint = f"a directory without {MANIFEST_NAME}", "check the path"
         if os.path.lexists(root / "model_index.json"):
             got, hint = "a diffusers checkpoint", "make a bundle of it with `slipcast compile`"
-        raise _refuse(f"{root}: not a bundle", f"a directory that holds {MANIFEST_NAME}", got, hint)
+        raise refuse(f"{root}: not a bundle", f"a directory that holds {MANIFEST_NAME}", got, hint)
     with _open_plain(root, MANIFEST_NAME) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
-            raise _refuse(f"{MANIFEST_NAME}: too large", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes")
+            raise refuse(f"{MANIFEST_NAME}: too large", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes")
         return file.read(MAX_JSON_BYTES + 1)
 
 
@@ -218,12 +240,12 @@ def _compare(root: Path, listed: dict[str, int], allow_unlisted: bool) -> None:
     for name, size in _walk(root):
         if name not in listed and name != MANIFEST_NAME and not allow_unlisted:
             hint = "remove it, or allow it with --allow-unlisted if you know where it comes from"
-            raise _refuse(f"{name!r}: not listed in {MANIFEST_NAME}", "listed files only", "one more", hint)
+            raise refuse(f"{name!r}: not listed in {MANIFEST_NAME}", "listed files only", "one more", hint)
         found[name] = size
-    _check_collisions(found)
+    check_collisions(found)
     for name, size in listed.items():
         if name not in found:
-            raise _refuse(f"{name}: missing", f"a file of {size} bytes", "no such file")
+            raise refuse(f"{name}: missing", f"a file of {size} bytes", "no such file")
     for name, size in listed.items():
         _check_size(name, size, found[name])
 
@@ -238,11 +260,11 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
                 entries = sorted(found, key=lambda entry: entry.name)
             for entry in entries:
                 name, status = folder + entry.name, entry.stat(follow_symlinks=False)
-                _check_kind(name, status.st_mode)
+                check_kind(name, status.st_mode)
                 if stat.S_ISDIR(status.st_mode):
                     pending.append(f"{name}/")
                 else:
-                    _refuse_code(name)
+                    refuse_code(name)
                     yield name, status.st_size
         except OSError as error:
             raise _unreadable(folder or str(root), error) from None
@@ -259,43 +281,16 @@ def _hash(root: Path, entries: Sequence[FileEntry], progress: Progress | None) -
             if digest != entry.sha256:
                 pool.shutdown(wait=False, cancel_futures=True)
                 problem = f"{entry.path}: content differs from {MANIFEST_NAME}"
-                raise _refuse(problem, f"sha256 {entry.sha256}", f"sha256 {digest}")
+                raise refuse(problem, f"sha256 {entry.sha256}", f"sha256 {digest}")
             done += entry.size
             if progress:
                 progress(done, total)
 
 
-def _check_name(name: str) -> None:
-    _refuse_code(name)
-    if (suffix := Path(name).suffix) not in SUFFIXES:
-        raise _refuse(f"{name!r}: no kind of file for a bundle", " ".join(sorted(SUFFIXES)), suffix or "no suffix")
-
-
-def _refuse_code(name: str) -> None:
-    if match := _CODE.search(name):
-        problem = f"{name!r}: refused, because opening a {match[0]} file can run code that it carries"
-        hint = "remove it, and do not trust a bundle that came with it"
-        raise _refuse(problem, "weights as .safetensors, .onnx, .data, .bin or .engine", match[0], hint)
-
-
-def _check_kind(name: str, mode: int) -> None:
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        kinds = {stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-        got = kinds.get(stat.S_IFMT(mode), "device")
-        hint = "put the file itself there (cp -L copies what links point to)"
-        raise _refuse(f"{name!r}: {got} in a bundle", "plain files and directories", f"a {got}", hint)
-
-
 def _check_size(name: str, expected: int, got: int) -> None:
     if expected != got:
         problem = f"{name}: {'truncated' if got < expected else 'too long'}"
-        raise _refuse(problem, f"{expected} bytes", f"{got} bytes")
-
-
-def _check_collisions(names: Iterable[str]) -> None:
-    if pair := colliding(names):
-        expected = "names that differ in more than case or Unicode form"
-        raise _refuse("files that collide", expected, f"{pair[0]!r} and {pair[1]!r}", "rename one of them")
+        raise refuse(problem, f"{expected} bytes", f"{got} bytes")
 
 
 def _plain(root: Path, name: str) -> Path:
@@ -305,11 +300,11 @@ def _plain(root: Path, name: str) -> Path:
         for part in name.split("/"):
             path = path / part
             mode = path.lstat().st_mode
-            _check_kind(name, mode)
+            check_kind(name, mode)
     except OSError as error:
         raise _unreadable(name, error) from None
     if not stat.S_ISREG(mode):
-        raise _refuse(f"{name!r}: not a file", "a plain file", "a directory")
+        raise refuse(f"{name!r}: not a file", "a plain file", "a directory")
     return path
 
 
@@ -331,10 +326,4 @@ def _sha256(root: Path, name: str) -> str:
 
 
 def _unreadable(name: str, error: OSError) -> ArtifactError:
-    return _refuse(f"{name!r}: cannot be read", "a readable file", error.strerror or error)
-
-
-def _refuse(
-    problem: str, expected: object, got: object, hint: str = "copy the bundle again from where it was built"
-) -> ArtifactError:
-    return ArtifactError(problem, expected=expected, got=got, hint=hint)
+    return refuse(f"{name!r}: cannot be read", "a readable file", error.strerror or error)

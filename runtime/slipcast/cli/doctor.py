@@ -16,7 +16,7 @@ from slipcast.cli.common import emit, json_option
 from slipcast.errors import HostError
 
 if TYPE_CHECKING:
-    from slipcast.bundle.manifest import Manifest
+    from slipcast.bundle.records import BaseManifest
 
 # Instruction sets that decide how fast a CPU target is, as /proc/cpuinfo names them.
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -52,10 +52,10 @@ def examine(bundle: Path | None = None) -> list[Finding]:
     Raises ArtifactError for a damaged bundle.
     """
     import slipcast
-    from slipcast.bundle.reader import open_bundle
+    from slipcast.bundle.reader import open_any_bundle
     from slipcast.engines import ENGINES, cpu_threads
 
-    manifest = open_bundle(bundle).manifest if bundle else None
+    manifest = open_any_bundle(bundle).manifest if bundle else None
     findings = [
         Finding(
             "slipcast", True, f"{slipcast.__version__} on Python {platform.python_version()}, {platform.platform()}"
@@ -132,7 +132,7 @@ def _compiler() -> str:
     return "installed" if not missing else f"absent ({', '.join(missing)}): pip install 'slipcast[compiler]'"
 
 
-def _targets(manifest: Manifest) -> list[Finding]:
+def _targets(manifest: BaseManifest) -> list[Finding]:
     from slipcast.engines import refusal
 
     findings = []

@@ -17,10 +17,10 @@ from slipcast.errors import ArtifactError
 def report(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show the evidence that a bundle carries."""
     from slipcast.bundle.evidence import render_evidence
-    from slipcast.bundle.reader import open_bundle
+    from slipcast.bundle.reader import open_any_bundle
     from slipcast.bundle.validation import parse_json
 
-    opened = open_bundle(
+    opened = open_any_bundle(
         bundle,
         allow_unlisted=allow_unlisted,
         files=lambda manifest: [f.path for f in manifest.files if f.path.startswith("report.")],

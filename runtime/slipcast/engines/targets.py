@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from slipcast.bundle.manifest import Manifest, Target
+from slipcast.bundle.records import BaseManifest, Target
 from slipcast.engines import refusal
 from slipcast.errors import HostError, RequestError
 
 logger = logging.getLogger("slipcast")
 
 
-def choose_target(manifest: Manifest, wanted: str = "auto") -> Target:
+def choose_target(manifest: BaseManifest, wanted: str = "auto") -> Target:
     """The target to run; those before it that cannot are named in a warning."""
     ids = [target.id for target in manifest.targets]
     if wanted == "auto":

@@ -1,0 +1,273 @@
+"""The record of a captured program: where values enter, which components are called, and what comes out.
+
+A program is a list of calls in the order in which they run. Its values have names; each is made once, by a source or by
+a call, and read by calls after that. Nothing in it says which model it is: what is between the components of a pipeline
+lies within the components of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from slipcast.bundle.names import ComponentName, Count, Name, Positive
+from slipcast.bundle.records import BaseManifest, Component, TensorSpec
+from slipcast.bundle.validation import BundlePath, Strict
+
+PROGRAM = "program"  # the key of the manifest, and what is named under requires
+RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "callback_on_step_end")
+CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
+
+ArgumentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
+Fixed = int | float | str | bool
+Shape = tuple[int | str, ...]
+
+
+class PromptSource(Strict):
+    """What a tokenizer gives for a text: `prefix` + the user's text + `suffix`, or, without `argument`, these alone.
+
+    `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
+    them. `lower` and `strip` are applied to the user's text. A text that gives another length than that of `shape` is
+    refused.
+    """
+
+    kind: Literal["prompt"] = "prompt"
+    value: Name
+    tokenizer: BundlePath
+    field: Literal["input_ids", "attention_mask", "token_type_ids"] = "input_ids"
+    argument: ArgumentName | None
+    prefix: str = ""
+    suffix: str = ""
+    lower: bool = False
+    strip: bool = False
+    special_tokens: bool = True
+    dtype: Literal["int64", "int32"] = "int64"
+    shape: tuple[Literal[1], Positive]
+
+
+class NoiseSource(Strict):
+    """Standard normal noise of an image's seed, drawn in the order of the sources, as torch's CPU generator does."""
+
+    kind: Literal["noise"] = "noise"
+    value: Name
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[Positive, ...]
+
+
+class ImageSource(Strict):
+    """A picture, [1, channels, height, width] in [0, 1]; PIL images are converted and resized to it."""
+
+    kind: Literal["image"] = "image"
+    value: Name
+    argument: ArgumentName
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[Literal[1], Literal[1, 3], Positive, Positive]
+
+
+Source = Annotated[PromptSource | NoiseSource | ImageSource, Field(discriminator="kind")]
+
+
+class TextArgument(Strict):
+    """A text that a run takes; `default`, or the text of the argument `same_as`, where none is given.
+
+    With neither it has to be given.
+    """
+
+    default: str | None = None
+    same_as: ArgumentName | None = None
+
+    @model_validator(mode="after")
+    def _one_default(self) -> Self:
+        if self.default is not None and self.same_as is not None:
+            raise ValueError("either default or same_as, not both")
+        return self
+
+
+class ProgramCall(Strict):
+    """`inputs`: the engine's input -> the value that it is given; `outputs`: the engine's output -> the value that it
+    becomes. `row`: of the table, whose tensors "<component>.<input>" give the inputs that are not in `inputs`."""
+
+    component: ComponentName
+    inputs: dict[Name, Name]
+    outputs: Annotated[dict[Name, Name], Field(min_length=1)]
+    row: Count | None = None
+
+
+class Program(Strict):
+    """A pipeline's call, as it was captured.
+
+    `pipeline`: the class that it was captured of, to be shown alone. `arguments`: texts that a run takes, by name.
+    `fixed`: what the call had besides, which is part of this bundle. `table`: safetensors, each of its tensors
+    [rows, *shape of the input]. `steps`: a step is over after the call with this index. `results`: for "image"
+    float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
+    "array" any.
+    """
+
+    pipeline: Name
+    arguments: dict[ArgumentName, TextArgument] = Field(default_factory=dict)
+    fixed: dict[ArgumentName, Fixed] = Field(default_factory=dict)
+    sources: tuple[Source, ...]
+    calls: Annotated[tuple[ProgramCall, ...], Field(min_length=1)]
+    table: BundlePath | None = None
+    steps: tuple[Count, ...] = ()
+    results: Annotated[tuple[Name, ...], Field(min_length=1)]
+    output: Literal["image", "frames", "array"] = "image"
+
+    @property
+    def images(self) -> dict[str, ImageSource]:
+        """By argument, the first source that reads it: all of them have to be given."""
+        found: dict[str, ImageSource] = {}
+        for source in self.sources:
+            if isinstance(source, ImageSource):
+                found.setdefault(source.argument, source)
+        return found
+
+    @model_validator(mode="after")
+    def _values_flow(self) -> Self:
+        made = set[str]()
+        for value in (source.value for source in self.sources):
+            _make(value, made, "sources")
+        for place, call in enumerate(self.calls):
+            for name in call.inputs.values():
+                if name not in made:
+                    raise ValueError(f"calls[{place}] reads {name!r}, which nothing before it makes")
+            for name in call.outputs.values():
+                _make(name, made, f"calls[{place}]")
+            if call.row is not None and self.table is None:
+                raise ValueError(f"calls[{place}] reads row {call.row} of a table, and there is none")
+        if unmade := [name for name in self.results if name not in made]:
+            raise ValueError(f"results: nothing makes {unmade[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_rise(self) -> Self:
+        if list(self.steps) != sorted(set(self.steps)) or any(step >= len(self.calls) for step in self.steps):
+            raise ValueError(f"steps are indices of calls, rising, below {len(self.calls)}")
+        return self
+
+    @model_validator(mode="after")
+    def _arguments_are_known(self) -> Self:
+        named = [*RUN_ARGUMENTS, *self.arguments, *self.fixed, *self.images]
+        if twice := sorted({name for name in named if named.count(name) > 1}):
+            raise ValueError(f"the argument {twice[0]!r} means two things, or one of every run's")
+        read = {source.argument for source in self.sources if isinstance(source, PromptSource) and source.argument}
+        if unknown := sorted(read.difference(self.arguments)):
+            raise ValueError(f"sources read the argument {unknown[0]!r}, which is not listed under arguments")
+        for name, argument in self.arguments.items():
+            other = argument.same_as
+            if other is not None and (other not in self.arguments or self.arguments[other].same_as is not None):
+                raise ValueError(f"arguments.{name}.same_as: {other!r} is no argument with a text of its own")
+        return self
+
+
+class ProgramManifest(BaseManifest):
+    """The manifest of a captured program; see BaseManifest for the rest."""
+
+    program: Program
+
+    @model_validator(mode="after")
+    def _names_what_it_requires(self) -> Self:
+        if self.requires != (PROGRAM,):
+            raise ValueError(f"requires has to name {PROGRAM}, and nothing else")
+        if any(target.early_exit for target in self.targets):
+            raise ValueError("a program has no early_exit")
+        return self
+
+    @model_validator(mode="after")
+    def _calls_fit_components(self) -> Self:
+        known: dict[str, tuple[str, Shape]] = {
+            source.value: (source.dtype, source.shape) for source in self.program.sources
+        }
+        for place, call in enumerate(self.program.calls):
+            where = f"program.calls[{place}]"
+            if (component := self.components.get(call.component)) is None:
+                raise ValueError(f"{where}: no component {call.component!r}")
+            _check_names(where, call, component)
+            for spec in component.inputs:
+                if spec.name in call.inputs:
+                    _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
+            outputs = {spec.name: spec for spec in component.outputs}
+            known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
+        if unused := sorted(set(self.components).difference(call.component for call in self.program.calls)):
+            raise ValueError(f"components.{unused[0]}: no call of the program needs it")
+        for value in self.program.results:
+            _check_result(value, known[value], self.program.output)
+        return self
+
+    @property
+    def takes_prompt(self) -> bool:
+        """Whether it draws what a text says, which has to be given."""
+        prompt = self.program.arguments.get("prompt")
+        return prompt is not None and prompt.default is None and prompt.same_as is None
+
+    @property
+    def shared_files(self) -> list[str]:
+        """What is read whatever the target: tokenizers and the table."""
+        tokenizers = [source.tokenizer for source in self.program.sources if isinstance(source, PromptSource)]
+        return [*dict.fromkeys(tokenizers), *([self.program.table] if self.program.table else [])]
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """By value that a call makes, what it is."""
+        found: dict[str, TensorSpec] = {}
+        for call in self.program.calls:
+            outputs = {spec.name: spec for spec in self.components[call.component].outputs}
+            found |= {value: outputs[name] for name, value in call.outputs.items()}
+        return found
+
+
+def tabled(call: ProgramCall, component: Component) -> Iterator[tuple[str, TensorSpec]]:
+    """(name of the table's tensor, input) for what a call reads of the table."""
+    for spec in component.inputs:
+        if spec.name not in call.inputs:
+            yield f"{call.component}.{spec.name}", spec
+
+
+def _make(value: str, made: set[str], where: str) -> None:
+    if value in made:
+        raise ValueError(f"{where}: the value {value!r} is made twice")
+    made.add(value)
+
+
+def _check_names(where: str, call: ProgramCall, component: Component) -> None:
+    """ValueError where a call gives what its component does not take, lacks what it takes, or names no output of it."""
+    _check_known(f"{where}.inputs", call.inputs, component.inputs)
+    _check_known(f"{where}.outputs", call.outputs, component.outputs)
+    missing = [spec for _, spec in tabled(call, component)]
+    if missing and call.row is None:
+        raise ValueError(
+            f"{where}: {call.component} needs {missing[0].name!r}, which is given neither by a value nor row"
+        )
+    if not missing and call.row is not None:
+        raise ValueError(f"{where}: {call.component} is given all by values, and needs no row")
+    if free := [spec.name for spec in missing if not all(isinstance(size, int) for size in spec.shape)]:
+        raise ValueError(f"{where}: {free[0]!r} has free dimensions, which no table has")
+
+
+def _check_known(where: str, named: Mapping[str, str], specs: tuple[TensorSpec, ...]) -> None:
+    if unknown := sorted(set(named).difference(spec.name for spec in specs)):
+        raise ValueError(f"{where}: the component has no {unknown[0]!r}")
+
+
+def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
+    """ValueError where a value is none that the input takes; a free dimension takes any size."""
+    dtype, shape = value
+    fits = len(shape) == len(spec.shape) and all(
+        isinstance(have, str) or isinstance(want, str) or have == want
+        for have, want in zip(shape, spec.shape, strict=True)
+    )
+    if dtype != spec.dtype or not fits:
+        raise ValueError(f"{where} takes {_shown(spec.dtype, spec.shape)}, and is given {_shown(dtype, shape)}")
+
+
+def _check_result(value: str, found: tuple[str, Shape], output: str) -> None:
+    dtype, shape = found
+    rank = {"image": 4, "frames": 5}.get(output)
+    if rank and (dtype != "float32" or len(shape) != rank or shape[-3] not in CHANNELS):
+        raise ValueError(f"program.results: {value!r} is no {output}: {_shown(dtype, shape)}")
+
+
+def _shown(dtype: str, shape: Shape) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"

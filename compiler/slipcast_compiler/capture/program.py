@@ -25,15 +25,26 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Tokenized:
+    """What a tokenizer was given: `texts`, a list; and its own settings then, None where it has none."""
+
+    texts: tuple[str, ...]
+    special_tokens: bool
+    padding: Mapping[str, Any] | None
+    truncation: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Source:
-    """Where values enter. `detail`: of a prompt, the tokenizer, the field of its output and the texts it was given; of
-    noise, the operator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture,
-    of which the shape and dtype are part of the program."""
+    """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator; of
+    an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of which the shape and
+    dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts."""
 
     id: int
     kind: Kind
     detail: tuple[Any, ...]
     value: torch.Tensor
+    tokenized: Tokenized | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.edges import leaving_watched, offline
-from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Path, Program, Ref, Source, leaves, rebuild
+from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Path, Program, Ref, Source, Tokenized, leaves, rebuild
 from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, run_on_meta, zeros
 from slipcast_compiler.capture.where import here, package_of, raised_at
 
@@ -98,10 +98,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             results,
         )
 
-    def enter(self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...]) -> None:
+    def enter(
+        self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...], tokenized: Tokenized | None = None
+    ) -> None:
         """A source."""
         value = self._new(tensor, frozenset((kind, _COMPUTED) if kind == "weight" else (kind,)))
-        self._sources.append(Source(value, kind, detail, tensor.detach().clone()))
+        self._sources.append(Source(value, kind, detail, tensor.detach().clone(), tokenized))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -369,9 +371,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 out = own.__call__(this, *args, **kwargs)
                 texts = kwargs.get("text", args[0] if args else None)
                 first = texts[0] if isinstance(texts, list | tuple) and texts else texts
+                kind: Kind = "prompt" if isinstance(first, str | list) else "image"
+                given = _tokenized(this, texts, kwargs) if kind == "prompt" else None
                 for path, tensor in leaves(_opened(out)):
-                    kind: Kind = "prompt" if isinstance(first, str | list) else "image"
-                    self.enter(tensor, kind, (name, *path, texts if kind == "prompt" else None))
+                    self.enter(tensor, kind, (name, *path), given)
             return out
 
         tokenizer.__class__ = type(own.__name__, (own,), {"__call__": call})
@@ -379,6 +382,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             yield
         finally:
             tokenizer.__class__ = own
+
+
+def _tokenized(tokenizer: Any, texts: Any, kwargs: Mapping[str, Any]) -> Tokenized | None:
+    """What a tokenizer, or a processor that has one, was given; None where that is more than a list of texts."""
+    several = [texts] if isinstance(texts, str) else texts
+    if not all(isinstance(text, str) for text in several):
+        return None
+    backend = getattr(getattr(tokenizer, "tokenizer", tokenizer), "backend_tokenizer", None)
+    padding, truncation = (backend.padding, backend.truncation) if backend is not None else (None, None)
+    return Tokenized(tuple(several), bool(kwargs.get("add_special_tokens", True)), padding, truncation)
 
 
 def _place(given: Any, path: Path, value: Any) -> None:

@@ -70,7 +70,7 @@ def roll(program: Program) -> Loop | None:
 
     RecipeError where each step has a form of its own, or where there are more than FORMS of them.
     """
-    steps = [_predict(program, number) for number in range(len(program.marks))]
+    steps = [predict(program, number) for number in range(len(program.marks))]
     found = [step for step in steps if step and step.events]
     if not steps or len(found) < len(steps):
         return None
@@ -104,8 +104,11 @@ def _check_forms(program: Program, steps: Sequence[Predict]) -> None:
     )
 
 
-def _predict(program: Program, number: int) -> Predict | None:
-    """The events of a step that depend on its latent; what they read besides is given, wherever it was made."""
+def predict(program: Program, number: int) -> Predict | None:
+    """The events of a step that depend on its latent; what they read besides is given, wherever it was made.
+
+    None where the scheduler is given no value for output or latent.
+    """
     mark = program.marks[number]
     if not isinstance(mark.output, Ref) or not isinstance(mark.sample, Ref):
         return None

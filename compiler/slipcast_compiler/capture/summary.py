@@ -51,7 +51,7 @@ def render(summary: dict[str, Any]) -> str:
 
 
 def _source(source: Source) -> dict[str, Any]:
-    shown = source.detail[:2] if source.kind == "prompt" else source.detail
+    shown = source.detail
     return {
         "kind": source.kind,
         "name": ".".join(map(str, shown)),

@@ -56,7 +56,7 @@ def compare_sources(program: Program, other: Program) -> str | None:
     for mine, theirs in zip(program.needed_sources, other.needed_sources, strict=False):
         if (mine.kind, mine.value.shape) != (theirs.kind, theirs.value.shape):
             return (
-                f"source {mine.id}, {mine.kind} {mine.detail[:2]}, is {list(mine.value.shape)} for one prompt and "
+                f"source {mine.id}, {mine.kind} {mine.detail}, is {list(mine.value.shape)} for one prompt and "
                 f"{theirs.kind} {list(theirs.value.shape)} for another"
             )
     counts = len(program.needed_sources), len(other.needed_sources)

@@ -65,13 +65,18 @@ def trace_component(
     model = _trace(module.to("meta"), source, sizes)
     weights = checkpoint.weights(source.folder) | rewrite.weights()
     _attach_weights(model.graph, weights, f"{checkpoint.name}/{source.folder}", buffers)
+    settle(model)
+    _name_dimensions(model, source, sizes)
+    return model
+
+
+def settle(model: ir.Model) -> None:
+    """Bring a traced graph whose weights are lazy into the form that engines read best, without the tracer's notes."""
     _transpose_weights(model.graph)
     with quiet():
         optimize(model)
     tidy(model.graph)
-    _name_dimensions(model, source, sizes)
     _strip(model)
-    return model
 
 
 def contract_of(model: ir.Model) -> Component:

@@ -1,0 +1,288 @@
+"""Cut a program into parts, of which each becomes an engine, and into the order in which they are used.
+
+What depends on prompts and images alone is `conditioning`, evaluated once for them, wherever it ran. What depends on
+noise, up to the first step, is `start`. Of each step there is `denoiser`, which leads from the latent to the model's
+output, and `update`, the scheduler's arithmetic with all that lies between two steps. The rest is `decoder`. Steps of
+one form are uses of one part; constants that differ between them are its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, rebuild, refs
+from slipcast_compiler.capture.roll import predict
+
+Event = Op | Call
+
+
+@dataclass(frozen=True)
+class Part:
+    """`inputs` and `outputs`: values, as its `events` number them. `weights`: values that are a component's, by name.
+    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use."""
+
+    name: str
+    events: tuple[Event, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    weights: tuple[tuple[int, str], ...]
+    table: tuple[tuple[int, torch.Tensor], ...]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A part is run: on these values of the program, in the order of its inputs; it gives these, in that of its
+    outputs. `row`: of its table."""
+
+    part: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    row: int | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`steps`: after which use a step is over."""
+
+    parts: tuple[Part, ...]
+    uses: tuple[Use, ...]
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Events that run together. `form`: what is the same of two pieces that one engine can run."""
+
+    name: str
+    events: tuple[Event, ...]
+    form: tuple[Any, ...]
+    values: tuple[int, ...]  # in the order of their first mention
+    inputs: tuple[int, ...]  # places among the values
+    outputs: frozenset[int]  # places among the values
+    constants: tuple[Any, ...]
+
+
+def cut(program: Program) -> Cut:
+    """The parts of a program, and their uses. RecipeError where memory is written to across parts."""
+    labels = _label(program)
+    _check_writes(program, labels)
+    read = _read_elsewhere(program, labels)
+    order = sorted(set(labels.values()))
+    pieces = []
+    for label in order:
+        events = tuple(program.events[place] for place in sorted(labels) if labels[place] == label)
+        pieces.append(_piece(_name(label, len(program.marks)), events, read))
+    groups: dict[Any, list[_Piece]] = {}
+    for piece in pieces:
+        groups.setdefault((piece.name, piece.form), []).append(piece)
+    names = _names(groups)
+    parts = {key: _part(names[key], group, _weights(program)) for key, group in groups.items()}
+    uses = tuple(_use(piece, groups[piece.name, piece.form], parts[piece.name, piece.form]) for piece in pieces)
+    steps = tuple(place for place, label in enumerate(order) if 1 < label < _last(program) and label % 2)
+    return Cut(tuple(parts.values()), uses, steps)
+
+
+# --- which part an event is of: 0 conditioning, 1 start, then denoiser and update of each step, and the decoder -------
+
+
+def _last(program: Program) -> int:
+    return 2 + 2 * len(program.marks)
+
+
+def _name(label: int, steps: int) -> str:
+    if label < 2:
+        return ("conditioning", "start")[label]
+    return "decoder" if label == 2 + 2 * steps else ("denoiser", "update")[label % 2]
+
+
+def _label(program: Program) -> dict[int, int]:
+    """By place of an event that the results need."""
+    binding, needed = program.binding, program.needed
+    of_step: dict[int, int] = {}
+    for number in range(len(program.marks)):
+        if found := predict(program, number):
+            of_step |= dict.fromkeys(found.events, 2 + 2 * number)
+    made: dict[int, int] = {}
+    labels: dict[int, int] = {}
+    for place in sorted(needed):
+        event = program.events[place]
+        if not any("noise" in binding[value] for value in outputs_of(event)):
+            label = 0
+        elif place in of_step:
+            label = of_step[place]
+        else:
+            before = max((made.get(ref.id, 0) for ref in refs((event.args, event.kwargs))), default=0)
+            label = max(_label_of_place(program, place), before + (1 < before < _last(program) and before % 2 == 0))
+        labels[place] = label
+        made |= dict.fromkeys(outputs_of(event), label)
+    return labels
+
+
+def _label_of_place(program: Program, place: int) -> int:
+    for number, mark in enumerate(program.marks):
+        if place < mark.begin:  # what lies between two steps is of the one before
+            return 1 + 2 * number
+        if place < mark.end:
+            return 3 + 2 * number
+    return _last(program)
+
+
+def _check_writes(program: Program, labels: dict[int, int]) -> None:
+    """RecipeError where an event writes into memory that another part made, and that is read again."""
+    homes: dict[int, set[int]] = {}
+    for place, label in labels.items():
+        for value in outputs_of(program.events[place]):
+            homes.setdefault(program.memory[value], set()).add(label)
+    sources = {program.memory[source.id] for source in program.needed_sources}
+    for place, label in labels.items():
+        event = program.events[place]
+        if not isinstance(event, Op) or not event.function._schema.is_mutable:
+            continue
+        for ref in refs(event.args[:1]):
+            storage = program.memory[ref.id]
+            if storage in sources or homes.get(storage, set()) - {label}:
+                raise RecipeError(
+                    f"{program.pipeline} writes into a tensor that another part of the program holds",
+                    expected="new tensors, or writes between two calls of the same components",
+                    got=f"{event.function._schema.name} at {event.where}",
+                )
+
+
+def _read_elsewhere(program: Program, labels: dict[int, int]) -> frozenset[int]:
+    """Values that another part than their own reads, or that are results."""
+    home = {value: label for place, label in labels.items() for value in outputs_of(program.events[place])}
+    found = {value.id for _, value in program.results if isinstance(value, Ref)}
+    for place, label in labels.items():
+        event = program.events[place]
+        found |= {ref.id for ref in refs((event.args, event.kwargs)) if home.get(ref.id) != label}
+    return frozenset(found)
+
+
+# --- what pieces have in common -------------------------------------------------------------------------------------
+
+
+def _piece(name: str, events: tuple[Event, ...], read: frozenset[int]) -> _Piece:
+    numbers: dict[int, int] = {}
+    constants, form = list[Any](), list[Any]()
+    made = {value for event in events for value in outputs_of(event)}
+
+    def number(value: int) -> int:
+        return numbers.setdefault(value, len(numbers))
+
+    for event in events:
+        form.append((_operator(event), _formed(event, number, constants)))
+        for value in outputs_of(event):
+            number(value)
+    inputs = tuple(place for value, place in numbers.items() if value not in made)
+    outputs = frozenset(numbers[value] for value in made & read)
+    return _Piece(name, events, tuple(form), tuple(numbers), inputs, outputs, tuple(constants))
+
+
+def _operator(event: Event) -> str:
+    return str(event.function) if isinstance(event, Op) else event.module
+
+
+def _formed(event: Event, number: Any, constants: list[Any]) -> Any:
+    """Hashable: the event's arguments, with what may come from a table among the constants."""
+
+    def literal(value: Any, tabled: bool) -> Any:
+        if isinstance(value, Ref):
+            return "value", number(value.id)
+        if isinstance(value, torch.Tensor) or (tabled and isinstance(value, float)):
+            constants.append(value)
+            return "constant", str(getattr(value, "dtype", "float")), tuple(getattr(value, "shape", ()))
+        if isinstance(value, dict):
+            return tuple((key, literal(inner, tabled)) for key, inner in value.items())
+        if isinstance(value, list | tuple):
+            return tuple(literal(inner, tabled) for inner in value)
+        return value if isinstance(value, int | float | str | bool | None) else repr(value)
+
+    tabled = _takes_tensor(event)
+    args = tuple(literal(arg, tabled(place)) for place, arg in enumerate(event.args))
+    return args, tuple((key, literal(arg, tabled(key))) for key, arg in event.kwargs.items())
+
+
+def _takes_tensor(event: Event) -> Any:
+    """Whether an argument, by place or by name, may be a tensor of no dimension in place of a number."""
+    if isinstance(event, Call):
+        return lambda _: False
+    arguments = event.function._schema.arguments
+    known = {each.name: isinstance(each.type, torch.TensorType) for each in arguments}
+    names = [each.name for each in arguments]
+    return lambda key: known.get(names[key] if isinstance(key, int) else key, False)
+
+
+def _names(groups: Iterable[tuple[str, Any]]) -> dict[tuple[str, Any], str]:
+    """denoiser, denoiser_2, ...: by the order of their first use."""
+    counts: dict[str, int] = {}
+    found = {}
+    for key in groups:
+        counts[key[0]] = counts.get(key[0], 0) + 1
+        found[key] = key[0] if counts[key[0]] == 1 else f"{key[0]}_{counts[key[0]]}"
+    return found
+
+
+def _weights(program: Program) -> dict[int, str]:
+    return {source.id: str(source.detail[0]) for source in program.sources if source.kind == "weight"}
+
+
+def _part(name: str, group: Sequence[_Piece], weights: dict[int, str]) -> Part:
+    first = group[0]
+    differing = [
+        place for place in range(len(first.constants)) if _differs([piece.constants[place] for piece in group])
+    ]
+    tables = {place: -1 - at for at, place in enumerate(differing)}
+    count = iter(range(len(first.constants)))
+
+    def placed(value: Any, tabled: bool) -> Any:
+        if isinstance(value, torch.Tensor) or (tabled and isinstance(value, float)):
+            place = next(count)
+            return Ref(tables[place]) if place in tables else value
+        if isinstance(value, dict):
+            return {key: placed(inner, tabled) for key, inner in value.items()}
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return type(value)(placed(inner, tabled) for inner in value)
+        return value
+
+    events = []
+    for event in first.events:
+        tabled = _takes_tensor(event)
+        args = tuple(placed(arg, tabled(place)) for place, arg in enumerate(event.args))
+        kwargs = {key: placed(arg, tabled(key)) for key, arg in event.kwargs.items()}
+        events.append(replace(event, args=args, kwargs=kwargs))
+    outputs = sorted(frozenset[int]().union(*(piece.outputs for piece in group)))
+    return Part(
+        name,
+        tuple(events),
+        tuple(first.values[place] for place in first.inputs if first.values[place] not in weights),
+        tuple(first.values[place] for place in outputs),
+        tuple(
+            (first.values[place], weights[first.values[place]])
+            for place in first.inputs
+            if first.values[place] in weights
+        ),
+        tuple((number, _stacked([piece.constants[place] for piece in group])) for place, number in tables.items()),
+    )
+
+
+def _use(piece: _Piece, group: Sequence[_Piece], part: Part) -> Use:
+    first = group[0]
+    place_of = {value: place for place, value in enumerate(first.values)}
+    inputs = tuple(piece.values[place_of[value]] for value in part.inputs)
+    outputs = tuple(piece.values[place_of[value]] for value in part.outputs)
+    return Use(part.name, inputs, outputs, group.index(piece) if part.table else None)
+
+
+def _differs(values: Sequence[Any]) -> bool:
+    tensors = [torch.as_tensor(value) for value in values]
+    return any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:])
+
+
+def _stacked(values: Sequence[Any]) -> torch.Tensor:
+    """Numbers are float32, as an operator on float32 tensors takes them."""
+    return torch.stack([value if isinstance(value, torch.Tensor) else torch.tensor(value) for value in values])

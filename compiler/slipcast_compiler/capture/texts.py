@@ -1,0 +1,91 @@
+"""What becomes of a call's texts before a tokenizer has them: found by giving two and comparing.
+
+A text that a tokenizer is given is prefix + text of the call + suffix, or constant. The text may be stripped and in
+lower case. Whatever else a pipeline does with it is refused: a runtime that did something else would draw something
+else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.program import Program, Source
+
+# Awkward on purpose: blanks at both ends and within, capitals, marks of HTML, an address, punctuation, another script.
+AWKWARD = "  A Big <b>RED</b> circle,  50% off &amp; http://example.org/a_b.png (1:1) #2 \u201cBleu\u201d \u732b  "
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text is prefix + the text of `argument` + suffix, where that is stripped or in lower case first; without
+    `argument` it is the prefix."""
+
+    argument: str | None
+    prefix: str = ""
+    suffix: str = ""
+    lower: bool = False
+    strip: bool = False
+
+    def __call__(self, texts: Mapping[str, str]) -> str:
+        """The text for these texts of the call."""
+        given = texts[self.argument] if self.argument else ""
+        given = given.strip() if self.strip else given
+        return self.prefix + (given.lower() if self.lower else given) + self.suffix
+
+
+def texts_of(call: Mapping[str, Any]) -> dict[str, str]:
+    """By argument, the texts of a call that are prompts: all that have the word in their names."""
+    found = {}
+    for name, value in call.items():
+        if "prompt" in name and isinstance(value, str):
+            found[name] = value
+    return found
+
+
+def find_templates(
+    programs: tuple[Program, Program], calls: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> dict[int, Template]:
+    """By source of the first program, how its text is made; of two captures that differ in their texts.
+
+    RecipeError where it is made otherwise.
+    """
+    found = {}
+    for one, other in zip(*(program.needed_sources for program in programs), strict=True):
+        if one.kind == "prompt":
+            texts = _single(one, programs[0]), _single(other, programs[1])
+            found[one.id] = _template(texts, (texts_of(calls[0]), texts_of(calls[1])), one, programs[0])
+    return found
+
+
+def _single(source: Source, program: Program) -> str:
+    given = source.tokenized.texts if source.tokenized else None
+    if given is None or len(given) != 1:
+        raise _refuse(source, program, "one text", "several at once" if given else "something else than texts")
+    return given[0]
+
+
+def _template(
+    texts: tuple[str, str], arguments: tuple[Mapping[str, str], Mapping[str, str]], source: Source, program: Program
+) -> Template:
+    for name, (lower, strip) in product(arguments[0], ((False, False), (False, True), (True, False), (True, True))):
+        plain = Template(name, lower=lower, strip=strip)
+        prefix, text, suffix = texts[0].partition(plain(arguments[0]))
+        found = Template(name, prefix, suffix, lower, strip)
+        if text and text not in suffix and tuple(map(found, arguments)) == texts:
+            return found
+    if texts[0] == texts[1]:
+        return Template(None, texts[0])
+    raise _refuse(source, program, "prefix + prompt + suffix, perhaps stripped and in lower case", repr(texts[1])[:300])
+
+
+def _refuse(source: Source, program: Program, expected: str, got: str) -> RecipeError:
+    return RecipeError(
+        f"{program.pipeline}: what its {source.detail[0]} is given cannot be made in a runtime",
+        expected=expected,
+        got=got,
+        hint="an argument of the pipeline may turn it off, such as clean_caption: --set call.clean_caption=false",
+    )

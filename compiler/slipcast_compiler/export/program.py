@@ -1,0 +1,247 @@
+"""Export a program: each of its parts to ONNX, with tokenizers, the table, and the record that a runtime reads."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from slipcast.bundle.manifest import Component
+from slipcast.bundle.program import (
+    RUN_ARGUMENTS,
+    ImageSource,
+    NoiseSource,
+    ProgramCall,
+    PromptSource,
+    TextArgument,
+)
+from slipcast.bundle.program import Program as Record
+from slipcast.errors import RecipeError
+from slipcast.progress import Advance
+from slipcast_compiler.capture.cut import Cut, Part
+from slipcast_compiler.capture.program import Program, Ref, Source
+from slipcast_compiler.capture.texts import Template, texts_of
+from slipcast_compiler.export.component import OPSET, contract_of, settle
+from slipcast_compiler.export.replayed import Replayed, Spec, carried
+from slipcast_compiler.host.quiet import quiet
+
+TABLE, PROGRAM = "table.safetensors", "program.json"
+FIELDS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def export_program(
+    program: Program, cut: Cut, pipe: Any, templates: Mapping[int, Template], call: Mapping[str, Any], folder: Path,
+    advance: Advance,
+) -> Record:  # fmt: skip
+    """Write into `folder` NAME.onnx, NAME.onnx.data and NAME.json (the contract) of each part, tokenizers, the table of
+    constants, and program.json, the record, which is returned too.
+
+    `pipe` has its weights. RecipeError for what no runtime could repeat.
+    """
+    known: dict[int, Spec] = {s.id: (tuple(s.value.shape), s.value.dtype) for s in program.needed_sources}
+    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    parts, specs = {part.name: part for part in cut.parts}, dict[str, tuple[Spec, ...]]()
+    for done, use in enumerate(cut.uses):
+        part = parts[use.part]
+        if part.name not in specs:
+            advance(done, len(cut.uses))
+            specs[part.name] = _export_part(part, components, {**known, **_given(part, use.inputs, known)}, folder)
+        known |= dict(zip(use.outputs, specs[part.name], strict=True))
+    tables = {_row_name(part, at, True): carried(rows) for part in cut.parts for at, (_, rows) in enumerate(part.table)}
+    if tables:
+        save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
+    record = Record(
+        pipeline=program.pipeline,
+        arguments=_arguments(templates, call),
+        fixed=_fixed(pipe, call),
+        sources=tuple(_source(source, pipe, templates, folder) for source in _all_sources(program)),
+        calls=tuple(
+            ProgramCall(
+                component=use.part,
+                inputs={f"in_{at}": _value(value) for at, value in enumerate(use.inputs)},
+                outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
+                row=use.row,
+            )
+            for use in cut.uses
+        ),
+        table=TABLE if tables else None,
+        steps=cut.steps,
+        results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
+        output=_output(program, known),
+    )  # fmt: skip
+    (folder / PROGRAM).write_text(record.model_dump_json())
+    return record
+
+
+def read_record(folder: Path) -> Record:
+    """The record that export_program left."""
+    return Record.model_validate_json((folder / PROGRAM).read_text())
+
+
+def contracts(folder: Path, record: Record) -> dict[str, Component]:
+    """By component, in the order of their first call, what its engines take and return."""
+    names = dict.fromkeys(call.component for call in record.calls)
+    return {name: Component.model_validate_json((folder / f"{name}.json").read_text()) for name in names}
+
+
+def _given(part: Part, values: tuple[int, ...], known: Mapping[int, Spec]) -> dict[int, Spec]:
+    return dict(zip(part.inputs, (known[value] for value in values), strict=True))
+
+
+def _value(number: int) -> str:
+    return f"v{number}"
+
+
+def _row_name(part: Part, at: int, full: bool = False) -> str:
+    return f"{part.name}.row_{at}" if full else f"row_{at}"
+
+
+def _export_part(
+    part: Part, components: Mapping[str, nn.Module], known: Mapping[int, Spec], folder: Path
+) -> tuple[Spec, ...]:
+    """Writes the part's graph and contract; what its outputs are in the program."""
+    told = list[tuple[Spec, ...]]()  # not on the module, which the tracer leaves as it was
+    module = Replayed(part, components, known, told.append).eval()
+    given = [known[value] for value in part.inputs] + [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
+    examples = tuple(carried(torch.zeros(shape, dtype=dtype)) for shape, dtype in given)
+    inputs = [f"in_{at}" for at in range(len(part.inputs))] + [_row_name(part, at) for at in range(len(part.table))]
+    outputs = [f"out_{at}" for at in range(len(part.outputs))]
+    try:
+        with torch.no_grad(), quiet():
+            exported = torch.onnx.export(
+                torch.export.export(module, examples), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
+                input_names=inputs, output_names=outputs,
+            )  # fmt: skip
+    except RecipeError:
+        raise
+    except Exception as error:  # torch's exporters raise many kinds, all of which mean that a graph cannot be made
+        raise RecipeError(
+            f"{part.name} cannot be exported",
+            expected="a graph of operators that ONNX has",
+            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
+            hint="`slipcast --debug compile ...` shows where; the pipeline's code or a newer torch may avoid it",
+        ) from error
+    assert exported is not None
+    _attach(exported.model.graph, dict(module.named_parameters()) | dict(module.named_buffers()))
+    settle(exported.model)
+    ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
+    (folder / f"{part.name}.json").write_text(contract_of(exported.model).model_dump_json())
+    return told[-1]
+
+
+def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Weights are read when they are written, one at a time; those that no node uses are dropped."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+        elif name in tensors:
+            tensor = tensors[name].detach()
+
+            def read(tensor: torch.Tensor = tensor, name: str = name) -> ir.Tensor:
+                return ir.Tensor(np.ascontiguousarray(tensor.numpy()), name=name)
+
+            dtype, shape = value.const_value.dtype, ir.Shape(tuple(tensor.shape))
+            value.const_value = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def _all_sources(program: Program) -> list[Source]:
+    """Those that are needed, and every draw: the next one depends on it."""
+    needed = {source.id for source in program.needed_sources}
+    return [s for s in program.sources if s.kind != "weight" and (s.id in needed or s.kind == "noise")]
+
+
+def _source(
+    source: Source, pipe: Any, templates: Mapping[int, Template], folder: Path
+) -> PromptSource | NoiseSource | ImageSource:
+    name, shape, dtype = _value(source.id), tuple(source.value.shape), source.value.dtype
+    what = ".".join(map(str, source.detail))
+    if source.kind == "noise":
+        if "randn" not in what or dtype != torch.float32:
+            raise _unknown(f"a draw by {what}", "torch.randn in float32", f"{what} in {dtype}")
+        return NoiseSource(value=name, shape=shape)
+    if source.kind == "image":
+        if len(source.detail) != 1 or len(shape) != 4 or dtype != torch.float32 or shape[0] != 1:
+            raise _unknown(f"the picture {what}", "float32 [1, channels, height, width]", f"{dtype} {list(shape)}")
+        return ImageSource(value=name, argument=what, shape=shape)
+    tokenizer, field = source.detail[0], source.detail[-1]
+    if field not in FIELDS or len(shape) != 2 or shape[0] != 1:
+        raise _unknown(f"what {what} gives", f"{', '.join(FIELDS)} of one text", f"{what} {list(shape)}")
+    template, given = templates[source.id], source.tokenized
+    assert given is not None
+    return PromptSource(
+        value=name,
+        tokenizer=_write_tokenizer(source, pipe.components[tokenizer], folder),
+        field=field,
+        argument=template.argument,
+        prefix=template.prefix,
+        suffix=template.suffix,
+        lower=template.lower,
+        strip=template.strip,
+        special_tokens=given.special_tokens,
+        shape=shape,
+    )
+
+
+def _write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> str:
+    """tokenizer.json with the settings that the pipeline's call made; RecipeError where it gives other tokens."""
+    from tokenizers import Tokenizer
+
+    given = source.tokenized
+    backend = getattr(getattr(tokenizer, "tokenizer", tokenizer), "backend_tokenizer", None)
+    if backend is None or given is None:
+        raise _unknown(f"the tokenizer {source.detail[0]}", "one that the tokenizers library runs", type(tokenizer).__name__)
+    made = Tokenizer.from_str(backend.to_str())
+    made.no_padding() if given.padding is None else made.enable_padding(**given.padding)
+    made.no_truncation() if given.truncation is None else made.enable_truncation(**given.truncation)
+    encoded = made.encode(given.texts[0], add_special_tokens=given.special_tokens)
+    fields = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
+    if fields[source.detail[-1]] != source.value[0].tolist():
+        raise _unknown(f"what {source.detail[0]} gives", "the tokens of its tokenizer.json", "others")
+    settings = json.dumps([given.padding, given.truncation], sort_keys=True).encode()
+    name = f"{source.detail[0]}-{hashlib.sha256(settings).hexdigest()[:8]}.json"
+    (folder / name).write_text(made.to_str())
+    return name
+
+
+def _arguments(templates: Mapping[int, Template], call: Mapping[str, Any]) -> dict[str, TextArgument]:
+    """Texts that a run takes. Only the prompt has to be given; others are what they were, unless they are given."""
+    used = {template.argument for template in templates.values() if template.argument}
+    texts = {name: text for name, text in texts_of(call).items() if name in used}
+    return {name: TextArgument(default=None if name == "prompt" else text) for name, text in texts.items()}
+
+
+def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """What the call had besides, that can be said in a word."""
+    usual = {
+        name: each.default
+        for name, each in inspect.signature(type(pipe).__call__).parameters.items()
+        if each.default is not inspect.Parameter.empty
+    }
+    given = usual | dict(call)
+    skipped = {"return_dict", *RUN_ARGUMENTS, *texts_of(call)}
+    return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}
+
+
+def _output(program: Program, known: Mapping[int, Spec]) -> str:
+    """What the first result is."""
+    value = next(value for _, value in program.results if isinstance(value, Ref))
+    shape, dtype = known[value.id]
+    if dtype == torch.float32 and len(shape) >= 4 and shape[-3] in (1, 3, 4):
+        return {4: "image", 5: "frames"}.get(len(shape), "array")
+    return "array"
+
+
+def _unknown(what: str, expected: str, got: str) -> RecipeError:
+    return RecipeError(f"{what} cannot be had in a runtime", expected=expected, got=got)

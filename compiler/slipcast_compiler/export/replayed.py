@@ -1,0 +1,68 @@
+"""A part of a program as a module: its forward replays the part's events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.cut import Part
+from slipcast_compiler.capture.program import Call
+from slipcast_compiler.capture.replay import find_module, run
+
+Spec = tuple[tuple[int, ...], torch.dtype]  # of a value
+# What engines take and give in place of what they do not: the same numbers, but for float64's last digits.
+CARRIERS = {torch.float64: torch.float32, torch.bool: torch.int64}
+PLAIN = (torch.float32, torch.int64, torch.int32)
+
+
+class Replayed(nn.Module):  # type: ignore[misc]
+    """forward(*inputs, *table): the part's inputs, then one row of each of its tables; returns a tuple of its outputs,
+    all of them in the dtypes that engines have.
+
+    `components`: the pipeline's; those that the part calls, or takes weights of, become its own modules. `known`: what
+    the inputs are in the program. `tell` is given what the outputs are there, when it runs.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        components: Mapping[str, nn.Module],
+        known: Mapping[int, Spec],
+        tell: Callable[[tuple[Spec, ...]], None],
+    ) -> None:
+        super().__init__()
+        self._part, self._tell = part, tell
+        self._dtypes = [known[value][1] for value in part.inputs] + [rows.dtype for _, rows in part.table]
+        used = {event.module.partition(".")[0] for event in part.events if isinstance(event, Call)}
+        used |= {name.partition(".")[0] for _, name in part.weights}
+        self.components = nn.ModuleDict({name: components[name] for name in sorted(used)})
+
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See the class."""
+        part, components = self._part, dict(self.components.items())
+        names = (*part.inputs, *(value for value, _ in part.table))
+        own = [tensor.to(dtype) for tensor, dtype in zip(given, self._dtypes, strict=True)]
+        values = dict(zip(names, own, strict=True))
+        for value, name in part.weights:
+            module, _, own_name = name.rpartition(".")
+            values[value] = getattr(find_module(components, module), own_name)
+        for event in part.events:
+            run(event, values, components)
+        found = [values[value] for value in part.outputs]
+        self._tell(tuple((tuple(map(int, tensor.shape)), tensor.dtype) for tensor in found))
+        return tuple(carried(tensor) for tensor in found)
+
+
+def carried(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype in which engines hand it on; RecipeError for what they cannot, such as complex numbers."""
+    dtype = CARRIERS.get(tensor.dtype, tensor.dtype)
+    if dtype not in PLAIN:
+        raise RecipeError(
+            "the pipeline hands on what engines cannot",
+            expected=", ".join(str(each).removeprefix("torch.") for each in (*PLAIN, *CARRIERS)),
+            got=str(tensor.dtype).removeprefix("torch."),
+        )
+    return tensor.to(dtype)

@@ -5,6 +5,7 @@ pipe = slipcast.load("artifacts/shapes-circles")
 pipe("a red circle on a white background", seed=7).images[0].save("circle.png")
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,10 @@ from slipcast.errors import (
 )
 
 if TYPE_CHECKING:
-    from slipcast.run.pipeline import Pipeline, PipelineOutput, load
+    from slipcast.run.base import PipelineOutput
+    from slipcast.run.load import load
+    from slipcast.run.pipeline import Pipeline
+    from slipcast.run.program import ProgramPipeline
 
 try:
     __version__ = version("slipcast")
@@ -36,6 +40,7 @@ __all__ = [
     "NumericalError",
     "Pipeline",
     "PipelineOutput",
+    "ProgramPipeline",
     "RecipeError",
     "RequestError",
     "ResourceError",
@@ -45,10 +50,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What makes pictures is imported when it is asked for: the compiler uses submodules without it."""
-    if name not in ("Pipeline", "PipelineOutput", "load"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from slipcast.run import pipeline
+# What makes pictures, and where it is: imported when it is asked for, since the compiler uses submodules without it.
+_MODULES = {"Pipeline": "pipeline", "PipelineOutput": "base", "ProgramPipeline": "program", "load": "load"}
 
-    return getattr(pipeline, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"slipcast.run.{_MODULES[name]}"), name)

@@ -229,7 +229,7 @@ class TestRow38:
         arguments: Any = {"seed": 1, "num_inference_steps": 4, "output_type": "np"}
         with slipcast.load(shapes_bundle, target="openvino") as pipe:
             expected = pipe(PROMPT, **arguments).images
-        monkeypatch.setattr("slipcast.run.pipeline.open_engine", spoilt)
+        monkeypatch.setattr("slipcast.run.base.open_engine", spoilt)
         with slipcast.load(shapes_bundle, target="openvino") as pipe:
             found = pipe(PROMPT, **arguments).images
         assert opened[len(pipe.manifest.components) :] == [("vae_decoder", "fp32")]

@@ -282,7 +282,7 @@ class TestDeterminism:
                 now[0] -= 1
                 self.engine.__exit__(*error)
 
-        monkeypatch.setattr("slipcast.run.pipeline.open_engine", spy)
+        monkeypatch.setattr("slipcast.run.base.open_engine", spy)
         with slipcast.load(shapes_bundle, target=pipe.target, residency=residency) as other:
             for _ in range(2):
                 np.testing.assert_array_equal(self.make(other, seed=60), expected)

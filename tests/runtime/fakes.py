@@ -159,6 +159,6 @@ class _FakeEngine:
 def install(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     """Fake engines for this test, whatever is installed."""
     fakes = Fakes()
-    monkeypatch.setattr("slipcast.run.pipeline.open_engine", fakes)
+    monkeypatch.setattr("slipcast.run.base.open_engine", fakes)
     monkeypatch.setattr("slipcast.engines.EngineKind.available", lambda self: True)
     return fakes

@@ -99,7 +99,7 @@ def test_engines_with_their_own_profilers(root: Path, monkeypatch: pytest.Monkey
         asked.append(profile)
         return found(*arguments)
 
-    monkeypatch.setattr("slipcast.run.pipeline.open_engine", open_fake)
+    monkeypatch.setattr("slipcast.run.base.open_engine", open_fake)
     for profile in (False, True):
         load(root, instrument=Clock(profile)).close()
     assert asked == [False] * 3 + [True] * 3

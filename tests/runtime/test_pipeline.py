@@ -19,7 +19,9 @@ import slipcast.run.loop
 from slipcast.bundle.manifest import read_manifest
 from slipcast.engines.targets import choose_target
 from slipcast.errors import ArtifactError, Cancelled, HostError, NumericalError, RequestError
-from slipcast.run.pipeline import Pipeline, load, to_pil
+from slipcast.run import load as any_bundle
+from slipcast.run.base import to_pil
+from slipcast.run.pipeline import Pipeline, load
 from slipcast.run.tokenizer import PromptTokenizer
 from slipcast.sampling.denoiser import Denoiser, final_scale, initial_scale
 from slipcast.sampling.guidance import guide
@@ -611,7 +613,7 @@ class TestLoad:
         assert engines.opened == []
 
     def test_public_names(self) -> None:
-        assert slipcast.load is load
+        assert slipcast.load is any_bundle.load
         assert issubclass(slipcast.RequestError, ValueError)
 
 

@@ -153,7 +153,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     def open_fake(*arguments: Any, profile: bool = False) -> Any:
         return FakeProfiler(found(*arguments)) if profile else found(*arguments)
 
-    monkeypatch.setattr("slipcast.run.pipeline.open_engine", open_fake)
+    monkeypatch.setattr("slipcast.run.base.open_engine", open_fake)
     memory = {"added_mb": 12.5, "peak_mb": 20.0}
     monkeypatch.setattr("slipcast.timing.measure.measure_component", lambda *_: memory)
     return found

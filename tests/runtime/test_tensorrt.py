@@ -142,7 +142,7 @@ class TestBundle:
     ) -> None:
         host("8.6")
         called: list[Any] = []
-        monkeypatch.setattr("slipcast.run.pipeline.open_engine", lambda *arguments: called.append(arguments))
+        monkeypatch.setattr("slipcast.run.base.open_engine", lambda *arguments: called.append(arguments))
         file = bundle / "tensorrt-rtx" / "denoiser.engine"
         content = bytearray(file.read_bytes())
         content[300] ^= 1

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardPolicy, Target
+from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardPolicy, Manifest, Target
 from slipcast.bundle.reader import Bundle, check_digests, open_bundle
-from slipcast.engines import Engine, Instrument, as_it_is, open_engine, refusal
-from slipcast.engines.resources import as_resource_error, out_of_memory
-from slipcast.engines.targets import choose_target
+from slipcast.engines import Engine, Instrument, as_it_is, refusal
+from slipcast.engines.resources import out_of_memory
 from slipcast.errors import HostError, ResourceError
+from slipcast.run.base import BasePipeline, PipelineOutput, ready_target, to_pil
 from slipcast.run.caching import Features
 from slipcast.run.contract import check_contract
 from slipcast.run.decoding import decode_frugally
@@ -30,7 +26,7 @@ from slipcast.run.guard import Guard, Verdict
 from slipcast.run.loop import Evaluator, check_finite, chosen_rows, images_at_once, timed
 from slipcast.run.prompt_table import PromptTable
 from slipcast.run.request import OutputType, Request, check_latents, check_request
-from slipcast.run.residency import Policy, Residency
+from slipcast.run.residency import Policy
 from slipcast.run.step_table import Row, evaluated_timesteps, read_step_table
 from slipcast.run.tokenizer import OnLongPrompt, PromptTokenizer
 from slipcast.sampling.denoiser import final_scale, initial_scale
@@ -48,37 +44,20 @@ Indices = npt.NDArray[np.int_]
 OnStepEnd = Callable[["Pipeline", int, float, dict[str, Floats]], Mapping[str, Floats] | None]
 
 
-@dataclass(frozen=True)
-class PipelineOutput:
-    """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
+class Pipeline(BasePipeline):
+    """A bundle that samples with our samplers, ready to make images on one target; see also BasePipeline.
 
-    `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
-    `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard. `steps[i]`: how many
-    image i took, fewer than asked for where it stopped early.
+    `residency` and `instrument`: see load.
     """
 
-    images: Any
-    seeds: tuple[int, ...]
-    target: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    guard: tuple[Verdict, ...] = ()
-    steps: tuple[int, ...] = ()
-
-
-class Pipeline:
-    """A bundle, ready to make images on one target. Close it, or use it in a `with` block, to free its engines.
-
-    `residency` and `instrument`: see load. `residency.use(component)` is a component's engine for a `with` block.
-    """
+    bundle: Bundle
+    manifest: Manifest
 
     def __init__(
         self, bundle: Bundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
     ) -> None:
-        self.bundle, self.manifest, self.target = bundle, bundle.manifest, target.id
-        self._target, self._instrument = target, instrument
-        check_contract(self.manifest)
-        for file in target.files:  # whatever is published at this place from now on, they stay
-            bundle.file(file)
+        check_contract(bundle.manifest)
+        super().__init__(bundle, target, instrument)
         self._tokenizers = [
             PromptTokenizer(bundle.file(text.tokenizer), text.max_length, text.pad_token_id)
             for text in self.manifest.text
@@ -87,10 +66,7 @@ class Pipeline:
         self._prompt_table = PromptTable(bundle.path(closed.table), closed) if closed else None
         self._step_table = read_step_table(bundle.path(cut.step_table), cut) if cut else None
         self._guard = self._open_guard()
-        openers = {str(name): partial(self._open, str(name)) for name in target.components}
-        self.residency = Residency(openers, residency, rare={FALLBACK})
-        self._one_call_at_a_time = threading.RLock()  # of one thread, so that a callback may make pictures too
-        self._calls, self._closing = 0, False
+        self._open_engines(residency, rare={FALLBACK})
 
     def __call__(
         self,
@@ -138,43 +114,8 @@ class Pipeline:
             on_long_prompt=on_long_prompt,
             guard=guard,
         )
-        with self._one_call_at_a_time:
-            self._calls += 1
-            try:
-                return self._run(request, callback_on_step_end)
-            except Exception as error:
-                if lack := as_resource_error(error, "making images"):
-                    raise lack from error
-                raise
-            finally:
-                self._calls -= 1
-                if self._closing and not self._calls:
-                    self.close()
-
-    def close(self) -> None:
-        """Free the engines. A later call opens each for as long as it is needed.
-
-        From a callback: once the call that it belongs to has ended, which is in need of them until then.
-        """
-        with self._one_call_at_a_time:
-            self._closing = bool(self._calls)
-            if not self._calls:
-                self.residency.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
-        name, target = cast(Any, component), target or self._target
-        files = target.components[name]
-        weights = self.bundle.file(files.weights) if files.weights else None
-        model = self.bundle.file(files.model)
-        contract = self.manifest.components[name]
-        opener = partial(open_engine, target.engine, model, weights, precision or target.precision, contract)
-        return self._instrument(component, opener)
+        with self._turn():
+            return self._run(request, callback_on_step_end)
 
     def _open_guard(self) -> Guard | None:
         if not (record := self.manifest.guard):
@@ -281,7 +222,7 @@ class Pipeline:
         caching = self.manifest.caching if own and request.component == "denoiser" else None
         with ExitStack() as in_use:
             engines = {
-                name: (in_use.enter_context(self.residency.use(name)), self.manifest.components[cast(Any, name)])
+                name: (in_use.enter_context(self.residency.use(name)), self.manifest.components[name])
                 for name in (request.component, *([SHALLOW] if caching else []))
             }
             evaluate = Evaluator(
@@ -374,16 +315,12 @@ def load(
     instrument: Instrument = as_it_is,
     allow_unlisted: bool = False,
 ) -> Pipeline:
-    """Open a bundle and verify what will be read of it; see Pipeline for what to do with it.
+    """As slipcast.load; RequestError where the bundle is that of a captured program."""
+    return open_pipeline(open_bundle(path, allow_unlisted=allow_unlisted), target, residency, instrument)
 
-    `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
-    that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
-    component, or both denoisers of feature caching. `instrument(component, open)` is called whenever an engine is
-    opened, perhaps by several threads at once, and returns what takes its place: `open()`, the engine itself, or
-    something around it that records, times or lends; `open(profile=True)` has the engine's own profiler on. Raises
-    ArtifactError for a damaged bundle, HostError where no target can run here.
-    """
-    bundle = open_bundle(path, allow_unlisted=allow_unlisted)
+
+def open_pipeline(bundle: Bundle, target: str, residency: Policy, instrument: Instrument) -> Pipeline:
+    """The pipeline of an opened bundle; arguments as of load. HostError where this runtime lacks its sampler."""
     sampling = bundle.manifest.sampling
     if not is_known(sampling.sampler):
         raise HostError(f"this runtime does not know the sampler {sampling.sampler!r}", hint="pip install -U slipcast")
@@ -391,13 +328,4 @@ def load(
         raise HostError(
             f"this runtime does not know the schedule {sampling.schedule!r}", hint="pip install -U slipcast"
         )
-    chosen = choose_target(bundle.manifest, target)
-    logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if target == "auto" else "")
-    check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])
-    return Pipeline(bundle, chosen, residency, instrument)
-
-
-def to_pil(picture: Floats) -> Image.Image:
-    """float32 [h, w, 1 or 3] in [0, 1] to a picture, rounded as diffusers does."""
-    levels = (picture * 255).round().astype(np.uint8)
-    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+    return Pipeline(bundle, ready_target(bundle, target), residency, instrument)

@@ -122,7 +122,7 @@ def check_request(
         latents = check_latents("latents", latents, (count, *manifest.image.latent_shape))
         if not np.isfinite(latents).all():
             raise RequestError("latents are not usable", expected="finite numbers", got="NaN or infinity")
-    schedule, seeds = _lay(manifest, num_inference_steps), _seeds(seed, count)
+    schedule, seeds = _lay(manifest, num_inference_steps), choose_seeds(seed, count)
     policy = choose_policy(manifest.guard, guard)
     request = Request(
         prompts, negative, seeds, schedule, float(scale), latents, output_type, on_long_prompt, settings, guard=policy
@@ -226,7 +226,8 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
         raise RequestError(f"{name} is not usable", expected=f"an integer from {low} to {high}", got=repr(value))
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def choose_seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """One for each of `count` images: seed + i, those of a list, or from a random one on. RequestError for others."""
     if seed is None:
         seed = secrets.randbits(32)
     if isinstance(seed, (list, tuple)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Literal, get_args
+from types import TracebackType
+from typing import Literal, Self, get_args
 
 from slipcast.engines import Engine
 from slipcast.errors import RequestError
@@ -69,3 +70,42 @@ class Residency:
     def _keep(self, name: str, engine: Engine) -> None:
         self._stacks[name] = stack = ExitStack()
         self._open[name] = stack.enter_context(engine)
+
+
+class InUse:
+    """Engines of a run, each open from when it is first asked for until `done`, or the end of the `with` block."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._stacks: dict[str, ExitStack] = {}
+        self._open: dict[str, Engine] = {}
+
+    def __call__(self, component: str) -> Engine:
+        """The component's engine, open."""
+        if component not in self._open:
+            stack = ExitStack()
+            self._open[component] = stack.enter_context(self._residency.use(component))
+            self._stacks[component] = stack
+        return self._open[component]
+
+    def done(self, component: str) -> None:
+        """It is asked for no more: the policy decides whether it stays open."""
+        self._open.pop(component, None)
+        if stack := self._stacks.pop(component, None):
+            stack.close()
+
+    def free_others(self, component: str) -> None:
+        """Free all engines but for one; each is opened again when it is next used."""
+        for name in [name for name in self._open if name != component]:
+            self.done(name)
+        self._residency.free_others(component)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._open.clear()
+        stacks, self._stacks = self._stacks, {}
+        with ExitStack() as every:  # all of them, also where one fails
+            for stack in stacks.values():
+                every.push(stack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,7 @@ class PromptTokenizer:
     """Token ids of fixed length, begin and end tokens included, as CLIP's text encoders expect them."""
 
     def __init__(self, file: ModelFile, max_length: int, pad_token_id: int) -> None:
-        data = file.read_bytes()
-        try:
-            self._tokenizer = Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises a bare Exception for every defect
-            raise ArtifactError(
-                f"{file.name}: not a tokenizer", got=str(error), hint="compile the bundle again"
-            ) from error
+        self._tokenizer = read_tokenizer(file)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.max_length, self.pad_token_id = max_length, pad_token_id
@@ -55,6 +49,15 @@ class PromptTokenizer:
         if on_long_prompt == "error":
             raise RequestError(message, hint="shorten the prompt, or pass on_long_prompt='warn'")
         logger.warning(message)
+
+
+def read_tokenizer(file: ModelFile) -> Any:
+    """The library's Tokenizer of a file; ArtifactError where it is none."""
+    data = file.read_bytes()
+    try:
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises a bare Exception for every defect
+        raise ArtifactError(f"{file.name}: not a tokenizer", got=str(error), hint="compile the bundle again") from error
 
 
 def shorten(text: str) -> str:

@@ -30,7 +30,7 @@ def test_engines_are_lent(shapes_bundle: Path, tmp_path: Path, monkeypatch: pyte
         expected = pipe(list(PROMPTS), seed=list(SEEDS), output_type="np").images
         latents = pipe(list(PROMPTS), seed=list(SEEDS), output_type="latent").images
     np.save(tmp_path / "latents.npy", latents)
-    monkeypatch.setattr("slipcast.run.pipeline.open_engine", count)
+    monkeypatch.setattr("slipcast.run.base.open_engine", count)
     sampling = open_bundle(shapes_bundle).manifest.sampling
     own = Variant(shapes_bundle, sampling, None)
     measuring = Measuring(Job(own, PROMPTS, SEEDS, tmp_path / "latents.npy"))

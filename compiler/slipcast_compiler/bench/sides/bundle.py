@@ -11,7 +11,7 @@ def open_side(job: dict[str, Any]) -> Any:
     """job: bundle, target, steps (None for the bundle's own)."""
     import slipcast
 
-    pipe = slipcast.load(job["bundle"], target=job["target"])
+    pipe: Any = slipcast.load(job["bundle"], target=job["target"])
     steps = job["steps"] or pipe.manifest.sampling.steps
     _about.update(target=pipe.target, slipcast=slipcast.__version__, steps=steps)
     if pipe.target.startswith("openvino") and not pipe.target.endswith("fp32"):

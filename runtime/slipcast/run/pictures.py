@@ -1,0 +1,60 @@
+"""Pictures that a program takes, and those that it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slipcast.bundle.program import ImageSource
+from slipcast.errors import RequestError
+from slipcast.run.base import to_pil
+
+Floats = npt.NDArray[np.float32]
+MODES = {1: "L", 3: "RGB"}
+
+
+def read_picture(source: ImageSource, given: object) -> Floats:
+    """A PIL image, resized by Lanczos's filter, or an array [h, w], [h, w, c] or [1, c, h, w], of uint8 or of floats in
+    [0, 1], as float32 of the source's shape. RequestError for anything else."""
+    _, channels, height, width = source.shape
+    if isinstance(given, Image.Image):
+        picture = given.convert(MODES[channels])
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        given = np.asarray(picture)
+    array = given if isinstance(given, np.ndarray) else None
+    if array is not None and array.ndim == 2:
+        array = array[..., None]
+    if array is not None and array.ndim == 3:
+        array = array.transpose(2, 0, 1)[None]
+    if array is None or array.shape != source.shape:
+        raise _refuse(source, f"{type(given).__name__} {list(given.shape) if isinstance(given, np.ndarray) else ''}")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array, np.float32) / np.float32(255)
+    if array.dtype.kind != "f":
+        raise _refuse(source, str(array.dtype))
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+        raise _refuse(source, "numbers beyond [0, 1]")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _refuse(source: ImageSource, got: str) -> RequestError:
+    _, channels, height, width = source.shape
+    expected = (
+        f"a PIL image, or an array [{height}, {width}, {channels}] or [1, {channels}, {height}, {width}] in [0, 1]"
+    )
+    return RequestError(f"{source.argument} is not usable", expected=expected, got=got.strip())
+
+
+def as_levels(arrays: Sequence[Any]) -> list[Floats]:
+    """Of [n, ..., channels, height, width], each of the n as float32 [..., height, width, channels] in [0, 1]."""
+    return [np.clip(np.moveaxis(one, -3, -1), 0, 1).astype(np.float32, copy=False) for many in arrays for one in many]
+
+
+def as_pil(levels: Floats) -> Any:
+    """Of [h, w, c] a picture, of [frames, h, w, c] a list of them."""
+    return to_pil(levels) if levels.ndim == 3 else [to_pil(frame) for frame in levels]

@@ -1,0 +1,181 @@
+"""Run a captured program: values from sources, through calls of components, to what the pipeline returned. No torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from slipcast.bundle.manifest import Target
+from slipcast.bundle.program import ProgramCall, ProgramManifest, PromptSource, tabled
+from slipcast.bundle.reader import ProgramBundle
+from slipcast.bundle.tensorfile import DTYPES, read_header, read_tensor
+from slipcast.engines import Array, Instrument, as_it_is
+from slipcast.engines.resources import out_of_memory
+from slipcast.errors import ArtifactError
+from slipcast.run.base import BasePipeline, PipelineOutput
+from slipcast.run.loop import check_finite, timed
+from slipcast.run.pictures import as_levels, as_pil
+from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
+from slipcast.run.residency import InUse, Policy
+from slipcast.run.texts import ProgramTexts
+from slipcast.run.tokenizer import OnLongPrompt
+from slipcast.run.values import Values, dependence, droppable
+
+logger = logging.getLogger("slipcast")
+
+OnProgramStep = Callable[["ProgramPipeline", int, int], None]
+
+
+class ProgramPipeline(BasePipeline):
+    """A bundle of a captured program, ready to run on one target; see also BasePipeline.
+
+    `residency` and `instrument`: see load. `residency.use(component)` is a component's engine for a `with` block.
+    """
+
+    bundle: ProgramBundle
+    manifest: ProgramManifest
+
+    def __init__(
+        self, bundle: ProgramBundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
+    ) -> None:
+        super().__init__(bundle, target, instrument)
+        self.program = program = self.manifest.program
+        prompts = [source for source in program.sources if isinstance(source, PromptSource)]
+        self._texts = ProgramTexts(bundle, prompts)
+        self._rows = _read_table(bundle) if program.table else [{} for _ in program.calls]
+        self._depends, self._droppable = dependence(program), droppable(program)
+        self._last_call = {call.component: place for place, call in enumerate(program.calls)}
+        self._open_engines(residency)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        output_type: ProgramOutputType = "pil",
+        on_long_prompt: OnLongPrompt = "warn",
+        callback_on_step_end: OnProgramStep | None = None,
+        **arguments: Any,
+    ) -> PipelineOutput:
+        """Run the program, once for each image; `arguments` are the pipeline's, as `slipcast inspect` lists them.
+
+        Texts (`prompt`, `negative_prompt`, ...) are strings or lists of them, one for each prompt. Pictures (`image`,
+        ...) are PIL images, which are resized, or arrays [h, w, c] or [1, c, h, w] in [0, 1]; all images are given the
+        same. What is fixed in the bundle can be asked for as it is. `seed`: image i gets seed + i, or the i-th of a
+        list; its noise is that of `torch.Generator("cpu")` with this seed, whatever else is drawn.
+
+        Images advance together, call by call, and what they share is computed once.
+        `callback_on_step_end(pipeline, step, steps)` is called when all have ended a step, counted from 0, and may
+        raise `slipcast.Cancelled` to stop. Calls from several threads take turns.
+
+        Returns `images` as the bundle's output is: of "image" PIL images, or float32 [n, h, w, c] in [0, 1]; of
+        "frames" a list of PIL images each, or [n, frames, h, w, c]; of "array" a list of arrays. Where a seed makes
+        several, they come one after another; where they differ in size, in a list.
+
+        Raises RequestError (a ValueError) with what is legal before any engine runs; NumericalError, with the
+        component, where a call yields NaN or infinity.
+        """
+        request = check_program_request(
+            self.program,
+            arguments if prompt is None else {"prompt": prompt, **arguments},
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+            output_type=output_type,
+            on_long_prompt=on_long_prompt,
+        )
+        with self._turn():
+            return self._run(request, callback_on_step_end)
+
+    def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
+        clock, seconds = time.perf_counter(), dict[str, float]()
+        values = self._enter_sources(request)
+        steps = {place: step for step, place in enumerate(self.program.steps)}
+        with InUse(self.residency) as engines:
+            for place, call in enumerate(self.program.calls):
+                for image in values.images(next(iter(call.outputs.values()))):
+                    self._evaluate(place, call, engines, values, image, seconds)
+                values.drop(self._droppable[place])
+                if self._last_call[call.component] == place:
+                    engines.done(call.component)
+                if callback and place in steps:
+                    callback(self, steps[place], len(steps))
+        results = [values.get(value, image) for image in range(len(request.seeds)) for value in self.program.results]
+        images = self._finish(results, request.output_type)
+        seconds["total"] = time.perf_counter() - clock
+        counts = (len(steps),) * len(request.seeds)
+        return PipelineOutput(images, request.seeds, self.target, seconds, steps=counts)
+
+    def _enter_sources(self, request: ProgramRequest) -> Values:
+        """The values that texts and pictures become; noise is drawn when it is first read."""
+        sealed = self._target.device != "cpu"
+        values = Values(self.program, self._depends, request.texts, request.seeds, sealed=sealed)
+        # All texts are cut into tokens, and refused where they do not fit, before the first engine runs.
+        tokens = self._texts(request.texts, request.on_long_prompt)
+        for source in self.program.sources:
+            if isinstance(source, PromptSource):
+                for image in values.images(source.value):
+                    text = request.texts[image][source.argument] if source.argument else ""
+                    values.put(source.value, image, tokens[source.value][text])
+            elif source.value in request.pictures:
+                values.put(source.value, 0, request.pictures[source.value])
+        return values
+
+    def _evaluate(
+        self, place: int, call: ProgramCall, engines: InUse, values: Values, image: int, seconds: dict[str, float]
+    ) -> None:
+        """One call, for an image and all that share what it gives."""
+        inputs = self._rows[place] | {name: values.get(value, image) for name, value in call.inputs.items()}
+        try:
+            outputs = timed(engines(call.component), inputs, seconds, call.component)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            logger.warning("memory ran out in %s: trying again without other engines in memory", call.component)
+            engines.free_others(call.component)
+            outputs = timed(engines(call.component), inputs, seconds, call.component)
+        for name, value in call.outputs.items():
+            if outputs[name].dtype.kind == "f":
+                where = f"call {place + 1} of {len(self.program.calls)}"
+                check_finite(outputs[name], f"{call.component}: {name} is not finite in {where}")
+            values.put(value, image, outputs[name])
+
+    def _finish(self, results: list[Array], output_type: ProgramOutputType) -> Any:
+        """The results as they are asked for; see __call__."""
+        if self.program.output == "array":
+            return results
+        levels = as_levels(results)
+        if output_type == "pil":
+            return [as_pil(each) for each in levels]
+        return np.stack(levels) if len({each.shape for each in levels}) == 1 else levels
+
+
+def _read_table(bundle: ProgramBundle) -> list[dict[str, Array]]:
+    """By call, the inputs that its row of the table gives; ArtifactError where the table is not the manifest's."""
+    manifest, program = bundle.manifest, bundle.manifest.program
+    path = bundle.path(program.table or "")
+    entries = read_header(path)
+    needed: dict[str, tuple[str, tuple[int | str, ...], int]] = {}
+    for call in program.calls:
+        for name, spec in tabled(call, manifest.components[call.component]):
+            rows = max(call.row or 0, needed[name][2] - 1 if name in needed else 0) + 1
+            needed[name] = (spec.dtype, spec.shape, rows)
+    for name, (dtype, shape, rows) in needed.items():
+        entry = entries.get(name)
+        fits = entry and (np.dtype(DTYPES[entry.dtype][1]).name, entry.shape[1:]) == (dtype, shape)
+        if not entry or not fits or entry.shape[:1] < (rows,):
+            raise ArtifactError(
+                f"{program.table}: not the table of the manifest",
+                expected=f"{name}, {dtype} {[f'{rows} rows or more', *shape]}",
+                got=f"{entry.dtype} {list(entry.shape)}" if entry else "no such tensor",
+                hint="compile the bundle again",
+            )
+    columns = {name: read_tensor(path, entries[name]) for name in needed}
+    return [
+        {spec.name: columns[name][call.row, ...] for name, spec in tabled(call, manifest.components[call.component])}
+        for call in program.calls
+    ]

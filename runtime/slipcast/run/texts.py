@@ -1,0 +1,101 @@
+"""Texts to what a program's tokenizers give for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.bundle.program import PromptSource
+from slipcast.bundle.reader import BaseBundle
+from slipcast.errors import ArtifactError, RequestError
+from slipcast.run.tokenizer import OnLongPrompt, read_tokenizer, shorten
+
+logger = logging.getLogger("slipcast")
+
+Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+
+
+class ProgramTexts:
+    """The prompt sources of a program, with their tokenizers, which pad and truncate as the pipeline does."""
+
+    def __init__(self, bundle: BaseBundle, sources: Sequence[PromptSource]) -> None:
+        """ArtifactError where a file is no tokenizer, or pads to more than a source takes."""
+        self._sources = sources
+        files = dict.fromkeys(source.tokenizer for source in sources)
+        self._tokenizers = {name: read_tokenizer(bundle.file(name)) for name in files}
+        for source in sources:
+            padding = self._tokenizers[source.tokenizer].padding or {}
+            if (padding.get("length") or 0) > source.shape[1]:
+                raise ArtifactError(
+                    f"{source.tokenizer}: pads to another length than {source.value} has",
+                    expected=f"at most {source.shape[1]}",
+                    got=padding["length"],
+                    hint="compile the bundle again",
+                )
+
+    def __call__(
+        self, texts: Sequence[Mapping[str, str]], on_long_prompt: OnLongPrompt
+    ) -> dict[str, dict[str, Tokens]]:
+        """By source and text, an array of the source's shape. `texts`: of each image, by argument; a source of constant
+        text has that of "". RequestError where a text has another length, or is truncated and must not be."""
+        encodings: dict[tuple[Any, ...], Any] = {}
+        found: dict[str, dict[str, Tokens]] = {}
+        for source in self._sources:
+            given = dict.fromkeys(image[source.argument] for image in texts) if source.argument else {"": None}
+            made = found.setdefault(source.value, {})
+            for text in given:
+                whole = render(source, text)
+                key = source.tokenizer, source.special_tokens, whole
+                if key not in encodings:
+                    encodings[key] = self._encode(source, whole, on_long_prompt)
+                made[text] = _field(source, encodings[key], text)
+        return found
+
+    def _encode(self, source: PromptSource, whole: str, on_long_prompt: OnLongPrompt) -> Any:
+        tokenizer = self._tokenizers[source.tokenizer]
+        encoding = tokenizer.encode(whole, add_special_tokens=source.special_tokens)
+        if encoding.overflowing:
+            _too_long(source, _dropped(encoding, whole, tokenizer.truncation["direction"]), on_long_prompt)
+        return encoding
+
+
+def render(source: PromptSource, text: str) -> str:
+    """What the tokenizer is given for a user's text; of a constant source, whatever the text."""
+    if source.argument is None:
+        return source.prefix + source.suffix
+    text = text.lower() if source.lower else text
+    return source.prefix + (text.strip() if source.strip else text) + source.suffix
+
+
+def _field(source: PromptSource, encoding: Any, text: str) -> Tokens:
+    """int [1, length] of what the source takes of an encoding."""
+    by_field = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+    row = getattr(encoding, by_field[source.field])
+    if len(row) != source.shape[1]:
+        name = source.argument or f"the text of {source.value}"
+        raise RequestError(
+            f"{name} has another length than this bundle is made for: {shorten(text)}",
+            expected=f"{source.shape[1]} tokens",
+            got=str(len(row)),
+            hint="word it so that it has as many tokens, or compile a bundle for its length",
+        )
+    return np.array([row], source.dtype)
+
+
+def _dropped(encoding: Any, whole: str, direction: str) -> str:
+    """What of a text did not fit."""
+    ends = [
+        span for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not special
+    ] or [(0, 0)]
+    return whole[: min(begin for begin, _ in ends)] if direction == "left" else whole[max(end for _, end in ends) :]
+
+
+def _too_long(source: PromptSource, dropped: str, on_long_prompt: OnLongPrompt) -> None:
+    message = f"{source.argument} is longer than {source.shape[1]} tokens; dropped: {shorten(dropped)}"
+    if on_long_prompt == "error":
+        raise RequestError(message, hint="shorten the prompt, or pass on_long_prompt='warn'")
+    logger.warning(message)

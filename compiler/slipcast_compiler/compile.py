@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipcast.bundle.manifest import Manifest
+from slipcast.bundle.records import BaseManifest
 from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
-from slipcast_compiler.engines import build_targets
+from slipcast_compiler.engines import build_targets, sources_of
 from slipcast_compiler.engines.contents import write_contents
 from slipcast_compiler.graphs import make_graphs
 from slipcast_compiler.host import publish
@@ -31,7 +31,7 @@ class Compiled:
     """The published bundle, and what report.json holds."""
 
     output: Path
-    manifest: Manifest
+    manifest: BaseManifest
     record: dict[str, Any]
 
 
@@ -61,7 +61,8 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:
-        targets = build_targets(graphs, tables, folder, cache, stages, casts.found)
+        sources = {table.name: sources_of(graphs, table.precision == "int8") for table in tables}
+        targets = build_targets(sources, tables, folder, cache, stages, casts.found)
         fields = write_contents(graphs, folder)
         publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
         casts.check(folder, targets, stages)

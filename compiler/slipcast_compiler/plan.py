@@ -27,6 +27,7 @@ from slipcast_compiler.recipe.family import Family, expand, outside
 from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.sampling import ReferenceTable
 from slipcast_compiler.recipe.seeds import CALIBRATION
+from slipcast_compiler.recipe.targets import TargetTable
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 MOST_GUARDED = 4096
@@ -120,15 +121,7 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
 
     RecipeError where it and its checkpoint contradict, HostError where an engine it names is not installed.
     """
-    kinds = {target.engine: ENGINES[target.engine] for target in recipe.targets}
-    for engine, kind in kinds.items():
-        if not kind.can_build():
-            raise HostError(f"target {engine} cannot be built here", hint=kind.why_not())
-    if not any(kind.available() for kind in kinds.values()):
-        raise HostError(
-            "none of the recipe's targets can run here, so that no picture could be judged", got=", ".join(kinds),
-            expected="at least one that can", hint='add one: [[targets]] engine = "onnxruntime"',
-        )  # fmt: skip
+    check_targets(recipe.targets)
     checkpoint = open_checkpoint(recipe.model, folder)
     if bool(checkpoint.architecture.text) != bool(recipe.family):
         raise RecipeError(
@@ -169,6 +162,19 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
     for sampling in (plan.reference, plan.sampling):
         check_agreement(sampling, checkpoint.scheduler)
     return plan
+
+
+def check_targets(tables: tuple[TargetTable, ...]) -> None:
+    """HostError where an engine cannot be built here, or where none of them can run."""
+    kinds = {target.engine: ENGINES[target.engine] for target in tables}
+    for engine, kind in kinds.items():
+        if not kind.can_build():
+            raise HostError(f"target {engine} cannot be built here", hint=kind.why_not())
+    if not any(kind.available() for kind in kinds.values()):
+        raise HostError(
+            "none of the recipe's targets can run here, so that no picture could be judged", got=", ".join(kinds),
+            expected="at least one that can", hint='add one: [[targets]] engine = "onnxruntime"',
+        )  # fmt: skip
 
 
 def _original(checkpoint: Checkpoint, image: ImageGeometry) -> Original:

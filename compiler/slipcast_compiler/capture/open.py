@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slipcast.errors import ArtifactError, RecipeError
+from slipcast.errors import ArtifactError, HostError, RecipeError
 from slipcast_compiler.capture.shapes import META, is_pure, run_on_meta
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.checkpoint import Checkpoint
@@ -40,6 +40,21 @@ def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
     except Exception as error:  # whatever its constructor thinks of its parts
         raise _unusable(f"{root}: {kind.__name__} cannot be made of its parts", error) from error
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def open_with_weights(root: Path, pipeline: str | None = None) -> Any:
+    """The same pipeline with its weights, in fp32, for inference. HostError where they cannot be loaded."""
+    kind = find_pipeline(pipeline or str(Checkpoint(root, str(root)).index.get("_class_name")))
+    try:
+        with quiet():
+            pipe = kind.from_pretrained(root, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # of diffusers, transformers, safetensors: each has its own
+        raise HostError(f"{root}: its weights cannot be loaded", got=error) from error
+    pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
     return pipe
 
 

@@ -49,10 +49,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a target is built from. `check` sees whether an engine reads a denoiser in INT8 right."""
+    """What a target is built from. `image`: what the sizes of engines with profiles follow from; None where none has.
+    `check` sees whether an engine reads a denoiser in INT8 right."""
 
     components: Mapping[str, Source]
-    image: ImageGeometry
+    image: ImageGeometry | None
     check: Check | None = None
 
 
@@ -65,26 +66,25 @@ def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
 
 
 def build_targets(
-    graphs: Graphs,
+    sources: Mapping[str, Sources],
     tables: tuple[TargetTable, ...],
     folder: Path,
     cache: Cache,
     stages: Stages,
-    casts: Mapping[str, Casts],
+    casts: Mapping[str, Casts] = NONE,
 ) -> list[Target]:
     """All targets, in the bundle at `folder`. One that fails does not keep the others from being built.
 
-    `casts`: by target's name, see build_target.
+    `sources` and `casts`: by target's name, see build_target.
 
     Raises the first failure's class, with all of them, once every target was tried: a bundle has what its recipe asks
     for, or is not made. What was built is in the cache.
     """
     pool, targets, failures = Pool(folder), [], dict[str, SlipcastError]()
     for table in tables:
-        sources = sources_of(graphs, table.precision == "int8")
         with stages.stage(f"build {table.name}") as advance:
             try:
-                targets.append(build_target(table, sources, pool, cache, advance, casts.get(table.name, NONE)))
+                targets.append(build_target(table, sources[table.name], pool, cache, advance, casts.get(table.name, NONE)))
             except SlipcastError as error:
                 logger.warning("%s failed; going on with the others", table.name)
                 failures[table.name] = error
@@ -117,9 +117,9 @@ def build_target(
     return declare(table, sources.components, sources.image).model_copy(update={"components": engines})
 
 
-def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Target:
+def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry | None) -> Target:
     """The manifest's record of a target, before its engines are built."""
-    bound = tensorrt.built(table, components, image) if table.engine in tensorrt.LIBRARIES else None
+    bound = tensorrt.built(table, components, image) if image and table.engine in tensorrt.LIBRARIES else None
     device = ENGINES[table.engine].device
     return Target(engine=table.engine, device=device, precision=table.precision, components={}, built=bound)
 
@@ -127,7 +127,7 @@ def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry)
 def _build_engine(table: TargetTable, name: str, sources: Sources, fp32: list[str], cache: Cache) -> Path:
     """The cache's directory with one component's engine, and files.json, which names its files."""
     bound, source = table.engine in tensorrt.LIBRARIES, sources.components[name]
-    options = [tensorrt.options(table, name, sources.image)] if bound else []
+    options = [tensorrt.options(table, name, sources.image)] if bound and sources.image else []
     timings = [find_timings(table.engine, cache.root)] if bound else []  # decide nothing but how long it takes
 
     def make(out: Path) -> None:

@@ -52,7 +52,7 @@ def write_contents(graphs: Graphs, folder: Path) -> dict[str, Any]:
         "name": graphs.name,
         "base_model": original.checkpoint.name,
         "source_sha256": original.checkpoint.sha256,
-        "family": graphs.family and _family(graphs.family),
+        "family": graphs.family and family_record(graphs.family),
         "components": graphs.contracts,
         "text": () if closed else _write_texts(original, folder),
         "prompts": closed,
@@ -68,7 +68,8 @@ def write_contents(graphs: Graphs, folder: Path) -> dict[str, Any]:
     }
 
 
-def _family(family: Family) -> FamilyRecord:
+def family_record(family: Family) -> FamilyRecord:
+    """The manifest's record of a family."""
     return FamilyRecord(
         name=family.name,
         hash=family.hash,

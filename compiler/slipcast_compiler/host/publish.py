@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Manifest
+from slipcast.bundle.program import ProgramManifest
+from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.reader import file_entries
 from slipcast.engines.resources import as_resource_error, disk_full
 from slipcast.errors import CheckFailed, RecipeError, SlipcastError
@@ -139,10 +141,11 @@ def _any_inside(path: Path) -> bool:
     return not path.is_dir() or next(path.iterdir(), None) is not None
 
 
-def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
+def write_manifest(folder: Path, fields: dict[str, Any]) -> BaseManifest:
     """Write manifest.json: `fields`, and the digests of all files that are there now."""
     paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME]
-    manifest = Manifest(**fields, files=file_entries(folder, paths))
+    kind = ProgramManifest if "program" in fields else Manifest
+    manifest = kind(**fields, files=file_entries(folder, paths))
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
 

@@ -146,8 +146,8 @@ class Judge:
     def __call__(self, run: Run) -> Quality:
         """All metrics of a run, of held-out prompts and of those out of the family apart."""
         held_out, others = run.images[: self._count], run.images[self._count :]
-        outside = Comparison(**_compare(self._outside, others)) if self._outside else None
-        return Quality(**_compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
+        outside = Comparison(**compare(self._outside, others)) if self._outside else None
+        return Quality(**compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
 
 
 class LazyJudge:
@@ -202,7 +202,7 @@ def _floor(samples: Samples) -> Metrics:
     return Metrics()
 
 
-def _compare(reference: Reference, found: Floats) -> dict[str, Any]:
+def compare(reference: Reference, found: Floats) -> dict[str, Any]:
     """The fields of a Comparison."""
     samples = reference.sample(found)
     own = {"images": len(found), "original": reference.itself, "intervals": intervals(samples)}

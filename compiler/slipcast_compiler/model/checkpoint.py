@@ -229,13 +229,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
-    """A local directory or file (relative to `folder`), or else a hub id with a revision, which is downloaded."""
+    """What locate finds; RecipeError where no component has the variant that it is to prefer."""
+    root, name = locate(table, folder)
+    return _with_variant(Checkpoint(root, name, table.variant))
+
+
+def locate(table: ModelTable, folder: Path) -> tuple[Path, str]:
+    """The directory of a checkpoint, and what it is called: a local directory or file (relative to `folder`), or else a
+    hub id with a revision, which is downloaded."""
     local = folder / table.path
     if local.is_dir():
-        return _with_variant(Checkpoint(local.resolve(), table.path, table.variant))
+        return local.resolve(), table.path
     if local.exists():
         made = convert(local, folder / table.config if table.config else None)
-        return _with_variant(Checkpoint(made.resolve(), table.path, table.variant))
+        return made.resolve(), table.path
     if table.path.count("/") != 1 or table.path.startswith((".", "/")):
         raise RecipeError("model.path does not exist", expected="a diffusers directory, or a hub id", got=str(local))
     if not table.revision:
@@ -254,7 +261,7 @@ def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
             f"{table.path}@{table.revision}: cannot be downloaded", got=str(error).splitlines()[0],
             hint="check the network and the name, or download it elsewhere and give its directory as model.path",
         ) from error  # fmt: skip
-    return _with_variant(Checkpoint(Path(root), f"{table.path}@{table.revision}", table.variant))
+    return Path(root), f"{table.path}@{table.revision}"
 
 
 def _with_variant(checkpoint: Checkpoint) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,8 @@ class ModelTable(Strict):
     config: Annotated[str, Field(min_length=1)] | None = None
     # of the weights, such as "fp16"; without, the plain files of each component, or else those that it has
     variant: Annotated[str, Field(min_length=1)] | None = None
+    # a class in place of the checkpoint's own, which is captured: of diffusers, or package.module:Class
+    pipeline: Annotated[str, Field(min_length=1)] | None = None
 
 
 class FamilyTable(Strict):
@@ -160,6 +162,8 @@ class Recipe(Strict):
     # the bundle's, and of its directory
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelTable
+    # of a captured pipeline: its arguments, by their own names
+    call: Annotated[dict[str, Any], Field(default_factory=dict)]
     family: FamilyTable | None = None  # an unconditional model has none
     sampling: SamplingTable = SamplingTable()
     reference: ReferenceTable = ReferenceTable()

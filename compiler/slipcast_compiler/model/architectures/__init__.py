@@ -52,16 +52,25 @@ class Architecture:
     not_compiled: tuple[str, ...] = ()
 
 
-def architecture(pipeline_class: str) -> Architecture:
-    """The entry for a `_class_name` of model_index.json; RecipeError with the candidates."""
+def is_known(pipeline_class: str) -> bool:
+    """Whether a `_class_name` of model_index.json is described here; all others are captured."""
+    return pipeline_class in _architectures()
+
+
+def _architectures() -> dict[str, Architecture]:
     from slipcast_compiler.model.architectures.stable_diffusion import STABLE_DIFFUSION
     from slipcast_compiler.model.architectures.unconditional import UNCONDITIONAL
 
-    architectures = {
+    return {
         "StableDiffusionPipeline": STABLE_DIFFUSION,
         "DDPMPipeline": UNCONDITIONAL,
         "DDIMPipeline": UNCONDITIONAL,
     }
+
+
+def architecture(pipeline_class: str) -> Architecture:
+    """The entry for a `_class_name` of model_index.json; RecipeError with the candidates."""
+    architectures = _architectures()
     if pipeline_class not in architectures:
         raise RecipeError(
             f"pipelines of the class {pipeline_class} cannot be compiled yet", expected=", ".join(architectures),

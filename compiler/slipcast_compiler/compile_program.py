@@ -70,13 +70,11 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         original = Run.load(cache.get("pipeline", given | {"images": [prompts, seeds], "machine": machine}, draw))
 
     with publish.workspace(output) as folder:
-        components = {
-            name: Source(entry / f"{name}.onnx", f"{entry.name}/{name}") for name in contracts(entry, record)
-        }
+        components = {name: Source(entry / f"{name}.onnx", f"{entry.name}/{name}") for name in contracts(entry, record)}
         sources = dict.fromkeys((table.name for table in recipe.targets), Sources(components, None))
         targets = build_targets(sources, recipe.targets, folder, cache, stages)
         fields = _contents(plan, source, entry, record, folder)
-        publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+        publish.write_program_manifest(folder, {**fields, "targets": tuple(targets)})
 
         # The bundle against the pipeline: what can run here.
         reference, gates, judged, not_run = Reference(original.images, prompts), {}, {}, not_runnable(targets)
@@ -85,8 +83,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
                 arguments = (folder, target.id, prompts, seeds, len(prompts))
                 made = run_isolated(bundled.make_images, *arguments, advance=advance)
                 run = read_run(made.result, made.peak_memory_mb)
-            floors = {"precision": Metrics(), "seed": Metrics()}  # not measured
-            quality = Quality(**compare(reference, run.images), noise_floor=floors)
+            quality = Quality(**compare(reference, run.images), noise_floor={"precision": Metrics(), "seed": Metrics()})
             found = performance(original, run, {})
             judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
             gates[target.id] = apply_gate(recipe.gate, quality)
@@ -106,7 +103,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         if misses := missed(gates):
             raise CheckFailed("the gate was missed; nothing was published:\n  " + "\n  ".join(misses))
         with stages.stage("publish"):
-            manifest = publish.write_manifest(folder, fields)
+            manifest = publish.write_program_manifest(folder, fields)
             publish.publish(folder, output)
     return Compiled(output, manifest, report)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipcast.engines import ENGINES
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.cut import Cut, cut
@@ -59,7 +58,7 @@ class ProgramPlan:
 
 
 def is_captured(recipe: Recipe, folder: Path) -> bool:
-    """Whether a recipe is for a pipeline that is captured: one of its own, or with a [call], or that is not described."""
+    """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""
     if recipe.model.pipeline or recipe.call:
         return True
     root, _ = locate(recipe.model, folder)
@@ -103,7 +102,7 @@ def find(pipe: Any, given: Mapping[str, Any]) -> Found:
             f"{programs[0].pipeline}: the length of a prompt decides what the pipeline does",
             expected="prompts that are padded to one length",
             got=mismatch,
-            hint="an argument of the pipeline may pad them (--set call.padding=...); other lengths come with a later version",
+            hint="an argument of the pipeline may pad them; other lengths come with a later version",
         )
     return Found(programs[0], cut(programs[0]), find_templates(programs, calls), calls[0])
 
@@ -133,7 +132,7 @@ def _check_tables(recipe: Recipe) -> None:
 
 def _check_precisions(tables: tuple[TargetTable, ...]) -> None:
     for table in tables:
-        if table.precision not in PRECISIONS or ENGINES[table.engine].builds_with == "device" or "tensorrt" in table.engine:
+        if table.precision not in PRECISIONS or "tensorrt" in table.engine:
             raise RecipeError(
                 f"target {table.name} is not for a captured pipeline yet",
                 expected="openvino, onnxruntime or onnxruntime-gpu, in fp32, bf16 or fp16",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, rebuild, refs
+from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, refs
 from slipcast_compiler.capture.roll import predict
 
 Event = Op | Call

@@ -23,7 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.edges import leaving_watched, offline
-from slipcast_compiler.capture.program import Call, Guard, Kind, Mark, Op, Path, Program, Ref, Source, Tokenized, leaves, rebuild
+from slipcast_compiler.capture.program import (
+    Call,
+    Guard,
+    Kind,
+    Mark,
+    Op,
+    Path,
+    Program,
+    Ref,
+    Source,
+    Tokenized,
+    leaves,
+    rebuild,
+)
 from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, run_on_meta, zeros
 from slipcast_compiler.capture.where import here, package_of, raised_at
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slipcast.cli.common import emit, json_option
 from slipcast_compiler.cli.options import cache_option, set_option
+
+if TYPE_CHECKING:
+    from slipcast_compiler.compile import Compiled
+    from slipcast_compiler.recipe.recipe import Recipe
 
 
 @click.command("compile")
@@ -32,6 +37,7 @@ def compile_command(
     from slipcast_compiler.host.publish import check_output
     from slipcast_compiler.init import is_model, read_first_recipe
     from slipcast_compiler.plan import make_plan
+    from slipcast_compiler.plan_program import is_captured
     from slipcast_compiler.recipe.reading import read_recipe
 
     if is_model(recipe):
@@ -42,6 +48,9 @@ def compile_command(
         parsed = read_recipe(recipe, overrides)
     output = output or Path("artifacts") / parsed.name
     check_output(output)
+    if is_captured(parsed, recipe.parent):
+        _compile_program(parsed, recipe.parent, output, dry_run, cache, as_json)
+        return
     plan = make_plan(parsed, recipe.parent)
     summary = summarise(plan) | {"output": str(output)}  # what a search may turn is refused here
     if dry_run:
@@ -55,7 +64,29 @@ def compile_command(
     bundle, entries = summary["disk_bytes"]["bundle"], summary["disk_bytes"]["cache"]
     made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: then it is not asked for again
     check_space(output, bundle + (0 if made_before else entries), f"{output} and the cache")
-    made = compile_plan(plan, output, Cache(cache), Stages())
+    _tell(compile_plan(plan, output, Cache(cache), Stages()), output, as_json)
+
+
+def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, cache: Path, as_json: bool) -> None:
+    """Of a pipeline that is captured."""
+    from slipcast_compiler.capture.summary import render
+    from slipcast_compiler.plan_program import make_program_plan
+
+    if recipe.model.pipeline and ":" in recipe.model.pipeline:
+        sys.path.append(str(folder.resolve()))  # the user's own module may lie beside the recipe
+    plan = make_program_plan(recipe, folder)
+    if dry_run:
+        summary = {"name": recipe.name, "model": plan.checkpoint.name, "output": str(output), **plan.summary}
+        emit(summary, f"{recipe.name}: {plan.checkpoint.name} -> {output}\n{render(dict(plan.summary))}", as_json)
+        return
+    from slipcast.progress import Stages
+    from slipcast_compiler.compile_program import compile_program
+    from slipcast_compiler.host.cache import Cache
+
+    _tell(compile_program(plan, output, Cache(cache), Stages()), output, as_json)
+
+
+def _tell(made: Compiled, output: Path, as_json: bool) -> None:
     lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
     for target in made.manifest.targets:
         quality, speed = target.quality, target.performance

@@ -84,7 +84,9 @@ def build_targets(
     for table in tables:
         with stages.stage(f"build {table.name}") as advance:
             try:
-                targets.append(build_target(table, sources[table.name], pool, cache, advance, casts.get(table.name, NONE)))
+                targets.append(
+                    build_target(table, sources[table.name], pool, cache, advance, casts.get(table.name, NONE))
+                )
             except SlipcastError as error:
                 logger.warning("%s failed; going on with the others", table.name)
                 failures[table.name] = error

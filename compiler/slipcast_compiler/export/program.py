@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +35,7 @@ from slipcast_compiler.export.replayed import Replayed, Spec, carried
 from slipcast_compiler.host.quiet import quiet
 
 TABLE, PROGRAM = "table.safetensors", "program.json"
+Output = Literal["image", "frames", "array"]
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -201,7 +202,9 @@ def _write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> str:
     given = source.tokenized
     backend = getattr(getattr(tokenizer, "tokenizer", tokenizer), "backend_tokenizer", None)
     if backend is None or given is None:
-        raise _unknown(f"the tokenizer {source.detail[0]}", "one that the tokenizers library runs", type(tokenizer).__name__)
+        raise _unknown(
+            f"the tokenizer {source.detail[0]}", "one that the tokenizers library runs", type(tokenizer).__name__
+        )
     made = Tokenizer.from_str(backend.to_str())
     made.no_padding() if given.padding is None else made.enable_padding(**given.padding)
     made.no_truncation() if given.truncation is None else made.enable_truncation(**given.truncation)
@@ -234,12 +237,12 @@ def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}
 
 
-def _output(program: Program, known: Mapping[int, Spec]) -> str:
+def _output(program: Program, known: Mapping[int, Spec]) -> Output:
     """What the first result is."""
     value = next(value for _, value in program.results if isinstance(value, Ref))
     shape, dtype = known[value.id]
     if dtype == torch.float32 and len(shape) >= 4 and shape[-3] in (1, 3, 4):
-        return {4: "image", 5: "frames"}.get(len(shape), "array")
+        return "image" if len(shape) == 4 else "frames" if len(shape) == 5 else "array"
     return "array"
 
 

@@ -19,16 +19,17 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Manifest
 from slipcast.bundle.program import ProgramManifest
-from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.reader import file_entries
+from slipcast.bundle.records import BaseManifest, FileEntry
 from slipcast.engines.resources import as_resource_error, disk_full
 from slipcast.errors import CheckFailed, RecipeError, SlipcastError
 
 logger = logging.getLogger("slipcast")
+M = TypeVar("M", bound=BaseManifest)
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2), of Linux
 
@@ -141,13 +142,24 @@ def _any_inside(path: Path) -> bool:
     return not path.is_dir() or next(path.iterdir(), None) is not None
 
 
-def write_manifest(folder: Path, fields: dict[str, Any]) -> BaseManifest:
+def write_manifest(folder: Path, fields: dict[str, Any]) -> Manifest:
     """Write manifest.json: `fields`, and the digests of all files that are there now."""
-    paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME]
-    kind = ProgramManifest if "program" in fields else Manifest
-    manifest = kind(**fields, files=file_entries(folder, paths))
+    return _write(folder, Manifest(**fields, files=_entries(folder)))
+
+
+def write_program_manifest(folder: Path, fields: dict[str, Any]) -> ProgramManifest:
+    """As write_manifest, of a captured program."""
+    return _write(folder, ProgramManifest(**fields, files=_entries(folder)))
+
+
+def _write(folder: Path, manifest: M) -> M:
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
     return manifest
+
+
+def _entries(folder: Path) -> tuple[FileEntry, ...]:
+    paths = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST_NAME]
+    return file_entries(folder, paths)
 
 
 def publish(folder: Path, output: Path, index: str = MANIFEST_NAME) -> None:

@@ -28,17 +28,18 @@ def make_images(
     component, and the guard's distances.
     """
     begin = time.perf_counter()
-    from slipcast.run.pipeline import load
+    from slipcast.run.load import load
 
     with load(root, target=target) as pipe:
         load_s = time.perf_counter() - begin
-        pipe(prompts[0], seed=seeds[0], output_type="np", guard="warn")
         pictures, seconds, distances = [], [], []
-        guard = pipe.manifest.guard
-        for_strangers: Any = "fallback" if guard and guard.policy == "fallback" else "warn"
+        guard = getattr(pipe.manifest, "guard", None)  # which a captured program has not
+        of_family: dict[str, Any] = {"guard": "warn"} if guard else {}
+        of_strangers = {"guard": "fallback"} if guard and guard.policy == "fallback" else of_family
+        pipe(prompts[0], seed=seeds[0], output_type="np", **of_family)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))
-            output = pipe(prompt, seed=seed, output_type="np", guard="warn" if i < held_out else for_strangers)
+            output = pipe(prompt, seed=seed, output_type="np", **(of_family if i < held_out else of_strangers))
             seconds += [output.seconds] if i < held_out else []
             distances += [verdict.distance for verdict in output.guard]
             pictures.append(output.images[0])

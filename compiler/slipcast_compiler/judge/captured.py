@@ -22,8 +22,8 @@ def draw(
 ) -> dict[str, Any]:  # fmt: skip
     """In fp32, one result for each prompt and seed; runs in a process of its own.
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]; of a video [n, frames, h, w, 3]; of anything else as it is, stacked),
-    seconds of each, and load_s.
+    Returns images (float32 [n, h, w, 3] in [0, 1]; of a video [n, frames, h, w, 3]; of anything else as it is), seconds
+    of each, and load_s.
     """
     begin = time.perf_counter()
     pipe = open_with_weights(root, pipeline)

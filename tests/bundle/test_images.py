@@ -184,6 +184,7 @@ class TestDeterminism:
         np.testing.assert_array_equal(self.make(pipe, seed=9), self.make(pipe, seed=9))
         assert not np.array_equal(self.make(pipe, seed=9), self.make(pipe, seed=10))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("output_type", ["np", "latent"])
     @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
     def test_image_i_of_a_batch_is_its_seed_alone(
@@ -197,6 +198,7 @@ class TestDeterminism:
             for found, expected in zip(images, alone, strict=False):
                 np.testing.assert_array_equal(found, expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", TARGETS)
     def test_of_a_batch_where_guidance_is_left_out(self, with_sampling: Callable[..., Path], target: str) -> None:
         """Evaluations then have one row an image or two; some engines choose kernels by the number of rows."""
@@ -253,6 +255,7 @@ class TestDeterminism:
             self.make(pipe, seed=50, callback_on_step_end=stop)
         np.testing.assert_array_equal(self.make(pipe, seed=50), before)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("residency", ["sequential", "all"])
     def test_residency_and_reopening(
         self, pipe: Pipeline, shapes_bundle: Path, residency: Policy, monkeypatch: pytest.MonkeyPatch

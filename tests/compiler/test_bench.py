@@ -189,6 +189,8 @@ def test_where_memory_is_short_each_peer_is_alone_with_the_bundle(
     side = f"""
 import os, pathlib
 import numpy as np
+
+pytestmark = pytest.mark.slow  # whole commands, again and again
 alive = pathlib.Path({str(tmp_path)!r})
 def open_side(job):
     assert not list(alive.glob("alive-*")), "another peer is in memory"

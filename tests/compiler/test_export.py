@@ -80,6 +80,7 @@ def test_graphs_are_small_and_tell_nothing_of_this_machine(exported: Path) -> No
             assert trace not in content, (file.name, trace)
 
 
+@pytest.mark.slow
 def test_another_unet(tmp_path: Path) -> None:
     """Linear projections, heads by width and several layers, as in Stable Diffusion 2."""
     torch.manual_seed(0)
@@ -125,6 +126,7 @@ def test_wrong_weights_are_named(tmp_path: Path, damage: str, says: str) -> None
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.slow
 def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
     """A text encoder of 1.2 GB in fp32 (zeros in a sparse file) is exported with far less memory than that."""
     root = Path(shutil.copytree(SHAPES, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors")))

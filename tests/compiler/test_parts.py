@@ -76,7 +76,10 @@ def _error(found: Arrays, wanted: Arrays) -> float:
     return float(difference / np.linalg.norm(wanted["prediction"]))
 
 
-@pytest.fixture(scope="module", params=STAGES)
+LARGE = pytest.mark.slow  # half a minute to export
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=LARGE) if name == "sdxl" else name for name in STAGES])
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported_denoiser: Callable[[str], Path]
 ) -> Case:

@@ -236,6 +236,7 @@ def test_leave_one_out_is_brute_force(captured: Captured, monkeypatch: pytest.Mo
             assert found[head] > 1e-3
 
 
+@pytest.mark.slow
 def test_projected_leave_one_out_ranks_as_the_exact_one(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     unet = captured.pipe.unet
     some = [layer for layer in attention_layers(unet) if "attn2" in layer.name]
@@ -442,6 +443,7 @@ def test_evaluations_are_counted_for_every_sampler(sampler: str, captured: Captu
     assert calls == pytest.approx([schedule.timestep(sigma) for sigma in sigmas], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_unconditional_model_is_profiled_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(

@@ -99,6 +99,7 @@ def test_the_rewritten_module_is_the_original_with_parts_masked(checkpoint: Chec
         assert not torch.allclose(found, _module(checkpoint)(*_inputs()).sample, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_export_is_the_rewritten_module(checkpoint: Checkpoint, rewrite: Rewrite, tmp_path: Path) -> None:
     write_component(checkpoint, "denoiser", SIZES, tmp_path, rewrite)
     names = ("sample", "timestep", "encoder_hidden_states")

@@ -155,6 +155,7 @@ def test_what_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
     assert run_script(str(tmp_path / "other.json")).returncode == 4
 
 
+@pytest.mark.slow
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(SMALL)
     (tmp_path / "file").write_text("")

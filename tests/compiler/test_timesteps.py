@@ -158,6 +158,7 @@ def _asked(prompts: int = 3) -> tuple[Drawing, TimestepsTable]:
     return make_plan(recipe, Path("recipes")).drawing(recipe.timesteps.prompts), recipe.timesteps
 
 
+@pytest.mark.slow
 def test_the_stage_on_the_reference_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (drawing, table), cache = _asked(), Cache(tmp_path)
     assert len(drawing.prompts) == 3

@@ -120,7 +120,16 @@ def _label(program: Program) -> dict[int, int]:
             label = max(_label_of_place(program, place), before + (1 < before < _last(program) and before % 2 == 0))
         labels[place] = label
         made |= dict.fromkeys(outputs_of(event), label)
+    for place in reversed(labels):  # a constant that is written to is of the part that does
+        outputs = set(outputs_of(program.events[place]))
+        if not any(binding[value] for value in outputs):
+            readers = (each for each in labels if outputs & _read(program.events[each]))
+            labels[place] = min((labels[each] for each in readers), default=labels[place])
     return labels
+
+
+def _read(event: Event) -> set[int]:
+    return {ref.id for ref in refs((event.args, event.kwargs))}
 
 
 def _label_of_place(program: Program, place: int) -> int:

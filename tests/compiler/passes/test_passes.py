@@ -79,6 +79,7 @@ def test_what_does_nothing_needs_no_profile(name: str) -> None:
     assert not PASSES[name].needs_profile(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRINKING)
 def test_the_exported_graph_shrinks(bench: Bench, whole: int, name: str, tmp_path: Path) -> None:
     rewrite, _ = bench.run(name, **STRONG[name])

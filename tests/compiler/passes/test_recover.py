@@ -39,6 +39,7 @@ def _held_out_error(bench: Bench, rewrite: Rewrite) -> float:
     return recover.error(bench.load(rewrite), states, bench.plan.sampling, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "learning_rate"), [("full", 1e-4), ("lora", 1e-3)])
 def test_the_error_falls(bench: Bench, damaged: Rewrite, method: str, learning_rate: float) -> None:
     rewrite, report = bench.run("recover", damaged, steps=30, learning_rate=learning_rate, method=method)

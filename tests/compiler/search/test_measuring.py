@@ -19,6 +19,7 @@ from slipcast_compiler.search.measuring import Job, Measuring, Variant
 PROMPTS, SEEDS = ("a small red circle on a white background", "a large blue circle"), (4, 5)
 
 
+@pytest.mark.slow
 def test_engines_are_lent(shapes_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 

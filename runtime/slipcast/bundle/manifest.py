@@ -215,10 +215,11 @@ class Manifest(BaseManifest):
             ("cut", self.cut is not None),
             ("caching", self.caching is not None),
             ("closed_family", self.prompts is not None),
-            (PROGRAM, False),
         ):
             if (feature in self.requires) != present:
-                raise ValueError(f"{feature} has to be named under requires" if present else f"there is no {feature}")
+                raise ValueError(f"{feature} has to be named under requires")
+        if PROGRAM in self.requires:
+            raise ValueError(f"requires names {PROGRAM}, and there is none")
         if ("guard" in self.requires) != bool(self.guard and self.guard.policy != "warn"):
             raise ValueError("a guard that does more than to warn has to be named under requires")
         return self

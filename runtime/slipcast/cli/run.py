@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from slipcast.cli.common import (
-    bundle_argument,
-    check_writable,
-    emit,
-    is_directory,
-    json_option,
-    target_option,
-    unlisted_option,
-    write_whole,
-)
+from slipcast.cli.common import bundle_argument, emit, json_option, target_option, unlisted_option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from slipcast.bundle.program import Program
+    from slipcast.progress import Advance
+    from slipcast.run.base import PipelineOutput
     from slipcast.run.pipeline import Pipeline
+    from slipcast.run.program import ProgramPipeline
 
 
 @click.command()
 @bundle_argument
 @click.option("--prompt", help="What to draw; not for unconditional bundles.")
-@click.option("--negative-prompt", default="", help="What to stay away from.")
+@click.option("--negative-prompt", help="What to stay away from.")
+@click.option("--image", "images", multiple=True, metavar="[ARGUMENT=]FILE", help="A picture that the bundle takes.")
+@click.option("--text", "texts", multiple=True, metavar="ARGUMENT=TEXT", help="Another text that the bundle takes.")
 @click.option("--seed", type=int, help="Image i gets seed + i.  [default: random, and said]")
 @click.option("--num-images", type=int, default=1, show_default=True, help="More than one make a grid.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the bundle's]")
@@ -48,47 +44,44 @@ if TYPE_CHECKING:
 @json_option
 def run(
     bundle: Path,
-    prompt: str | None,
-    negative_prompt: str,
-    seed: int | None,
+    images: tuple[str, ...],
+    texts: tuple[str, ...],
     num_images: int,
     steps: int | None,
-    guidance_scale: float | None,
     target: str,
     residency: Any,
     allow_unlisted: bool,
-    on_long_prompt: Any,
-    guard: Any,
     output: Path | None,
     as_json: bool,
+    **request: Any,
 ) -> None:
     """Make images."""
-    from slipcast.bundle.reader import open_bundle
+    from slipcast.bundle.reader import ProgramBundle, open_any_bundle
+    from slipcast.cli.saving import SUFFIXES, check_output, save
     from slipcast.progress import Stages
-    from slipcast.run.pipeline import load
+    from slipcast.run.load import load
+    from slipcast.run.program import ProgramPipeline
 
+    opened = open_any_bundle(bundle, allow_unlisted=allow_unlisted)
+    program = opened.manifest.program if isinstance(opened, ProgramBundle) else None
+    kind = program.output if program else "image"
     if output:
-        _check_output(output)
-    if prompt is None and open_bundle(bundle, allow_unlisted=allow_unlisted).manifest.takes_prompt:
+        check_output(output, kind)
+    if request["prompt"] is None and opened.manifest.takes_prompt:
         raise click.UsageError("--prompt is missing: this bundle draws what a text says")
+    request |= {"num_images_per_prompt": num_images, "num_inference_steps": steps}
+    request |= _further(program, images, texts)
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
     _check_space(pipe, num_images, output)
-    usual = steps or pipe.manifest.sampling.steps  # the unspecialised denoiser may take more
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
-        result = pipe(
-            prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            num_images_per_prompt=num_images,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            on_long_prompt=on_long_prompt,
-            guard=guard,
-            callback_on_step_end=lambda _, step, __, ___: advance(step + 1, max(usual, step + 1)),
-        )
-    files = _save(result.images, result.seeds, output or Path(f"{pipe.manifest.name}-{result.seeds[0]}.png"))
+        if isinstance(pipe, ProgramPipeline):
+            result = _run_program(pipe, request, advance)
+        else:
+            result = _sample(pipe, request, advance)
+    output = output or Path(f"{pipe.manifest.name}-{result.seeds[0]}{SUFFIXES[kind]}")
+    files = save(result.images, result.seeds, output, kind)
     document = {
         "files": [str(file) for file in files],
         "seeds": list(result.seeds),
@@ -100,52 +93,59 @@ def run(
     emit(document, "\n".join(map(str, files)), as_json)
 
 
-def _check_output(output: Path) -> None:
-    """Refuse before the work what could not be saved after it; what goes wrong nevertheless is met in _save."""
-    from PIL import Image
-
-    kinds = Image.registered_extensions()
-    if not is_directory(output) and kinds.get(output.suffix.lower()) not in Image.SAVE:
-        raise click.UsageError(f"cannot write {output}: no picture format is called {output.suffix}; use .png")
-    check_writable(output)
+def _sample(pipe: Pipeline, request: dict[str, Any], advance: Advance) -> PipelineOutput:
+    # The unspecialised denoiser may take more steps.
+    usual = request["num_inference_steps"] or pipe.manifest.sampling.steps
+    return pipe(**request, callback_on_step_end=lambda _, step, __, ___: advance(step + 1, max(usual, step + 1)))
 
 
-def _check_space(pipe: Pipeline, images: int, output: Path | None) -> None:
-    """ResourceError where the pictures might not fit on the disk: compressed or not, they are no larger than this."""
+def _run_program(pipe: ProgramPipeline, request: dict[str, Any], advance: Advance) -> PipelineOutput:
+    return pipe(**request, callback_on_step_end=lambda _, step, steps: advance(step + 1, steps))
+
+
+def _further(program: Program | None, images: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
+    """The arguments that only programs have: pictures, and texts by the names that they give them."""
+    found: dict[str, Any] = {}
+    for given in texts:
+        name, equals, text = given.partition("=")
+        if not program or name not in program.arguments or not equals:
+            raise click.UsageError(f"--text {given}: {_names('ARGUMENT=TEXT', program.arguments if program else ())}")
+        found[name] = text
+    for given in images:
+        taken = list(program.images) if program else []
+        name, equals, file = given.partition("=")
+        if not equals or name not in taken:  # a path may hold an equals sign
+            name, file = "image" if "image" in taken or len(taken) != 1 else taken[0], given
+        if name not in taken:
+            raise click.UsageError(f"--image {given}: {_names('ARGUMENT=FILE', taken)}")
+        found[name] = _read_image(Path(file))
+    return found
+
+
+def _names(form: str, names: Collection[str]) -> str:
+    return f"give {form}, of {', '.join(names)}" if names else "this bundle takes none"
+
+
+def _read_image(file: Path) -> Image:
+    """UsageError where it is no picture."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).copy()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise click.UsageError(f"{file} is no picture that can be read: {error}") from None
+
+
+def _check_space(pipe: Pipeline | ProgramPipeline, images: int, output: Path | None) -> None:
+    """ResourceError where the results might not fit on the disk: compressed or not, they are no larger than this."""
     from slipcast.engines.resources import check_space
+    from slipcast.run.program import ProgramPipeline
 
-    image = pipe.manifest.image
+    if isinstance(pipe, ProgramPipeline):
+        shapes = [pipe.manifest.specs[value].shape for value in pipe.program.results if value in pipe.manifest.specs]
+        size = sum(4 * math.prod(each for each in shape if isinstance(each, int)) for shape in shapes)
+    else:
+        size = pipe.manifest.image.width * pipe.manifest.image.height * 4
     count = images if isinstance(images, int) else 1
-    check_space(output or Path(), max(count, 1) * (image.width * image.height * 4 + 65_536), "the pictures")
-
-
-def _save(images: Sequence[Image], seeds: Sequence[int], output: Path) -> list[Path]:
-    """One file, a grid of all images; or one each, named by seed, where `output` is a directory."""
-    from PIL.Image import registered_extensions
-
-    as_directory = is_directory(output)
-    files = [output / f"{seed}.png" for seed in seeds] if as_directory else [output]
-    pictures = images if as_directory else [make_grid(images)]
-    for file, picture in zip(files, pictures, strict=True):
-        data = io.BytesIO()
-        try:
-            picture.save(data, registered_extensions()[file.suffix.lower()])
-        except (OSError, ValueError) as error:  # a format that has no such pictures
-            raise click.UsageError(f"cannot write {file}: {error}") from None
-        write_whole(file, data.getvalue())
-    return files
-
-
-def make_grid(images: Sequence[Image], gap: int = 2) -> Image:
-    """Pictures of one size, row by row, in as square a grid as their number allows; a single one stays as it is."""
-    from PIL import Image
-
-    if len(images) == 1:
-        return images[0]
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
-    grid = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return grid
+    check_space(output or Path(), max(count, 1) * (size + 65_536), "the pictures")

@@ -8,36 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.call import make_call
-from slipcast_compiler.capture.cut import Cut, cut
+from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.open import open_without_weights
-from slipcast_compiler.capture.program import Program
-from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.summary import summarise
-from slipcast_compiler.capture.texts import AWKWARD, Template, find_templates
-from slipcast_compiler.capture.verify import compare_sources
-from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.seeds import GATE
 from slipcast_compiler.recipe.targets import TargetTable
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset({"name", "model", "call", "family", "evaluate", "gate", "targets"})
 PRECISIONS = ("fp32", "bf16", "fp16")
-
-
-@dataclass(frozen=True)
-class Found:
-    """What two captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source."""
-
-    program: Program
-    cut: Cut
-    templates: Mapping[int, Template]
-    call: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,10 +37,12 @@ class ProgramPlan:
     summary: Mapping[str, Any]
 
     @property
-    def held_out(self) -> Prompts:
-        """The held-out prompts that the gate is measured on, one image each."""
-        count = self.recipe.evaluate.images
-        return self.family.held_out[:count] if self.family else (None,) * count
+    def drawing(self) -> PipelineDrawing:
+        """What the bundle is judged on: held-out prompts, one image each."""
+        table, family = self.recipe.evaluate, self.family
+        prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
+        seeds = GATE.take(len(prompts), table.seed)
+        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.recipe.call, prompts, seeds)
 
 
 def is_captured(recipe: Recipe, folder: Path) -> bool:
@@ -90,21 +78,6 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
         for part in found.cut.parts
     }
     return ProgramPlan(recipe, folder, checkpoint, family, summary)
-
-
-def find(pipe: Any, given: Mapping[str, Any]) -> Found:
-    """Capture pipe(**given) for two prompts, one of them awkward; RecipeError where they are not of one program."""
-    calls = make_call(pipe, given), make_call(pipe, given, prompt=AWKWARD)
-    with quiet():
-        programs = capture(pipe, calls[0]), capture(pipe, calls[1])
-    if mismatch := compare_sources(*programs):
-        raise RecipeError(
-            f"{programs[0].pipeline}: the length of a prompt decides what the pipeline does",
-            expected="prompts that are padded to one length",
-            got=mismatch,
-            hint="an argument of the pipeline may pad them; other lengths come with a later version",
-        )
-    return Found(programs[0], cut(programs[0]), find_templates(programs, calls), calls[0])
 
 
 def _check_tables(recipe: Recipe) -> None:

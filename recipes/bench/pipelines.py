@@ -1,4 +1,5 @@
-"""Capture the tests' tiny pipelines, roll their loops, and replay each on another prompt, seed and picture.
+"""Capture the tests' tiny pipelines, roll their loops, replay each on another prompt, seed and picture, and make a
+bundle of each, which is compared with the pipeline on those.
 
     python recipes/bench/pipelines.py [NAMES] -o recipes/bench/captures/tiny.json
 
@@ -20,6 +21,7 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import this_machine
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "capture"))
+from bundling import compare_bundle
 from tiny import PIPELINES, call_of, open_pipeline
 
 ONE, SAME_LENGTH, OTHER = (
@@ -27,7 +29,7 @@ ONE, SAME_LENGTH, OTHER = (
     "the large blue star on black",
     "a large blue star on a black background",
 )
-COLUMNS = ("pipeline", "loop", "guidance", "error", "other lengths")
+COLUMNS = ("pipeline", "loop", "guidance", "replay's error", "other lengths", "bundle")
 
 
 def examine(name: str, _: Advance) -> dict[str, Any]:
@@ -45,6 +47,10 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
         same = other
         if not other.holds:
             same = verify(program, pipe, call_of(name, SAME_LENGTH, 7), call_of(name, SAME_LENGTH, 7))
+        try:
+            bundle: Any = compare_bundle(pipe, name, OTHER, 7)
+        except SlipcastError as error:
+            bundle = " ".join(f"refused: {error.message}: {error.got or ''}".split())
     phases = loop.phases if loop else ()
     return {
         "class": type(pipe).__name__,
@@ -54,6 +60,7 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
         "error": same.error,
         "difference": same.difference,
         "other_length": None if other.holds else other.difference,
+        "bundle": bundle,
         "guards": sorted({f"{guard.operator} at {guard.where}" for guard in program.guards}),
     }
 
@@ -61,11 +68,13 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
 def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     """What the table says of a pipeline."""
     if "refused" in found:
-        return name, "refused", "", "", found["refused"]
+        return name, "refused", "", "", found["refused"], ""
     loop = " + ".join(f"{phase['steps']} x {phase['events']}" for phase in found["loop"]) or "none"
     loop += "" if found["carried"] else ", and more between steps"
     error = "not comparable" if found["error"] is None else f"{found['error']:.2g}"
-    return name, loop, ", ".join(dict.fromkeys(found["guidance"])), error, found["other_length"] or "the same"
+    guidance, lengths = ", ".join(dict.fromkeys(found["guidance"])), found["other_length"] or "the same"
+    bundle = found["bundle"]
+    return name, loop, guidance, error, lengths, bundle if isinstance(bundle, str) else f"{bundle['psnr']:.0f} dB"
 
 
 def main() -> None:

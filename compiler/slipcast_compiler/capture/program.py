@@ -36,9 +36,9 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Source:
-    """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator; of
-    an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of which the shape and
-    dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts."""
+    """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator and
+    the generator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of
+    which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts."""
 
     id: int
     kind: Kind

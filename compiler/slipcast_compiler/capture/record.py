@@ -41,6 +41,7 @@ from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, ru
 from slipcast_compiler.capture.where import here, package_of, raised_at
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+CALLS = "the call's generator"  # what a draw is by
 _COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a module makes of them
 Bound = frozenset[str]
 
@@ -51,7 +52,8 @@ def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
 
     RecipeError for a call that fails, and for a pipeline that a program cannot follow.
     """
-    recorder = Recorder(pipe)
+    generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
+    recorder = Recorder(pipe, generators)
     for name, value in call.items():
         for path, tensor in leaves(value):
             recorder.enter(tensor, "image", (name, *path))
@@ -74,9 +76,9 @@ def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """See the module's docstring."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, generators: tuple[torch.Generator, ...] = ()) -> None:
         super().__init__()
-        self._pipe, self._inside = pipe, 0
+        self._pipe, self._generators, self._inside = pipe, generators, 0
         self._package, self._shapes = package_of(type(pipe)), ShapeRunner()
         self._failed: tuple[str, Exception] | None = None  # the module that raised
         self._modules: dict[int, str] = {}
@@ -169,17 +171,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if id(tensor) in self._weights:
             return Ref(self._enter_weight(tensor))
         if (content := self._written.get(_storage(tensor))) is not None:
-            place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-            function = torch.ops.aten.as_strided.default
-            value = self._new(tensor, self._bound[content])
-            self._events.append(Op(function, (Ref(content), *place), {}, (value,)))
-            return Ref(value)
+            return Ref(self._view_of(content, tensor))
         key = id(tensor), tensor._version
         if key not in self._constants:
             self._kept.append(tensor)
             with self._unseen():
                 self._constants[key] = tensor.detach().clone()
         return self._constants[key]
+
+    def _view_of(self, content: int, tensor: torch.Tensor) -> int:
+        """A tensor that lies in memory which is a value: in operators that exporters know, where there are such."""
+        offset, shape = tensor.storage_offset(), tuple(tensor.shape)
+        if tensor.is_contiguous():
+            part = self._new(torch.empty(0), self._bound[content])
+            self._memory[part] = self._memory[content]
+            cut = (Ref(content), 0, offset, offset + tensor.numel())
+            self._events.append(Op(torch.ops.aten.slice.Tensor, cut, {}, (part,)))
+            function, args = torch.ops.aten.view.default, (Ref(part), list(shape))
+        else:
+            function, args = torch.ops.aten.as_strided.default, (Ref(content), shape, tensor.stride(), offset)
+        value = self._new(tensor, self._bound[content])
+        self._events.append(Op(function, args, {}, (value,)))
+        return value
 
     def _enter_weight(self, tensor: torch.Tensor) -> int:
         name, real = self._weights[id(tensor)]
@@ -219,11 +232,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             kwargs["device"] = torch.device("cpu")
         args, kwargs = rebuild((args, kwargs), self._real)
         if is_random(func, args, kwargs):
-            out = func(*args, **kwargs)
-            for _, tensor in leaves(out):
-                with self._unseen():
-                    self.enter(tensor, "noise", (str(func),))
-            return out
+            return self._draw(func, args, kwargs)
         bound = self._bound_by((args, kwargs))
         if not bound:
             return func(*args, **kwargs)
@@ -237,6 +246,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             out = func(*args, **kwargs)
         values = tuple(self._new(tensor, bound) for _, tensor in leaves(out))
         self._events.append(Op(func, given[0], given[1], values, here()))
+        return out
+
+    def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with self._unseen():
+            before = [each.get_state() for each in self._generators]  # Python's objects are made anew on the way here
+            out = func(*args, **kwargs)
+            states = zip(self._generators, before, strict=True)
+            by = CALLS if any(not torch.equal(each.get_state(), was) for each, was in states) else "another generator"
+            for _, tensor in leaves(out):
+                self.enter(tensor, "noise", (str(func), by))
         return out
 
     def _real(self, tensor: Any) -> Any:

@@ -29,6 +29,7 @@ from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.cut import Cut, Part
 from slipcast_compiler.capture.program import Program, Ref, Source
+from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.replayed import Replayed, Spec, carried
@@ -160,7 +161,7 @@ def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
 def _all_sources(program: Program) -> list[Source]:
     """Those that are needed, and every draw: the next one depends on it."""
     needed = {source.id for source in program.needed_sources}
-    return [s for s in program.sources if s.kind != "weight" and (s.id in needed or s.kind == "noise")]
+    return [s for s in program.sources if s.id in needed and s.kind != "weight" or CALLS in s.detail]
 
 
 def _source(
@@ -169,8 +170,8 @@ def _source(
     name, shape, dtype = _value(source.id), tuple(source.value.shape), source.value.dtype
     what = ".".join(map(str, source.detail))
     if source.kind == "noise":
-        if "randn" not in what or dtype != torch.float32:
-            raise _unknown(f"a draw by {what}", "torch.randn in float32", f"{what} in {dtype}")
+        if "randn" not in what or CALLS not in source.detail or dtype != torch.float32:
+            raise _unknown("a draw", f"torch.randn in float32 by {CALLS}", f"{what} in {dtype}")
         return NoiseSource(value=name, shape=shape)
     if source.kind == "image":
         if len(source.detail) != 1 or len(shape) != 4 or dtype != torch.float32 or shape[0] != 1:

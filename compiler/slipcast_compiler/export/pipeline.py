@@ -1,0 +1,66 @@
+"""From a checkpoint to an exported program: captured, compared with the pipeline itself, and exported."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slipcast.errors import ArtifactError, CheckFailed
+from slipcast.progress import Advance
+from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.capture.find import find
+from slipcast_compiler.capture.open import open_with_weights
+from slipcast_compiler.capture.texts import AWKWARD
+from slipcast_compiler.capture.verify import LIMIT, verify
+from slipcast_compiler.export.program import export_program
+
+VERIFIED = "verified.json"
+
+
+def export_pipeline(
+    root: Path, pipeline: str | None, given: Mapping[str, Any], folder: Path, advance: Advance
+) -> dict[str, Any]:
+    """Capture, verify and export into `folder`; runs in a process of its own. CheckFailed where the program is not the
+    pipeline; ArtifactError for a weight that is no number."""
+    pipe = open_with_weights(root, pipeline)
+    _check_weights(pipe, root)
+    found = find(pipe, given)
+    calls = [make_call(pipe, given, AWKWARD, seed=1) for _ in range(2)]
+    verdict = verify(found.program, pipe, *calls)
+    if not verdict.holds:
+        raise CheckFailed(
+            f"{found.program.pipeline}: what was captured is not the pipeline for another prompt and seed",
+            expected=f"a relative error of {LIMIT:g}",
+            got=f"{verdict.error}; the first to differ is {verdict.difference}",
+            hint="`slipcast capture --verify` shows what the pipeline reads into Python",
+        )
+    export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
+    (folder / VERIFIED).write_text(json.dumps({"error": verdict.error}))
+    return {}
+
+
+def digest(root: Path, pipeline: str | None) -> str:
+    """SHA-256 over names and contents of a checkpoint's files, and over the module of a pipeline of the user's own."""
+    total = hashlib.sha256()
+    files = [(file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*")) if file.is_file()]
+    module, _, _ = (pipeline or "").rpartition(":")
+    if module:
+        files.append((module, Path(inspect.getfile(importlib.import_module(module)))))
+    for name, file in files:
+        with file.open("rb") as stream:
+            total.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _check_weights(pipe: Any, root: Path) -> None:
+    for name, component in pipe.components.items():
+        for path, weight in component.named_parameters() if isinstance(component, nn.Module) else ():
+            if not weight.isfinite().all():
+                raise ArtifactError(f"{root}: {name}.{path} is not finite", expected="numbers", got="NaN or infinity")

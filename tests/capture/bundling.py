@@ -1,0 +1,70 @@
+"""A bundle of a tiny pipeline, for ONNX Runtime in fp32, beside the pipeline itself."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import PIPELINES, call_of
+
+import slipcast
+from slipcast.progress import Stages, silent
+from slipcast_compiler.capture.find import find_between
+from slipcast_compiler.capture.program import leaves
+from slipcast_compiler.capture.texts import AWKWARD
+from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.export.program import export_program
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.recipe.targets import TargetTable
+
+ONE = "a small red circle on white"
+BEST_DB = 200.0  # of equal results
+
+
+def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Path:
+    """The bundle of what a pipeline does when it is called as tests call it."""
+    cache = Cache(folder / "cache")
+
+    def export(out: Path) -> None:
+        found = find_between(pipe, call_of(name, ONE, 1), call_of(name, AWKWARD, 1))
+        export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
+
+    entry = cache.get("program", {"name": name}, export)
+    about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}
+    (bundle := folder / "bundle").mkdir()
+    write_bundle(entry, tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())
+    return bundle
+
+
+def compare_bundle(pipe: Any, name: str, prompt: str, seed: int) -> dict[str, float]:
+    """The bundle's result for a prompt and seed that were not captured, against the pipeline's: PSNR in dB, where the
+    peak is 1 for pictures, else the largest number; and relative L2 error."""
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        bundle = make_bundle(pipe, name, Path(scratch))
+        call = call_of(name, prompt, seed) | {"generator": torch.Generator("cpu").manual_seed(seed)}
+        given = {key: value.numpy() for key, value in call.items() if key in PIPELINES[name].pictures}
+        text = {"prompt": prompt} if PIPELINES[name].text else {}
+        with slipcast.load(bundle) as loaded:
+            found = np.asarray(loaded(**text, **given, seed=seed, output_type="np").images[0])
+        with torch.no_grad():
+            result = pipe(**call)
+        wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))
+    return distance(found, wanted.float().numpy())
+
+
+def distance(found: Any, wanted: Any) -> dict[str, float]:
+    """As compare_bundle's; pictures that have their channels last are those that have them before."""
+    wanted = wanted[0] if wanted.ndim > found.ndim else wanted
+    peak = float(np.abs(wanted).max())
+    if wanted.ndim >= 3 and wanted.shape[-3] in (1, 3, 4) and found.shape != wanted.shape:
+        wanted, peak = np.moveaxis(wanted, -3, -1), 1.0
+    error = np.linalg.norm(found.astype(np.float64) - wanted)
+    mean = error / np.sqrt(wanted.size)
+    return {
+        "psnr": BEST_DB if not error else min(BEST_DB, float(20 * np.log10(peak / mean))),
+        "relative_error": float(error / np.linalg.norm(wanted)),
+    }

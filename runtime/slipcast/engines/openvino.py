@@ -168,7 +168,7 @@ class _Static:
                 # last call are not handed over again. Their memory is shared, so that a change inside them is seen.
                 fresh = {name: array for name, array in arrays.items() if given.get(name) is not array}
                 rows = slice(i * size, (i + 1) * size)
-                parts = {name: np.ascontiguousarray(a[rows] if name in batched else a) for name, a in fresh.items()}
+                parts = {name: np.asarray(a[rows] if name in batched else a, order="C") for name, a in fresh.items()}
                 request.start_async(parts, share_inputs=True)
                 given |= fresh
                 started.append(request)

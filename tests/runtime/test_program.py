@@ -139,6 +139,14 @@ class TestValues:
         with pytest.raises(NumericalError, match="update: sample is not finite in call 4 of 7"):
             load(bundle)("a red circle")
 
+    def test_masks_of_attention_hold_infinities(self, engines: Fakes, bundle: Path) -> None:
+        engines.functions["conditioning"] = lambda arrays: {"hidden": np.full((1, LENGTH, 5), -np.inf, np.float32)}
+        engines.functions["denoiser"] = lambda arrays: {"prediction": arrays["sample"]}
+        load(bundle)("a red circle")
+        engines.functions["conditioning"] = lambda arrays: {"hidden": np.full((1, LENGTH, 5), np.inf, np.float32)}
+        with pytest.raises(NumericalError, match="conditioning: hidden"):
+            load(bundle)("a red circle")
+
     def test_frames(self, engines: Fakes, tmp_path: Path) -> None:
         parts = programs.components()
         parts["decoder"]["outputs"] = [fakes.spec("image", 1, 5, *PICTURE[1:])]

@@ -14,7 +14,7 @@ import pytest
 from fakes import LENGTH, WIDTH, Fakes
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from programs import PICTURE, write_program
+from programs import LATENT, PICTURE, write_program
 from test_cli import Cli
 from test_program import drawn, with_picture
 
@@ -105,6 +105,20 @@ def test_a_run_on_an_engine(tmp_path: Path, residency: Any) -> None:
         output = pipe(["a red circle", "a star"], negative_prompt="blue", seed=7, output_type="np")
     wanted = [drawn(root, prompt, "blue", 7 + i)[0] for i, prompt in enumerate(["a red circle", "a star"])]
     np.testing.assert_allclose(output.images, wanted, atol=1e-5)
+
+
+def test_openvino_takes_scalars(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    from slipcast.engines.openvino import OpenVinoEngine
+
+    model, root = tmp_path / "denoiser.xml", write_real(tmp_path / "b")
+    openvino.save_model(openvino.Core().read_model(root / "denoiser.onnx"), model, compress_to_fp16=False)
+    text = np.zeros((1, LENGTH, WIDTH), np.float32)
+    given = {"sample": np.ones(LATENT, np.float32), "context": text, "other": text}
+    with OpenVinoEngine(model, model.with_suffix(".bin"), "fp32") as engine:
+        for timestep in programs.TABLE["denoiser.timestep"]:
+            found = engine(given | {"timestep": np.array(timestep)})["prediction"]
+            np.testing.assert_allclose(found, 0.8 + timestep * 1e-4, atol=1e-5)
 
 
 class TestRun:
@@ -214,6 +228,13 @@ class TestOtherCommands:
         (bundle / "table.safetensors").write_bytes((bundle / "table.safetensors").read_bytes()[:-1] + b"\0")
         assert cli("verify", bundle) == 4
         assert "table.safetensors: content differs" in cli.err
+
+    def test_report(self, cli: Cli, bundle: Path) -> None:
+        (bundle / "report.html").write_text("<p>")
+        (bundle / "report.json").write_text("{}")
+        (bundle / "manifest.json").write_text(json.dumps(programs.document(bundle)))
+        assert cli("report", bundle) == 0
+        assert "onnxruntime-cpu-fp32: not judged" in cli.out
 
     def test_what_is_for_others_says_so(self, cli: Cli, bundle: Path) -> None:
         assert cli("report", bundle) == 4

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from slipcast.bundle.program import ImageSource, NoiseSource, Program, ProgramManifest, PromptSource, Source
 
+SHOWN = 60  # characters of a template
 OUTPUTS = {"image": "pictures", "frames": "animations", "array": "arrays"}
 
 
@@ -36,13 +37,18 @@ def _source(source: Source) -> str:
     kind = f"{source.value} {source.dtype}[{', '.join(map(str, source.shape))}]"
     match source:
         case PromptSource():
-            text = [repr(source.prefix) if source.prefix else "", source.argument or "", repr(source.suffix or "")]
-            whole = " + ".join(part for part in text if part not in ("", "''")) or "''"
+            parts = [_quoted(source.prefix), source.argument or "", _quoted(source.suffix)]
+            whole = " + ".join(part for part in parts if part) or "''"
             return f"{kind}: {source.field} of {whole} by {source.tokenizer}"
         case NoiseSource():
             return f"{kind}: noise"
         case ImageSource():
             return f"{kind}: {source.argument}"
+
+
+def _quoted(text: str) -> str:
+    """Some of a template, of which there may be pages."""
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...") if text else ""
 
 
 def _size(source: ImageSource) -> str:

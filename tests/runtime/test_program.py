@@ -374,6 +374,15 @@ class TestManifests:
             read_any_manifest(json.dumps(changed).encode())
         assert says in str(caught.value)
 
+    @pytest.mark.filterwarnings("ignore:manifest.json has schema")
+    def test_keys_of_a_newer_version(self, valid: Any) -> None:
+        changed = copy.deepcopy(valid)
+        changed["program"]["sources"][0]["novelty"] = 1
+        with pytest.raises(ArtifactError, match="unknown key 'novelty'"):
+            read_any_manifest(json.dumps(changed).encode())
+        changed["schema_version"] = "1.7"
+        assert read_any_manifest(json.dumps(changed).encode()).name == "captured"
+
     def test_other_commands_are_told_what_to_do(self, valid: Any, bundle: Path) -> None:
         for read in (lambda: read_manifest(json.dumps(valid).encode()), lambda: open_bundle(bundle)):
             with pytest.raises(RequestError, match="a captured program of FakePipeline") as caught:

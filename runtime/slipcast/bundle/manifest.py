@@ -342,5 +342,6 @@ def _check_features(requires: object) -> None:
 
 def _remove(document: Any, location: tuple[str | int, ...]) -> None:
     for part in location[:-1]:
-        document = document[part]
+        if isinstance(part, int) or part in document:  # pydantic puts the kind of a source on the way to its keys
+            document = document[part]
     del document[location[-1]]

@@ -63,8 +63,9 @@ def tables(table: Table, name: str, many: bool = False) -> Iterator[str]:
 def manifest() -> str:
     """Every record of a manifest, once, in the order in which they are met."""
     from slipcast.bundle.manifest import Manifest
+    from slipcast.bundle.program import ImageSource, NoiseSource, ProgramManifest
 
-    records: list[Table] = [Manifest]
+    records: list[Table] = [Manifest, ProgramManifest, NoiseSource, ImageSource]
     parts = []
     for record in records:  # which grows as records are met
         links = {}

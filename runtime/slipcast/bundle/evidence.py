@@ -56,17 +56,26 @@ def render_evidence(manifest: BaseManifest, record: Any, page: Path) -> str:
                 f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
             )
         elif not quality:
-            lines.append(f"  {target.id}: not judged: the machine that built it could not run it")
+            why = "" if speed else ": the machine that built it could not run it"
+            lines.append(f"  {target.id}: not judged{why}")
         if quality and speed:
             lines += [
                 f"  {target.id}: CLIP {_change(quality)}, "
-                f"PSNR worst {quality.psnr_worst:.1f} dB, SSIM worst {quality.ssim_worst:.4f}, {quality.images} images",
+                f"PSNR worst {_number(quality.psnr_worst, 1)} dB, SSIM worst {_number(quality.ssim_worst, 4)}, "
+                f"{quality.images} images",
                 *(f"    {label} {text}" for label, text in _means(quality).items()),
                 *([f"    out of the family: CLIP {_change(other)}, {other.images} images"] if other else []),
-                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
-                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)",
             ]
+        if speed:
+            lines.append(
+                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
+                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)"
+            )
     return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not run" if value is None else f"{value:.{digits}f}"
 
 
 def _change(found: Comparison) -> str:
@@ -88,7 +97,7 @@ def _means(quality: Quality) -> dict[str, str]:
         ("retrieval_precision", "retrieval precision", 3, "original", quality.original),
     ):
         value, against = getattr(quality, metric), getattr(other, metric, None)
-        text = "not run" if value is None else f"{value:.{digits}f}"
+        text = _number(value, digits)
         if ends := quality.intervals.get(metric):
             text += f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
         found[label] = text if against is None else f"{text}, {beside} {against:.{digits}f}"

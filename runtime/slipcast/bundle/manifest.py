@@ -183,9 +183,13 @@ class GuardRecord(Strict):
 
 
 class Manifest(BaseManifest):
-    """Of a bundle that samples with our samplers; see the module's docstring, and BaseManifest for the rest.
+    """Of a bundle that samples with slipcast's samplers.
 
-    `reference`: how the original was sampled that quality was measured against (null: as `sampling`).
+    `reference`: how the original was sampled that quality was measured against (null: as `sampling`). `quality` and
+    `performance` repeat those of the first target that was judged.
+
+    `requires` names what a reader has to know to make the right pictures. A newer minor version may add keys that can
+    be ignored; those that cannot come with a name here.
     """
 
     text: tuple[TextInput, ...]
@@ -338,5 +342,6 @@ def _check_features(requires: object) -> None:
 
 def _remove(document: Any, location: tuple[str | int, ...]) -> None:
     for part in location[:-1]:
-        document = document[part]
+        if isinstance(part, int) or part in document:  # pydantic puts the kind of a source on the way to its keys
+            document = document[part]
     del document[location[-1]]

@@ -99,6 +99,7 @@ class Program(Strict):
     """A pipeline's call, as it was captured.
 
     `pipeline`: the class that it was captured of, to be shown alone. `arguments`: texts that a run takes, by name.
+    `sources`: where values enter: PromptSource, NoiseSource and ImageSource.
     `fixed`: what the call had besides, which is part of this bundle. `table`: safetensors, each of its tensors
     [rows, *shape of the input]. `steps`: a step is over after the call with this index. `results`: for "image"
     float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
@@ -163,7 +164,7 @@ class Program(Strict):
 
 
 class ProgramManifest(BaseManifest):
-    """The manifest of a captured program; see BaseManifest for the rest."""
+    """Of a bundle of a captured program; what both kinds have means the same as in Manifest."""
 
     program: Program
 

@@ -138,12 +138,7 @@ class LowRankLayer(Strict):
 
 
 class BaseManifest(Strict):
-    """What every bundle's manifest has, whatever it draws with; see the manifest's docstring.
-
-    `quality` and `performance` repeat those of the first target that was judged. `requires` names what a reader has to
-    know to make the right pictures. A newer minor version may add keys that can be ignored; those that cannot come with
-    a name here.
-    """
+    """What every bundle's manifest has, whatever it draws with: see Manifest."""
 
     schema_version: str
     requires: tuple[Name, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from slipcast.cli.common import bundle_argument, emit, json_option, unlisted_opt
 
 if TYPE_CHECKING:
     from slipcast.bundle.manifest import Manifest, Target
+    from slipcast.bundle.records import BaseManifest
 
 
 @click.command()
@@ -20,20 +22,44 @@ if TYPE_CHECKING:
 def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
     """Show what a bundle holds, without hashing its files; or what a profile says."""
     from slipcast.bundle.profiles import is_profile, open_profile_file, render_summary, summarise
-    from slipcast.bundle.reader import open_bundle
+    from slipcast.bundle.reader import ProgramBundle, open_any_bundle
+    from slipcast.cli.program_lines import program_lines
 
     if is_profile(bundle):
         summary = summarise(open_profile_file(bundle))
         emit(summary, render_summary(summary), as_json)
         return
-    manifest = open_bundle(bundle, allow_unlisted=allow_unlisted).manifest
-    emit(manifest.model_dump(mode="json"), render_manifest(manifest), as_json)
+    opened = open_any_bundle(bundle, allow_unlisted=allow_unlisted)
+    if isinstance(opened, ProgramBundle):
+        text = render(opened.manifest, program_lines(opened.manifest))
+    else:
+        text = render_manifest(opened.manifest)
+    emit(opened.manifest.model_dump(mode="json"), text, as_json)
 
 
 def render_manifest(manifest: Manifest) -> str:
     """The text of a bundle's manifest, for people."""
     sampling, image = manifest.sampling, manifest.image
     schedule = sampling.schedule or "explicit list"
+    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
+    lines = [
+        f"  image        {image.width}x{image.height}, latent {latent}",
+        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
+        *caching_lines(manifest),
+    ]
+    sizes, after = {entry.path: entry.size for entry in manifest.files}, []
+    if closed := manifest.prompts:
+        size = sizes[closed.table] / 1e6
+        after.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
+    if guard := manifest.guard:
+        after.append(
+            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
+        )
+    return render(manifest, lines, after)
+
+
+def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] = ()) -> str:
+    """The text of any manifest, with lines that say how it draws, and others after its components."""
     lines = [
         f"{manifest.name}  (schema {manifest.schema_version}, slipcast {manifest.slipcast_version})",
         f"  base model   {manifest.base_model}  {manifest.source_sha256[:16]}",
@@ -41,11 +67,8 @@ def render_manifest(manifest: Manifest) -> str:
     if family := manifest.family:
         kind, prompts = "closed" if family.closed else "open", f"{family.calibration} + {family.held_out} prompts"
         lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
-    latent = f"{image.channels}x{image.height // image.factor}x{image.width // image.factor}"
     lines += [
-        f"  image        {image.width}x{image.height}, latent {latent}",
-        f"  sampling     {sampling.sampler}, {sampling.steps} steps, {schedule}, guidance {sampling.guidance_scale:g}",
-        *caching_lines(manifest),
+        *drawing,
         f"  heads kept   {manifest.head_retention_ratio:.0%}",
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
     ]
@@ -53,14 +76,8 @@ def render_manifest(manifest: Manifest) -> str:
         lines.append(f"  {name}")
         for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
             lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
+    lines += after
     sizes = {entry.path: entry.size for entry in manifest.files}
-    if closed := manifest.prompts:
-        size = sizes[closed.table] / 1e6
-        lines.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
-    if guard := manifest.guard:
-        lines.append(
-            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
-        )
     for target in manifest.targets:
         size = sum(sizes[path] for path in set(target.files)) / 1e6
         lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
@@ -92,7 +109,7 @@ def caching_lines(manifest: Manifest) -> list[str]:
     ]
 
 
-def profile_lines(manifest: Manifest, target: Target) -> list[str]:
+def profile_lines(manifest: BaseManifest, target: Target) -> list[str]:
     """By component, the precision of the graph that its engine was built from, and the sizes that dimensions free in it
     may have: least to most, with the one that it is fastest at."""
     if not target.built:

@@ -23,7 +23,7 @@ from slipcast.run.program_request import ProgramOutputType, ProgramRequest, chec
 from slipcast.run.residency import InUse, Policy
 from slipcast.run.texts import ProgramTexts
 from slipcast.run.tokenizer import OnLongPrompt
-from slipcast.run.values import Values, dependence, droppable
+from slipcast.run.values import NOISE, Values, dependence, droppable
 
 logger = logging.getLogger("slipcast")
 
@@ -139,10 +139,12 @@ class ProgramPipeline(BasePipeline):
             engines.free_others(call.component)
             outputs = timed(engines(call.component), inputs, seconds, call.component)
         for name, value in call.outputs.items():
-            if outputs[name].dtype.kind == "f":
+            if (array := outputs[name]).dtype.kind == "f":
+                # What depends on texts alone may be a mask for attention, with -inf for what is masked.
+                checked = array if NOISE in self._depends[value] else np.maximum(array, 0)
                 where = f"call {place + 1} of {len(self.program.calls)}"
-                check_finite(outputs[name], f"{call.component}: {name} is not finite in {where}")
-            values.put(value, image, outputs[name])
+                check_finite(checked, f"{call.component}: {name} is not finite in {where}")
+            values.put(value, image, array)
 
     def _finish(self, results: list[Array], output_type: ProgramOutputType) -> Any:
         """The results as they are asked for; see __call__."""

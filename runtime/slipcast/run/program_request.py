@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,7 +62,7 @@ def _check_argument(program: Program, name: str, value: object) -> None:
         raise RequestError(f"this bundle has no argument {name!r}", expected=", ".join(legal), got=name)
     fixed = program.fixed[name]
     same_kind = isinstance(value, bool) == isinstance(fixed, bool)  # 1 == True in Python
-    if not same_kind or not isinstance(value, int | float | str) or value != fixed:
+    if not same_kind or not isinstance(value, numbers.Real | str) or value != fixed:
         raise RequestError(
             f"{name} is fixed in this bundle",
             expected=repr(fixed),

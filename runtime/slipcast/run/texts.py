@@ -29,11 +29,12 @@ class ProgramTexts:
         self._tokenizers = {name: read_tokenizer(bundle.file(name)) for name in files}
         for source in sources:
             padding = self._tokenizers[source.tokenizer].padding or {}
-            if (padding.get("length") or 0) > source.shape[1]:
+            least = max(padding.get("length") or 0, padding.get("pad_to_multiple_of") or 0)
+            if least > source.shape[1]:
                 raise ArtifactError(
                     f"{source.tokenizer}: pads to another length than {source.value} has",
                     expected=f"at most {source.shape[1]}",
-                    got=padding["length"],
+                    got=least,
                     hint="compile the bundle again",
                 )
 

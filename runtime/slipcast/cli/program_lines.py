@@ -1,0 +1,77 @@
+"""What `slipcast inspect` says of a captured program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from slipcast.bundle.program import ImageSource, NoiseSource, Program, ProgramManifest, PromptSource, Source
+
+SHOWN = 60  # characters of a template
+OUTPUTS = {"image": "pictures", "frames": "animations", "array": "arrays"}
+
+
+def program_lines(manifest: ProgramManifest) -> list[str]:
+    """The program's arguments, what is fixed, its sources and its calls."""
+    program = manifest.program
+    texts = [_argument(program, name) for name in program.arguments]
+    pictures = [f"{name} ({_size(source)})" for name, source in program.images.items()]
+    fixed = [f"{name}={value!r}" for name, value in program.fixed.items()]
+    return [
+        f"  program      {program.pipeline}: {len(program.calls)} calls, {len(program.steps)} steps",
+        f"  arguments    {', '.join([*texts, *pictures]) or 'none'}",
+        f"  fixed        {', '.join(fixed) or 'nothing'}",
+        f"  gives        {OUTPUTS[program.output]}: {', '.join(program.results)}",
+        *(f"  source       {_source(source)}" for source in program.sources),
+        *(f"  calls        {line}" for line in _runs(program)),
+    ]
+
+
+def _argument(program: Program, name: str) -> str:
+    argument = program.arguments[name]
+    if argument.same_as is not None:
+        return f"{name} (as {argument.same_as})"
+    return f"{name} (to be given)" if argument.default is None else f"{name} ({argument.default!r})"
+
+
+def _source(source: Source) -> str:
+    kind = f"{source.value} {source.dtype}[{', '.join(map(str, source.shape))}]"
+    match source:
+        case PromptSource():
+            parts = [_quoted(source.prefix), source.argument or "", _quoted(source.suffix)]
+            whole = " + ".join(part for part in parts if part) or "''"
+            return f"{kind}: {source.field} of {whole} by {source.tokenizer}"
+        case NoiseSource():
+            return f"{kind}: noise"
+        case ImageSource():
+            return f"{kind}: {source.argument}"
+
+
+def _quoted(text: str) -> str:
+    """Some of a template, of which there may be pages."""
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...") if text else ""
+
+
+def _size(source: ImageSource) -> str:
+    _, channels, height, width = source.shape
+    return f"{width}x{height}, {'grey' if channels == 1 else 'RGB'}"
+
+
+def _runs(program: Program) -> Iterator[str]:
+    """Components in the order of their calls; what is called in turns, as a loop does, on one line."""
+    names, place = [call.component for call in program.calls], 0
+    while place < len(names):
+        length, times = _longest_run(names, place)
+        yield " ".join(names[place : place + length]) + (f"  {times} times" if times > 1 else "")
+        place += length * times
+
+
+def _longest_run(names: list[str], place: int) -> tuple[int, int]:
+    """(length, times) of the names from a place on that are repeated, so that most are covered; (1, 1) without."""
+    found = (1, 1)
+    for length in range(1, min(8, len(names) - place) + 1):
+        part, times = names[place : place + length], 1
+        while names[place + length * times : place + length * (times + 1)] == part:
+            times += 1
+        if times > 1 and length * times > found[0] * found[1]:
+            found = (length, times)
+    return found

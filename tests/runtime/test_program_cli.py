@@ -1,0 +1,243 @@
+"""Captured programs as ONNX Runtime runs them, and the commands that know them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import onnx
+import programs
+import pytest
+from fakes import LENGTH, WIDTH, Fakes
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from programs import LATENT, PICTURE, write_program
+from test_cli import Cli
+from test_program import drawn, with_picture
+
+import slipcast
+from slipcast.bundle.manifest import ProgramManifest, read_any_manifest
+from slipcast.cli.program_lines import program_lines
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capsys)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return programs.use(fakes.install(monkeypatch))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_program(tmp_path / "bundle")
+
+
+def node(operator: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs.split(), [output], **attributes)
+
+
+NODES: dict[str, list[onnx.NodeProto]] = {
+    "conditioning": [
+        node("Cast", "ids", "floats", to=TensorProto.FLOAT), node("Unsqueeze", "floats last", "columns"),
+        node("Mul", "columns factors", "angles"), node("Sin", "angles", "hidden"),
+    ],
+    "denoiser": [
+        node("ReduceMean", "context", "first", keepdims=0), node("ReduceMean", "other", "second", keepdims=0),
+        node("Sub", "first second", "text"), node("Mul", "timestep small", "time"), node("Add", "text time", "shift"),
+        node("Mul", "sample most", "part"), node("Add", "part shift", "prediction"),
+    ],
+    "update": [node("Mul", "sigma prediction", "change"), node("Sub", "sample change", "sample_out")],
+    "decoder": [
+        node("Gather", "latent channels", "three", axis=1), node("Mul", "three quarter", "scaled"),
+        node("Add", "scaled half", "levels"), node("Reshape", "levels apart", "cells"),
+        node("Expand", "cells squares", "blocks"), node("Reshape", "blocks picture", "image"),
+    ],
+}  # fmt: skip
+CONSTANTS = {
+    "last": np.array([2]), "factors": np.arange(1, WIDTH + 1, dtype=np.float32), "small": np.float32(1e-4),
+    "most": np.float32(0.8), "channels": np.arange(3), "quarter": np.float32(0.25), "half": np.float32(0.5),
+    "apart": np.array([1, 3, 8, 1, 8, 1]), "squares": np.array([1, 3, 8, 2, 8, 2]), "picture": np.array(PICTURE),
+}  # fmt: skip
+
+
+def write_real(root: Path) -> Path:
+    """The bundle of `programs`, with graphs that do the same."""
+    parts, changed = programs.components(), programs.program()
+    parts["update"]["outputs"][0]["name"] = "sample_out"
+    for each in changed["calls"]:
+        if each["component"] == "update":
+            each["outputs"] = {"sample_out": each["outputs"]["sample"]}
+    write_program(root, components=parts)
+    for name, nodes in NODES.items():
+        used = {value for each in nodes for value in each.input}
+        constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in CONSTANTS.items() if k in used]
+        values = {
+            side: [
+                helper.make_tensor_value_info(
+                    s["name"], TensorProto.INT64 if s["dtype"] == "int64" else TensorProto.FLOAT, s["shape"]
+                )
+                for s in parts[name][side]
+            ]
+            for side in ("inputs", "outputs")
+        }
+        graph = helper.make_graph(nodes, name, values["inputs"], values["outputs"], constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, root / f"{name}.onnx")
+        (root / f"{name}.data").unlink()
+        (root / f"{name}.xml").unlink()
+        (root / f"{name}.bin").unlink()
+    document = programs.document(root, components=parts, program=changed)
+    document["targets"][0]["components"] = {name: {"model": f"{name}.onnx"} for name in parts}
+    (root / "manifest.json").write_text(json.dumps(document))
+    return root
+
+
+@pytest.mark.parametrize("residency", ["all", "sequential"])
+def test_a_run_on_an_engine(tmp_path: Path, residency: Any) -> None:
+    root = write_real(tmp_path / "b")
+    with slipcast.load(root, residency=residency) as pipe:
+        output = pipe(["a red circle", "a star"], negative_prompt="blue", seed=7, output_type="np")
+    wanted = [drawn(root, prompt, "blue", 7 + i)[0] for i, prompt in enumerate(["a red circle", "a star"])]
+    np.testing.assert_allclose(output.images, wanted, atol=1e-5)
+
+
+def test_openvino_takes_scalars(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    from slipcast.engines.openvino import OpenVinoEngine
+
+    model, root = tmp_path / "denoiser.xml", write_real(tmp_path / "b")
+    openvino.save_model(openvino.Core().read_model(root / "denoiser.onnx"), model, compress_to_fp16=False)
+    text = np.zeros((1, LENGTH, WIDTH), np.float32)
+    given = {"sample": np.ones(LATENT, np.float32), "context": text, "other": text}
+    with OpenVinoEngine(model, model.with_suffix(".bin"), "fp32") as engine:
+        for timestep in programs.TABLE["denoiser.timestep"]:
+            found = engine(given | {"timestep": np.array(timestep)})["prediction"]
+            np.testing.assert_allclose(found, 0.8 + timestep * 1e-4, atol=1e-5)
+
+
+class TestRun:
+    def test_a_picture(self, cli: Cli, engines: Fakes, bundle: Path, tmp_path: Path) -> None:
+        options = ("--prompt", "a star", "--negative-prompt", "blue", "--seed", "7", "--steps", "2")
+        assert cli("run", bundle, *options, "--num-images", "2", "-o", tmp_path / "out", "--json") == 0
+        assert cli.json["files"] == [str(tmp_path / "out" / f"{seed}.png") for seed in (7, 8)]
+        assert (cli.json["steps"], cli.json["guard"]) == ([2, 2], [])
+        with Image.open(tmp_path / "out" / "8.png") as picture:
+            wanted = (drawn(bundle, "a star", "blue", 8)[0] * 255).round()
+            assert np.abs(np.asarray(picture) - wanted).max() <= 1
+
+    def test_other_texts(self, cli: Cli, engines: Fakes, bundle: Path, tmp_path: Path) -> None:
+        given = ("--prompt", "a star", "--seed", "7", "-o")
+        assert cli("run", bundle, "--text", "negative_prompt=blue", *given, tmp_path / "a.png") == 0
+        assert cli("run", bundle, "--negative-prompt", "blue", *given, tmp_path / "b.png") == 0
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        for text in ("prompt_2=x", "negative_prompt"):
+            assert cli("run", bundle, "--text", text, *given, tmp_path / "c.png") == 2
+            assert "give ARGUMENT=TEXT, of prompt, negative_prompt" in cli.err
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            ((), "--prompt is missing"),
+            (("--prompt", "a", "--steps", "30"), "num_inference_steps is fixed in this bundle"),
+            (("--prompt", "a", "--guidance-scale", "7"), "expected: 4.5"),
+            (("--prompt", "a", "--guard", "warn"), "no argument 'guard'"),
+            (("--prompt", "a", "--image", "x.png"), "this bundle takes none"),
+            (("--prompt", "a", "-o", "x.npz"), "no picture format"),
+        ],
+    )
+    def test_what_is_refused(self, cli: Cli, engines: Fakes, bundle: Path, options: tuple[str, ...], says: str) -> None:
+        assert cli("run", bundle, *options, "--json") == 2
+        assert says in cli.err
+        assert engines.calls == []
+
+    def test_a_picture_to_draw_on(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
+        engines.functions["encoder"] = lambda arrays: {"latent": np.repeat(arrays["picture"][:, :1, ::2, ::2], 4, 1)}
+        root, file = write_program(tmp_path / "b", **with_picture()), tmp_path / "a=b.png"
+        Image.radial_gradient("L").save(file)
+        for given in (str(file), f"image={file}"):
+            assert cli("run", root, "--image", given, "-o", tmp_path / "x.png") == 0
+        assert cli("run", root, "-o", tmp_path / "x.png") == 2
+        assert "image is missing" in cli.err
+        (tmp_path / "bad.png").write_text("no picture")
+        assert cli("run", root, "--image", tmp_path / "bad.png", "-o", tmp_path / "x.png") == 2
+        assert "no picture that can be read" in cli.err
+
+    def test_animations_and_arrays(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
+        parts, decode = programs.components(), engines.functions["decoder"]
+        parts["decoder"]["outputs"] = [fakes.spec("image", 1, 5, *PICTURE[1:])]
+        shades = np.linspace(0.5, 1, 5, dtype=np.float32).reshape(5, 1, 1, 1, 1)
+        engines.functions["decoder"] = lambda arrays: {
+            "image": (decode(arrays)["image"] * shades).transpose(1, 0, 2, 3, 4)
+        }
+        moving = write_program(tmp_path / "m", components=parts, program=programs.program(output="frames"))
+        given = ("--prompt", "a", "--seed", "1", "-o")
+        assert cli("run", moving, *given, tmp_path / "x.png") == 0
+        with Image.open(tmp_path / "x.png") as animation:
+            assert animation.n_frames == 5
+        assert cli("run", moving, *given, tmp_path / "x.jpg") == 2
+        assert "no animation format" in cli.err
+        plain = write_program(tmp_path / "p", components=parts, program=programs.program(output="array"))
+        assert cli("run", plain, *given, tmp_path / "x.npz") == 0
+        with np.load(tmp_path / "x.npz") as arrays:
+            assert arrays["0000"].shape == (1, 5, *PICTURE[1:])
+
+
+class TestOtherCommands:
+    def test_inspect(self, cli: Cli, bundle: Path) -> None:
+        assert cli("inspect", bundle) == 0
+        for line in (
+            "captured  (schema 1.0",
+            "program      FakePipeline: 7 calls, 2 steps",
+            "arguments    prompt (to be given), negative_prompt ('')",
+            "fixed        num_inference_steps=2, guidance_scale=4.5, height=16, tiled=False",
+            "gives        pictures: image",
+            f"source       ids int64[1, {LENGTH}]: input_ids of prompt by tokenizer.json",
+            "source       noise float32[1, 4, 8, 8]: noise",
+            "calls        conditioning  2 times",
+            "calls        denoiser update  2 times",
+            "    <- sample float32[1, 4, 8, 8]",
+            "target onnxruntime-cpu-fp32",
+        ):
+            assert line in cli.out, line
+        assert cli("inspect", bundle, "--json") == 0
+        assert cli.json["program"]["steps"] == [3, 5]
+
+    def test_inspect_of_a_picture(self) -> None:
+        fields = {"path": "x", "size": 1, "sha256": "0" * 64}
+        document = programs.document(Path("nowhere"), **with_picture()) | {"files": []}
+        paths = [
+            "table.safetensors",
+            *(f"{name}{end}" for name in document["components"] for end in (".onnx", ".data")),
+        ]
+        document["files"] = [fields | {"path": path} for path in paths]
+        manifest = read_any_manifest(json.dumps(document).encode())
+        assert isinstance(manifest, ProgramManifest)
+        assert "  arguments    image (16x16, RGB)" in program_lines(manifest)
+
+    def test_verify_and_doctor(self, cli: Cli, bundle: Path) -> None:
+        assert cli("verify", bundle) == 0
+        assert cli.out.startswith("ok: ")
+        assert cli("doctor", bundle, "--json") in (0, 3)
+        assert any("onnxruntime-cpu-fp32" in finding["name"] for finding in cli.json["findings"])
+        (bundle / "table.safetensors").write_bytes((bundle / "table.safetensors").read_bytes()[:-1] + b"\0")
+        assert cli("verify", bundle) == 4
+        assert "table.safetensors: content differs" in cli.err
+
+    def test_report(self, cli: Cli, bundle: Path) -> None:
+        (bundle / "report.html").write_text("<p>")
+        (bundle / "report.json").write_text("{}")
+        (bundle / "manifest.json").write_text(json.dumps(programs.document(bundle)))
+        assert cli("report", bundle) == 0
+        assert "onnxruntime-cpu-fp32: not judged" in cli.out
+
+    def test_what_is_for_others_says_so(self, cli: Cli, bundle: Path) -> None:
+        assert cli("report", bundle) == 4
+        assert "holds no report" in cli.err
+        assert cli("profile-run", bundle) == 2
+        assert "a captured program of FakePipeline" in cli.err

@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             self._memory[part] = self._memory[content]
             cut = (Ref(content), 0, offset, offset + tensor.numel())
             self._events.append(Op(torch.ops.aten.slice.Tensor, cut, {}, (part,)))
-            function, args = torch.ops.aten.view.default, (Ref(part), list(shape))
+            function, args = torch.ops.aten.view.default, tuple[Any, ...]((Ref(part), list(shape)))
         else:
             function, args = torch.ops.aten.as_strided.default, (Ref(content), shape, tensor.stride(), offset)
         value = self._new(tensor, self._bound[content])

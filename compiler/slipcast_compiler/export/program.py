@@ -161,7 +161,7 @@ def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
 def _all_sources(program: Program) -> list[Source]:
     """Those that are needed, and every draw: the next one depends on it."""
     needed = {source.id for source in program.needed_sources}
-    return [s for s in program.sources if s.id in needed and s.kind != "weight" or CALLS in s.detail]
+    return [s for s in program.sources if (s.id in needed and s.kind != "weight") or CALLS in s.detail]
 
 
 def _source(

@@ -1,4 +1,4 @@
-"""What every report shows, whatever was compiled: pictures side by side, the gate, metrics, and how they are printed."""
+"""What every report shows: pictures side by side, the gate, metrics, and how they are printed."""
 
 from __future__ import annotations
 

@@ -117,7 +117,6 @@ def resolve(recipe: Recipe, graphs: Graphs) -> dict[str, Any]:
     return found
 
 
-
 def write(folder: Path, record: dict[str, Any], evidence: Evidence) -> None:
     """Write report.json and report.html into `folder`."""
     originals, runs, profile = evidence.originals, evidence.judged.runs, evidence.graphs.profile

@@ -64,6 +64,21 @@ class ProgramPlan:
         seeds = GATE.take(len(prompts), table.seed)
         return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.call, prompts, seeds)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a dry run says; plain JSON."""
+        family = self.family
+        return {
+            "name": self.recipe.name,
+            "model": self.checkpoint.name,
+            "family": family and {"calibration": len(family.calibration), "held_out": len(family.held_out)},
+            "judged_on": len(self.drawing.prompts),
+            "call": dict(self.call),
+            "parts": dict(self.parts),
+            "targets": [table.name for table in self.recipe.targets],
+            **self.summary,
+        }
+
 
 def is_captured(recipe: Recipe, folder: Path) -> bool:
     """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""

@@ -47,11 +47,16 @@ class PipelineDrawing:
 
 @dataclass(frozen=True)
 class PipelineOriginals:
-    """What it drew, and what that took."""
+    """What it drew, and what that took. `run`: whose images are as the pipeline returned them, see laid."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
     run: Run
+
+    def laid(self, kind: Output) -> Floats:
+        """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of arrays [n, ...]."""
+        images = self.run.images
+        return images if kind == "array" else np.moveaxis(images, -3, -1)
 
 
 def draw_originals(
@@ -90,7 +95,7 @@ def judge_program(
                 ) from error
         runs[target.id] = run = read_run(made.result, made.peak_memory_mb)
         floors: Any = {"precision": Metrics(), "seed": Metrics()}  # not measured
-        compared = compare_results(originals.run.images, run.images, program.output)
+        compared = compare_results(originals.laid(program.output), run.images, program.output)
         quality = Quality(**compared, noise_floor=floors)
         found = performance(originals.run, run, {})
         judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
@@ -117,7 +122,7 @@ def as_pictures(results: Floats) -> Floats:
 def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
     """One result for each prompt and seed.
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]; of a video [n, frames, h, w, 3]; of anything else as it is), seconds
+    Returns images (float32 [n, c, h, w] in [0, 1]; of a video [n, frames, c, h, w]; of anything else as it is), seconds
     of each, and load_s. ArtifactError where the pipeline itself gives what is no number.
     """
     begin = time.perf_counter()
@@ -139,6 +144,5 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
                 got=f"prompt {prompt!r}, seed {seed}" if prompt else f"seed {seed}",
                 hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
             )
-        pictures = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
-        results.append(np.moveaxis(array, -3, -1) if pictures else array)
+        results.append(array)
     return {"images": np.stack(results), "seconds": seconds, "load_s": load_s}

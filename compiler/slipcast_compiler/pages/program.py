@@ -97,7 +97,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     typed = typed_program_record(record)
     write_record(folder, typed)
     runs = evidence.judged.runs
-    natural = evidence.originals.run.images.shape[-2] if typed.gives != "array" else 1
+    natural = evidence.originals.run.images.shape[-1] if typed.gives != "array" else 1
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",
@@ -139,7 +139,7 @@ def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
     captions = [f"{prompt or 'no prompt'}{name}" for prompt in originals.prompts[:count] for name in names]
     seeds = [seed for seed in originals.seeds[:count] for _ in names]
     found = {name: flat(run.images[:count]) for name, run in runs.items()}
-    return picture_rows(captions, seeds, flat(originals.run.images[:count]), found, range(len(captions)), width)
+    return picture_rows(captions, seeds, flat(originals.laid(evidence.program.output)[:count]), found, range(len(captions)), width)
 
 
 def _measured(record: ProgramRecord) -> dict[str, str]:

@@ -139,7 +139,9 @@ def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
     captions = [f"{prompt or 'no prompt'}{name}" for prompt in originals.prompts[:count] for name in names]
     seeds = [seed for seed in originals.seeds[:count] for _ in names]
     found = {name: flat(run.images[:count]) for name, run in runs.items()}
-    return picture_rows(captions, seeds, flat(originals.laid(evidence.program.output)[:count]), found, range(len(captions)), width)
+    return picture_rows(
+        captions, seeds, flat(originals.laid(evidence.program.output)[:count]), found, range(len(captions)), width
+    )
 
 
 def _measured(record: ProgramRecord) -> dict[str, str]:

@@ -54,7 +54,7 @@ def _source(source: Source) -> dict[str, Any]:
     shown = source.detail
     return {
         "kind": source.kind,
-        "name": ".".join(map(str, shown)),
+        "name": (" by " if source.kind == "noise" else ".").join(map(str, shown)),
         "dtype": str(source.value.dtype).removeprefix("torch."),
         "shape": list(source.value.shape),
     }

@@ -73,7 +73,7 @@ def _template(
 ) -> Template:
     for name, (lower, strip) in product(arguments[0], ((False, False), (False, True), (True, False), (True, True))):
         plain = Template(name, lower=lower, strip=strip)
-        prefix, text, suffix = texts[0].partition(plain(arguments[0]))
+        prefix, text, suffix = texts[0].partition(plain(arguments[0]) or "\0")  # an empty one is constant
         found = Template(name, prefix, suffix, lower, strip)
         if text and text not in suffix and tuple(map(found, arguments)) == texts:
             return found

@@ -69,21 +69,44 @@ def compile_command(
 
 def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, cache: Path, as_json: bool) -> None:
     """Of a pipeline that is captured."""
-    from slipcast_compiler.capture.summary import render
     from slipcast_compiler.plan_program import make_program_plan
 
     if recipe.model.pipeline and ":" in recipe.model.pipeline:
         sys.path.append(str(folder.resolve()))  # the user's own module may lie beside the recipe
     plan = make_program_plan(recipe, folder)
     if dry_run:
-        summary = {"name": recipe.name, "model": plan.checkpoint.name, "output": str(output), **plan.summary}
-        emit(summary, f"{recipe.name}: {plan.checkpoint.name} -> {output}\n{render(dict(plan.summary))}", as_json)
+        summary = {**plan.told, "output": str(output)}
+        emit(summary, _program_text(summary), as_json)
         return
     from slipcast.progress import Stages
     from slipcast_compiler.compile_program import compile_program
     from slipcast_compiler.host.cache import Cache
 
     _tell(compile_program(plan, output, Cache(cache), Stages()), output, as_json)
+
+
+def _program_text(summary: dict[str, Any]) -> str:
+    from slipcast_compiler.capture.summary import render
+
+    family = summary["family"]
+    lines = [
+        f"{summary['name']}: {summary['model']} -> {summary['output']}",
+        *(
+            [f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts"]
+            * bool(family)
+        ),
+        f"  judged on  {summary['judged_on']} images",
+        f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
+        *(
+            f"  part       {name}: {', '.join(part['modules']) or 'no module'}, {part['operators']} operators, "
+            f"uses: {part['uses']}"
+            for name, part in summary["parts"].items()
+        ),
+        *(f"  target     {target}" for target in summary["targets"]),
+        "",
+        render(summary),
+    ]
+    return "\n".join(lines)
 
 
 def _tell(made: Compiled, output: Path, as_json: bool) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def export_pipeline(
     found = find(pipe, given)
     calls = [make_call(pipe, given, AWKWARD, seed=1) for _ in range(2)]
     verdict = verify(found.program, pipe, *calls)
+    if verdict.error is not None and math.isnan(verdict.error):
+        raise ArtifactError(
+            f"{found.program.pipeline} gives NaN or infinity, so that nothing can be compared with it",
+            expected="numbers",
+            got=f"none, from {verdict.difference} on",
+        )
     if not verdict.holds:
         raise CheckFailed(
             f"{found.program.pipeline}: what was captured is not the pipeline for another prompt and seed",

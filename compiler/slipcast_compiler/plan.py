@@ -21,8 +21,9 @@ from slipcast_compiler.judge.lpips import SMALLEST, find_weights
 from slipcast_compiler.judge.originals import Evaluation
 from slipcast_compiler.judge.scorer import find_scorer
 from slipcast_compiler.model.agreement import check_agreement
+from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
-from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, open_checkpoint, read_tokenizer
+from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, locate, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.model.scheduler import FILE, read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
@@ -198,6 +199,14 @@ def _resolve(recipe: Recipe, checkpoint: Checkpoint) -> Resolved:
     for each in (reference, sampling):
         check_agreement(each, checkpoint.scheduler)
     return Resolved(image, original.sizes, original.tokenizers, sampling, reference)
+
+
+def is_captured(recipe: Recipe, folder: Path) -> bool:
+    """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""
+    if recipe.model.pipeline or recipe.call:
+        return True
+    root, _ = locate(recipe.model, folder)
+    return root.is_dir() and not is_known(str(Checkpoint(root, "").index.get("_class_name")))
 
 
 def check_targets(tables: tuple[TargetTable, ...]) -> None:

@@ -37,8 +37,7 @@ def compile_command(
     from slipcast_compiler.host.cache import Cache
     from slipcast_compiler.host.publish import check_output
     from slipcast_compiler.init import is_model, read_first_recipe
-    from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.plan_program import is_captured
+    from slipcast_compiler.plan import is_captured, make_plan
     from slipcast_compiler.recipe.reading import read_recipe
 
     if is_model(recipe):

@@ -26,7 +26,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", list(KINDS))
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_profile(shapes_bundle: Path, tmp_path: Path, target: str) -> None:
     command = [sys.executable, "-c", CODE, "profile-run", str(shapes_bundle), "--target", target, "--steps", "3"]
     done = subprocess.run(

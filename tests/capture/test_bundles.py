@@ -24,7 +24,7 @@ LEAST_DB = 60.0  # measured: 117 to 141
 REFUSED = {
     "stable_audio": "another generator",
 }
-FAST = ("flux", "ddpm")
+FAST = ("flux",)
 MADE = [name for name in PIPELINES if name not in REFUSED and name not in LENGTHS]
 
 

@@ -23,6 +23,8 @@ from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Options, Side, make_
 from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.table import render_table
 
+pytestmark = pytest.mark.slow  # whole commands, again and again
+
 SHAPES = ROOT / "recipes" / "models" / "shapes"
 HOSTILE = '<script>document.title="owned"</script> "&[bold]'
 
@@ -189,8 +191,6 @@ def test_where_memory_is_short_each_peer_is_alone_with_the_bundle(
     side = f"""
 import os, pathlib
 import numpy as np
-
-pytestmark = pytest.mark.slow  # whole commands, again and again
 alive = pathlib.Path({str(tmp_path)!r})
 def open_side(job):
     assert not list(alive.glob("alive-*")), "another peer is in memory"

@@ -17,7 +17,7 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError, ResourceError
 from slipcast.progress import Stages
 from slipcast.sampling.schedules import NoiseProcess
-from slipcast_compiler.engines import build_targets, tensorrt
+from slipcast_compiler.engines import build_targets, sources_of, tensorrt
 from slipcast_compiler.engines.tensorrt import Options
 from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.host.cache import Cache
@@ -152,7 +152,7 @@ class TestCrash:
         sampling = Sampling(sampler="euler", schedule="leading", steps=2, guidance_scale=1.0, noise=NoiseProcess())
         graphs = Graphs("m", original, None, sampling, sampling, {"denoiser": model.parent})
         with pytest.raises(ResourceError) as caught:
-            build_targets(graphs, tables, out, cache, Stages(), {})
+            build_targets({table.name: sources_of(graphs) for table in tables}, tables, out, cache, Stages())
         text = str(caught.value)
         assert "1 of 2 targets could not be built; nothing was published" in text
         assert "tensorrt-rtx-fp32: denoiser: crashing_trt failed at second_conv" in text

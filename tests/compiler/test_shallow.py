@@ -25,7 +25,7 @@ from slipcast_compiler.schedule.caching import export_split
 SHARES = (0.3, 0.6)
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl", "sd15 parts"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd15 parts"])
 def source(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported_denoiser: Callable[[str], Path]
 ) -> Path:

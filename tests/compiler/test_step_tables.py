@@ -21,7 +21,7 @@ SAMPLING = Sampling(
 )
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def exported(request: pytest.FixtureRequest, exported_denoiser: Callable[[str], Path]) -> Path:
     return exported_denoiser(request.param)
 

@@ -89,7 +89,7 @@ def test_a_write_into_what_another_part_holds_is_refused_with_its_line() -> None
     program = capture(pipe, make_call(pipe, {}))
     with pytest.raises(RecipeError, match="writes into a tensor that another part") as refused:
         cut(program)
-    assert "aten::mul_ at " in str(refused.value.got) and "test_cut.py:" in str(refused.value.got)
+    assert "aten::mul_ at " in str(refused.value.got) and "test_parts_of_programs.py:" in str(refused.value.got)
 
 
 class OtherDraws(Plain):

@@ -18,10 +18,9 @@ from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.model.single_file import refuse_file
 from slipcast_compiler.model.weight_files import PICKLES
 from slipcast_compiler.plan import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, FEW_STEPS
-from slipcast_compiler.plan_program import OWN
 from slipcast_compiler.recipe.family import read_prompts
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
-from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.recipe import OWN, Recipe
 
 HEAD = """\
 # A slipcast recipe; `slipcast compile {file}` makes a bundle of it.

@@ -16,12 +16,11 @@ from slipcast_compiler.capture.open import open_without_weights
 from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.judge.captured import PipelineDrawing
-from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
-from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE
 from slipcast_compiler.recipe.targets import TargetTable
 
@@ -34,13 +33,6 @@ UNUSED = (
     ("evaluate", "out_of_family"),
     ("evaluate", "out_of_family_file"),
 )
-# Arguments of a pipeline that no recipe gives, and why.
-OWN = {
-    "prompt": "prompts are those of the [family]",
-    "generator": "noise is that of a run's seed",
-    "output_type": "a bundle gives what the pipeline decodes",
-    "return_dict": "a bundle has a form of its own for what it returns",
-}
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -78,14 +70,6 @@ class ProgramPlan:
             "targets": [table.name for table in self.recipe.targets],
             **self.summary,
         }
-
-
-def is_captured(recipe: Recipe, folder: Path) -> bool:
-    """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""
-    if recipe.model.pipeline or recipe.call:
-        return True
-    root, _ = locate(recipe.model, folder)
-    return root.is_dir() and not is_known(str(Checkpoint(root, "").index.get("_class_name")))
 
 
 def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:

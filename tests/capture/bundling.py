@@ -16,6 +16,7 @@ from slipcast_compiler.capture.find import find_between
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.capture.texts import AWKWARD
 from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
@@ -32,6 +33,7 @@ def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Pat
     def export(out: Path) -> None:
         found = find_between(pipe, call_of(name, ONE, 1), call_of(name, AWKWARD, 1))
         export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
+        leave_loop(out)
 
     entry = cache.get("program", {"name": name}, export)
     about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}

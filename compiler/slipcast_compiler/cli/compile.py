@@ -34,10 +34,10 @@ def compile_command(
     beside the bundle.
     """
     from slipcast_compiler.estimate import summarise
+    from slipcast_compiler.host.cache import Cache
     from slipcast_compiler.host.publish import check_output
     from slipcast_compiler.init import is_model, read_first_recipe
-    from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.plan_program import is_captured
+    from slipcast_compiler.plan import is_captured, make_plan
     from slipcast_compiler.recipe.reading import read_recipe
 
     if is_model(recipe):
@@ -51,7 +51,8 @@ def compile_command(
     if is_captured(parsed, recipe.parent):
         _compile_program(parsed, recipe.parent, output, dry_run, cache, as_json)
         return
-    plan = make_plan(parsed, recipe.parent)
+    made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: its space is not asked for again
+    plan = make_plan(parsed, recipe.parent, None if dry_run else Cache(cache))
     summary = summarise(plan) | {"output": str(output)}  # what a search may turn is refused here
     if dry_run:
         emit(summary, _plan_text(summary), as_json)
@@ -59,10 +60,8 @@ def compile_command(
     from slipcast.engines.resources import check_space
     from slipcast.progress import Stages
     from slipcast_compiler.compile import compile_plan
-    from slipcast_compiler.host.cache import Cache
 
     bundle, entries = summary["disk_bytes"]["bundle"], summary["disk_bytes"]["cache"]
-    made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: then it is not asked for again
     check_space(output, bundle + (0 if made_before else entries), f"{output} and the cache")
     _tell(compile_plan(plan, output, Cache(cache), Stages()), output, as_json)
 

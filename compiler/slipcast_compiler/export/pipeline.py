@@ -20,6 +20,7 @@ from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.texts import AWKWARD
 from slipcast_compiler.capture.verify import LIMIT, verify
+from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 
 VERIFIED = "verified.json"
@@ -49,6 +50,7 @@ def export_pipeline(
             hint="`slipcast capture --verify` shows what the pipeline reads into Python",
         )
     export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
+    leave_loop(folder)
     (folder / VERIFIED).write_text(json.dumps({"error": verdict.error}))
     return {}
 

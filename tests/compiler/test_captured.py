@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from conftest import ROOT, call_cli, compile_here
 from slipcast.errors import ArtifactError, CheckFailed, NumericalError
 from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw
+from slipcast_compiler.pages.program import write_program_report
 from slipcast_compiler.pages.record import typed_program_record
 from slipcast_compiler.recipe.reading import parse_recipe
 
@@ -119,6 +121,22 @@ def test_what_the_page_shows(made: Made) -> None:
     ):  # fmt: skip
         assert re.search(text, plain), text
     assert "noise floor" not in plain and "CLIP" not in plain
+
+
+def test_a_page_without_pictures_or_a_loop(made: Made, tmp_path: Path) -> None:
+    record = made.record | {"gives": "array", "family": None, "not_run": {"gpu": "none <here>"}}
+    guard = {"operator": "_local_scalar_dense", "where": "diffusers/pipeline.py:12", "of": ["prompt"], "times": 3}
+    record["capture"] |= {"loop": None, "guards": [guard]}
+    nothing: Any = SimpleNamespace(judged=SimpleNamespace(runs={}), program=SimpleNamespace(output="array"))
+    write_program_report(tmp_path, record, nothing)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    plain = re.sub(r"<[^>]*>|\s+", " ", page)
+    for text in (
+        r"_local_scalar_dense +diffusers/pipeline.py:12 +prompt +3", "the scheduler takes no step",
+        "Of arrays PSNR alone is run", "The gate holds on every target that was run.", "none &lt;here&gt;",
+    ):  # fmt: skip
+        assert re.search(text, plain), text
+    assert "<img" not in page and "Held-out prompts" not in page
 
 
 def test_a_second_compile_exports_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,9 +125,9 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
 
 def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
     """The first pictures; of a video its first frame and its last; of arrays none."""
-    originals, runs = evidence.originals, evidence.judged.runs
     if evidence.program.output == "array":
         return []
+    originals, runs = evidence.originals, evidence.judged.runs
     video = evidence.program.output == "frames"
     frames = (0, -1) if video else (Ellipsis,)
     names = (", first frame", ", last frame") if video else ("",)

@@ -102,7 +102,7 @@ class PartRecord(Strict):
 
 class ProgramRecord(BaseRecord):
     """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
-    of its replay, for a prompt and seed that were not captured, and `limit` what it may be. `texts`, `pictures`,
+    of its replay for another prompt and seed, and `limit` what it may be. `texts`, `pictures`,
     `fixed`: the arguments that a run takes, and those that it cannot change."""
 
     capture: Told

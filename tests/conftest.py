@@ -82,7 +82,7 @@ def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
         return call_cli("compile", *arguments, cwd=cwd)
 
 
-# Of the shipped recipe, which a slow test compiles as it is: judged on fewer images, for which it draws fewer originals.
+# The shipped recipe, which a slow test compiles as it is, is judged on fewer images here: fewer originals are drawn.
 FEWER = ("--set", "evaluate.images=4", "--set", "evaluate.out_of_family=['a red square', 'a pink cross']")
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
 

@@ -12,7 +12,7 @@ from tiny import PIPELINES, call_of
 
 import slipcast
 from slipcast.progress import Stages, silent
-from slipcast_compiler.capture.find import find_between
+from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.capture.texts import AWKWARD
 from slipcast_compiler.engines.programs import write_bundle
@@ -30,7 +30,7 @@ def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Pat
     cache = Cache(folder / "cache")
 
     def export(out: Path) -> None:
-        found = find_between(pipe, call_of(name, ONE, 1), call_of(name, AWKWARD, 1))
+        found = find_for(pipe, lambda prompt: call_of(name, prompt, 1))
         export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
 
     entry = cache.get("program", {"name": name}, export)

@@ -59,9 +59,7 @@ def _find_series(programs: Sequence[Program]) -> tuple[_Series, ...]:
         counted = [(each[0], tuple(int(source.value.sum()) for source in each)) for each in masks]
         for (source, counts), dim in [*((each, 1) for each in sized), *((each, None) for each in counted)]:
             if len(set(counts)) > 1:
-                most = max(counts) if dim else source.value.shape[1]
-                length = Length(name, min(counts) if dim else 0, most, source.id, dim)
-                found.append(_Series(length, counts))
+                found.append(_Series(Length(name, min(counts), max(counts), source.id, dim), counts))
                 break
     return tuple(found)
 

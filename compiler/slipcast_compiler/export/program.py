@@ -35,6 +35,7 @@ from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.replayed import Replayed, carried
+from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.host.quiet import quiet
 
 TABLE, PROGRAM = "table.safetensors", "program.json"
@@ -64,7 +65,7 @@ def export_program(
         fixed=_fixed(pipe, call),
         lengths={
             length.name: LengthRange(minimum=length.minimum, maximum=length.maximum)
-            for length in program.lengths if length.dim is not None
+            for length in program.lengths
         },
         sources=tuple(_source(source, program, pipe, templates, folder) for source in _all_sources(program)),
         calls=tuple(
@@ -114,7 +115,7 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], program: Progr
     inputs = [f"in_{at}" for at in range(len(part.inputs))] + [_row_name(part, at) for at in range(len(part.table))]
     outputs = [f"out_{at}" for at in range(len(part.outputs))]
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), symbols_kept(module):
             exported = torch.onnx.export(
                 torch.export.export(module, examples, dynamic_shapes=(_free(given),)), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
                 input_names=inputs, output_names=outputs,
@@ -149,11 +150,10 @@ def _free(given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
 
 def _name_dimensions(model: ir.Model, part: Part, program: Program) -> None:
     """Call free dimensions by what they follow in place of the tracer's symbols (s53)."""
-    pairs = zip((*model.graph.inputs, *model.graph.outputs), (*part.inputs, *(v for v, _ in part.table), *part.outputs), strict=True)
+    pairs = [*zip(model.graph.inputs, part.inputs, strict=False), *zip(model.graph.outputs, part.outputs, strict=True)]
     for value, number in pairs:
-        for dim, size in enumerate(program.specs[number][0] if number >= 0 else ()):
-            if isinstance(size, Affine):
-                value.shape[dim] = str(size)
+        shape = program.specs[number][0]
+        value.shape = ir.Shape([str(size) if isinstance(size, Affine) else size for size in shape])
 
 
 def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -209,7 +209,8 @@ def _source(
         strip=template.strip,
         clean=template.clean,
         special_tokens=given.special_tokens,
-        shape=(1, str(free) if isinstance(free := program.specs[source.id][0][1], Affine) else free),
+        shape=(1, str(size) if isinstance(size := program.specs[source.id][0][1], Affine) else size),
+        length=next((each.name for each in program.lengths if each.dim is None and each.value == source.id), None),
     )
 
 

@@ -31,7 +31,7 @@ class PromptSource(Strict):
     `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
     them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice over,
     and blanks between words are one space. A text that gives another length than that of `shape` is refused; a name there
-    is one of the program's lengths.
+    is one of the program's lengths, and so is `length`, that of a text without what pads it.
     """
 
     kind: Literal["prompt"] = "prompt"
@@ -47,6 +47,7 @@ class PromptSource(Strict):
     special_tokens: bool = True
     dtype: Literal["int64", "int32"] = "int64"
     shape: tuple[Literal[1], Positive | Name]
+    length: Name | None = None
 
 
 class NoiseSource(Strict):
@@ -167,8 +168,9 @@ class Program(Strict):
 
     @model_validator(mode="after")
     def _lengths_are_known(self) -> Self:
-        named = {source.shape[1] for source in self.sources if isinstance(source, PromptSource)}
-        if unknown := sorted({name for name in named if isinstance(name, str)}.difference(self.lengths)):
+        prompts = [source for source in self.sources if isinstance(source, PromptSource)]
+        named = {name for source in prompts for name in (source.shape[1], source.length) if isinstance(name, str)}
+        if unknown := sorted(named.difference(self.lengths)):
             raise ValueError(f"sources have {unknown[0]!r} tokens, which is not listed under lengths")
         return self
 

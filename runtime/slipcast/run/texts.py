@@ -27,6 +27,7 @@ class ProgramTexts:
     def __init__(self, bundle: BaseBundle, program: Program) -> None:
         """ArtifactError where a file is no tokenizer, or pads to more than a source takes."""
         self._sources = [source for source in program.sources if isinstance(source, PromptSource)]
+        self._lengths = program.lengths
         self._ranges = {source.value: _range(source, program) for source in self._sources}
         files = dict.fromkeys(source.tokenizer for source in self._sources)
         self._tokenizers = {name: read_tokenizer(bundle.file(name)) for name in files}
@@ -71,16 +72,9 @@ class ProgramTexts:
         """int [1, length] of what the source takes of an encoding."""
         by_field = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         row = getattr(encoding, by_field[source.field])
-        legal = self._ranges[source.value]
-        if not legal.minimum <= len(row) <= legal.maximum:
-            name = source.argument or f"the text of {source.value}"
-            one = legal.minimum == legal.maximum
-            raise RequestError(
-                f"{name} has another length than this bundle is made for: {shorten(text)}",
-                expected=f"{legal.minimum} tokens" if one else f"{legal.minimum} to {legal.maximum} tokens",
-                got=str(len(row)),
-                hint="word it so that it has as many tokens, or compile a bundle for its length" if one else None,
-            )
+        _check_length(source, text, len(row), self._ranges[source.value])
+        if source.length:
+            _check_length(source, text, sum(encoding.attention_mask), self._lengths[source.length])
         return np.array([row], source.dtype)
 
 
@@ -95,6 +89,18 @@ def render(source: PromptSource, text: str) -> str:
 def clean_text(text: str) -> str:
     """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the ends."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def _check_length(source: PromptSource, text: str, length: int, legal: LengthRange) -> None:
+    if legal.minimum <= length <= legal.maximum:
+        return
+    name, one = source.argument or f"the text of {source.value}", legal.minimum == legal.maximum
+    raise RequestError(
+        f"{name} has another length than this bundle is made for: {shorten(text)}",
+        expected=f"{legal.minimum} tokens" if one else f"{legal.minimum} to {legal.maximum} tokens",
+        got=str(length),
+        hint="word it so that it has as many tokens, or compile a bundle for its length" if one else None,
+    )
 
 
 def _range(source: PromptSource, program: Program) -> LengthRange:

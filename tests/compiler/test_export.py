@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -20,7 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from slipcast.errors import ArtifactError
-from slipcast_compiler.export.component import write_component
+from slipcast_compiler.export.component import settle, write_component
 from slipcast_compiler.model.checkpoint import Checkpoint
 
 SHAPES = Path("recipes/models/shapes")
@@ -145,7 +146,7 @@ def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
         sparse.truncate(8 + len(text) + end)
     script = (
         "import sys; from pathlib import Path\n"
-        "from slipcast_compiler.export.component import write_component\n"
+        "from slipcast_compiler.export.component import settle, write_component\n"
         "from slipcast_compiler.model.checkpoint import Checkpoint\n"
         "from slipcast.timing.memory import peak_mb\n"
         "before = peak_mb()\n"
@@ -156,3 +157,19 @@ def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
     written = (tmp_path / "text_encoder.onnx.data").stat().st_size / 1e6
     assert written > 1200
     assert float(done.stdout) < written / 2
+
+
+def test_numbers_near_0_and_1_stay() -> None:
+    """The optimizer takes them for 0 and 1, and drops what adds and multiplies by them."""
+
+    class Near(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 1.00001 - 1e-9) / (x + 1e-15) + 0.0
+
+    x = torch.tensor([0.0, 1.0, 2.0])
+    exported = torch.onnx.export(torch.export.export(Near(), (x,)), dynamo=True, optimize=False, verbose=False)
+    assert exported is not None
+    settle(exported.model)
+    session = onnxruntime.InferenceSession(ir.to_proto(exported.model).SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    np.testing.assert_allclose(found, Near()(x).numpy(), rtol=1e-7)

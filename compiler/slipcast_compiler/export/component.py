@@ -7,9 +7,10 @@ the graph plus the largest tensor, so a model that does not fit into memory can 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ def trace_component(
 def settle(model: ir.Model) -> None:
     """Bring a traced graph whose weights are lazy into the form that engines read best, without the tracer's notes."""
     _transpose_weights(model.graph)
-    with quiet():
+    with quiet(), _small_numbers_hidden(model.graph):
         optimize(model)
     tidy(model.graph)
     _strip(model)
@@ -160,6 +161,45 @@ def _lazy(weight: Weight, shape: tuple[int, ...], dtype: ir.DataType, name: str)
         return ir.Tensor(np.ascontiguousarray(weight.read().reshape(shape).astype(dtype.numpy())), name=name)
 
     return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+@contextlib.contextmanager
+def _small_numbers_hidden(graph: ir.Graph) -> Iterator[None]:
+    """Within it, constants that are nearly 0 or nearly 1 are inputs of the graph.
+
+    The optimizer of onnxscript 0.7 takes them for 0 and 1, and drops what adds or multiplies by them: a division by
+    x + 1e-15 becomes one by zero.
+    """
+    hidden: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    for value in list(graph.initializers.values()):
+        if value.const_value is not None and _is_nearly_idle(value.const_value):
+            del graph.initializers[value.name]
+            hidden.append((value, value.const_value))
+    for node in [node for node in graph if node.op_type == "Constant"]:
+        tensor = ir.convenience.get_const_tensor(node.outputs[0])
+        if tensor is not None and _is_nearly_idle(tensor):
+            value = ir.Value(name=node.outputs[0].name, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+            node.outputs[0].replace_all_uses_with(value)
+            graph.remove(node, safe=True)
+            hidden.append((value, tensor))
+    for value, _ in hidden:
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        for value, tensor in hidden:
+            graph.inputs.remove(value)
+            if value.uses():
+                value.const_value = tensor
+                graph.register_initializer(value)
+
+
+def _is_nearly_idle(tensor: ir.TensorProtocol) -> bool:
+    if tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return False
+    number = float(tensor.numpy().reshape(()))
+    return number not in (0.0, 1.0) and any(math.isclose(number, idle, abs_tol=1e-4) for idle in (0.0, 1.0))
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -30,7 +30,7 @@ from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.cut import Cut, Part
-from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
+from slipcast_compiler.capture.program import Affine, Op, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
@@ -190,8 +190,8 @@ def _source(
             raise _unknown("a draw", f"torch.randn in float32 by {CALLS}", f"{what} in {dtype}")
         return NoiseSource(value=name, shape=shape)
     if source.kind == "image":
-        if len(source.detail) != 1 or len(shape) != 4 or dtype != torch.float32 or shape[0] != 1:
-            raise _unknown(f"the picture {what}", "float32 [1, channels, height, width]", f"{dtype} {list(shape)}")
+        if len(source.detail) != 1 or dtype != torch.float32:
+            raise _unknown(f"the array {what}", "an argument of the call, in float32", f"{dtype} {list(shape)}")
         return ImageSource(value=name, argument=what, shape=shape)
     tokenizer, field = source.detail[0], source.detail[-1]
     if field not in FIELDS or len(shape) != 2 or shape[0] != 1:
@@ -257,10 +257,17 @@ def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _output(program: Program) -> Output:
-    """What the first result is."""
+    """What the first result is: a picture, or a video, is clamped to [0, 1] somewhere."""
     value = next(value for _, value in program.results if isinstance(value, Ref))
     shape, dtype = program.specs[value.id]
-    if dtype == torch.float32 and len(shape) >= 4 and shape[-3] in (1, 3, 4):
+    events = (program.events[place] for place in program.needed_for([value]))
+    clamped = any(
+        isinstance(event, Op)
+        and "clamp" in str(event.function)
+        and (*event.args, *event.kwargs.values())[-2:] == (0, 1)
+        for event in events
+    )
+    if clamped and dtype == torch.float32 and len(shape) >= 4 and shape[-3] in (1, 3, 4):
         return "image" if len(shape) == 4 else "frames" if len(shape) == 5 else "array"
     return "array"
 

@@ -60,13 +60,21 @@ class NoiseSource(Strict):
 
 
 class ImageSource(Strict):
-    """A picture, [1, channels, height, width] in [0, 1]; PIL images are converted and resized to it."""
+    """An array that a run is given. Of the shape [1, 1 or 3, height, width] it is a picture, in [0, 1]: PIL images are
+    converted and resized to it. Others, such as embeddings, are given as they are."""
 
     kind: Literal["image"] = "image"
     value: Name
     argument: ArgumentName
     dtype: Literal["float32"] = "float32"
-    shape: tuple[Literal[1], Literal[1, 3], Positive, Positive]
+    shape: tuple[Positive, ...]
+
+    @property
+    def size(self) -> tuple[int, int, int] | None:
+        """[channels, height, width] of a picture; None of another array."""
+        if len(self.shape) != 4 or self.shape[0] != 1 or self.shape[1] not in (1, 3):
+            return None
+        return self.shape[1], self.shape[2], self.shape[3]
 
 
 Source = Annotated[PromptSource | NoiseSource | ImageSource, Field(discriminator="kind")]

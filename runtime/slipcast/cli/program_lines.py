@@ -52,7 +52,9 @@ def _quoted(text: str) -> str:
 
 
 def _size(source: ImageSource) -> str:
-    _, channels, height, width = source.shape
+    if source.size is None:
+        return f"an array {list(source.shape)}"
+    channels, height, width = source.size
     return f"{width}x{height}, {'grey' if channels == 1 else 'RGB'}"
 
 

@@ -112,7 +112,7 @@ def _further(program: Program | None, images: Sequence[str], texts: Sequence[str
             raise click.UsageError(f"--text {given}: {_names('ARGUMENT=TEXT', program.arguments if program else ())}")
         found[name] = text
     for given in images:
-        taken = list(program.images) if program else []
+        taken = [name for name, each in program.images.items() if each.size] if program else []
         name, equals, file = given.partition("=")
         if not equals or name not in taken:  # a path may hold an equals sign
             name, file = "image" if "image" in taken or len(taken) != 1 else taken[0], given

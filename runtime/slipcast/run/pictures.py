@@ -19,8 +19,10 @@ MODES = {1: "L", 3: "RGB"}
 
 def read_picture(source: ImageSource, given: object) -> Floats:
     """A PIL image, resized by Lanczos's filter, or an array [h, w], [h, w, c] or [1, c, h, w], of uint8 or of floats in
-    [0, 1], as float32 of the source's shape. RequestError for anything else."""
-    _, channels, height, width = source.shape
+    [0, 1], as float32 of the source's shape; of what is no picture, an array of that shape. RequestError for others."""
+    if source.size is None:
+        return _read_array(source, given)
+    channels, height, width = source.size
     if isinstance(given, Image.Image):
         picture = given.convert(MODES[channels])
         if picture.size != (width, height):
@@ -42,11 +44,19 @@ def read_picture(source: ImageSource, given: object) -> Floats:
     return np.ascontiguousarray(array, np.float32)
 
 
+def _read_array(source: ImageSource, given: object) -> Floats:
+    if not isinstance(given, np.ndarray) or given.shape != source.shape or given.dtype.kind != "f":
+        raise _refuse(source, f"{type(given).__name__} {list(given.shape) if isinstance(given, np.ndarray) else ''}")
+    if not np.isfinite(given).all():
+        raise _refuse(source, "NaN or infinity")
+    return np.ascontiguousarray(given, np.float32)
+
+
 def _refuse(source: ImageSource, got: str) -> RequestError:
-    _, channels, height, width = source.shape
-    expected = (
-        f"a PIL image, or an array [{height}, {width}, {channels}] or [1, {channels}, {height}, {width}] in [0, 1]"
-    )
+    expected = f"an array of floats {list(source.shape)}"
+    if source.size:
+        channels, height, width = source.size
+        expected = f"a PIL image, or an array [{height}, {width}, {channels}] or {list(source.shape)} in [0, 1]"
     return RequestError(f"{source.argument} is not usable", expected=expected, got=got.strip())
 
 

@@ -101,8 +101,9 @@ def _pictures(program: Program, given: Mapping[str, object]) -> dict[str, Floats
     for source in program.sources:
         if isinstance(source, ImageSource):
             if source.argument not in given:
-                _, _, height, width = source.shape
-                expected = f"a picture, {width}x{height} or to be resized to it"
+                expected = f"an array {list(source.shape)}"
+                if source.size:
+                    expected = f"a picture, {source.size[2]}x{source.size[1]} or to be resized to it"
                 raise RequestError(f"{source.argument} is missing", expected=expected, got="None")
             found[source.value] = read_picture(source, given[source.argument])
     return found

@@ -34,6 +34,7 @@ from slipcast_compiler.capture.program import Affine, Op, Program, Ref, Source, 
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
+from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, carried
 from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.host.quiet import quiet
@@ -117,7 +118,7 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], program: Progr
     try:
         with torch.no_grad(), quiet(), symbols_kept(module):
             exported = torch.onnx.export(
-                torch.export.export(module, examples, dynamic_shapes=(_free(given),)), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
+                as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(given),))), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
                 input_names=inputs, output_names=outputs,
             )  # fmt: skip
     except RecipeError:

@@ -43,7 +43,10 @@ def find_for(pipe: Any, call: Callable[[str], Mapping[str, Any]]) -> Found:
         if not is_of_one_length(programs):
             programs.append(capture(pipe, with_others(call(SHORT), lambda _: SHORT)))
             program = _up_to_the_longest(pipe, call, programs)
-    return Found(program, cut(program), find_templates((programs[0], programs[1]), (one, other)), one)
+    templates = find_templates((programs[0], programs[1]), (one, other))
+    same = zip(programs[0].needed_sources, program.needed_sources, strict=True)
+    by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
+    return Found(program, cut(program), by_source, one)
 
 
 def _up_to_the_longest(pipe: Any, call: Callable[[str], Mapping[str, Any]], programs: list[Program]) -> Program:

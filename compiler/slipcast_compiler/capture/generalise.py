@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.padding import pad_sources
 from slipcast_compiler.capture.program import Affine, Call, Length, Op, Program, Ref, Source, Spec, outputs_of
 
 DISTINCT = 3  # lengths of a text: two make a law, and the third checks it
@@ -41,7 +42,8 @@ def generalise(programs: Sequence[Program]) -> Program:
 
     RecipeError where the programs do not follow their lengths as the module's docstring says.
     """
-    return _Unifier(programs, _find_series(programs)).program()
+    padded = pad_sources(programs)
+    return _Unifier(padded, _find_series(padded)).program()
 
 
 def _find_series(programs: Sequence[Program]) -> tuple[_Series, ...]:

@@ -83,16 +83,36 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Of tokens, int64 [1, length], with `fill` to a `multiple`: on the left, or on the right."""
+
+    multiple: int
+    fill: int
+    left: bool
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens, padded."""
+        missing = -tokens.shape[1] % self.multiple
+        return torch.nn.functional.pad(tokens, (missing, 0) if self.left else (0, missing), value=self.fill)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator and
     the generator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of
-    which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts."""
+    which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts. `padding`:
+    of a prompt, after the tokenizer."""
 
     id: int
     kind: Kind
     detail: tuple[Any, ...]
     value: torch.Tensor
     tokenized: Tokenized | None = None
+    padding: Padding | None = None
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What a tokenizer gave, as this source has it."""
+        return self.padding(tokens) if self.padding else tokens
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     if mismatch := compare_sources(program, other):
         return Verdict(None, mismatch)
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
-    values = {mine.id: theirs.value for mine, theirs in sources}
+    values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     found = replay(program, values, components)
     with torch.no_grad(), _seeded():
@@ -71,7 +71,7 @@ def _fits(shape: tuple[int | Affine, ...], found: tuple[int, ...]) -> bool:
 def first_difference(program: Program, other: Program, components: Mapping[str, nn.Module]) -> str:
     """The first event of which the program makes something else than the other call's own program does."""
     pairs = zip(program.needed_sources, other.needed_sources, strict=True)
-    mine: Values = {a.id: b.value.clone() for a, b in pairs}
+    mine: Values = {a.id: a.padded(b.value.clone()) for a, b in pairs}
     theirs: Values = {source.id: source.value.clone() for source in other.needed_sources}
     with torch.no_grad():
         lengths = measure(program.lengths, mine)

@@ -226,16 +226,29 @@ def _write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> str:
             f"the tokenizer {source.detail[0]}", "one that the tokenizers library runs", type(tokenizer).__name__
         )
     made = Tokenizer.from_str(backend.to_str())
-    made.no_padding() if given.padding is None else made.enable_padding(**given.padding)
+    padding = _padding(source)
+    made.no_padding() if padding is None else made.enable_padding(**padding)
     made.no_truncation() if given.truncation is None else made.enable_truncation(**given.truncation)
     encoded = made.encode(given.texts[0], add_special_tokens=given.special_tokens)
     fields = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
     if fields[source.detail[-1]] != source.value[0].tolist():
         raise _unknown(f"what {source.detail[0]} gives", "the tokens of its tokenizer.json", "others")
-    settings = json.dumps([given.padding, given.truncation], sort_keys=True).encode()
+    settings = json.dumps([padding, given.truncation], sort_keys=True).encode()
     name = f"{source.detail[0]}-{hashlib.sha256(settings).hexdigest()[:8]}.json"
     (folder / name).write_text(made.to_str())
     return name
+
+
+def _padding(source: Source) -> dict[str, Any] | None:
+    """As the tokenizers library takes it: the tokenizer's own, and that of the pipeline's code."""
+    own = source.tokenized.padding if source.tokenized else None
+    if source.padding is None:
+        return dict(own) if own is not None else None
+    padding = source.padding
+    return {
+        **(own or {}), "length": None, "pad_to_multiple_of": padding.multiple, "pad_id": padding.fill,
+        "direction": "left" if padding.left else "right",
+    }  # fmt: skip
 
 
 def _arguments(templates: Mapping[int, Template], call: Mapping[str, Any]) -> dict[str, TextArgument]:

@@ -79,7 +79,7 @@ PIPELINES: dict[str, Tiny] = {
     "chroma": Tiny(transformers.chroma, SHORT),
     "hunyuan_dit": Tiny(transformers.hunyuan_dit, SIZE | FREE | {"height": 64, "width": 64}),
     "hunyuan_image": Tiny(transformers.hunyuan_image, SIZE),
-    "cogview_4": Tiny(transformers.cogview_4, SIZE | {"max_sequence_length": 32}),
+    "cogview_4": Tiny(transformers.cogview_4, SIZE | {"max_sequence_length": 64}),
     "kandinsky_5": Tiny(transformers.kandinsky_5, SIZE | {"height": 64, "width": 64}),
     "ovis_image": Tiny(transformers.ovis_image, SIZE),
     "wan": Tiny(frames.wan, SHORT | {"num_frames": 5}),

@@ -14,7 +14,6 @@ import slipcast
 from slipcast.progress import Stages, silent
 from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.program import leaves
-from slipcast_compiler.capture.texts import AWKWARD
 from slipcast_compiler.engines.programs import write_bundle
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.host.cache import Cache

@@ -24,8 +24,8 @@ Event = Op | Call
 @dataclass(frozen=True)
 class Part:
     """`inputs` and `outputs`: values, as its `events` number them. `weights`: values that are a component's, by name.
-    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use. `lengths`: that
-    its events follow, told by its inputs."""
+    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use. `lengths`:
+    those that its events follow, as its inputs tell them."""
 
     name: str
     events: tuple[Event, ...]

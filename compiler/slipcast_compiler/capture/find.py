@@ -52,9 +52,10 @@ def find_for(pipe: Any, call: Callable[[str], Mapping[str, Any]]) -> Found:
 def _up_to_the_longest(pipe: Any, call: Callable[[str], Mapping[str, Any]], programs: list[Program]) -> Program:
     """The program of these and of the longest text with which they have one in common; RecipeError if none has."""
     for words in WORDS:
-        text, shorter = " ".join([SHORT] * words), " ".join([SHORT] * (words - words // 5))
+        texts = [" ".join([SHORT] * count) for count in (words, words - words // 5)]
+        longest = with_others(call(texts[0]), lambda _, other=texts[1]: other)  # type: ignore[misc]
         try:
-            return generalise([*programs, capture(pipe, with_others(call(text), lambda _, other=shorter: other))])
+            return generalise([*programs, capture(pipe, longest)])
         except RecipeError:
             if words == WORDS[-1]:
                 raise

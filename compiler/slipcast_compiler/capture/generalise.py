@@ -47,8 +47,8 @@ def generalise(programs: Sequence[Program]) -> Program:
 
 
 def _find_series(programs: Sequence[Program]) -> tuple[_Series, ...]:
-    """One for each text that a tokenizer was given, if its length is to be seen: in the shape of what the tokenizer gave,
-    or, where that is padded, in its mask."""
+    """One for each text that a tokenizer was given, if its length is to be seen: in the shape of what the tokenizer
+    gave, or, where that is padded, in its mask."""
     calls: dict[int, list[tuple[Source, ...]]] = {}
     for sources in zip(*(program.needed_sources for program in programs), strict=False):
         if all(source.kind == "prompt" and source.value.ndim == 2 for source in sources):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
-from slipcast_compiler.capture.program import Op, Padding, Program, Ref, Source, outputs_of, refs
+from slipcast_compiler.capture.program import Op, Padding, Program, Ref, Source, refs
 
 
 def pad_sources(programs: Sequence[Program]) -> list[Program]:
@@ -32,16 +31,17 @@ def _find_padding(programs: Sequence[Program], sources: Sequence[Source]) -> Pad
     pads = [pad for pair in pairs if (pad := _find_pad(*pair))]
     if not pads:
         return None
-    _, tokens, left = pads[0]
+    fills = {int(token) for _, tokens, _ in pads for token in tokens.flatten()}
+    left = pads[0][2]
+    if len(fills) != 1 or any(pad[2] != left for pad in pads):
+        return None
     sizes = [_padded_size(*pair) for pair in pairs]
-    explaining = [
-        padding
-        for multiple in range(2, max(sizes) + 1)
-        if (padding := Padding(multiple, int(tokens.flatten()[0]), left))
-        and [padding(source.value).shape[1] for source in sources] == sizes
-    ]
-    alike = all(torch.equal(program_tokens, tokens.flatten()[0].expand_as(program_tokens)) for _, program_tokens, _ in pads)
-    return explaining[0] if len(explaining) == 1 and alike and all(pad[2] == left for pad in pads) else None
+    explaining = []
+    for multiple in range(2, max(sizes) + 1):
+        padding = Padding(multiple, min(fills), left)
+        if [padding(source.value).shape[1] for source in sources] == sizes:
+            explaining.append(padding)
+    return explaining[0] if len(explaining) == 1 else None
 
 
 def _is_alone(program: Program, source: Source) -> bool:
@@ -50,23 +50,20 @@ def _is_alone(program: Program, source: Source) -> bool:
     return source.kind == "prompt" and source.tokenized is not None and source.value.ndim == 2 and len(of_call) == 1
 
 
-def _find_pad(program: Program, source: Source) -> tuple[int, torch.Tensor, bool] | None:
-    """The place of the event that puts constant tokens beside a source, these, and whether they come first; None where
-    the source is used otherwise."""
-    reading = [place for place in program.needed if Ref(source.id) in refs(_given(program.events[place]))]
-    event = program.events[reading[0]] if len(reading) == 1 else None
-    if not isinstance(event, Op) or event.function is not torch.ops.aten.cat.default or event.args[1:] not in ((1,), (-1,)):
+def _find_pad(program: Program, source: Source) -> tuple[Op, torch.Tensor, bool] | None:
+    """The event that puts constant tokens beside a source, these, and whether they come first; None where the source is
+    used otherwise."""
+    needed = [program.events[place] for place in program.needed]
+    reading = [event for event in needed if Ref(source.id) in refs((event.args, event.kwargs))]
+    event = reading[0] if len(reading) == 1 else None
+    if not isinstance(event, Op) or event.function is not torch.ops.aten.cat.default or event.args[1:] != (1,):
         return None
     match event.args[0]:
         case [torch.Tensor() as tokens, Ref()]:
-            return reading[0], tokens, True
+            return event, tokens, True
         case [Ref(), torch.Tensor() as tokens]:
-            return reading[0], tokens, False
+            return event, tokens, False
     return None
-
-
-def _given(event: Any) -> Any:
-    return event.args, event.kwargs
 
 
 def _padded_size(program: Program, source: Source) -> int:
@@ -79,10 +76,9 @@ def _padded(program: Program, source: Source, padding: Padding) -> Program:
     pad, value, events = _find_pad(program, source), source.id, list(program.events)
     memory, specs = dict(program.memory), dict(program.specs)
     if pad:  # what it gives is a source now; it stays in its place, for nobody
-        (value,) = outputs_of(events[pad[0]])
-        unread = max(memory) + 1
+        (value,), unread = pad[0].outputs, max(memory) + 1
         memory[unread], specs[unread] = max(memory.values()) + 1, specs[value]
-        events[pad[0]] = replace(events[pad[0]], outputs=(unread,))
+        events = [replace(pad[0], outputs=(unread,)) if event is pad[0] else event for event in events]
     made = replace(source, id=value, value=padding(source.value), padding=padding)
     sources = tuple(made if each.id == source.id else each for each in program.sources)
     if pad:

@@ -47,8 +47,8 @@ Spec = tuple[tuple[int | Affine, ...], torch.dtype]  # what a value is: its shap
 
 @dataclass(frozen=True)
 class Length:
-    """How many tokens a text has, from `minimum` to `maximum`. The tensor `value` tells it: by its size in `dim`, which is
-    length + `offset`; or, where there is no `dim`, by how many of its entries are 1."""
+    """How many tokens a text has, from `minimum` to `maximum`. The tensor `value` tells it: by its size in `dim`, which
+    is length + `offset`; or, where there is no `dim`, by how many of its entries are 1."""
 
     name: str
     minimum: int

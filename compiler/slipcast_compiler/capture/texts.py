@@ -1,8 +1,8 @@
 """What becomes of a call's texts before a tokenizer has them: found by giving two and comparing.
 
 A text that a tokenizer is given is prefix + text of the call + suffix, or constant. The text may be stripped, in lower
-case, and cleaned. Whatever else a pipeline does with it is refused: a runtime that did something else would draw something
-else.
+case, and cleaned. Whatever else a pipeline does with it is refused: a runtime that did something else would draw
+something else.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _template(
             return found
     if texts[0] == texts[1]:
         return Template(None, texts[0])
-    raise _refuse(source, program, "prefix + prompt + suffix, perhaps cleaned, stripped and in lower case", repr(texts[1])[:300])
+    raise _refuse(
+        source, program, "prefix + prompt + suffix, perhaps cleaned, stripped and in lower case", repr(texts[1])[:300]
+    )
 
 
 def _refuse(source: Source, program: Program, expected: str, got: str) -> RecipeError:

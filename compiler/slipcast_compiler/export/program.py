@@ -117,9 +117,10 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], program: Progr
     outputs = [f"out_{at}" for at in range(len(part.outputs))]
     try:
         with torch.no_grad(), quiet(), symbols_kept(module):
+            traced = as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(given),)))
             exported = torch.onnx.export(
-                as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(given),))), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
-                input_names=inputs, output_names=outputs,
+                traced, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=inputs,
+                output_names=outputs,
             )  # fmt: skip
     except RecipeError:
         raise
@@ -144,9 +145,7 @@ def _sizes(shape: tuple[int | Affine, ...], lengths: Mapping[str, int]) -> list[
 
 def _free(given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
     """By input, its dimensions that follow a length. How they hang together the tracer finds, as it meets them."""
-    return tuple(
-        {dim: Dim.DYNAMIC for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given
-    )
+    return tuple({dim: Dim.DYNAMIC for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given)
 
 
 def _name_dimensions(model: ir.Model, part: Part, program: Program) -> None:

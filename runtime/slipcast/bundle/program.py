@@ -29,9 +29,9 @@ class PromptSource(Strict):
     """What a tokenizer gives for a text: `prefix` + the user's text + `suffix`, or, without `argument`, these alone.
 
     `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
-    them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice over,
-    and blanks between words are one space. A text that gives another length than that of `shape` is refused; a name there
-    is one of the program's lengths, and so is `length`, that of a text without what pads it.
+    them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice
+    over, and blanks between words are one space. A text that gives another length than that of `shape` is refused; a
+    name there is one of the program's lengths, and so is `length`, that of a text without what pads it.
     """
 
     kind: Literal["prompt"] = "prompt"

@@ -87,7 +87,8 @@ def render(source: PromptSource, text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the ends."""
+    """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the
+    ends."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 

@@ -93,7 +93,8 @@ class Branching(Worded):
         return text.sin() if ids.shape[1] > 10 else text.cos()
 
 
-def _made(kind: Any) -> Any:
+def made(kind: Any) -> Any:
+    """A pipeline of this class."""
     return kind(Denoiser(), DDIMScheduler(), word_tokenizer(1024 if kind is not Padded else 128))
 
 
@@ -126,7 +127,7 @@ def _laws(found: Found) -> set[str]:
     ],
 )
 def test_what_follows_a_length_is_found_and_holds_for_others(kind: Any, laws: set[str], range_: Any) -> None:
-    pipe = _made(kind)
+    pipe = made(kind)
     found = find(pipe, {})
     (length,) = found.program.lengths
     assert _laws(found) == laws and (length.minimum, length.maximum) == range_
@@ -136,7 +137,7 @@ def test_what_follows_a_length_is_found_and_holds_for_others(kind: Any, laws: se
 
 
 def test_shapes_follow_too_and_parts_tell_lengths_by_their_inputs() -> None:
-    found = find(_made(Doubled), {})
+    found = find(made(Doubled), {})
     text = next(event for event in found.program.events if isinstance(event, Call))
     ((_, value),) = text.outputs
     assert found.program.specs[value] == ((1, Affine("length", 2, -1), 2), torch.float32)
@@ -155,7 +156,7 @@ def test_shapes_follow_too_and_parts_tell_lengths_by_their_inputs() -> None:
 )
 def test_what_follows_a_length_otherwise_is_refused_with_its_line(kind: Any, code: str) -> None:
     with pytest.raises(RecipeError, match="the length of a prompt decides what the pipeline does") as refused:
-        find(_made(kind), {})
+        find(made(kind), {})
     assert kind.__name__ in str(refused.value) and _line(code) in str(refused.value.got)
 
 

@@ -87,7 +87,7 @@ PIPELINES: dict[str, Tiny] = {
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
     "stable_audio": Tiny(frames.stable_audio, STEPS | {"audio_end_in_s": 1.0}),
 }
-# Those whose shapes, or what they cut, follow the number of a prompt's words: a program is of one length.
+# Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = ("wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1")
 
 

@@ -4,7 +4,8 @@ bundle of each, which is compared with the pipeline on those.
     python recipes/bench/pipelines.py [NAMES] -o recipes/bench/captures/tiny.json
 
 Each runs in a process of its own. A pipeline whose program is of one prompt length is replayed on a prompt of that
-length, and the table says what comes of another length; of one for any length it says the lengths, in tokens. Kolors needs sentencepiece installed.
+length, and the table says what comes of another length; where it is of any length, the table says of how many tokens.
+Kolors needs sentencepiece installed.
 """
 
 from __future__ import annotations

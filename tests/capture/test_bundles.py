@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundling import bundle_of, compare_bundle, make_bundle
-from test_generalise import Doubled, Padded, PaddedByItself, Placed, made
+from test_generalise import Doubled, Joined, Padded, PaddedByItself, Placed, made
 from tiny import LENGTHS, PIPELINES, open_pipeline
 
 import slipcast
@@ -38,7 +38,7 @@ def test_a_bundle_is_the_pipeline(name: str) -> None:
     assert compare_bundle(open_pipeline(name), name, prompts, 7)["psnr"] >= LEAST_DB
 
 
-@pytest.mark.parametrize("kind", [Doubled, Placed, Padded, PaddedByItself])
+@pytest.mark.parametrize("kind", [Doubled, Joined, Placed, Padded, PaddedByItself])
 def test_a_bundle_takes_prompts_of_all_lengths_in_its_range(kind: Any, tmp_path: Path) -> None:
     pipe = made(kind)
     bundle = bundle_of(pipe, "worded", lambda prompt: make_call(pipe, {}, prompt), tmp_path)

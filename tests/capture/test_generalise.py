@@ -37,18 +37,29 @@ class Worded(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(self, prompt: str, num_inference_steps: int = 3, generator: Any = None) -> dict[str, torch.Tensor]:
         tokens = self.tokenizer(prompt, padding=self.padding, truncation=True, return_tensors="pt")
-        text = self.denoiser(self.of_text(tokens.input_ids, tokens.attention_mask)).mean(dim=1)
+        text = self.denoiser(self.of_text(tokens.input_ids, tokens.attention_mask))
         x = torch.randn(3, 2, generator=generator)
         self.scheduler.set_timesteps(num_inference_steps)
         for time in self.scheduler.timesteps:
-            x = self.scheduler.step(self.denoiser(x) + text, time, x).prev_sample
+            x = self.scheduler.step(self.denoise(x, text), time, x).prev_sample
         return {"x": x}
+
+    def denoise(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.denoiser(x) + text.mean(dim=1)
 
 
 class Doubled(Worded):
     def of_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         text = super().of_text(ids, mask)
         return torch.cat([text, text], dim=1).view(1, 2 * ids.shape[1], 2)[:, 1:]
+
+
+class Joined(Doubled):
+    """Its loop is given no tensor that has as many rows as there are tokens."""
+
+    def denoise(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([x[None], text], dim=1).view(1, 3 + text.shape[1], 2)
+        return self.denoiser(both)[0, :3] + both.mean(dim=1)
 
 
 class Placed(Worded):
@@ -121,6 +132,7 @@ def _laws(found: Found) -> set[str]:
     [
         (Worded, {"length"}, (2, 501)),
         (Doubled, {"length", "2*length"}, (2, 501)),
+        (Joined, {"length", "2*length", "2*length+2"}, (2, 501)),
         (Placed, {"length"}, (2, 501)),
         (Padded, {"length"}, (2, 121)),
         (PaddedByItself, {"length"}, (4, 504)),
@@ -134,6 +146,14 @@ def test_what_follows_a_length_is_found_and_holds_for_others(kind: Any, laws: se
     for prompt in OTHERS:
         verdict = verify(found.program, pipe, make_call(pipe, {}, prompt, 3), make_call(pipe, {}, prompt, 3))
         assert verdict.error == 0 and verdict.holds
+
+
+def test_a_part_whose_inputs_do_not_tell_a_length_is_given_the_tokens() -> None:
+    found = find(made(Joined), {})
+    denoiser = next(part for part in found.cut.parts if part.name == "denoiser")
+    ((tokens, length),) = [(each.value, each) for each in denoiser.lengths]
+    assert length == found.program.lengths[0] and tokens in denoiser.inputs
+    assert all(tokens in use.inputs for use in found.cut.uses if use.part == "denoiser")
 
 
 def test_shapes_follow_too_and_parts_tell_lengths_by_their_inputs() -> None:

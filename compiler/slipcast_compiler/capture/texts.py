@@ -19,6 +19,7 @@ from slipcast_compiler.capture.program import Program, Source
 # Awkward on purpose: blanks at both ends and within, capitals, marks of HTML, an address, punctuation, another script.
 AWKWARD = "  A Big <b>RED</b> circle, \t50% off &amp;lt; http://example.org/a_b.png (1:1) #2 \u201cBleu\u201d \u732b  "
 
+OTHER_PROMPT = "two large things and some words more"  # of another length than the others have
 BLANKS = ((False, False), (True, False), (False, True))  # whether a text is stripped, and cleaned
 SHORT = "a"  # a token in most vocabularies, as it is after a blank
 
@@ -52,8 +53,10 @@ def texts_of(call: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_others(call: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """The call, with each of its prompts but for `prompt` itself changed."""
-    return {**call, **{name: change(text) for name, text in texts_of(call).items() if name != "prompt"}}
+    """The call, with each of its prompts changed but for `prompt` itself, and for those that say nothing: pipelines do
+    something else for them."""
+    others = {name: text for name, text in texts_of(call).items() if name != "prompt" and text.strip()}
+    return {**call, **{name: change(text) for name, text in others.items()}}
 
 
 def find_templates(

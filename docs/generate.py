@@ -33,7 +33,7 @@ BOUNDS = {
     annotated_types.Ge: ("ge", "at least {}"), annotated_types.Gt: ("gt", "above {}"),
     annotated_types.Le: ("le", "at most {}"), annotated_types.Lt: ("lt", "below {}"),
 }  # fmt: skip
-SIMPLE = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+SIMPLE = {str: "text", int: "an integer", float: "a number", bool: "true or false", Any: "values"}
 SEVERAL = {"text": "texts", "an integer": "integers", "a number": "numbers", "true or false": "true and false"}
 
 

@@ -56,7 +56,7 @@ def blocks() -> list[object]:
         for number, (kind, text) in enumerate(block for block in shown if block[1] not in (SET_UP, TESTS)):
             # All but what reads recipes alone.
             quick = "artifacts/" not in text and not re.search(
-                r"slipcast (?!init|doctor$|.*--dry-run)", text, re.MULTILINE
+                r"slipcast (?!init|capture|doctor$|.*--dry-run)", text, re.MULTILINE
             )
             marks = [] if quick else [pytest.mark.slow]
             found.append(pytest.param(kind, text, quick, id=f"{file.stem}-{number}", marks=marks))
@@ -99,7 +99,18 @@ def test_ci_runs_the_readmes_test_command() -> None:
 def test_what_is_shown_runs(request: pytest.FixtureRequest, place: Path, kind: str, text: str, quick: bool) -> None:
     if not quick:
         request.getfixturevalue("shapes_bundle")
+    if "sdxl" in text:
+        save_sdxl(place / "sdxl")
     assert run(kind, text, place).strip()
+
+
+def save_sdxl(folder: Path) -> None:
+    """The checkpoint that docs/capture.md compiles, if it is not there: a tiny one with random weights."""
+    if not folder.exists():
+        sys.path.append(str(ROOT / "tests" / "capture"))
+        from tiny import open_pipeline
+
+        open_pipeline("stable_diffusion_xl").save_pretrained(folder)
 
 
 @pytest.mark.slow

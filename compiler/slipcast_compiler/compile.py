@@ -20,6 +20,7 @@ from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.originals import run_originals
 from slipcast_compiler.judge.weights import check_weights
 from slipcast_compiler.pages import report
+from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.precision.casts import measure_casts
 from slipcast_compiler.schedule.early_exit import choose_exits
@@ -87,7 +88,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
         record = report.make_record(evidence)
         report.write(folder, record, evidence)
         if misses := missed(judged.gates):
-            kept = report.keep(folder, output) / "report.html"
+            kept = keep(folder, output) / "report.html"
             raise CheckFailed(
                 "the gate was missed; nothing was published:\n  " + "\n  ".join(misses),
                 hint=f"look at {kept}, then change the recipe's targets, sampling or limits",

@@ -17,11 +17,14 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
 from slipcast_compiler.judge.captured import draw_originals, judge_program
 from slipcast_compiler.judge.gate import missed
+from slipcast_compiler.pages.evidence import keep
+from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
 from slipcast_compiler.plan_program import ProgramPlan
 
 
 def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stages) -> Compiled:
-    """Make the bundle at `output`. Raises CheckFailed where the program is not the pipeline, or the gate is missed."""
+    """Make the bundle at `output`. Raises CheckFailed where the program is not the pipeline, or, with the report
+    written beside it, where the gate is missed."""
     wait_without_spinning()
     recipe = plan.recipe
 
@@ -31,9 +34,9 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         source = digest(checkpoint, pipeline)
 
         def export(folder: Path) -> None:
-            run_isolated(export_pipeline, checkpoint, pipeline, recipe.call, folder, advance=advance)
+            run_isolated(export_pipeline, checkpoint, pipeline, plan.call, folder, advance=advance)
 
-        given = {"source": source, "pipeline": pipeline, "call": recipe.call}
+        given = {"source": source, "pipeline": pipeline, "call": plan.call}
         entry = cache.get("program", given, export)
 
     # What the pipeline itself draws of held-out prompts.
@@ -49,26 +52,24 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             "family": plan.family and family_record(plan.family),
         }
         fields = write_bundle(entry, recipe.targets, about, folder, cache, stages)
-        judged = judge_program(folder, fields["targets"], originals, recipe.gate, stages)
+        judged = judge_program(folder, fields["program"], fields["targets"], originals, recipe.gate, stages)
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        report = {
-            "recipe": recipe.model_dump(mode="json", exclude_none=True),
-            "capture": dict(plan.summary),
-            "verified": json.loads((entry / VERIFIED).read_text()),
-            "targets": [target.model_dump(mode="json") for target in judged.targets],
-            "not_run": dict(judged.not_run),
-            "seconds": dict(stages.seconds),
-            "host_notes": {},
-        }
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+        verified = json.loads((entry / VERIFIED).read_text())["error"]
+        evidence = ProgramEvidence(
+            recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged,
+            stages.seconds,
+        )  # fmt: skip
+        record = make_program_record(evidence)
+        write_program_report(folder, record, evidence)
         if misses := missed(judged.gates):
+            kept = keep(folder, output) / "report.html"
             raise CheckFailed(
                 "the gate was missed; nothing was published:\n  " + "\n  ".join(misses),
-                hint="change the recipe's targets, or its limits",
+                hint=f"look at {kept}, then change the recipe's targets, or its limits",
             )
         with stages.stage("publish"):
             manifest = publish.write_program_manifest(folder, fields)
             publish.publish(folder, output)
-    return Compiled(output, manifest, report)
+    return Compiled(output, manifest, record)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.check import check_configs
 from slipcast_compiler.model.checkpoint import Checkpoint
 from slipcast_compiler.model.single_file import refuse_file
@@ -17,16 +20,17 @@ from slipcast_compiler.model.weight_files import PICKLES
 from slipcast_compiler.plan import DEFAULT_GUIDANCE, DEFAULT_SAMPLER, DEFAULT_STEPS, FEW_STEPS
 from slipcast_compiler.recipe.family import read_prompts
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
-from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.recipe import OWN, Recipe
 
-TEMPLATE = """\
+HEAD = """\
 # A slipcast recipe; `slipcast compile {file}` makes a bundle of it.
 name = {name}
 
 [model]
 # A diffusers directory, relative to this file; or a hub id, with `revision`.
 path = {model}
-{family}
+{family}"""
+SAMPLING = """
 [sampling]
 sampler = "{sampler}"
 steps = {steps}
@@ -34,17 +38,29 @@ guidance_scale = {guidance}
 width = {width}
 height = {height}
 # schedule = "karras"              # default: what the checkpoint's scheduler asks for
-
+"""
+CALL = """
+[call]
+# Arguments of {pipeline}, which are fixed in the bundle; these are its own defaults.
+{arguments}
+"""
+EVALUATE = """
 [evaluate]
 images = 16                        # to judge by
+"""
+JUDGES = """\
 # scorer = "path/to/clip"          # a CLIP directory or hub id; gate.clip_drop needs it
 # lpips = "path/to/weights"        # alex.pth of the lpips package and torchvision's alexnet-*.pth
 # out_of_family = ["..."]          # prompts to judge apart, without limits
-
+"""
+GATE = """
 [gate]                             # limits against the original, same prompts and noise
 psnr = 30.0                        # dB, on the worst image
+"""
+CLIP_GATE = """\
 # clip_drop = 0.02                 # relative, on average; clip_drop_worst: on the worst image
-
+"""
+TARGETS = """
 # The first target is the default one.
 [[targets]]
 engine = "openvino"
@@ -87,9 +103,8 @@ def first_recipe(model: Path, prompts: Path | None, output: Path) -> str:
             hint="write the recipe for a directory of the same kind; then model.path = FILE, model.config = DIRECTORY",
         )  # fmt: skip
     checkpoint = Checkpoint(model.resolve(), str(model))
-    check_configs(checkpoint)
-    width, height = checkpoint.native_size
-    conditional = bool(checkpoint.architecture.text)
+    captured = not is_known(str(checkpoint.index.get("_class_name")))
+    conditional, middle = (_call if captured else _sampling)(checkpoint)
     if conditional != (prompts is not None):
         raise RecipeError(
             f"{model} takes {'prompts' if conditional else 'no prompts'}",
@@ -101,12 +116,55 @@ def first_recipe(model: Path, prompts: Path | None, output: Path) -> str:
         except FileNotFoundError:
             raise RecipeError(f"{prompts}: no such file", expected="a text file, one prompt a line") from None
     beside = output.resolve().parent
+    family = FAMILY.format(prompts=_quoted(prompts, beside)) if prompts else ""
+    name = json.dumps(first_name(model, prompts))
+    head = HEAD.format(file=output, name=name, model=_quoted(model, beside), family=family)
+    judged = (EVALUATE, GATE) if captured else (EVALUATE, JUDGES, GATE, CLIP_GATE)
+    return "".join((head, middle, *judged, TARGETS))
+
+
+def _sampling(checkpoint: Checkpoint) -> tuple[bool, str]:
+    """Of an architecture that is described: whether it takes prompts, and its [sampling]."""
+    check_configs(checkpoint)
+    width, height = checkpoint.native_size
     sampler, steps, guidance = _first_sampling(checkpoint)
-    return TEMPLATE.format(
-        file=output, name=json.dumps(first_name(model, prompts)), model=_quoted(model, beside),
-        width=width, height=height, sampler=sampler, steps=steps, guidance=guidance,
-        family=FAMILY.format(prompts=_quoted(prompts, beside)) if prompts else "",
-    )  # fmt: skip
+    table = SAMPLING.format(sampler=sampler, steps=steps, guidance=guidance, width=width, height=height)
+    return bool(checkpoint.architecture.text), table
+
+
+def _call(checkpoint: Checkpoint) -> tuple[bool, str]:
+    """Of a pipeline that is captured: whether it takes prompts, and its [call], in comments."""
+    from slipcast_compiler.capture.open import open_without_weights
+
+    pipe = open_without_weights(checkpoint.root)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    lines = [f"# {name} = {json.dumps(value)}" for name, value in _defaults(pipe, parameters).items()]
+    lines += [f"# {name} = ...  (has to be given)" for name in _missing(parameters)]
+    if "negative_prompt" in parameters:
+        lines.append('# negative_prompt = "blurry"       # with one here, a run may give another')
+    return "prompt" in parameters, CALL.format(pipeline=type(pipe).__name__, arguments="\n".join(lines))
+
+
+def _defaults(pipe: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The arguments that a recipe may give, with their defaults, where these can be said in a word."""
+    side, factor = getattr(pipe, "default_sample_size", None), getattr(pipe, "vae_scale_factor", None)
+    known = side * factor if isinstance(side, int) and isinstance(factor, int) else None
+    sizes = dict.fromkeys(("height", "width"), known)
+    given = {name: parameter.default for name, parameter in parameters.items() if name not in OWN}
+    given = {name: sizes.get(name) if value is None else value for name, value in given.items()}
+    return {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, int | float | str) and not re.fullmatch(r"num_\w+_per_prompt|callback\w*|.*prompt", name)
+    }
+
+
+def _missing(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Arguments without a default, but for self and what stands for any others."""
+    empty = [
+        name for name, each in parameters.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    ]
+    return [name for name in empty if name not in ("self", *OWN)]
 
 
 def is_model(path: Path) -> bool:

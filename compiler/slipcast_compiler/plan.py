@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.run.guard import NEIGHBOURS
 from slipcast.sampling.samplers import SAMPLERS, find_sampler
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.judge.lpips import SMALLEST, find_weights
 from slipcast_compiler.judge.originals import Evaluation
 from slipcast_compiler.judge.scorer import find_scorer
 from slipcast_compiler.model.agreement import check_agreement
+from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
-from slipcast_compiler.model.checkpoint import Checkpoint, open_checkpoint, read_tokenizer
+from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, locate, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.model.scheduler import FILE, read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
@@ -32,6 +37,7 @@ from slipcast_compiler.recipe.targets import TargetTable
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 MOST_GUARDED = 4096
 LEAST_TO_EXIT = 3
+RESOLVED = "resolved.json"
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 
 
@@ -47,17 +53,13 @@ class Plan:
     original: Original
     family: Family | None  # None for an unconditional model
     sampling: Sampling
+    reference: Sampling  # of the original that the bundle is judged against: guidance at every step, no schedule found
     out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
 
     @property
     def checkpoint(self) -> Checkpoint:
         """The original's."""
         return self.original.checkpoint
-
-    @cached_property
-    def reference(self) -> Sampling:
-        """The sampling of the original that the bundle is judged against: guidance at every step, no schedule found."""
-        return _sampling(self.recipe.asked_of_original(), self.checkpoint)
 
     @property
     def measuring(self) -> Sampling:
@@ -116,8 +118,20 @@ class Plan:
         return Drawing(self.original, self.sampling, prompts, CALIBRATION.take(len(prompts)))
 
 
-def make_plan(recipe: Recipe, folder: Path) -> Plan:
-    """Resolve a recipe (whose paths are relative to `folder`).
+@dataclass(frozen=True)
+class Resolved:
+    """What a recipe and its checkpoint say together, once they were found to fit: the dimensions that are known, the
+    tokenizers by folder, and both samplings in full."""
+
+    image: ImageGeometry
+    sizes: Mapping[str, int]
+    tokenizers: Mapping[str, Tokenizer]
+    sampling: Sampling
+    reference: Sampling
+
+
+def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
+    """Resolve a recipe (whose paths are relative to `folder`); with a `cache`, what is asked of the checkpoint once.
 
     RecipeError where it and its checkpoint contradict, HostError where an engine it names is not installed.
     """
@@ -133,11 +147,11 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
             raise RecipeError(f"evaluate.{key} is for a model with prompts, which this one has not", expected="none")
     for source in checkpoint.architecture.components.values():
         checkpoint.weights(source.folder)  # reads headers only: what is missing or damaged is found now
-    check_configs(checkpoint)
+    found = _resolved_before(recipe, checkpoint, cache) if cache else _resolve(recipe, checkpoint)
     if recipe.evaluate.scorer:
         find_scorer(recipe.evaluate.scorer, folder)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
-    image = _geometry(recipe, checkpoint)
+    image = found.image
     if recipe.evaluate.lpips:
         find_weights(folder / recipe.evaluate.lpips)
         if min(image.width, image.height) < SMALLEST:
@@ -145,23 +159,54 @@ def make_plan(recipe: Recipe, folder: Path) -> Plan:
                 "evaluate.lpips: the pictures are too small", expected=f"{SMALLEST} pixels",
                 got=f"{image.width}x{image.height}",
             )  # fmt: skip
-    sampling = _sampling(recipe.sampling, checkpoint)
-    _check_sampling(recipe, checkpoint, sampling)
-    original = _original(checkpoint, image)
+    _check_sampling(recipe, checkpoint, found.sampling)
+    original = Original(checkpoint, image, found.sizes, found.tokenizers)
     strangers = outside(recipe.evaluate, family, folder) if family else ()
     if strangers and family and family.closed:
         raise RecipeError(
             "evaluate.out_of_family: a closed family's bundle takes no other prompts",
             expected="none, or an open family", got=f"{len(strangers)} prompts",
         )  # fmt: skip
-    plan = Plan(recipe, folder, original, family, sampling, strangers)
+    plan = Plan(recipe, folder, original, family, found.sampling, found.reference, strangers)
     _check_guard(plan)
     _check_caching(plan)
+    return plan
+
+
+def _resolved_before(recipe: Recipe, checkpoint: Checkpoint, cache: Cache) -> Resolved:
+    """As _resolve, from the cache: torch and diffusers, which it asks, take seconds to import."""
+    given = recipe.model_dump(mode="json", include={"sampling", "reference", "decode"})
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    record = TypeAdapter(Resolved)
+
+    def build(out: Path) -> None:
+        (out / RESOLVED).write_bytes(record.dump_json(_resolve(recipe, checkpoint)))
+
+    entry = cache.get("resolved", {"source": checkpoint.sha256, "recipe": given, "versions": versions}, build)
+    return record.validate_json((entry / RESOLVED).read_bytes())
+
+
+def _resolve(recipe: Recipe, checkpoint: Checkpoint) -> Resolved:
+    """RecipeError where they contradict, or where a component is not what its architecture says."""
+    check_configs(checkpoint)
+    image = _geometry(recipe, checkpoint)
+    sampling = _sampling(recipe.sampling, checkpoint)
+    _check_sampling(recipe, checkpoint, sampling)
+    reference = _sampling(recipe.asked_of_original(), checkpoint)
+    original = _original(checkpoint, image)
     check_tokenizers(original)
     check_components(original)
-    for sampling in (plan.reference, plan.sampling):
-        check_agreement(sampling, checkpoint.scheduler)
-    return plan
+    for each in (reference, sampling):
+        check_agreement(each, checkpoint.scheduler)
+    return Resolved(image, original.sizes, original.tokenizers, sampling, reference)
+
+
+def is_captured(recipe: Recipe, folder: Path) -> bool:
+    """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""
+    if recipe.model.pipeline or recipe.call:
+        return True
+    root, _ = locate(recipe.model, folder)
+    return root.is_dir() and not is_known(str(Checkpoint(root, "").index.get("_class_name")))
 
 
 def check_targets(tables: tuple[TargetTable, ...]) -> None:
@@ -192,7 +237,8 @@ def replan(plan: Plan, recipe: Recipe) -> Plan:
     contradict."""
     sampling = _sampling(recipe.sampling, plan.checkpoint)
     _check_sampling(recipe, plan.checkpoint, sampling)
-    changed = dataclasses.replace(plan, recipe=recipe, sampling=sampling)
+    reference = _sampling(recipe.asked_of_original(), plan.checkpoint)
+    changed = dataclasses.replace(plan, recipe=recipe, sampling=sampling, reference=reference)
     _check_caching(changed)
     return changed
 

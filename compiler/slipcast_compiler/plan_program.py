@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.find import find
+from slipcast_compiler.capture.cut import Cut
+from slipcast_compiler.capture.find import Found, find
 from slipcast_compiler.capture.open import open_without_weights
+from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.judge.captured import PipelineDrawing
-from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
-from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE
 from slipcast_compiler.recipe.targets import TargetTable
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset({"name", "model", "call", "family", "evaluate", "gate", "targets"})
+UNUSED = (
+    ("model", "variant"),
+    ("evaluate", "scorer"),
+    ("evaluate", "lpips"),
+    ("evaluate", "out_of_family"),
+    ("evaluate", "out_of_family_file"),
+)
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """A recipe for a pipeline that is captured. `summary`: what `slipcast capture` says of it, and its parts."""
+    """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `summary`:
+    what `slipcast capture` says of it; `parts`: those of the bundle, as PartRecord has them."""
 
     recipe: Recipe
-    folder: Path
     checkpoint: Checkpoint
+    call: Mapping[str, Any]
     family: Family | None
     summary: Mapping[str, Any]
+    parts: Mapping[str, Any]
 
     @property
     def drawing(self) -> PipelineDrawing:
@@ -42,15 +54,22 @@ class ProgramPlan:
         table, family = self.recipe.evaluate, self.family
         prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
         seeds = GATE.take(len(prompts), table.seed)
-        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.recipe.call, prompts, seeds)
+        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.call, prompts, seeds)
 
-
-def is_captured(recipe: Recipe, folder: Path) -> bool:
-    """Whether a recipe is for a pipeline that is captured: of its own, with a [call], or one that nothing describes."""
-    if recipe.model.pipeline or recipe.call:
-        return True
-    root, _ = locate(recipe.model, folder)
-    return root.is_dir() and not is_known(str(Checkpoint(root, "").index.get("_class_name")))
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a dry run says; plain JSON."""
+        family = self.family
+        return {
+            "name": self.recipe.name,
+            "model": self.checkpoint.name,
+            "family": family and {"calibration": len(family.calibration), "held_out": len(family.held_out)},
+            "judged_on": len(self.drawing.prompts),
+            "call": dict(self.call),
+            "parts": dict(self.parts),
+            "targets": [table.name for table in self.recipe.targets],
+            **self.summary,
+        }
 
 
 def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
@@ -64,20 +83,50 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     root, name = locate(recipe.model, folder)
     checkpoint = Checkpoint(root, name, recipe.model.variant)
     pipe = open_without_weights(root, recipe.model.pipeline)
-    found = find(pipe, recipe.call)
+    call = _with_steps(pipe, recipe.call)
+    found = find(pipe, call)
+    _check_sources(found, name, recipe)
+    family = expand(recipe.family, recipe.name, folder) if recipe.family else None
+    summary = summarise(found.program, pipe)
+    return ProgramPlan(recipe, checkpoint, call, family, summary, _parts(found.cut, summary["components"]))
+
+
+def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with the pipeline's own number of steps, where none is given: a capture alone is content with fewer."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    usual = {"num_inference_steps": parameter.default} if parameter and isinstance(parameter.default, int) else {}
+    return {**usual, **given}
+
+
+def _parts(cut: Cut, components: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, what a PartRecord says of it."""
+    found = {}
+    for part in cut.parts:
+        modules = [event.module for event in part.events if isinstance(event, Call)]
+        found[part.name] = {
+            "modules": modules,
+            "parameters": sum(components[module]["parameters"] for module in dict.fromkeys(modules)),
+            "operators": len(part.events) - len(modules),
+            "uses": sum(use.part == part.name for use in cut.uses),
+            "constants": len(part.table),
+        }
+    return found
+
+
+def _check_sources(found: Found, name: str, recipe: Recipe) -> None:
+    """RecipeError where what it draws depends on what no family has, or not on what it has."""
+    if pictures := [".".join(map(str, s.detail)) for s in found.program.needed_sources if s.kind == "image"]:
+        raise RecipeError(
+            f"{name} is given pictures, which is not for a compile yet",
+            expected="a pipeline of texts alone, or of nothing",
+            got=", ".join(pictures),
+        )
     prompted = any(template.argument == "prompt" for template in found.templates.values())
     if prompted != bool(recipe.family):
         raise RecipeError(
-            f"{name} takes {'a prompt' if prompted else 'no prompts'}",
+            f"what {name} draws depends on {'a prompt' if prompted else 'no prompt'}",
             expected="a [family]" if prompted else "a recipe without [family]",
         )
-    family = expand(recipe.family, recipe.name, folder) if recipe.family else None
-    summary = summarise(found.program, pipe)
-    summary["parts"] = {
-        part.name: {"events": len(part.events), "uses": sum(use.part == part.name for use in found.cut.uses)}
-        for part in found.cut.parts
-    }
-    return ProgramPlan(recipe, folder, checkpoint, family, summary)
 
 
 def _check_tables(recipe: Recipe) -> None:
@@ -90,17 +139,23 @@ def _check_tables(recipe: Recipe) -> None:
         )
     if recipe.family and recipe.family.closed:
         raise RecipeError("family.closed is not for a captured pipeline yet", expected="an open family", got="closed")
-    for name in ("out_of_family", "out_of_family_file"):
-        if getattr(recipe.evaluate, name):
-            raise RecipeError(f"evaluate.{name} is not for a captured pipeline yet", expected="none", got="some")
-    if "prompt" in recipe.call:
-        raise RecipeError("call.prompt: prompts are those of the [family]", expected="none", got=recipe.call["prompt"])
-    if recipe.call.get("num_images_per_prompt", 1) != 1:
-        raise RecipeError(
-            "call.num_images_per_prompt: a program draws one image; a run draws as many as it is asked for, one by one",
-            expected=1,
-            got=recipe.call["num_images_per_prompt"],
-        )
+    for table, name in UNUSED:
+        if getattr(getattr(recipe, table), name):
+            raise RecipeError(f"{table}.{name} is not for a captured pipeline yet", expected="none", got="some")
+    _check_call(recipe.call)
+
+
+def _check_call(call: Mapping[str, Any]) -> None:
+    """RecipeError for arguments that are a run's, or the compile's own."""
+    for name, value in call.items():
+        if name in OWN:
+            raise RecipeError(f"call.{name}: {OWN[name]}", expected="none", got=value)
+        if re.fullmatch(r"num_\w+_per_prompt", name) and value != 1:
+            raise RecipeError(
+                f"call.{name}: a program draws one image; a run draws as many as it is asked for, one by one",
+                expected=1,
+                got=value,
+            )
 
 
 def _check_precisions(tables: tuple[TargetTable, ...]) -> None:
@@ -110,4 +165,10 @@ def _check_precisions(tables: tuple[TargetTable, ...]) -> None:
                 f"target {table.name} is not for a captured pipeline yet",
                 expected="openvino, onnxruntime or onnxruntime-gpu, in fp32, bf16 or fp16",
                 got=table.name,
+            )
+        if table.max_cast_error:
+            raise RecipeError(
+                f"target {table.name}: max_cast_error is not for a captured pipeline yet",
+                expected="none",
+                got=table.max_cast_error,
             )

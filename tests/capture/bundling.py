@@ -16,6 +16,7 @@ from slipcast.progress import Stages, silent
 from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
@@ -36,6 +37,7 @@ def bundle_of(pipe: Any, name: str, call: Callable[[str], dict[str, Any]], folde
     def export(out: Path) -> None:
         found = find_for(pipe, call)
         export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
+        leave_loop(out)
 
     entry = cache.get("program", {"name": name}, export)
     about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from test_generalise import Doubled, Joined, Padded, PaddedByItself, Placed, mad
 from tiny import LENGTHS, PIPELINES, open_pipeline
 
 import slipcast
+from slipcast.bundle.reader import open_any_bundle
+from slipcast.engines import EngineWrapper
 from slipcast.errors import RequestError
 from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.graph.cut import count_parameters
+from slipcast_compiler.graph.weights import load
 from slipcast_compiler.recipe.targets import TargetTable
 
 OTHER = "a large blue star on a black background"
@@ -57,6 +62,7 @@ def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
     tables = TargetTable(engine="onnxruntime"), TargetTable(engine="openvino")
     bundle = make_bundle(open_pipeline("flux"), "flux", tmp_path, *tables)
     drawn = {}
+    assert {"denoiser", "denoiser_prompt", "denoiser_prompt_step"} <= set(open_any_bundle(bundle).manifest.components)
     for engine in ("onnxruntime", "openvino"):
         with slipcast.load(bundle, target=engine) as pipe:
             both = pipe(OTHER, seed=3, num_images_per_prompt=2, output_type="np").images
@@ -64,3 +70,31 @@ def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(both[1], alone[0])
         drawn[engine] = both
     np.testing.assert_allclose(drawn["onnxruntime"], drawn["openvino"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("flux", 0.3), pytest.param("stable_diffusion_3", 0.08, marks=pytest.mark.slow)]
+)
+def test_what_leaves_the_loop(name: str, least: float, tmp_path: Path) -> None:
+    """Modulation by pooled text and timestep is called once for each prompt and step, whatever the images."""
+    bundle = make_bundle(open_pipeline(name), name, tmp_path)
+    called = Counter[str]()
+
+    def counted(component: str, open: Any) -> Any:
+        engine = open()
+        engine_call = engine.__call__
+
+        class Counted(EngineWrapper):
+            def __call__(self, arrays: Any) -> Any:
+                called[component] += 1
+                return engine_call(arrays)
+
+        return Counted(engine)
+
+    with slipcast.load(bundle, instrument=counted) as pipe:
+        pipe(OTHER, seed=3, num_images_per_prompt=2, output_type="np")
+    assert called["denoiser"] == 2 * 3
+    assert (called["denoiser_prompt"], called["denoiser_prompt_step"], called["conditioning"]) == (1, 3, 1)
+    sizes = {part: count_parameters(load(bundle / f"onnxruntime-fp32/{part}.onnx").graph) for part in called}
+    early = sizes["denoiser_prompt"] + sizes["denoiser_prompt_step"]
+    assert early / (early + sizes["denoiser"]) >= least

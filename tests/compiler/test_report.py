@@ -21,7 +21,7 @@ from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.judge.evaluate import Judged
 from slipcast_compiler.judge.gate import GateRow
 from slipcast_compiler.judge.originals import Originals, Run
-from slipcast_compiler.pages import report
+from slipcast_compiler.pages import evidence, report
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import parse_recipe
 from slipcast_compiler.recipe.recipe import Recipe
@@ -129,14 +129,14 @@ def test_toml_of_every_shipped_recipe(recipe: Path) -> None:
     ],
 )
 def test_numbers_as_shown(metric: str, value: float | None, text: str) -> None:
-    assert report.shown(value, metric) == text
+    assert evidence.shown(value, metric) == text
 
 
 @pytest.mark.parametrize(
     ("natural", "runs", "width"), [(64, 1, 256), (64, 2, 192), (512, 1, 256), (512, 2, 192), (200, 1, 200), (96, 9, 96)]
 )
 def test_picture_width(natural: int, runs: int, width: int) -> None:
-    assert report.picture_width(natural, runs) == width
+    assert evidence.picture_width(natural, runs) == width
 
 
 def _record(*rows: GateRow) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _record(*rows: GateRow) -> dict[str, Any]:
         "sampling": {"sampler": "euler", "steps": 20, "guidance_scale": 4.0}, "timesteps": None, "search": None,
         "reference": {"sampler": "heun", "steps": 50, "guidance_scale": 7.0},
         "targets": [{"id": "t-cpu-fp32", "quality": quality, "performance": performance}],
-        "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": report._verdict({"t-cpu-fp32": rows}),
+        "gate": {"t-cpu-fp32": [vars(row) for row in rows]}, "passed": evidence.verdict({"t-cpu-fp32": rows}),
         "not_run": {}, "guard": None, "mixed_precision": {}, "early_exit": None, "cut": None, "caching": None,
     }  # fmt: skip
 

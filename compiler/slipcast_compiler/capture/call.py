@@ -45,5 +45,9 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
 def _image(name: str, parameter: inspect.Parameter, call: Mapping[str, Any]) -> torch.Tensor:
     """A grey picture for an argument that is one, float32 [1, 3, height, width] in [0, 1]."""
     if "image" not in name.lower() and "image" not in str(parameter.annotation).lower():
-        raise RecipeError(f"call.{name} has to be given", expected=f"--set {name}=VALUE", got="nothing")
+        raise RecipeError(
+            f"call.{name} has to be given",
+            expected=f"{name} = VALUE under [call], or --set {name}=VALUE of `slipcast capture`",
+            got="nothing",
+        )
     return torch.full((1, 3, call.get("height", SIDE), call.get("width", SIDE)), 0.5)

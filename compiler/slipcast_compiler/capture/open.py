@@ -65,7 +65,7 @@ def find_pipeline(name: str) -> Any:
         found = getattr(importlib.import_module(module or "diffusers"), own, None)
     except ImportError as error:
         raise RecipeError(f"model.pipeline: {module} cannot be imported", got=str(error)) from None
-    if not inspect.isclass(found):
+    if not inspect.isclass(found) or not hasattr(found, "set_progress_bar_config"):
         raise RecipeError(
             f"there is no pipeline {name}",
             expected="a class of diffusers, or package.module:Class",

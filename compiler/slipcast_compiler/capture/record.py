@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             f"{problem} with these arguments",
             expected="a call that runs to its end",
             got=f"{type(error).__name__} at {place}: {error}".splitlines()[0],
-            hint="give what the call needs with --set KEY=VALUE; `slipcast --debug capture ...` shows where it failed",
+            hint="give what it needs under [call], or with --set; `slipcast --debug capture ...` shows where it failed",
         )
 
     # --- values ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.open import open_with_weights, open_without_weights
 from slipcast_compiler.capture.program import Program
@@ -18,7 +19,13 @@ from slipcast_compiler.recipe.reading import parse_override
 
 
 def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], check: bool) -> dict[str, Any]:
-    """Capture the pipeline of a directory, from its configs alone; with `check`, verify it with its weights."""
+    """Capture the pipeline of a directory, from its configs alone; with `check`, verify it with its weights.
+
+    RecipeError where there is no such directory.
+    """
+    if not root.is_dir():
+        got = "a file" if root.exists() else "no such directory"
+        raise RecipeError(f"{root}: nothing to capture", expected="a diffusers directory", got=got)
     given: dict[str, Any] = {}
     for override in overrides:
         parse_override(given, override)

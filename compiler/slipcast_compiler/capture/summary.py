@@ -55,7 +55,7 @@ def _source(program: Program, source: Source) -> dict[str, Any]:
     shape = program.specs[source.id][0]
     return {
         "kind": source.kind,
-        "name": ".".join(map(str, source.detail)),
+        "name": (" by " if source.kind == "noise" else ".").join(map(str, source.detail)),
         "dtype": str(source.value.dtype).removeprefix("torch."),
         "shape": [size if isinstance(size, int) else str(size) for size in shape],
     }

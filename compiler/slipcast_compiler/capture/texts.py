@@ -86,7 +86,7 @@ def _template(
 ) -> Template:
     for name, (strip, clean), lower in product(arguments[0], BLANKS, (False, True)):
         plain = Template(name, lower=lower, strip=strip, clean=clean)
-        prefix, text, suffix = texts[0].partition(plain(arguments[0]))
+        prefix, text, suffix = texts[0].partition(plain(arguments[0]) or "\0")  # an empty one is constant
         found = replace(plain, prefix=prefix, suffix=suffix)
         if text and text not in suffix and tuple(map(found, arguments)) == texts:
             return found

@@ -34,10 +34,10 @@ def compile_command(
     beside the bundle.
     """
     from slipcast_compiler.estimate import summarise
+    from slipcast_compiler.host.cache import Cache
     from slipcast_compiler.host.publish import check_output
     from slipcast_compiler.init import is_model, read_first_recipe
-    from slipcast_compiler.plan import make_plan
-    from slipcast_compiler.plan_program import is_captured
+    from slipcast_compiler.plan import is_captured, make_plan
     from slipcast_compiler.recipe.reading import read_recipe
 
     if is_model(recipe):
@@ -51,7 +51,8 @@ def compile_command(
     if is_captured(parsed, recipe.parent):
         _compile_program(parsed, recipe.parent, output, dry_run, cache, as_json)
         return
-    plan = make_plan(parsed, recipe.parent)
+    made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: its space is not asked for again
+    plan = make_plan(parsed, recipe.parent, None if dry_run else Cache(cache))
     summary = summarise(plan) | {"output": str(output)}  # what a search may turn is refused here
     if dry_run:
         emit(summary, _plan_text(summary), as_json)
@@ -59,31 +60,52 @@ def compile_command(
     from slipcast.engines.resources import check_space
     from slipcast.progress import Stages
     from slipcast_compiler.compile import compile_plan
-    from slipcast_compiler.host.cache import Cache
 
     bundle, entries = summary["disk_bytes"]["bundle"], summary["disk_bytes"]["cache"]
-    made_before = cache.is_dir() and any(cache.iterdir())  # perhaps all of it: then it is not asked for again
     check_space(output, bundle + (0 if made_before else entries), f"{output} and the cache")
     _tell(compile_plan(plan, output, Cache(cache), Stages()), output, as_json)
 
 
 def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, cache: Path, as_json: bool) -> None:
     """Of a pipeline that is captured."""
-    from slipcast_compiler.capture.summary import render
     from slipcast_compiler.plan_program import make_program_plan
 
     if recipe.model.pipeline and ":" in recipe.model.pipeline:
         sys.path.append(str(folder.resolve()))  # the user's own module may lie beside the recipe
     plan = make_program_plan(recipe, folder)
     if dry_run:
-        summary = {"name": recipe.name, "model": plan.checkpoint.name, "output": str(output), **plan.summary}
-        emit(summary, f"{recipe.name}: {plan.checkpoint.name} -> {output}\n{render(dict(plan.summary))}", as_json)
+        summary = {**plan.told, "output": str(output)}
+        emit(summary, _program_text(summary), as_json)
         return
     from slipcast.progress import Stages
     from slipcast_compiler.compile_program import compile_program
     from slipcast_compiler.host.cache import Cache
 
     _tell(compile_program(plan, output, Cache(cache), Stages()), output, as_json)
+
+
+def _program_text(summary: dict[str, Any]) -> str:
+    from slipcast_compiler.capture.summary import render
+
+    family = summary["family"]
+    lines = [
+        f"{summary['name']}: {summary['model']} -> {summary['output']}",
+        *(
+            [f"  family     {family['calibration']} calibration and {family['held_out']} held-out prompts"]
+            * bool(family)
+        ),
+        f"  judged on  {summary['judged_on']} images",
+        f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
+        *(
+            f"  part       {name}: {', '.join(part['modules']) or 'no module'}, {part['operators']} operators, "
+            f"uses: {part['uses']}"
+            for name, part in summary["parts"].items()
+        ),
+        *(f"  target     {target}" for target in summary["targets"]),
+        "",
+        render(summary),
+    ]
+    return "\n".join(lines)
 
 
 def _tell(made: Compiled, output: Path, as_json: bool) -> None:

@@ -52,7 +52,7 @@ def _check_rows(components: Mapping[str, Component], tables: tuple[TargetTable, 
         for spec in component.inputs:
             if spec.shape and isinstance(spec.shape[0], str):
                 raise RecipeError(
-                    f"{name}: the first dimension of a tensor follows the length of a prompt, which is not for OpenVINO",
+                    f"{name}: the first dimension of an input follows the length of a prompt: not for OpenVINO",
                     expected="engine = onnxruntime",
                     got=f"{spec.name} [{', '.join(map(str, spec.shape))}]",
                 )

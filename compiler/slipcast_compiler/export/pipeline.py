@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_others
 from slipcast_compiler.capture.verify import LIMIT, verify
+from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 
 VERIFIED = "verified.json"
@@ -36,6 +38,7 @@ def export_pipeline(
     prompts = (AWKWARD, OTHER_PROMPT) if found.program.lengths else (AWKWARD,)  # the other is of a length not captured
     error = max(_verified(found.program, pipe, given, prompt) for prompt in prompts)
     export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
+    leave_loop(folder)
     (folder / VERIFIED).write_text(json.dumps({"error": error}))
     return {}
 
@@ -45,6 +48,12 @@ def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str
     pipeline then."""
     calls = [with_others(make_call(pipe, given, prompt, seed=1), lambda text: f"{text} {SHORT}") for _ in range(2)]
     verdict = verify(program, pipe, *calls)
+    if verdict.error is not None and math.isnan(verdict.error):
+        raise ArtifactError(
+            f"{program.pipeline} gives NaN or infinity, so that nothing can be compared with it",
+            expected="numbers",
+            got=f"none, from {verdict.difference} on",
+        )
     if verdict.error is None or not verdict.holds:
         raise CheckFailed(
             f"{program.pipeline}: what was captured is not the pipeline for another prompt and seed",

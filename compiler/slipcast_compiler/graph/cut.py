@@ -59,14 +59,14 @@ class Parts:
     parameters: int
 
 
-def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Parts:
+def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY), inputs: Mapping[str, Binding] = INPUTS) -> Parts:
     """Cut a denoiser as it was exported; what is bound neither `early` nor later than that stays in the loop.
 
-    The model is rewritten on the way (see broadcast_late).
+    `inputs`: when those that are not known with the prompt are. The model is rewritten on the way (see broadcast_late).
     """
     graph, nodes, parameters = model.graph, len(model.graph), count_parameters(model.graph)
     broadcast_late(model)
-    bound = {v: b if b in early or b == Binding.CONSTANT else Binding.LATENT for v, b in bind(graph).items()}
+    bound = {v: b if b in early or b == Binding.CONSTANT else Binding.LATENT for v, b in bind(graph, inputs).items()}
     late = {node for node in graph if bound[node.outputs[0]] == Binding.LATENT}
     into_loop = _cut(graph, bound, set(EARLY), late)
     mixed = {node for node in _needed(into_loop) if bound[node.outputs[0]] == Binding.STEP | Binding.PROMPT}
@@ -82,10 +82,10 @@ def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY)) -> Parts:
     return Parts(graphs, nodes, parameters)
 
 
-def bind(graph: ir.Graph) -> dict[ir.Value, Binding]:
-    """The binding time of every value."""
+def bind(graph: ir.Graph, inputs: Mapping[str, Binding] = INPUTS) -> dict[ir.Value, Binding]:
+    """The binding time of every value; see cut."""
     bound = dict.fromkeys(graph.initializers.values(), Binding.CONSTANT)
-    bound |= {value: INPUTS.get(value.name, Binding.PROMPT) for value in graph.inputs}
+    bound |= {value: inputs.get(str(value.name), Binding.PROMPT) for value in graph.inputs}
     for node in graph:
         assert not any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()), node.op_type
         join = Binding.CONSTANT

@@ -6,11 +6,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from slipcast.bundle.manifest import Metrics, Quality, Target
+from slipcast.bundle.program import Program
+from slipcast.errors import ArtifactError, CheckFailed, NumericalError
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.open import open_with_weights
@@ -22,10 +25,13 @@ from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.evaluate import Judged, compare, not_runnable, performance
 from slipcast_compiler.judge.gate import apply_gate
-from slipcast_compiler.judge.metrics import Reference
+from slipcast_compiler.judge.metrics import Reference, intervals, psnr, summarise
 from slipcast_compiler.judge.originals import Run, read_run
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.recipe.recipe import GateTable
+
+Floats = npt.NDArray[np.float32]
+Output = Literal["image", "frames", "array"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,16 @@ class PipelineDrawing:
 
 @dataclass(frozen=True)
 class PipelineOriginals:
-    """What it drew, and what that took."""
+    """What it drew, and what that took. `run`: whose images are as the pipeline returned them, see laid."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
     run: Run
+
+    def laid(self, kind: Output) -> Floats:
+        """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of arrays [n, ...]."""
+        images = self.run.images
+        return images if kind == "array" else np.moveaxis(images, -3, -1)
 
 
 def draw_originals(
@@ -62,29 +73,57 @@ def draw_originals(
 
 
 def judge_program(
-    folder: Path, targets: Sequence[Target], originals: PipelineOriginals, gate: GateTable, stages: Stages
-) -> Judged:
-    """Draw the same with every target of the bundle in `folder`, each in a process of its own."""
-    reference = Reference(originals.run.images, originals.prompts)
+    folder: Path, program: Program, targets: Sequence[Target], originals: PipelineOriginals, gate: GateTable,
+    stages: Stages,
+) -> Judged:  # fmt: skip
+    """Draw the same with every target of the bundle in `folder`, each in a process of its own.
+
+    Of a video every frame is compared, of arrays the numbers: see compare_results. CheckFailed, with the target, where
+    a result is no number.
+    """
     runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
     for target in (target for target in targets if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
             arguments = (folder, target.id, originals.prompts, originals.seeds, len(originals.prompts))
-            made = run_isolated(bundled.make_images, *arguments, advance=advance)
+            try:
+                made = run_isolated(bundled.make_images, *arguments, advance=advance)
+            except NumericalError as error:
+                raise CheckFailed(
+                    f"{target.id} gives what is no number, where the pipeline gives numbers; nothing was published",
+                    got=error.message,
+                    hint="a precision with more range, such as bf16 in place of fp16, or fp32",
+                ) from error
         runs[target.id] = run = read_run(made.result, made.peak_memory_mb)
         floors: Any = {"precision": Metrics(), "seed": Metrics()}  # not measured
-        quality = Quality(**compare(reference, run.images), noise_floor=floors)
+        compared = compare_results(originals.laid(program.output), run.images, program.output)
+        quality = Quality(**compared, noise_floor=floors)
         found = performance(originals.run, run, {})
         judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
         gates[target.id] = apply_gate(gate, quality)
     return Judged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run)
 
 
+def compare_results(originals: Floats, found: Floats, kind: Output) -> dict[str, Any]:
+    """The fields of a Comparison; of arrays the PSNR alone, whose peak is the largest number of the original."""
+    if kind != "array":
+        return compare(Reference(as_pictures(originals), ()), as_pictures(found))
+    scale = np.float32(np.abs(originals).max() or 1)
+    pairs = zip(originals / scale, found.reshape(originals.shape) / scale, strict=True)
+    samples = {"psnr": np.array([psnr(a, b) for a, b in pairs])}
+    return summarise(samples).model_dump() | {"images": len(found), "intervals": intervals(samples)}
+
+
+def as_pictures(results: Floats) -> Floats:
+    """[n, h, w, c] or [n, frames, h, w, c] as RGB, frames one after another: [m, h, w, 3]."""
+    pictures = results.reshape(-1, *results.shape[-3:])[..., :3]
+    return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures
+
+
 def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
     """One result for each prompt and seed.
 
-    Returns images (float32 [n, h, w, 3] in [0, 1]; of a video [n, frames, h, w, 3]; of anything else as it is), seconds
-    of each, and load_s.
+    Returns images (float32 [n, c, h, w] in [0, 1]; of a video [n, frames, c, h, w]; of anything else as it is), seconds
+    of each, and load_s. ArtifactError where the pipeline itself gives what is no number.
     """
     begin = time.perf_counter()
     pipe = open_with_weights(drawing.root, drawing.pipeline)
@@ -98,6 +137,12 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begin)
         tensor = next(found for _, found in leaves(dict(result.items()) if hasattr(result, "items") else result))
         array = tensor.float().numpy()[0]
-        pictures = array.ndim in (3, 4) and array.shape[-3] in (1, 3, 4)
-        results.append(np.moveaxis(array, -3, -1) if pictures else array)
+        if not np.isfinite(array).all():
+            raise ArtifactError(
+                f"{drawing.root}: the pipeline itself gives NaN or infinity, so that nothing can be judged by it",
+                expected="numbers, in fp32",
+                got=f"prompt {prompt!r}, seed {seed}" if prompt else f"seed {seed}",
+                hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
+            )
+        results.append(array)
     return {"images": np.stack(results), "seconds": seconds, "load_s": load_s}

@@ -217,7 +217,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ArtifactError(
             f"{path}: not found", expected="a diffusers directory with model_index.json",
-            hint="check model.path; it is relative to the recipe",
+            hint="check the path; in a recipe, model.path is relative to it",
         ) from None  # fmt: skip
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read", got=error.strerror) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -39,17 +39,15 @@ class FamilyRecord(Strict):
     prompt_table_bytes: int = 0
 
 
-class Record(Strict):
-    """Everything that the report shows but pictures. Targets, components, sampling and reference are the manifest's;
-    `recipe` is the resolved one. By target: `gate`, `not_run`, `host_notes`, `mixed_precision`."""
+class BaseRecord(Strict):
+    """What every report says. Targets are the manifest's; `recipe` is the resolved one, `original` what drew the
+    pictures that the bundle is judged by. By target: `gate`, `not_run`, `host_notes`."""
 
     name: str
     compiled_at: str
     base_model: str
     source_sha256: str
     pipeline: str
-    not_compiled: tuple[str, ...]
-    components: dict[str, Told]
     family: FamilyRecord | None
     targets: tuple[Told, ...]
     gate: dict[str, tuple[Gated, ...]]
@@ -58,10 +56,23 @@ class Record(Strict):
     host_notes: dict[str, str] = Field(default_factory=dict)
     stages_s: dict[str, float]
     recipe: Told
-    sampling: Told
-    reference: Told
     original: str
     tools: dict[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written: plain JSON, but for numbers that are not finite."""
+        plain: dict[str, Any] = _listed(self.model_dump())
+        return plain
+
+
+class Record(BaseRecord):
+    """Everything that the report shows but pictures. Components, sampling and reference are the manifest's too. By
+    target: `mixed_precision`."""
+
+    not_compiled: tuple[str, ...]
+    components: dict[str, Told]
+    sampling: Told
+    reference: Told
     passes: dict[str, Told]
     mixed_precision: dict[str, Told]
     search: SearchRecord | None
@@ -73,15 +84,45 @@ class Record(Strict):
     cost: dict[str, int] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As it is written: plain JSON, but for numbers that are not finite."""
-        found = self.model_dump() | {"search": self.search and self.search.plain()}
-        plain: dict[str, Any] = _listed(found)
-        return plain
+        """As BaseRecord's."""
+        return super().plain() | {"search": _listed(self.search and self.search.plain())}
+
+
+class PartRecord(Strict):
+    """A part of a captured program, which is one component of the bundle: the `modules` that it calls, in order, with
+    their `parameters`, and how many `operators` are between them. `uses`: how often a picture takes it; `constants`:
+    how many of its inputs are of the table, and differ from use to use."""
+
+    modules: tuple[str, ...]
+    parameters: int
+    operators: int
+    uses: int
+    constants: int
+
+
+class ProgramRecord(BaseRecord):
+    """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
+    of its replay, for a prompt and seed that were not captured, and `limit` what it may be. `texts`, `pictures`,
+    `fixed`: the arguments that a run takes, and those that it cannot change."""
+
+    capture: Told
+    parts: dict[str, PartRecord]
+    verified: float
+    limit: float
+    texts: tuple[str, ...]
+    pictures: tuple[str, ...]
+    fixed: Told
+    gives: Literal["image", "frames", "array"]
 
 
 def typed_record(plain: Mapping[str, Any]) -> Record:
     """From plain JSON, which has lists for tuples."""
     return Record.model_validate(plain, strict=False)
+
+
+def typed_program_record(plain: Mapping[str, Any]) -> ProgramRecord:
+    """The same of a captured program's."""
+    return ProgramRecord.model_validate(plain, strict=False)
 
 
 def finite(value: Any) -> Any:

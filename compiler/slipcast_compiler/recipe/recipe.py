@@ -152,6 +152,13 @@ class GateTable(Strict):
     ssim: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
+# Arguments of a pipeline that no recipe gives, and why.
+OWN = {
+    "prompt": "prompts are those of the [family]",
+    "generator": "noise is that of a run's seed",
+    "output_type": "a bundle gives what the pipeline decodes",
+    "return_dict": "a bundle has a form of its own for what it returns",
+}
 # limits -> the key of EvaluateTable without which they cannot be checked
 NEEDS = {"clip_drop": "scorer", "clip_drop_worst": "scorer", "retrieval_drop": "scorer", "lpips": "lpips"}
 

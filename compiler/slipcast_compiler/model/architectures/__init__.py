@@ -73,7 +73,7 @@ def architecture(pipeline_class: str) -> Architecture:
     architectures = _architectures()
     if pipeline_class not in architectures:
         raise RecipeError(
-            f"pipelines of the class {pipeline_class} cannot be compiled yet", expected=", ".join(architectures),
+            f"{pipeline_class} is captured, which is for `slipcast compile` alone", expected=", ".join(architectures),
             got=pipeline_class,
         )  # fmt: skip
     return architectures[pipeline_class]

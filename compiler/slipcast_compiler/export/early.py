@@ -1,0 +1,153 @@
+"""What leaves the loop of an exported program: each denoiser is cut by binding time (graph/cut.py).
+
+What a denoiser computes of its row of the table alone becomes the table. What it computes of the prompt is a component
+that is called once for each prompt; what mixes both, such as the modulation of transformers by pooled text and
+timestep, one that is called once for each prompt and step, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from safetensors.numpy import load_file, save_file
+
+from slipcast.bundle.program import NoiseSource, Program, ProgramCall
+from slipcast.engines.onnxruntime import open_engine
+from slipcast_compiler.export.component import contract_of
+from slipcast_compiler.export.program import PROGRAM, TABLE
+from slipcast_compiler.graph.cut import Binding, Parts, count_parameters, cut
+from slipcast_compiler.graph.weights import load, save_sharing
+
+Arrays = dict[str, npt.NDArray[Any]]
+DTYPES = (ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32)  # that engines hand on
+WORTH = 0.01  # of a denoiser's parameters: what has to leave the loop, for more inputs to pay
+
+
+@dataclass
+class _Rewriting:
+    """`after`: by place of a call of before, that of the last one in its stead."""
+
+    calls: list[ProgramCall] = field(default_factory=list)
+    after: dict[int, int] = field(default_factory=dict)
+    once: dict[Any, dict[str, str]] = field(default_factory=dict)  # what is called once, and its outputs' values
+
+
+def leave_loop(folder: Path) -> Program:
+    """Rewrite the program that export_program left in `folder`: graphs, contracts, table and record, which is returned.
+    Engines compute the same as before."""
+    record = Program.model_validate_json((folder / PROGRAM).read_text())
+    table: Arrays = load_file(folder / record.table) if record.table else {}
+    late, parts = _late(record), dict[str, Parts]()
+    for name in dict.fromkeys(call.component for call in record.calls if call.component.startswith("denoiser")):
+        if found := _cut(folder, name, record, late):
+            parts[name] = found
+            _write(folder, name, found, table)
+    if not parts:
+        return record
+    made = _Rewriting()
+    for place, call in enumerate(record.calls):
+        if call.component in parts:
+            _add(made, call, parts[call.component])
+        else:
+            made.calls.append(call)
+        made.after[place] = len(made.calls) - 1
+    save_file(table, folder / TABLE) if table else (folder / TABLE).unlink(missing_ok=True)
+    changed = record.model_copy(
+        update={
+            "calls": tuple(made.calls),
+            "steps": tuple(made.after[place] for place in record.steps),
+            "table": TABLE if table else None,
+        }
+    )
+    checked = Program.model_validate_json(changed.model_dump_json())
+    (folder / PROGRAM).write_text(checked.model_dump_json())
+    return checked
+
+
+def _late(record: Program) -> set[str]:
+    """The values that depend on noise."""
+    late = {source.value for source in record.sources if isinstance(source, NoiseSource)}
+    for call in record.calls:
+        if late.intersection(call.inputs.values()):
+            late.update(call.outputs.values())
+    return late
+
+
+def _cut(folder: Path, name: str, record: Program, late: set[str]) -> Parts | None:
+    """The parts of a denoiser, or None where it stays whole."""
+    model, calls = load(folder / f"{name}.onnx"), [call for call in record.calls if call.component == name]
+    if len(list(model.graphs())) > 1:  # a branch or a loop within the graph
+        return None
+    inputs = {}
+    for value in model.graph.inputs:
+        key = str(value.name)
+        if key not in calls[0].inputs:
+            inputs[key] = Binding.STEP
+        elif any(call.inputs[key] in late for call in calls):
+            inputs[key] = Binding.LATENT
+    parts = cut(model, inputs=inputs)
+    crossing = [value for part, each in parts.graphs.items() if part != "denoise" for value in each.graph.outputs]
+    left = 1 - count_parameters(parts.graphs["denoise"].graph) / max(parts.parameters, 1)
+    return parts if left >= WORTH and all(value.dtype in DTYPES for value in crossing) else None
+
+
+def _write(folder: Path, name: str, parts: Parts, table: Arrays) -> None:
+    """Graphs and contracts in place of the denoiser's; the step's outputs, at every row, into the table."""
+    rows = {key.removeprefix(f"{name}."): table.pop(key) for key in list(table) if key.startswith(f"{name}.")}
+    with tempfile.TemporaryDirectory(prefix=".parts-", dir=folder) as made:  # all read the weights of the whole
+        scratch = Path(made)
+        for part, model in parts.graphs.items():
+            save_sharing(model, scratch / f"{_component(name, part)}.onnx")
+        if "step" in parts.graphs:
+            file = scratch / f"{_component(name, 'step')}.onnx"
+            rows |= _evaluate(file, rows)
+            file.unlink()
+        for file in scratch.iterdir():
+            file.replace(folder / file.name)
+    for part, model in parts.graphs.items():
+        if part != "step":
+            component = _component(name, part)
+            (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
+            taken = (str(value.name) for value in model.graph.inputs)
+            table |= {f"{component}.{key}": rows[key] for key in taken if key in rows}
+
+
+def _component(name: str, part: str) -> str:
+    return name + {"denoise": ""}.get(part, f"_{part.replace('+', '_')}")
+
+
+def _evaluate(step: Path, rows: Arrays) -> Arrays:
+    """By output, stacked [rows, ...], in fp32."""
+    with open_engine(step, None, "fp32") as engine:
+        taken = [spec.name for spec in engine.inputs]
+        count = len(next(iter(rows.values())))
+        found = [engine({key: rows[key][row, ...] for key in taken}) for row in range(count)]
+    return {key: np.stack([each[key] for each in found]) for key in found[0]}
+
+
+def _add(made: _Rewriting, call: ProgramCall, parts: Parts) -> None:
+    """The calls in place of one of the whole."""
+    known = dict(call.inputs)
+    for part in ("prompt", "prompt+step", "denoise"):
+        if (model := parts.graphs.get(part)) is None:
+            continue
+        taken = [str(value.name) for value in model.graph.inputs]
+        inputs = {key: known[key] for key in taken if key in known}
+        row = call.row if len(inputs) < len(taken) else None
+        component, outputs = _component(call.component, part), dict(call.outputs)
+        if part != "denoise":
+            key = component, tuple(sorted(inputs.items())), row
+            if key in made.once:
+                known |= made.once[key]
+                continue
+            place = len(made.calls)
+            outputs = {str(value.name): f"c{place}_{at}" for at, value in enumerate(model.graph.outputs)}
+            made.once[key] = outputs
+            known |= outputs
+        made.calls.append(ProgramCall(component=component, inputs=inputs, outputs=outputs, row=row))

@@ -1,0 +1,161 @@
+"""The evidence of a captured program: report.json and report.html, with what the pipeline does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from slipcast.bundle.program import Program
+from slipcast_compiler.capture.verify import LIMIT
+from slipcast_compiler.judge.captured import PipelineOriginals, as_pictures
+from slipcast_compiler.judge.evaluate import Judged
+from slipcast_compiler.pages.evidence import (
+    DIFFERENCE_GAIN,
+    METRICS,
+    SHOWN_PICTURES,
+    SHOWN_PROMPTS,
+    common,
+    figure,
+    gate_rows,
+    picture_rows,
+    picture_width,
+    plain_recipe,
+    shown,
+    write_record,
+)
+from slipcast_compiler.pages.page import render
+from slipcast_compiler.pages.record import ProgramRecord, typed_program_record
+from slipcast_compiler.recipe.family import Family
+from slipcast_compiler.recipe.recipe import Recipe
+
+# When a part of a program runs, by the beginning of its name.
+WHEN = {
+    "conditioning": "once for the same texts, however many pictures",
+    "start": "once for a picture",
+    "denoiser": "in the loop",
+    "update": "in the loop",
+    "decoder": "once for a picture",
+}
+
+
+@dataclass(frozen=True)
+class ProgramEvidence:
+    """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
+    `verified`: the error of the replay; `fields`: the manifest's; `seconds`: by stage."""
+
+    recipe: Recipe
+    call: Mapping[str, Any]
+    family: Family | None
+    capture: Mapping[str, Any]
+    parts: Mapping[str, Any]
+    verified: float
+    fields: Mapping[str, Any]
+    originals: PipelineOriginals
+    judged: Judged
+    seconds: Mapping[str, float]
+
+    @property
+    def program(self) -> Program:
+        """The manifest's."""
+        program: Program = self.fields["program"]
+        return program
+
+
+def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
+    """What report.json holds; plain JSON."""
+    program, prompts = evidence.program, evidence.originals.prompts
+    return {
+        **common(evidence.fields, evidence.judged, evidence.seconds),
+        "pipeline": program.pipeline,
+        "family": evidence.family
+        and {
+            **evidence.fields["family"].model_dump(mode="json"),
+            "calibration_examples": list(evidence.family.calibration[:SHOWN_PROMPTS]),
+            "held_out_prompts": list(prompts),
+        },
+        "recipe": _resolve(evidence),
+        "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
+        "capture": dict(evidence.capture),
+        "parts": dict(evidence.parts),
+        "verified": evidence.verified,
+        "limit": LIMIT,
+        "texts": list(program.arguments),
+        "pictures": list(program.images),
+        "fixed": dict(program.fixed),
+        "gives": program.output,
+    }
+
+
+def write_program_report(folder: Path, record: dict[str, Any], evidence: ProgramEvidence) -> None:
+    """Write report.json and report.html into `folder`."""
+    typed = typed_program_record(record)
+    write_record(folder, typed)
+    runs = evidence.judged.runs
+    natural = evidence.originals.run.images.shape[-1] if typed.gives != "array" else 1
+    width = picture_width(natural, len(runs))
+    page = render(
+        "program.html",
+        {"shown": shown, "figure": figure},
+        record=typed,
+        gain=DIFFERENCE_GAIN,
+        rows=_rows(evidence, width),
+        width=width,
+        natural=natural,
+        metrics=_measured(typed),
+        gates=_asked(gate_rows(typed)),
+        when=_when(typed),
+        recipe=tomli_w.dumps(typed.recipe),
+    )
+    (folder / "report.html").write_text(page, "utf-8")
+
+
+def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
+    """The recipe with the whole call, without tables that are not for a captured pipeline; itself a valid recipe."""
+    recipe = evidence.recipe
+    found = {name: table for name, table in plain_recipe(recipe).items() if name in recipe.model_fields_set}
+    call: dict[str, Any] = json.loads(json.dumps(dict(evidence.call)))
+    return {**found, "call": call}
+
+
+def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
+    """The first pictures; of a video its first frame and its last; of arrays none."""
+    originals, runs = evidence.originals, evidence.judged.runs
+    if evidence.program.output == "array":
+        return []
+    video = evidence.program.output == "frames"
+    frames = (0, -1) if video else (Ellipsis,)
+    names = (", first frame", ", last frame") if video else ("",)
+
+    def flat(images: Any) -> Any:
+        return as_pictures(np.stack([image[frame] for image in images for frame in frames]))
+
+    count = min(len(originals.prompts), SHOWN_PICTURES)
+    captions = [f"{prompt or 'no prompt'}{name}" for prompt in originals.prompts[:count] for name in names]
+    seeds = [seed for seed in originals.seeds[:count] for _ in names]
+    found = {name: flat(run.images[:count]) for name, run in runs.items()}
+    return picture_rows(
+        captions, seeds, flat(originals.laid(evidence.program.output)[:count]), found, range(len(captions)), width
+    )
+
+
+def _measured(record: ProgramRecord) -> dict[str, str]:
+    """The metrics that were run, which are those of pixels."""
+    qualities = [target["quality"] for target in record.targets if target["quality"]]
+    return {key: label for key, label in METRICS.items() if any(each[key] is not None for each in qualities)}
+
+
+def _asked(gates: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Without the rows of what was neither run nor asked for."""
+    nothing = ("not run", "none")
+    return {target: [row for row in rows if (row["value"], row["limit"]) != nothing] for target, rows in gates.items()}
+
+
+def _when(record: ProgramRecord) -> dict[str, str]:
+    """By part, when it runs: denoiser_2 when denoiser does."""
+    return {name: WHEN.get(name.partition("_")[0], "") for name in record.parts}

@@ -1,0 +1,249 @@
+"""A pipeline that nothing describes, from recipe to picture: captured, compiled, judged, drawn with; and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, call_cli, compile_here
+from slipcast.errors import ArtifactError, CheckFailed, NumericalError
+from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw
+from slipcast_compiler.pages.record import typed_program_record
+from slipcast_compiler.recipe.reading import parse_recipe
+
+sys.path.insert(0, str(ROOT / "tests" / "capture"))
+from tiny import open_pipeline
+
+RECIPE = """\
+name = "tiny"
+[model]
+path = "model"
+[call]
+num_inference_steps = 2
+height = 32
+width = 32
+[family]
+prompts = ["a red circle", "a <b>blue</b> star", "a small white circle", "the background"]
+held_out = 0.5
+[gate]
+psnr = 60
+[[targets]]
+engine = "onnxruntime"
+[[targets]]
+engine = "openvino"
+"""
+HELD_OUT = 2
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where a tiny pipeline and its recipe lie, and what the compile said."""
+
+    folder: Path
+    said: str
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "artifacts" / "tiny"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.bundle / "report.json").read_text("utf-8"))
+        return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL, as people have checkpoints, with its recipe."""
+    folder = tmp_path_factory.mktemp("captured")
+    open_pipeline("stable_diffusion_xl").save_pretrained(folder / "model")
+    (folder / "tiny.toml").write_text(RECIPE)
+    (folder / "prompts.txt").write_text("a red circle\na blue star\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Made:
+    """It is compiled once for all tests."""
+    done = compile_here("tiny.toml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return Made(place, done.stdout)
+
+
+def test_the_bundle_draws_what_the_pipeline_draws(made: Made) -> None:
+    prompt, seed = "a large star on white", 3
+    done = call_cli("run", str(made.bundle), "--prompt", prompt, "--seed", str(seed), "-o", "star.png", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    found = np.asarray(Image.open(made.folder / "star.png")).astype(int)
+    pipe, generator = open_pipeline("stable_diffusion_xl"), torch.Generator("cpu").manual_seed(seed)
+    pictures = pipe(prompt, num_inference_steps=2, height=32, width=32, generator=generator, output_type="np").images
+    assert np.abs(found - (pictures[0] * 255).round()).max() <= 1
+
+
+def test_what_the_report_says(made: Made) -> None:
+    record = typed_program_record(made.record)
+    assert record.passed and record.verified <= record.limit
+    assert [target["id"] for target in record.targets] == ["onnxruntime-cpu-fp32", "openvino-cpu-fp32"]
+    assert all(target["quality"]["psnr_worst"] >= 60 for target in record.targets)
+    assert list(record.parts) == ["conditioning", "start", "denoiser", "update", "decoder"]
+    assert (record.parts["conditioning"].uses, record.parts["denoiser"].uses) == (1, 2)
+    assert record.parts["conditioning"].modules == ("text_encoder", "text_encoder_2")
+    assert record.family and len(record.family.held_out_prompts) == HELD_OUT
+    assert (record.texts, record.gives, record.fixed["num_inference_steps"]) == (("prompt",), "image", 2)
+    recipe = parse_recipe((made.folder / "tiny.toml").read_text(), "tiny.toml")
+    assert record.recipe["call"] == recipe.call
+    assert call_cli("report", str(made.bundle), cwd=made.folder).returncode == 0
+
+
+def test_what_the_page_shows(made: Made) -> None:
+    page = (made.bundle / "report.html").read_text("utf-8")
+    assert str(Path("artifacts") / "tiny" / "report.html") in made.said
+    assert not re.search(r"<script|<link|https?://|<b>blue", page)
+    assert page.count('src="data:image/png;base64,') == HELD_OUT * (1 + 2 * 2)
+    plain = re.sub(r"<[^>]*>|\s+", " ", page)
+    for text in (
+        "The gate holds on every target.", "the program gives what the pipeline gives",
+        r"a &lt;b&gt;blue&lt;/b&gt; star", r"conditioning +text_encoder, text_encoder_2 +once for the same texts",
+        r"1 to 2 +unet +u \+ 5 \(c - u\)", r"noise +aten.randn.generator by the call&#39;s generator +float32",
+        "num_inference_steps = 2", r"PSNR, worst image \(dB\) +\d+\.\d +60\.0 +passed",
+    ):  # fmt: skip
+        assert re.search(text, plain), text
+    assert "noise floor" not in plain and "CLIP" not in plain
+
+
+def test_a_second_compile_exports_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_: Any) -> None:
+        raise AssertionError("it is in the cache")
+
+    monkeypatch.setattr("slipcast_compiler.compile_program.export_pipeline", export)
+    again = compile_here("tiny.toml", "--set", "gate.psnr=200", "-o", "artifacts/missed", cwd=made.folder)
+    assert (again.returncode, "limit 200" in again.stderr) == (1, True), again.stderr
+    assert "artifacts/missed.rejected/report.html" in again.stderr
+    page = (made.folder / "artifacts" / "missed.rejected" / "report.html").read_text("utf-8")
+    assert "The gate was missed: this bundle was not published." in page
+    assert not (made.folder / "artifacts" / "missed").exists()
+
+
+def replaced(old: str, new: str) -> str:
+    assert old in RECIPE
+    return RECIPE.replace(old, new)
+
+
+REFUSED = {
+    "key": (replaced("height =", "hieght ="), "did you mean height?"),
+    "value": (replaced("height = 32", "height = 33"), "divisible by 8"),
+    "prompt": (replaced("[family]", 'prompt = "x"\n[family]'), "those of the [family]"),
+    "generator": (replaced("[family]", "generator = 1\n[family]"), "call.generator"),
+    "images": (replaced("[family]", "num_images_per_prompt = 2\n[family]"), "one by one"),
+    "steps": (replaced("num_inference_steps = 2", "num_inference_steps = 0"), "depends on no prompt"),
+    "sampling": (RECIPE + "[sampling]\nsteps = 3\n", "goes under [call]"),
+    "closed": (replaced("held_out", "closed = true\nheld_out"), "family.closed"),
+    "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
+    "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\n', "expected: openvino, onnxruntime"),
+    "cast": (RECIPE + '[[targets]]\nengine = "openvino"\nprecision = "bf16"\nmax_cast_error = 0.1\n', "max_cast_error"),
+    "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer"),
+    "variant": (replaced("path =", 'variant = "fp16"\npath ='), "model.variant"),
+    "pipeline": (replaced("path =", 'pipeline = "UNet2DModel"\npath ='), "no pipeline UNet2DModel"),
+    "module": (replaced("path =", 'pipeline = "nowhere:Class"\npath ='), "nowhere cannot be imported"),
+    "model": (replaced('"model"', '"nowhere"'), "model.path does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_a_dry_run_refuses(recipe: str, said: str, place: Path) -> None:
+    (place / "wrong.toml").write_text(recipe)
+    done = call_cli("compile", "wrong.toml", "--dry-run", cwd=place)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert said in done.stderr
+
+
+def test_an_empty_negative_prompt_is_fixed(place: Path) -> None:
+    (place / "empty.toml").write_text(replaced("[family]", 'negative_prompt = ""\n[family]'))
+    done = call_cli("compile", "empty.toml", "--dry-run", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["call"]["negative_prompt"] == ""
+    assert summary["family"] == {"calibration": 2, "held_out": HELD_OUT}
+    assert summary["targets"] == ["onnxruntime-fp32", "openvino-fp32"]
+
+
+def test_init_writes_a_recipe_with_the_pipelines_arguments(place: Path) -> None:
+    done = call_cli("init", "model", "prompts.txt", "-o", "first.toml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    text = (place / "first.toml").read_text("utf-8")
+    for line in ("# num_inference_steps = 50", "# guidance_scale = 5.0", "# height = 32", "# width = 32"):
+        assert f"\n{line}\n" in text
+    assert "[sampling]" not in text and "scorer" not in text
+    commented = parse_recipe(re.sub(r"^# (?=\w+ = [\d\"])", "", text, flags=re.MULTILINE), "first.toml")
+    assert (commented.call["num_inference_steps"], commented.call["negative_prompt"]) == (50, "blurry")
+    assert parse_recipe(text, "first.toml").call == {}
+    alone = call_cli("init", "model", "-o", "alone.toml", cwd=place)
+    assert (alone.returncode, "MODEL PROMPTS" in alone.stderr) == (2, True)
+
+
+def test_a_model_needs_no_recipe(place: Path) -> None:
+    """The number of steps is the pipeline's own, where nothing else is said."""
+    given = ("--set", 'targets=[{engine="onnxruntime"}]', "--dry-run", "--json")
+    done = call_cli("compile", "model", "--prompts", "prompts.txt", *given, cwd=place)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["name"], summary["call"]) == ("model-prompts", {"num_inference_steps": 50})
+    assert summary["parts"]["denoiser"]["uses"] == summary["loop"]["steps"] == 50
+
+
+def test_capture_of_what_is_not_there(place: Path) -> None:
+    for given, got in (("nowhere", "no such directory"), ("tiny.toml", "a file")):
+        done = call_cli("capture", given, cwd=place)
+        assert (done.returncode, got in done.stderr, "recipe" in done.stderr) == (2, True, False), done.stderr
+
+
+def test_a_pipeline_whose_pictures_are_no_numbers(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    pipe = open_pipeline("stable_diffusion_xl")
+    weight = pipe.vae.decoder.conv_out.weight.data
+    kept = weight.clone()
+    try:
+        weight.copy_(3e38 * weight.sign())  # finite, but not what is summed
+        pipe.vae.save_pretrained(tmp_path / "model" / "vae")
+    finally:
+        weight.copy_(kept)
+    call = {"num_inference_steps": 1, "height": 32, "width": 32}
+    drawing = PipelineDrawing(tmp_path / "model", None, call, ("a star",), (5,))
+    with pytest.raises(ArtifactError, match="'a star', seed 5"):
+        draw(drawing, lambda done, total: None)
+
+
+def test_a_target_whose_pictures_are_no_numbers(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_images(*_: Any) -> None:
+        raise NumericalError("decoder: out_0 is not finite")
+
+    monkeypatch.setattr("slipcast_compiler.judge.bundled.make_images", make_images)
+    done = compile_here("tiny.toml", "-o", "artifacts/broken", cwd=made.folder)
+    assert done.returncode == CheckFailed.exit_code
+    assert "onnxruntime-cpu-fp32 gives what is no number" in done.stderr
+    assert "decoder: out_0" in done.stderr
+
+
+def test_videos_and_arrays_are_compared() -> None:
+    rng = np.random.default_rng(0)
+    video = rng.random((2, 3, 16, 16, 1), np.float32)
+    found = video.copy()
+    found[1, 2] = 0.5
+    compared = compare_results(video, found, "frames")
+    assert compared["images"] == 6
+    assert compared["psnr_worst"] < 20 < compared["psnr_mean"]
+    sound = 50 * rng.standard_normal((2, 1, 40)).astype(np.float32)
+    near = compare_results(sound, sound[:, None] * np.float32(1.001), "array")
+    assert near["psnr_worst"] == pytest.approx(70, abs=5)
+    assert near["ssim_mean"] is None and near["images"] == 2
+    assert np.isnan(compare_results(sound, sound * np.nan, "array")["psnr_worst"])

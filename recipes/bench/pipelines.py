@@ -4,7 +4,8 @@ bundle of each, which is compared with the pipeline on those.
     python recipes/bench/pipelines.py [NAMES] -o recipes/bench/captures/tiny.json
 
 Each runs in a process of its own. A pipeline whose program is of one prompt length is replayed on a prompt of that
-length, and the table says what comes of another length. Kolors needs sentencepiece installed.
+length, and the table says what comes of another length; where it is of any length, the table says of how many tokens.
+Kolors needs sentencepiece installed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ ONE, SAME_LENGTH, OTHER = (
     "the large blue star on black",
     "a large blue star on a black background",
 )
+SHORTER = "red"
 COLUMNS = ("pipeline", "loop", "guidance", "replay's error", "other lengths", "bundle")
 
 
 def examine(name: str, _: Advance) -> dict[str, Any]:
     """Runs in a process of its own: a row of the table."""
+    from slipcast_compiler.capture.find import find_for
     from slipcast_compiler.capture.record import capture
     from slipcast_compiler.capture.roll import roll
     from slipcast_compiler.capture.verify import verify
@@ -41,14 +44,17 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
 
     with quiet():
         pipe = open_pipeline(name)
-        program = capture(pipe, call_of(name, ONE, 1))
+        try:
+            program = find_for(pipe, lambda prompt: call_of(name, prompt, 1)).program
+        except SlipcastError:  # of which the bundle says more
+            program = capture(pipe, call_of(name, ONE, 1))
         loop = roll(program)
         other = verify(program, pipe, call_of(name, OTHER, 7), call_of(name, OTHER, 7))
         same = other
         if not other.holds:
             same = verify(program, pipe, call_of(name, SAME_LENGTH, 7), call_of(name, SAME_LENGTH, 7))
         try:
-            bundle: Any = compare_bundle(pipe, name, OTHER, 7)
+            bundle: Any = compare_bundle(pipe, name, (OTHER, SHORTER) if program.lengths else (OTHER,), 7)
         except SlipcastError as error:
             bundle = " ".join(f"refused: {error.message}: {error.got or ''}".split())
     phases = loop.phases if loop else ()
@@ -60,6 +66,7 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
         "error": same.error,
         "difference": same.difference,
         "other_length": None if other.holds else other.difference,
+        "lengths": {length.name: [length.minimum, length.maximum] for length in program.lengths},
         "bundle": bundle,
         "guards": sorted({f"{guard.operator} at {guard.where}" for guard in program.guards}),
     }
@@ -72,7 +79,8 @@ def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     loop = " + ".join(f"{phase['steps']} x {phase['events']}" for phase in found["loop"]) or "none"
     loop += "" if found["carried"] else ", and more between steps"
     error = "not comparable" if found["error"] is None else f"{found['error']:.2g}"
-    guidance, lengths = ", ".join(dict.fromkeys(found["guidance"])), found["other_length"] or "the same"
+    ranges = ", ".join(f"{least} to {most}" for least, most in found["lengths"].values()) or "the same"
+    guidance, lengths = ", ".join(dict.fromkeys(found["guidance"])), found["other_length"] or ranges
     bundle = found["bundle"]
     return name, loop, guidance, error, lengths, bundle if isinstance(bundle, str) else f"{bundle['psnr']:.0f} dB"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from tiny import PIPELINES, call_of
 
 import slipcast
 from slipcast.progress import Stages, silent
-from slipcast_compiler.capture.find import find_between
+from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.program import leaves
-from slipcast_compiler.capture.texts import AWKWARD
 from slipcast_compiler.engines.programs import write_bundle
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
@@ -22,16 +22,20 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.recipe.targets import TargetTable
 
-ONE = "a small red circle on white"
 BEST_DB = 200.0  # of equal results
 
 
 def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Path:
-    """The bundle of what a pipeline does when it is called as tests call it."""
+    """The bundle of what a tiny pipeline does when it is called as tests call it."""
+    return bundle_of(pipe, name, lambda prompt: call_of(name, prompt, 1), folder, *tables)
+
+
+def bundle_of(pipe: Any, name: str, call: Callable[[str], dict[str, Any]], folder: Path, *tables: TargetTable) -> Path:
+    """The bundle of pipe(**call(prompt))."""
     cache = Cache(folder / "cache")
 
     def export(out: Path) -> None:
-        found = find_between(pipe, call_of(name, ONE, 1), call_of(name, AWKWARD, 1))
+        found = find_for(pipe, call)
         export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
         leave_loop(out)
 
@@ -42,19 +46,24 @@ def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Pat
     return bundle
 
 
-def compare_bundle(pipe: Any, name: str, prompt: str, seed: int) -> dict[str, float]:
-    """The bundle's result for a prompt and seed that were not captured, against the pipeline's: PSNR in dB, where the
-    peak is 1 for pictures, else the largest number; and relative L2 error."""
+def compare_bundle(pipe: Any, name: str, prompts: Sequence[str], seed: int) -> dict[str, float]:
+    """The bundle's results for prompts and a seed that were not captured, against the pipeline's: PSNR in dB, where the
+    peak is 1 for pictures, else the largest number; and relative L2 error. Of the prompt where they are farthest."""
     with tempfile.TemporaryDirectory() as scratch, quiet():
         bundle = make_bundle(pipe, name, Path(scratch))
-        call = call_of(name, prompt, seed) | {"generator": torch.Generator("cpu").manual_seed(seed)}
-        given = {key: value.numpy() for key, value in call.items() if key in PIPELINES[name].pictures}
-        text = {"prompt": prompt} if PIPELINES[name].text else {}
         with slipcast.load(bundle) as loaded:
-            found = np.asarray(loaded(**text, **given, seed=seed, output_type="np").images[0])
-        with torch.no_grad():
-            result = pipe(**call)
-        wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))
+            found = [_compare(loaded, pipe, name, prompt, seed) for prompt in prompts]
+    return min(found, key=lambda each: each["psnr"])
+
+
+def _compare(loaded: Any, pipe: Any, name: str, prompt: str, seed: int) -> dict[str, float]:
+    call = call_of(name, prompt, seed) | {"generator": torch.Generator("cpu").manual_seed(seed)}
+    given = {key: value.numpy() for key, value in call.items() if key in PIPELINES[name].pictures}
+    text = {"prompt": prompt} if PIPELINES[name].text else {}
+    found = np.asarray(loaded(**text, **given, seed=seed, output_type="np").images[0])
+    with torch.no_grad():
+        result = pipe(**call)
+    wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))
     return distance(found, wanted.float().numpy())
 
 

@@ -8,24 +8,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundling import compare_bundle, make_bundle
+from bundling import bundle_of, compare_bundle, make_bundle
+from test_generalise import Doubled, Joined, Padded, PaddedByItself, Placed, made
 from tiny import LENGTHS, PIPELINES, open_pipeline
 
 import slipcast
 from slipcast.bundle.reader import open_any_bundle
 from slipcast.engines import EngineWrapper
+from slipcast.errors import RequestError
+from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.graph.cut import count_parameters
 from slipcast_compiler.graph.weights import load
 from slipcast_compiler.recipe.targets import TargetTable
 
 OTHER = "a large blue star on a black background"
+OF_OTHER_LENGTHS = OTHER, "red", " ".join(["the blue star on the red circle"] * 6)
 LEAST_DB = 60.0  # measured: 117 to 141
 # pipeline -> why it has no bundle
 REFUSED = {
     "stable_audio": "another generator",
+    "qwen_image_2_1": "data-dependent",  # its transformer makes a list of a mask
 }
 FAST = ("flux",)
-MADE = [name for name in PIPELINES if name not in REFUSED and name not in LENGTHS]
+MADE = [name for name in PIPELINES if name not in REFUSED]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,23 @@ MADE = [name for name in PIPELINES if name not in REFUSED and name not in LENGTH
 def test_a_bundle_is_the_pipeline(name: str) -> None:
     if name == "kolors":
         pytest.importorskip("sentencepiece")
-    assert compare_bundle(open_pipeline(name), name, OTHER, 7)["psnr"] >= LEAST_DB
+    prompts = OF_OTHER_LENGTHS if name in LENGTHS else (OTHER,)
+    assert compare_bundle(open_pipeline(name), name, prompts, 7)["psnr"] >= LEAST_DB
+
+
+@pytest.mark.parametrize("kind", [Doubled, Joined, Placed, Padded, PaddedByItself])
+def test_a_bundle_takes_prompts_of_all_lengths_in_its_range(kind: Any, tmp_path: Path) -> None:
+    pipe = made(kind)
+    bundle = bundle_of(pipe, "worded", lambda prompt: make_call(pipe, {}, prompt), tmp_path)
+    with slipcast.load(bundle) as loaded:
+        for prompt in OF_OTHER_LENGTHS:
+            wanted = pipe(**make_call(pipe, {}, prompt, 3))["x"].numpy()
+            found = loaded(prompt, seed=3, output_type="np").images[0]
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        legal = loaded.program.lengths["length"]
+        with pytest.raises(RequestError, match="prompt has another length") as refused:
+            loaded(" ".join(["red"] * (legal.maximum + 4)), seed=3)
+        assert refused.value.expected == f"{legal.minimum} to {legal.maximum} tokens"
 
 
 def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:

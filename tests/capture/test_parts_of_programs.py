@@ -33,7 +33,7 @@ def run(parts: Cut, program: Program, pipe: Any) -> list[torch.Tensor]:
         part = by_name[use.part]
         given = [values[value] for value in use.inputs]
         known = {name: (tuple(each.shape), each.dtype) for name, each in zip(part.inputs, given, strict=True)}
-        module = Replayed(part, components, known, lambda specs: None)
+        module = Replayed(part, components, known)
         with torch.no_grad():
             outputs = module(*given, *(rows[use.row] for _, rows in part.table))
         values |= dict(zip(use.outputs, outputs, strict=True))

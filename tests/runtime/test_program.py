@@ -48,6 +48,16 @@ def tokens(bundle: Path, text: str) -> Any:
     return np.array([Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids], np.int64)
 
 
+def write_unpadded(root: Path, **changes: Any) -> Path:
+    """write_program, with a tokenizer in unpadded.json that does not pad."""
+    write_program(root)
+    tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.save(str(root / "unpadded.json"))
+    (root / "manifest.json").write_text(json.dumps(programs.document(root, **changes)))
+    return root
+
+
 def drawn(bundle: Path, prompt: str, negative: str, seed: int) -> Any:
     return programs.expected(tokens(bundle, prompt), tokens(bundle, negative), TorchGenerator(seed).randn(LATENT))
 
@@ -233,16 +243,62 @@ class TestRequests:
     def test_a_text_of_another_length(self, engines: Fakes, tmp_path: Path) -> None:
         sources = programs.program()["sources"]
         sources[0]["tokenizer"] = "unpadded.json"
-        write_program(root := tmp_path / "b")
-        unpadded = Tokenizer.from_file(str(root / "tokenizer.json"))
-        unpadded.no_padding()
-        unpadded.save(str(root / "unpadded.json"))
-        manifest = programs.document(root, program=programs.program(sources=sources))
-        (root / "manifest.json").write_text(json.dumps(manifest))
+        root = write_unpadded(tmp_path / "b", program=programs.program(sources=sources))
         with pytest.raises(RequestError, match="prompt has another length") as caught:
             load(root)("a star")
         assert f"expected: {LENGTH} tokens" in str(caught.value)
         assert engines.calls == []
+
+    def test_texts_of_any_length_in_a_range(self, engines: Fakes, tmp_path: Path) -> None:
+        sources, parts = programs.program()["sources"], programs.components()
+        sources[0] |= {"tokenizer": "unpadded.json", "shape": [1, "length"]}
+        for spec in (parts["conditioning"]["inputs"][0], parts["conditioning"]["outputs"][0]):
+            spec["shape"][1] = "tokens"
+        for spec in parts["denoiser"]["inputs"][2:]:
+            spec["shape"][1] = "tokens"
+        changed = programs.program(sources=sources, lengths={"length": {"minimum": 4, "maximum": 6}})
+        pipe = load(write_unpadded(tmp_path / "b", program=changed, components=parts))
+        for text, count in (("a star", 4), ("a red circle on white", 7), ("a", 3)):
+            engines.calls.clear()
+            if 4 <= count <= 6:
+                pipe(text)
+                assert next(arrays.ids for name, arrays in engines.calls if name == "conditioning").shape == (1, count)
+                continue
+            with pytest.raises(RequestError, match="prompt has another length") as caught:
+                pipe(text)
+            assert (caught.value.expected, caught.value.got) == ("4 to 6 tokens", str(count)) and not engines.calls
+
+    def test_a_padded_text_has_a_range_too(self, engines: Fakes, tmp_path: Path) -> None:
+        sources = programs.program()["sources"]
+        sources[0] |= {"field": "attention_mask", "length": "length"}
+        changed = programs.program(sources=sources, lengths={"length": {"minimum": 4, "maximum": 6}})
+        pipe = load(write_program(tmp_path / "b", program=changed))
+        pipe("a star")
+        with pytest.raises(RequestError, match="prompt has another length") as caught:
+            pipe("a")
+        assert (caught.value.expected, caught.value.got) == ("4 to 6 tokens", "3")
+
+    @pytest.mark.parametrize(
+        ("shape", "lengths", "says"),
+        [
+            ([1, "length"], {}, "'length' tokens, which is not listed under lengths"),
+            ([1, LENGTH], {"length": {"minimum": 7, "maximum": 6}}, "minimum is above maximum"),
+        ],
+    )
+    def test_lengths_that_say_nothing(self, tmp_path: Path, shape: Any, lengths: Any, says: str) -> None:
+        sources = programs.program()["sources"]
+        sources[0]["shape"] = shape
+        with pytest.raises(ArtifactError) as caught:
+            load(write_program(tmp_path / "b", program=programs.program(sources=sources, lengths=lengths)))
+        assert says in str(caught.value)
+
+    def test_cleaned_texts(self, engines: Fakes, tmp_path: Path) -> None:
+        sources = programs.program()["sources"]
+        sources[0] |= {"clean": True, "lower": True}
+        root = write_program(tmp_path / "b", program=programs.program(sources=sources))
+        load(root)("  A &amp;lt;RED&gt;\t \n circle ")
+        given = next(arrays.ids for name, arrays in engines.calls if name == "conditioning")
+        np.testing.assert_array_equal(given, tokens(root, "a <red> circle"))
 
     def test_long_texts(self, engines: Fakes, bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
         text = "a red circle and a blue square and a green star and a circle"

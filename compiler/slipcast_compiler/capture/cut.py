@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, refs
+from slipcast_compiler.capture.program import Affine, Call, Length, Op, Program, Ref, outputs_of, rebuild, refs
 from slipcast_compiler.capture.roll import predict
 
 Event = Op | Call
@@ -24,7 +24,8 @@ Event = Op | Call
 @dataclass(frozen=True)
 class Part:
     """`inputs` and `outputs`: values, as its `events` number them. `weights`: values that are a component's, by name.
-    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use."""
+    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use. `lengths`:
+    those that its events follow, as its inputs tell them."""
 
     name: str
     events: tuple[Event, ...]
@@ -32,6 +33,7 @@ class Part:
     outputs: tuple[int, ...]
     weights: tuple[tuple[int, str], ...]
     table: tuple[tuple[int, torch.Tensor], ...]
+    lengths: tuple[Length, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def cut(program: Program) -> Cut:
     for piece in pieces:
         groups.setdefault((piece.name, piece.form), []).append(piece)
     names = _names(groups)
-    parts = {key: _part(names[key], group, _weights(program)) for key, group in groups.items()}
+    parts = {key: _part(names[key], group, program) for key, group in groups.items()}
     uses = tuple(_use(piece, groups[piece.name, piece.form], parts[piece.name, piece.form]) for piece in pieces)
     steps = tuple(place for place, label in enumerate(order) if 1 < label < _last(program) and label % 2)
     return Cut(tuple(parts.values()), uses, steps)
@@ -240,8 +242,8 @@ def _weights(program: Program) -> dict[int, str]:
     return {source.id: str(source.detail[0]) for source in program.sources if source.kind == "weight"}
 
 
-def _part(name: str, group: Sequence[_Piece], weights: dict[int, str]) -> Part:
-    first = group[0]
+def _part(name: str, group: Sequence[_Piece], program: Program) -> Part:
+    first, weights = group[0], _weights(program)
     differing = [
         place for place in range(len(first.constants)) if _differs([piece.constants[place] for piece in group])
     ]
@@ -265,10 +267,12 @@ def _part(name: str, group: Sequence[_Piece], weights: dict[int, str]) -> Part:
         kwargs = {key: placed(arg, tabled(key)) for key, arg in event.kwargs.items()}
         events.append(replace(event, args=args, kwargs=kwargs))
     outputs = sorted(frozenset[int]().union(*(piece.outputs for piece in group)))
+    inputs = tuple(first.values[place] for place in first.inputs if first.values[place] not in weights)
+    lengths = tuple(_told(program, length, inputs) for length in _followed(program, events))
     return Part(
         name,
         tuple(events),
-        tuple(first.values[place] for place in first.inputs if first.values[place] not in weights),
+        (*inputs, *dict.fromkeys(length.value for length in lengths if length.value not in inputs)),
         tuple(first.values[place] for place in outputs),
         tuple(
             (first.values[place], weights[first.values[place]])
@@ -276,13 +280,36 @@ def _part(name: str, group: Sequence[_Piece], weights: dict[int, str]) -> Part:
             if first.values[place] in weights
         ),
         tuple((number, _stacked([piece.constants[place] for piece in group])) for place, number in tables.items()),
+        lengths,
     )
+
+
+def _followed(program: Program, events: Iterable[Event]) -> list[Length]:
+    """The lengths that arguments of these events follow."""
+    names = set[str]()
+
+    def note(value: Any) -> Any:
+        names.update([value.length] if isinstance(value, Affine) else [])
+        return value
+
+    for event in events:
+        rebuild((event.args, event.kwargs), note)
+    return [length for length in program.lengths if length.name in names]
+
+
+def _told(program: Program, length: Length, inputs: Iterable[int]) -> Length:
+    """The length as an input's shape tells it; as the program has it where none does: its source is an input then."""
+    for value in inputs:
+        for dim, size in enumerate(program.specs[value][0]):
+            if isinstance(size, Affine) and (size.length, size.scale) == (length.name, 1):
+                return replace(length, value=value, dim=dim, offset=size.offset)
+    return length
 
 
 def _use(piece: _Piece, group: Sequence[_Piece], part: Part) -> Use:
     first = group[0]
     place_of = {value: place for place, value in enumerate(first.values)}
-    inputs = tuple(piece.values[place_of[value]] for value in part.inputs)
+    inputs = tuple(piece.values[place_of[value]] if value in place_of else value for value in part.inputs)
     outputs = tuple(piece.values[place_of[value]] for value in part.outputs)
     return Use(part.name, inputs, outputs, group.index(piece) if part.table else None)
 

@@ -1,24 +1,26 @@
-"""All that an export needs to know of a pipeline, from two captures of it."""
+"""All that an export needs to know of a pipeline, from some captures of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut
+from slipcast_compiler.capture.generalise import generalise, is_of_one_length
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
-from slipcast_compiler.capture.texts import AWKWARD, Template, find_templates
-from slipcast_compiler.capture.verify import compare_sources
+from slipcast_compiler.capture.texts import AWKWARD, SHORT, Template, find_templates, with_others
 from slipcast_compiler.host.quiet import quiet
+
+WORDS = (500, 250, 120, 60)  # of the longest text: the first of these numbers that the pipeline does not cut
 
 
 @dataclass(frozen=True)
 class Found:
-    """What two captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source."""
+    """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source."""
 
     program: Program
     cut: Cut
@@ -27,19 +29,34 @@ class Found:
 
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
-    """Capture pipe(**given) for two prompts, one of them awkward; RecipeError where they are not of one program."""
-    return find_between(pipe, make_call(pipe, given), make_call(pipe, given, prompt=AWKWARD))
+    """Capture pipe(**given) for several prompts; RecipeError where they are not of one program."""
+    return find_for(pipe, lambda prompt: make_call(pipe, given, prompt))
 
 
-def find_between(pipe: Any, one: Mapping[str, Any], other: Mapping[str, Any]) -> Found:
-    """The same of two calls, which differ in their texts alone."""
+def find_for(pipe: Any, call: Callable[[str], Mapping[str, Any]]) -> Found:
+    """The same of call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what the
+    pipeline does, for a short and a long one too."""
+    one, other = call(PROMPT), with_others(call(AWKWARD), lambda text: f"{text} a a a")
     with quiet():
-        programs = capture(pipe, one), capture(pipe, other)
-    if mismatch := compare_sources(*programs):
-        raise RecipeError(
-            f"{programs[0].pipeline}: the length of a prompt decides what the pipeline does",
-            expected="prompts that are padded to one length",
-            got=mismatch,
-            hint="an argument of the pipeline may pad them; other lengths come with a later version",
-        )
-    return Found(programs[0], cut(programs[0]), find_templates(programs, (one, other)), one)
+        programs = [capture(pipe, one), capture(pipe, other)]
+        program = programs[0]
+        if not is_of_one_length(programs):
+            programs.append(capture(pipe, with_others(call(SHORT), lambda _: SHORT)))
+            program = _up_to_the_longest(pipe, call, programs)
+    templates = find_templates((programs[0], programs[1]), (one, other))
+    same = zip(programs[0].needed_sources, program.needed_sources, strict=True)
+    by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
+    return Found(program, cut(program), by_source, one)
+
+
+def _up_to_the_longest(pipe: Any, call: Callable[[str], Mapping[str, Any]], programs: list[Program]) -> Program:
+    """The program of these and of the longest text with which they have one in common; RecipeError if none has."""
+    for words in WORDS:
+        texts = [" ".join([SHORT] * count) for count in (words, words - words // 5)]
+        longest = with_others(call(texts[0]), lambda _, other=texts[1]: other)  # type: ignore[misc]
+        try:
+            return generalise([*programs, capture(pipe, longest)])
+        except RecipeError:
+            if words == WORDS[-1]:
+                raise
+    raise AssertionError

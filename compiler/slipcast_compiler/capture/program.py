@@ -1,7 +1,8 @@
 """A program: what a pipeline's call did, as sources, component calls and the glue between them.
 
-Values are numbered. An argument that is a `Ref` is a value that depends on a source; all others are constants, tensors
-among them. Events are in the order in which they ran, and replaying them in that order repeats the call.
+Values are numbered. An argument that is a `Ref` is a value that depends on a source; one that is `Affine` is an integer
+that follows a length; all others are constants, tensors among them. Events are in the order in which they ran, and
+replaying them in that order repeats the call.
 """
 
 from __future__ import annotations
@@ -25,6 +26,53 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Affine:
+    """An integer that follows a length: scale * length + offset."""
+
+    length: str
+    scale: int
+    offset: int
+
+    def __str__(self) -> str:
+        scaled = self.length if self.scale == 1 else f"{self.scale}*{self.length}"
+        return scaled + (f"{self.offset:+d}" if self.offset else "")
+
+    def at(self, lengths: Mapping[str, Any]) -> Any:
+        """For these lengths, which may be symbols."""
+        return self.scale * lengths[self.length] + self.offset
+
+
+Spec = tuple[tuple[int | Affine, ...], torch.dtype]  # what a value is: its shape and dtype
+
+
+@dataclass(frozen=True)
+class Length:
+    """How many tokens a text has, from `minimum` to `maximum`. The tensor `value` tells it: by its size in `dim`, which
+    is length + `offset`; or, where there is no `dim`, by how many of its entries are 1."""
+
+    name: str
+    minimum: int
+    maximum: int
+    value: int
+    dim: int | None
+    offset: int = 0
+
+    def of(self, tensor: torch.Tensor) -> Any:
+        """What a tensor tells: an integer, or a symbol while it is traced."""
+        if self.dim is not None:
+            return tensor.shape[self.dim] - self.offset
+        found = tensor.sum().item()
+        torch._check(found >= self.minimum)
+        torch._check(found <= self.maximum)
+        return found
+
+
+def measure(lengths: tuple[Length, ...], values: Mapping[int, torch.Tensor]) -> dict[str, Any]:
+    """By name, lengths as these values tell them."""
+    return {length.name: length.of(values[length.value]) for length in lengths}
+
+
+@dataclass(frozen=True)
 class Tokenized:
     """What a tokenizer was given: `texts`, a list; and its own settings then, None where it has none."""
 
@@ -35,16 +83,36 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Of tokens, int64 [1, length], with `fill` to a `multiple`: on the left, or on the right."""
+
+    multiple: int
+    fill: int
+    left: bool
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens, padded."""
+        missing = -tokens.shape[1] % self.multiple
+        return torch.nn.functional.pad(tokens, (missing, 0) if self.left else (0, missing), value=self.fill)
+
+
+@dataclass(frozen=True)
 class Source:
     """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator and
     the generator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of
-    which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts."""
+    which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts. `padding`:
+    of a prompt, after the tokenizer."""
 
     id: int
     kind: Kind
     detail: tuple[Any, ...]
     value: torch.Tensor
     tokenized: Tokenized | None = None
+    padding: Padding | None = None
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What a tokenizer gave, as this source has it."""
+        return self.padding(tokens) if self.padding else tokens
 
 
 @dataclass(frozen=True)
@@ -98,7 +166,8 @@ class Guard:
 @dataclass(frozen=True)
 class Program:
     """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
-    returned, a Ref or a constant tensor."""
+    returned, a Ref or a constant tensor. `specs`: by value. `lengths`: that arguments and shapes follow; those of a
+    program as it was captured are numbers."""
 
     pipeline: str
     sources: tuple[Source, ...]
@@ -107,6 +176,8 @@ class Program:
     guards: tuple[Guard, ...]
     memory: Mapping[int, int]
     results: tuple[tuple[Path, Any], ...]
+    specs: Mapping[int, Spec]
+    lengths: tuple[Length, ...] = ()
 
     @property
     def needed(self) -> frozenset[int]:
@@ -173,8 +244,8 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The structure with every tensor and reference changed; other leaves, and classes, stay."""
-    if isinstance(value, torch.Tensor | Ref):
+    """The structure with every tensor, reference and Affine changed; other leaves, and classes, stay."""
+    if isinstance(value, torch.Tensor | Ref | Affine):
         return change(value)
     if isinstance(value, dict):
         made = {key: rebuild(inner, change) for key, inner in value.items()}

@@ -33,6 +33,7 @@ from slipcast_compiler.capture.program import (
     Program,
     Ref,
     Source,
+    Spec,
     Tokenized,
     leaves,
     rebuild,
@@ -93,6 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._count = 0
         self._bound: dict[int, Bound] = {}
         self._memory: dict[int, int] = {}  # value -> the storage that it lies in
+        self._specs: dict[int, Spec] = {}
         self._written: dict[int, int] = {}  # storage of a constant that was written into -> the value of its content
         self._constants: dict[tuple[int, int], torch.Tensor] = {}
         self._sources: list[Source] = []
@@ -111,6 +113,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             tuple(self._guards),
             dict(self._memory),
             results,
+            dict(self._specs),
         )
 
     def enter(
@@ -160,6 +163,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._kept.append(tensor)
         self._bound[value] = bound
         self._memory[value] = _storage(tensor)
+        self._specs[value] = tuple(tensor.shape), tensor.dtype
         return value
 
     def _refer(self, tensor: Any) -> Any:
@@ -185,6 +189,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if tensor.is_contiguous():
             part = self._new(torch.empty(0), self._bound[content])
             self._memory[part] = self._memory[content]
+            self._specs[part] = (tensor.numel(),), tensor.dtype
             cut = (Ref(content), 0, offset, offset + tensor.numel())
             self._events.append(Op(torch.ops.aten.slice.Tensor, cut, {}, (part,)))
             function, args = torch.ops.aten.view.default, tuple[Any, ...]((Ref(part), list(shape)))

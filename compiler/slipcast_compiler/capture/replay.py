@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast_compiler.capture.program import Call, Op, Path, Program, Ref, leaves, outputs_of, rebuild
+from slipcast_compiler.capture.program import (
+    Affine,
+    Call,
+    Op,
+    Path,
+    Program,
+    Ref,
+    leaves,
+    measure,
+    outputs_of,
+    rebuild,
+)
 
 Values = dict[int, torch.Tensor]
 
@@ -20,14 +31,21 @@ def replay(program: Program, sources: Mapping[int, torch.Tensor], components: Ma
         if source.kind == "weight":
             values[source.id] = _weight(components, str(source.detail[0]))
     with torch.no_grad():
+        lengths = measure(program.lengths, values)
         for place in sorted(program.needed):
-            run(program.events[place], values, components)
+            run(program.events[place], values, components, lengths)
     return {path: values[found.id] if isinstance(found, Ref) else found for path, found in program.results}
 
 
-def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module]) -> None:
+def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module], lengths: Mapping[str, Any]) -> None:
     """One event, whose values are put beside those that it reads."""
-    args, kwargs = rebuild((event.args, event.kwargs), lambda each: values[each.id] if isinstance(each, Ref) else each)
+
+    def given(each: Any) -> Any:
+        if isinstance(each, Affine):
+            return each.at(lengths)
+        return values[each.id] if isinstance(each, Ref) else each
+
+    args, kwargs = rebuild((event.args, event.kwargs), given)
     if isinstance(event, Op):
         found = [tensor for _, tensor in leaves(event.function(*args, **kwargs))]
     else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.program import Call, Op, Program, Ref, outputs_of, rebuild, refs
+from slipcast_compiler.capture.program import Affine, Call, Op, Program, Ref, outputs_of, rebuild, refs
 
 FORMS = 4  # of which each is an engine
 # What may follow guidance: its numbers stay, but for the sign and for channels that the scheduler does not read.
@@ -139,6 +139,8 @@ def _formed(program: Program, order: tuple[int, ...], latent: int) -> Predict:
                 numbers[value.id] = -1 - len(given)  # what is given from before the loop is counted down
                 given.append(value.id)
             return "value", numbers[value.id]
+        if isinstance(value, Affine):
+            return str(value)
         constants.append(value)
         return "tensor", str(value.dtype), tuple(value.shape)
 

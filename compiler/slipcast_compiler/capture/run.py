@@ -12,11 +12,10 @@ from slipcast_compiler.capture.open import open_with_weights, open_without_weigh
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.summary import summarise
+from slipcast_compiler.capture.texts import OTHER_PROMPT
 from slipcast_compiler.capture.verify import Verdict, verify
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.recipe.reading import parse_override
-
-OTHER_PROMPT = "two large things and some words more"  # of another length
 
 
 def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], check: bool) -> dict[str, Any]:

@@ -18,7 +18,8 @@ def summarise(program: Program, pipe: Any, verdict: Verdict | None = None) -> di
     loop, needed = roll(program), [program.events[place] for place in sorted(program.needed)]
     return {
         "pipeline": program.pipeline,
-        "sources": [_source(source) for source in program.needed_sources],
+        "sources": [_source(program, source) for source in program.needed_sources],
+        "lengths": {length.name: [length.minimum, length.maximum] for length in program.lengths},
         "components": _components(program, pipe, loop, needed),
         "glue": sum(isinstance(event, Op) for event in needed),
         "operators": dict(Counter(e.function._schema.name for e in needed if isinstance(e, Op)).most_common()),
@@ -50,13 +51,13 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _source(source: Source) -> dict[str, Any]:
-    shown = source.detail
+def _source(program: Program, source: Source) -> dict[str, Any]:
+    shape = program.specs[source.id][0]
     return {
         "kind": source.kind,
-        "name": (" by " if source.kind == "noise" else ".").join(map(str, shown)),
+        "name": (" by " if source.kind == "noise" else ".").join(map(str, source.detail)),
         "dtype": str(source.value.dtype).removeprefix("torch."),
-        "shape": list(source.value.shape),
+        "shape": [size if isinstance(size, int) else str(size) for size in shape],
     }
 
 

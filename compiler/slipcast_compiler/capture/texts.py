@@ -1,39 +1,45 @@
 """What becomes of a call's texts before a tokenizer has them: found by giving two and comparing.
 
-A text that a tokenizer is given is prefix + text of the call + suffix, or constant. The text may be stripped and in
-lower case. Whatever else a pipeline does with it is refused: a runtime that did something else would draw something
-else.
+A text that a tokenizer is given is prefix + text of the call + suffix, or constant. The text may be stripped, in lower
+case, and cleaned. Whatever else a pipeline does with it is refused: a runtime that did something else would draw
+something else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast.run.texts import clean_text
 from slipcast_compiler.capture.program import Program, Source
 
 # Awkward on purpose: blanks at both ends and within, capitals, marks of HTML, an address, punctuation, another script.
-AWKWARD = "  A Big <b>RED</b> circle,  50% off &amp; http://example.org/a_b.png (1:1) #2 \u201cBleu\u201d \u732b  "
+AWKWARD = "  A Big <b>RED</b> circle, \t50% off &amp;lt; http://example.org/a_b.png (1:1) #2 \u201cBleu\u201d \u732b  "
+
+OTHER_PROMPT = "two large things and some words more"  # of another length than the others have
+BLANKS = ((False, False), (True, False), (False, True))  # whether a text is stripped, and cleaned
+SHORT = "a"  # a token in most vocabularies, as it is after a blank
 
 
 @dataclass(frozen=True)
 class Template:
-    """The text is prefix + the text of `argument` + suffix, where that is stripped or in lower case first; without
-    `argument` it is the prefix."""
+    """The text is prefix + the text of `argument` + suffix, where that is cleaned, stripped or in lower case first;
+    without `argument` it is the prefix."""
 
     argument: str | None
     prefix: str = ""
     suffix: str = ""
     lower: bool = False
     strip: bool = False
+    clean: bool = False
 
     def __call__(self, texts: Mapping[str, str]) -> str:
         """The text for these texts of the call."""
         given = texts[self.argument] if self.argument else ""
-        given = given.strip() if self.strip else given
+        given = clean_text(given) if self.clean else given.strip() if self.strip else given
         return self.prefix + (given.lower() if self.lower else given) + self.suffix
 
 
@@ -44,6 +50,13 @@ def texts_of(call: Mapping[str, Any]) -> dict[str, str]:
         if "prompt" in name and isinstance(value, str):
             found[name] = value
     return found
+
+
+def with_others(call: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The call, with each of its prompts changed but for `prompt` itself, and for those that say nothing: pipelines do
+    something else for them."""
+    others = {name: text for name, text in texts_of(call).items() if name != "prompt" and text.strip()}
+    return {**call, **{name: change(text) for name, text in others.items()}}
 
 
 def find_templates(
@@ -71,15 +84,17 @@ def _single(source: Source, program: Program) -> str:
 def _template(
     texts: tuple[str, str], arguments: tuple[Mapping[str, str], Mapping[str, str]], source: Source, program: Program
 ) -> Template:
-    for name, (lower, strip) in product(arguments[0], ((False, False), (False, True), (True, False), (True, True))):
-        plain = Template(name, lower=lower, strip=strip)
+    for name, (strip, clean), lower in product(arguments[0], BLANKS, (False, True)):
+        plain = Template(name, lower=lower, strip=strip, clean=clean)
         prefix, text, suffix = texts[0].partition(plain(arguments[0]) or "\0")  # an empty one is constant
-        found = Template(name, prefix, suffix, lower, strip)
+        found = replace(plain, prefix=prefix, suffix=suffix)
         if text and text not in suffix and tuple(map(found, arguments)) == texts:
             return found
     if texts[0] == texts[1]:
         return Template(None, texts[0])
-    raise _refuse(source, program, "prefix + prompt + suffix, perhaps stripped and in lower case", repr(texts[1])[:300])
+    raise _refuse(
+        source, program, "prefix + prompt + suffix, perhaps cleaned, stripped and in lower case", repr(texts[1])[:300]
+    )
 
 
 def _refuse(source: Source, program: Program, expected: str, got: str) -> RecipeError:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast_compiler.capture.program import Op, Program, leaves, outputs_of
+from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, outputs_of
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import Values, replay, run
 
@@ -41,7 +41,7 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     if mismatch := compare_sources(program, other):
         return Verdict(None, mismatch)
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
-    values = {mine.id: theirs.value for mine, theirs in sources}
+    values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     found = replay(program, values, components)
     with torch.no_grad(), _seeded():
@@ -54,7 +54,7 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
 def compare_sources(program: Program, other: Program) -> str | None:
     """Why the sources of two captures do not fit together; None where they do."""
     for mine, theirs in zip(program.needed_sources, other.needed_sources, strict=False):
-        if (mine.kind, mine.value.shape) != (theirs.kind, theirs.value.shape):
+        if mine.kind != theirs.kind or not _fits(program.specs[mine.id][0], theirs.value.shape):
             return (
                 f"source {mine.id}, {mine.kind} {mine.detail}, is {list(mine.value.shape)} for one prompt and "
                 f"{theirs.kind} {list(theirs.value.shape)} for another"
@@ -63,19 +63,25 @@ def compare_sources(program: Program, other: Program) -> str | None:
     return None if counts[0] == counts[1] else f"{counts[0]} sources for one prompt, {counts[1]} for another"
 
 
+def _fits(shape: tuple[int | Affine, ...], found: tuple[int, ...]) -> bool:
+    pairs = zip(shape, found, strict=False)
+    return len(shape) == len(found) and all(isinstance(size, Affine) or size == other for size, other in pairs)
+
+
 def first_difference(program: Program, other: Program, components: Mapping[str, nn.Module]) -> str:
     """The first event of which the program makes something else than the other call's own program does."""
     pairs = zip(program.needed_sources, other.needed_sources, strict=True)
-    mine: Values = {a.id: b.value.clone() for a, b in pairs}
+    mine: Values = {a.id: a.padded(b.value.clone()) for a, b in pairs}
     theirs: Values = {source.id: source.value.clone() for source in other.needed_sources}
     with torch.no_grad():
+        lengths = measure(program.lengths, mine)
         events = (tuple(each.events[place] for place in sorted(each.needed)) for each in (program, other))
         for a, b in zip(*events, strict=False):
             name = a.function._schema.name if isinstance(a, Op) else a.module
             if type(a) is not type(b) or len(outputs_of(a)) != len(outputs_of(b)):
                 return f"{name} at {a.where or 'an unknown place'}: another operator for another prompt"
-            run(a, mine, components)
-            run(b, theirs, components)
+            run(a, mine, components, lengths)
+            run(b, theirs, components, {})
             for value, wanted in zip(outputs_of(a), outputs_of(b), strict=True):
                 if not torch.equal(mine[value], theirs[wanted]):
                     return f"{name} at {a.where or 'an unknown place'}"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import slipcast
-from slipcast.bundle.manifest import SCHEMA_VERSION
+from slipcast.bundle.manifest import SCHEMA_VERSION, Component
 from slipcast.bundle.program import PROGRAM
+from slipcast.errors import RecipeError
 from slipcast.progress import Stages
 from slipcast_compiler.engines import Source, Sources, build_targets
 from slipcast_compiler.export.program import TABLE, contracts, read_record
@@ -24,6 +25,7 @@ def write_bundle(
     """A bundle in `folder`, complete but for the evidence, of an entry of the cache that has an exported program; the
     manifest's fields, with the targets, beside those that are given."""
     record = read_record(entry)
+    _check_rows(contracts(entry, record), tables)
     components = {name: Source(entry / f"{name}.onnx", f"{entry.name}/{name}") for name in contracts(entry, record)}
     sources = dict.fromkeys((table.name for table in tables), Sources(components, None))
     targets = build_targets(sources, tables, folder, cache, stages)
@@ -40,3 +42,17 @@ def write_bundle(
     }
     publish.write_program_manifest(folder, {**fields, **made})
     return {**fields, **made}
+
+
+def _check_rows(components: Mapping[str, Component], tables: tuple[TargetTable, ...]) -> None:
+    """RecipeError where OpenVINO's engines would take the tokens of a text for the rows of a batch."""
+    if not any(table.engine == "openvino" for table in tables):
+        return
+    for name, component in components.items():
+        for spec in component.inputs:
+            if spec.shape and isinstance(spec.shape[0], str):
+                raise RecipeError(
+                    f"{name}: the first dimension of an input follows the length of a prompt: not for OpenVINO",
+                    expected="engine = onnxruntime",
+                    got=f"{spec.name} [{', '.join(map(str, spec.shape))}]",
+                )

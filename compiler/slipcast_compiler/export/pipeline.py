@@ -18,7 +18,8 @@ from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.open import open_with_weights
-from slipcast_compiler.capture.texts import AWKWARD
+from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_others
 from slipcast_compiler.capture.verify import LIMIT, verify
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
@@ -34,25 +35,33 @@ def export_pipeline(
     pipe = open_with_weights(root, pipeline)
     _check_weights(pipe, root)
     found = find(pipe, given)
-    calls = [make_call(pipe, given, AWKWARD, seed=1) for _ in range(2)]
-    verdict = verify(found.program, pipe, *calls)
+    prompts = (AWKWARD, OTHER_PROMPT) if found.program.lengths else (AWKWARD,)  # the other is of a length not captured
+    error = max(_verified(found.program, pipe, given, prompt) for prompt in prompts)
+    export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
+    leave_loop(folder)
+    (folder / VERIFIED).write_text(json.dumps({"error": error}))
+    return {}
+
+
+def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str) -> float:
+    """The program's error for a prompt, and for other texts too where there are any; CheckFailed where it is another
+    pipeline then."""
+    calls = [with_others(make_call(pipe, given, prompt, seed=1), lambda text: f"{text} {SHORT}") for _ in range(2)]
+    verdict = verify(program, pipe, *calls)
     if verdict.error is not None and math.isnan(verdict.error):
         raise ArtifactError(
-            f"{found.program.pipeline} gives NaN or infinity, so that nothing can be compared with it",
+            f"{program.pipeline} gives NaN or infinity, so that nothing can be compared with it",
             expected="numbers",
             got=f"none, from {verdict.difference} on",
         )
-    if not verdict.holds:
+    if verdict.error is None or not verdict.holds:
         raise CheckFailed(
-            f"{found.program.pipeline}: what was captured is not the pipeline for another prompt and seed",
+            f"{program.pipeline}: what was captured is not the pipeline for another prompt and seed",
             expected=f"a relative error of {LIMIT:g}",
             got=f"{verdict.error}; the first to differ is {verdict.difference}",
             hint="`slipcast capture --verify` shows what the pipeline reads into Python",
         )
-    export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
-    leave_loop(folder)
-    (folder / VERIFIED).write_text(json.dumps({"error": verdict.error}))
-    return {}
+    return verdict.error
 
 
 def digest(root: Path, pipeline: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,13 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.export import Dim
 
 from slipcast.bundle.manifest import Component
 from slipcast.bundle.program import (
     RUN_ARGUMENTS,
     ImageSource,
+    LengthRange,
     NoiseSource,
     ProgramCall,
     PromptSource,
@@ -28,11 +30,13 @@ from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.cut import Cut, Part
-from slipcast_compiler.capture.program import Op, Program, Ref, Source
+from slipcast_compiler.capture.program import Affine, Op, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
-from slipcast_compiler.export.replayed import Replayed, Spec, carried
+from slipcast_compiler.export.pairs import as_pairs
+from slipcast_compiler.export.replayed import Replayed, carried
+from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.host.quiet import quiet
 
 TABLE, PROGRAM = "table.safetensors", "program.json"
@@ -49,15 +53,10 @@ def export_program(
 
     `pipe` has its weights. RecipeError for what no runtime could repeat.
     """
-    known: dict[int, Spec] = {s.id: (tuple(s.value.shape), s.value.dtype) for s in program.needed_sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    parts, specs = {part.name: part for part in cut.parts}, dict[str, tuple[Spec, ...]]()
-    for done, use in enumerate(cut.uses):
-        part = parts[use.part]
-        if part.name not in specs:
-            advance(done, len(cut.uses))
-            specs[part.name] = _export_part(part, components, {**known, **_given(part, use.inputs, known)}, folder)
-        known |= dict(zip(use.outputs, specs[part.name], strict=True))
+    for done, part in enumerate(cut.parts):
+        advance(done, len(cut.parts))
+        _export_part(part, components, program, folder)
     tables = {_row_name(part, at, True): carried(rows) for part in cut.parts for at, (_, rows) in enumerate(part.table)}
     if tables:
         save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
@@ -65,7 +64,11 @@ def export_program(
         pipeline=program.pipeline,
         arguments=_arguments(templates, call),
         fixed=_fixed(pipe, call),
-        sources=tuple(_source(source, pipe, templates, folder) for source in _all_sources(program)),
+        lengths={
+            length.name: LengthRange(minimum=length.minimum, maximum=length.maximum)
+            for length in program.lengths
+        },
+        sources=tuple(_source(source, program, pipe, templates, folder) for source in _all_sources(program)),
         calls=tuple(
             ProgramCall(
                 component=use.part,
@@ -78,7 +81,7 @@ def export_program(
         table=TABLE if tables else None,
         steps=cut.steps,
         results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
-        output=_output(program, known),
+        output=_output(program),
     )  # fmt: skip
     (folder / PROGRAM).write_text(record.model_dump_json())
     return record
@@ -95,10 +98,6 @@ def contracts(folder: Path, record: Record) -> dict[str, Component]:
     return {name: Component.model_validate_json((folder / f"{name}.json").read_text()) for name in names}
 
 
-def _given(part: Part, values: tuple[int, ...], known: Mapping[int, Spec]) -> dict[int, Spec]:
-    return dict(zip(part.inputs, (known[value] for value in values), strict=True))
-
-
 def _value(number: int) -> str:
     return f"v{number}"
 
@@ -107,21 +106,21 @@ def _row_name(part: Part, at: int, full: bool = False) -> str:
     return f"{part.name}.row_{at}" if full else f"row_{at}"
 
 
-def _export_part(
-    part: Part, components: Mapping[str, nn.Module], known: Mapping[int, Spec], folder: Path
-) -> tuple[Spec, ...]:
-    """Writes the part's graph and contract; what its outputs are in the program."""
-    told = list[tuple[Spec, ...]]()  # not on the module, which the tracer leaves as it was
-    module = Replayed(part, components, known, told.append).eval()
-    given = [known[value] for value in part.inputs] + [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
-    examples = tuple(carried(torch.zeros(shape, dtype=dtype)) for shape, dtype in given)
+def _export_part(part: Part, components: Mapping[str, nn.Module], program: Program, folder: Path) -> None:
+    """Writes the part's graph and contract."""
+    module = Replayed(part, components, program.specs).eval()
+    lengths = measure(program.lengths, {source.id: source.value for source in program.sources})
+    given = [program.specs[value] for value in part.inputs]
+    given += [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
+    examples = tuple(carried(torch.zeros(_sizes(shape, lengths), dtype=dtype)) for shape, dtype in given)
     inputs = [f"in_{at}" for at in range(len(part.inputs))] + [_row_name(part, at) for at in range(len(part.table))]
     outputs = [f"out_{at}" for at in range(len(part.outputs))]
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), symbols_kept(module):
+            traced = as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(given),)))
             exported = torch.onnx.export(
-                torch.export.export(module, examples), dynamo=True, optimize=False, opset_version=OPSET, verbose=False,
-                input_names=inputs, output_names=outputs,
+                traced, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=inputs,
+                output_names=outputs,
             )  # fmt: skip
     except RecipeError:
         raise
@@ -135,9 +134,26 @@ def _export_part(
     assert exported is not None
     _attach(exported.model.graph, dict(module.named_parameters()) | dict(module.named_buffers()))
     settle(exported.model)
+    _name_dimensions(exported.model, part, program)
     ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
     (folder / f"{part.name}.json").write_text(contract_of(exported.model).model_dump_json())
-    return told[-1]
+
+
+def _sizes(shape: tuple[int | Affine, ...], lengths: Mapping[str, int]) -> list[int]:
+    return [size.at(lengths) if isinstance(size, Affine) else size for size in shape]
+
+
+def _free(given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
+    """By input, its dimensions that follow a length. How they hang together the tracer finds, as it meets them."""
+    return tuple({dim: Dim.DYNAMIC for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given)
+
+
+def _name_dimensions(model: ir.Model, part: Part, program: Program) -> None:
+    """Call free dimensions by what they follow in place of the tracer's symbols (s53)."""
+    pairs = [*zip(model.graph.inputs, part.inputs, strict=False), *zip(model.graph.outputs, part.outputs, strict=True)]
+    for value, number in pairs:
+        shape = program.specs[number][0]
+        value.shape = ir.Shape([str(size) if isinstance(size, Affine) else size for size in shape])
 
 
 def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -165,7 +181,7 @@ def _all_sources(program: Program) -> list[Source]:
 
 
 def _source(
-    source: Source, pipe: Any, templates: Mapping[int, Template], folder: Path
+    source: Source, program: Program, pipe: Any, templates: Mapping[int, Template], folder: Path
 ) -> PromptSource | NoiseSource | ImageSource:
     name, shape, dtype = _value(source.id), tuple(source.value.shape), source.value.dtype
     what = ".".join(map(str, source.detail))
@@ -191,8 +207,10 @@ def _source(
         suffix=template.suffix,
         lower=template.lower,
         strip=template.strip,
+        clean=template.clean,
         special_tokens=given.special_tokens,
-        shape=shape,
+        shape=(1, str(size) if isinstance(size := program.specs[source.id][0][1], Affine) else size),
+        length=next((each.name for each in program.lengths if each.dim is None and each.value == source.id), None),
     )
 
 
@@ -207,16 +225,29 @@ def _write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> str:
             f"the tokenizer {source.detail[0]}", "one that the tokenizers library runs", type(tokenizer).__name__
         )
     made = Tokenizer.from_str(backend.to_str())
-    made.no_padding() if given.padding is None else made.enable_padding(**given.padding)
+    padding = _padding(source)
+    made.no_padding() if padding is None else made.enable_padding(**padding)
     made.no_truncation() if given.truncation is None else made.enable_truncation(**given.truncation)
     encoded = made.encode(given.texts[0], add_special_tokens=given.special_tokens)
     fields = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
     if fields[source.detail[-1]] != source.value[0].tolist():
         raise _unknown(f"what {source.detail[0]} gives", "the tokens of its tokenizer.json", "others")
-    settings = json.dumps([given.padding, given.truncation], sort_keys=True).encode()
+    settings = json.dumps([padding, given.truncation], sort_keys=True).encode()
     name = f"{source.detail[0]}-{hashlib.sha256(settings).hexdigest()[:8]}.json"
     (folder / name).write_text(made.to_str())
     return name
+
+
+def _padding(source: Source) -> dict[str, Any] | None:
+    """As the tokenizers library takes it: the tokenizer's own, and that of the pipeline's code."""
+    own = source.tokenized.padding if source.tokenized else None
+    if source.padding is None:
+        return dict(own) if own is not None else None
+    padding = source.padding
+    return {
+        **(own or {}), "length": None, "pad_to_multiple_of": padding.multiple, "pad_id": padding.fill,
+        "direction": "left" if padding.left else "right",
+    }  # fmt: skip
 
 
 def _arguments(templates: Mapping[int, Template], call: Mapping[str, Any]) -> dict[str, TextArgument]:
@@ -238,10 +269,10 @@ def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}
 
 
-def _output(program: Program, known: Mapping[int, Spec]) -> Output:
+def _output(program: Program) -> Output:
     """What the first result is: a picture, or a video, is clamped to [0, 1] somewhere."""
     value = next(value for _, value in program.results if isinstance(value, Ref))
-    shape, dtype = known[value.id]
+    shape, dtype = program.specs[value.id]
     events = (program.events[place] for place in program.needed_for([value]))
     clamped = any(
         isinstance(event, Op)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.cut import Part
-from slipcast_compiler.capture.program import Call
+from slipcast_compiler.capture.program import Call, Spec, measure
 from slipcast_compiler.capture.replay import find_module, run
 
-Spec = tuple[tuple[int, ...], torch.dtype]  # of a value
 # What engines take and give in place of what they do not: the same numbers, but for float64's last digits.
 CARRIERS = {torch.float64: torch.float32, torch.bool: torch.int64}
 PLAIN = (torch.float32, torch.int64, torch.int32)
@@ -23,18 +22,12 @@ class Replayed(nn.Module):  # type: ignore[misc]
     all of them in the dtypes that engines have.
 
     `components`: the pipeline's; those that the part calls, or takes weights of, become its own modules. `known`: what
-    the inputs are in the program. `tell` is given what the outputs are there, when it runs.
+    the inputs are in the program.
     """
 
-    def __init__(
-        self,
-        part: Part,
-        components: Mapping[str, nn.Module],
-        known: Mapping[int, Spec],
-        tell: Callable[[tuple[Spec, ...]], None],
-    ) -> None:
+    def __init__(self, part: Part, components: Mapping[str, nn.Module], known: Mapping[int, Spec]) -> None:
         super().__init__()
-        self._part, self._tell = part, tell
+        self._part = part
         self._dtypes = [known[value][1] for value in part.inputs] + [rows.dtype for _, rows in part.table]
         used = {event.module.partition(".")[0] for event in part.events if isinstance(event, Call)}
         used |= {name.partition(".")[0] for _, name in part.weights}
@@ -49,11 +42,10 @@ class Replayed(nn.Module):  # type: ignore[misc]
         for value, name in part.weights:
             module, _, own_name = name.rpartition(".")
             values[value] = getattr(find_module(components, module), own_name)
+        lengths = measure(part.lengths, values)
         for event in part.events:
-            run(event, values, components)
-        found = [values[value] for value in part.outputs]
-        self._tell(tuple((tuple(map(int, tensor.shape)), tensor.dtype) for tensor in found))
-        return tuple(carried(tensor) for tensor in found)
+            run(event, values, components, lengths)
+        return tuple(carried(values[value]) for value in part.outputs)
 
 
 def carried(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,9 @@ class PromptSource(Strict):
     """What a tokenizer gives for a text: `prefix` + the user's text + `suffix`, or, without `argument`, these alone.
 
     `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
-    them. `lower` and `strip` are applied to the user's text. A text that gives another length than that of `shape` is
-    refused.
+    them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice
+    over, and blanks between words are one space. A text that gives another length than that of `shape` is refused; a
+    name there is one of the program's lengths, and so is `length`, that of a text without what pads it.
     """
 
     kind: Literal["prompt"] = "prompt"
@@ -42,9 +43,11 @@ class PromptSource(Strict):
     suffix: str = ""
     lower: bool = False
     strip: bool = False
+    clean: bool = False
     special_tokens: bool = True
     dtype: Literal["int64", "int32"] = "int64"
-    shape: tuple[Literal[1], Positive]
+    shape: tuple[Literal[1], Positive | Name]
+    length: Name | None = None
 
 
 class NoiseSource(Strict):
@@ -93,6 +96,19 @@ class TextArgument(Strict):
         return self
 
 
+class LengthRange(Strict):
+    """How many tokens a text may have."""
+
+    minimum: Positive
+    maximum: Positive
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.minimum > self.maximum:
+            raise ValueError("minimum is above maximum")
+        return self
+
+
 class ProgramCall(Strict):
     """`inputs`: the engine's input -> the value that it is given; `outputs`: the engine's output -> the value that it
     becomes. `row`: of the table, whose tensors "<component>.<input>" give the inputs that are not in `inputs`."""
@@ -107,6 +123,7 @@ class Program(Strict):
     """A pipeline's call, as it was captured.
 
     `pipeline`: the class that it was captured of, to be shown alone. `arguments`: texts that a run takes, by name.
+    `lengths`: how many tokens texts may have, by the names that shapes of sources have.
     `sources`: where values enter: PromptSource, NoiseSource and ImageSource.
     `fixed`: what the call had besides, which is part of this bundle. `table`: safetensors, each of its tensors
     [rows, *shape of the input]. `steps`: a step is over after the call with this index. `results`: for "image"
@@ -117,6 +134,7 @@ class Program(Strict):
     pipeline: Name
     arguments: dict[ArgumentName, TextArgument] = Field(default_factory=dict)
     fixed: dict[ArgumentName, Fixed] = Field(default_factory=dict)
+    lengths: dict[Name, LengthRange] = Field(default_factory=dict)
     sources: tuple[Source, ...]
     calls: Annotated[tuple[ProgramCall, ...], Field(min_length=1)]
     table: BundlePath | None = None
@@ -154,6 +172,14 @@ class Program(Strict):
     def _steps_rise(self) -> Self:
         if list(self.steps) != sorted(set(self.steps)) or any(step >= len(self.calls) for step in self.steps):
             raise ValueError(f"steps are indices of calls, rising, below {len(self.calls)}")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_are_known(self) -> Self:
+        prompts = [source for source in self.sources if isinstance(source, PromptSource)]
+        named = {name for source in prompts for name in (source.shape[1], source.length) if isinstance(name, str)}
+        if unknown := sorted(named.difference(self.lengths)):
+            raise ValueError(f"sources have {unknown[0]!r} tokens, which is not listed under lengths")
         return self
 
     @model_validator(mode="after")

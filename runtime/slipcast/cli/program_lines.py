@@ -15,12 +15,14 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
     program = manifest.program
     texts = [_argument(program, name) for name in program.arguments]
     pictures = [f"{name} ({_size(source)})" for name, source in program.images.items()]
+    lengths = [f"{name} {each.minimum} to {each.maximum}" for name, each in program.lengths.items()]
     fixed = [f"{name}={value!r}" for name, value in program.fixed.items()]
     return [
         f"  program      {program.pipeline}: {len(program.calls)} calls, {len(program.steps)} steps",
         f"  arguments    {', '.join([*texts, *pictures]) or 'none'}",
         f"  fixed        {', '.join(fixed) or 'nothing'}",
         f"  gives        {OUTPUTS[program.output]}: {', '.join(program.results)}",
+        *([f"  tokens       {', '.join(lengths)}"] if lengths else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
     ]

@@ -44,8 +44,7 @@ class ProgramPipeline(BasePipeline):
     ) -> None:
         super().__init__(bundle, target, instrument)
         self.program = program = self.manifest.program
-        prompts = [source for source in program.sources if isinstance(source, PromptSource)]
-        self._texts = ProgramTexts(bundle, prompts)
+        self._texts = ProgramTexts(bundle, program)
         self._rows = _read_table(bundle) if program.table else [{} for _ in program.calls]
         self._depends, self._droppable = dependence(program), droppable(program)
         self._last_call = {call.component: place for place, call in enumerate(program.calls)}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.program import PromptSource
+from slipcast.bundle.program import LengthRange, Program, PromptSource
 from slipcast.bundle.reader import BaseBundle
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.run.tokenizer import OnLongPrompt, read_tokenizer, shorten
@@ -22,18 +24,20 @@ Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 class ProgramTexts:
     """The prompt sources of a program, with their tokenizers, which pad and truncate as the pipeline does."""
 
-    def __init__(self, bundle: BaseBundle, sources: Sequence[PromptSource]) -> None:
+    def __init__(self, bundle: BaseBundle, program: Program) -> None:
         """ArtifactError where a file is no tokenizer, or pads to more than a source takes."""
-        self._sources = sources
-        files = dict.fromkeys(source.tokenizer for source in sources)
+        self._sources = [source for source in program.sources if isinstance(source, PromptSource)]
+        self._lengths = program.lengths
+        self._ranges = {source.value: _range(source, program) for source in self._sources}
+        files = dict.fromkeys(source.tokenizer for source in self._sources)
         self._tokenizers = {name: read_tokenizer(bundle.file(name)) for name in files}
-        for source in sources:
+        for source in self._sources:
             padding = self._tokenizers[source.tokenizer].padding or {}
             least = max(padding.get("length") or 0, padding.get("pad_to_multiple_of") or 0)
-            if least > source.shape[1]:
+            if least > (most := self._ranges[source.value].maximum):
                 raise ArtifactError(
                     f"{source.tokenizer}: pads to another length than {source.value} has",
-                    expected=f"at most {source.shape[1]}",
+                    expected=f"at most {most}",
                     got=least,
                     hint="compile the bundle again",
                 )
@@ -53,38 +57,56 @@ class ProgramTexts:
                 key = source.tokenizer, source.special_tokens, whole
                 if key not in encodings:
                     encodings[key] = self._encode(source, whole, on_long_prompt)
-                made[text] = _field(source, encodings[key], text)
+                made[text] = self._field(source, encodings[key], text)
         return found
 
     def _encode(self, source: PromptSource, whole: str, on_long_prompt: OnLongPrompt) -> Any:
         tokenizer = self._tokenizers[source.tokenizer]
         encoding = tokenizer.encode(whole, add_special_tokens=source.special_tokens)
         if encoding.overflowing:
-            _too_long(source, _dropped(encoding, whole, tokenizer.truncation["direction"]), on_long_prompt)
+            dropped, limit = _dropped(encoding, whole, tokenizer.truncation["direction"]), len(encoding.ids)
+            _too_long(source, limit, dropped, on_long_prompt)
         return encoding
+
+    def _field(self, source: PromptSource, encoding: Any, text: str) -> Tokens:
+        """int [1, length] of what the source takes of an encoding."""
+        by_field = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        row = getattr(encoding, by_field[source.field])
+        _check_length(source, text, len(row), self._ranges[source.value])
+        if source.length:
+            _check_length(source, text, sum(encoding.attention_mask), self._lengths[source.length])
+        return np.array([row], source.dtype)
 
 
 def render(source: PromptSource, text: str) -> str:
     """What the tokenizer is given for a user's text; of a constant source, whatever the text."""
     if source.argument is None:
         return source.prefix + source.suffix
-    text = text.lower() if source.lower else text
-    return source.prefix + (text.strip() if source.strip else text) + source.suffix
+    text = clean_text(text) if source.clean else text.strip() if source.strip else text
+    return source.prefix + (text.lower() if source.lower else text) + source.suffix
 
 
-def _field(source: PromptSource, encoding: Any, text: str) -> Tokens:
-    """int [1, length] of what the source takes of an encoding."""
-    by_field = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    row = getattr(encoding, by_field[source.field])
-    if len(row) != source.shape[1]:
-        name = source.argument or f"the text of {source.value}"
-        raise RequestError(
-            f"{name} has another length than this bundle is made for: {shorten(text)}",
-            expected=f"{source.shape[1]} tokens",
-            got=str(len(row)),
-            hint="word it so that it has as many tokens, or compile a bundle for its length",
-        )
-    return np.array([row], source.dtype)
+def clean_text(text: str) -> str:
+    """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the
+    ends."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def _check_length(source: PromptSource, text: str, length: int, legal: LengthRange) -> None:
+    if legal.minimum <= length <= legal.maximum:
+        return
+    name, one = source.argument or f"the text of {source.value}", legal.minimum == legal.maximum
+    raise RequestError(
+        f"{name} has another length than this bundle is made for: {shorten(text)}",
+        expected=f"{legal.minimum} tokens" if one else f"{legal.minimum} to {legal.maximum} tokens",
+        got=str(length),
+        hint="word it so that it has as many tokens, or compile a bundle for its length" if one else None,
+    )
+
+
+def _range(source: PromptSource, program: Program) -> LengthRange:
+    size = source.shape[1]
+    return program.lengths[size] if isinstance(size, str) else LengthRange(minimum=size, maximum=size)
 
 
 def _dropped(encoding: Any, whole: str, direction: str) -> str:
@@ -95,8 +117,8 @@ def _dropped(encoding: Any, whole: str, direction: str) -> str:
     return whole[: min(begin for begin, _ in ends)] if direction == "left" else whole[max(end for _, end in ends) :]
 
 
-def _too_long(source: PromptSource, dropped: str, on_long_prompt: OnLongPrompt) -> None:
-    message = f"{source.argument} is longer than {source.shape[1]} tokens; dropped: {shorten(dropped)}"
+def _too_long(source: PromptSource, limit: int, dropped: str, on_long_prompt: OnLongPrompt) -> None:
+    message = f"{source.argument} is longer than {limit} tokens; dropped: {shorten(dropped)}"
     if on_long_prompt == "error":
         raise RequestError(message, hint="shorten the prompt, or pass on_long_prompt='warn'")
     logger.warning(message)

@@ -79,7 +79,7 @@ PIPELINES: dict[str, Tiny] = {
     "chroma": Tiny(transformers.chroma, SHORT),
     "hunyuan_dit": Tiny(transformers.hunyuan_dit, SIZE | FREE | {"height": 64, "width": 64}),
     "hunyuan_image": Tiny(transformers.hunyuan_image, SIZE),
-    "cogview_4": Tiny(transformers.cogview_4, SIZE | {"max_sequence_length": 32}),
+    "cogview_4": Tiny(transformers.cogview_4, SIZE | {"max_sequence_length": 64}),
     "kandinsky_5": Tiny(transformers.kandinsky_5, SIZE | {"height": 64, "width": 64}),
     "ovis_image": Tiny(transformers.ovis_image, SIZE),
     "wan": Tiny(frames.wan, SHORT | {"num_frames": 5}),
@@ -87,7 +87,7 @@ PIPELINES: dict[str, Tiny] = {
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
     "stable_audio": Tiny(frames.stable_audio, STEPS | {"audio_end_in_s": 1.0}),
 }
-# Those whose shapes, or what they cut, follow the number of a prompt's words: a program is of one length.
+# Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = ("wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1")
 
 

@@ -10,7 +10,7 @@ from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
 from slipcast_compiler.engines.programs import write_bundle
-from slipcast_compiler.export.pipeline import VERIFIED, digest, export_pipeline
+from slipcast_compiler.export.pipeline import VERIFIED, digest, digests, export_pipeline
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -36,7 +36,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         def export(folder: Path) -> None:
             run_isolated(export_pipeline, checkpoint, pipeline, plan.call, folder, advance=advance)
 
-        given = {"source": source, "pipeline": pipeline, "call": plan.call}
+        given = {"source": source, "pipeline": pipeline, "call": plan.call, "files": digests(plan.call)}
         entry = cache.get("program", given, export)
 
     # What the pipeline itself draws of held-out prompts.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.call import pictures_from
 from slipcast_compiler.capture.cut import Cut
 from slipcast_compiler.capture.find import Found, find
 from slipcast_compiler.capture.open import open_without_weights
@@ -83,7 +84,7 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     root, name = locate(recipe.model, folder)
     checkpoint = Checkpoint(root, name, recipe.model.variant)
     pipe = open_without_weights(root, recipe.model.pipeline)
-    call = _with_steps(pipe, recipe.call)
+    call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
     found = find(pipe, call)
     _check_sources(found, name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
@@ -115,12 +116,6 @@ def _parts(cut: Cut, components: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_sources(found: Found, name: str, recipe: Recipe) -> None:
     """RecipeError where what it draws depends on what no family has, or not on what it has."""
-    if pictures := [".".join(map(str, s.detail)) for s in found.program.needed_sources if s.kind == "image"]:
-        raise RecipeError(
-            f"{name} is given pictures, which is not for a compile yet",
-            expected="a pipeline of texts alone, or of nothing",
-            got=", ".join(pictures),
-        )
     prompted = any(template.argument == "prompt" for template in found.templates.values())
     if prompted != bool(recipe.family):
         raise RecipeError(

@@ -265,3 +265,31 @@ def test_videos_and_arrays_are_compared() -> None:
     assert near["psnr_worst"] == pytest.approx(70, abs=5)
     assert near["ssim_mean"] is None and near["images"] == 2
     assert np.isnan(compare_results(sound, sound * np.nan, "array")["psnr_worst"])
+
+
+def test_a_picture_that_is_not_there_is_refused_in_the_dry_run(place: Path) -> None:
+    options = ("--dry-run", "--set", "call.ip_adapter_image='none.png'")
+    done = call_cli("compile", "tiny.toml", *options, cwd=place)
+    assert done.returncode == 2
+    assert "call.ip_adapter_image: cannot be read" in done.stderr and "none.png" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_is_given_a_picture(tmp_path: Path) -> None:
+    """It is judged with the recipe's picture, and draws with any other."""
+    open_pipeline("stable_diffusion_xl_img2img").save_pretrained(tmp_path / "model")
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(tmp_path / "grey.png")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    call = '[call]\nnum_inference_steps = 4\nstrength = 0.8\nimage = "grey.png"\n'
+    (tmp_path / "tiny.toml").write_text(re.sub(r"\[call\]\n(\w+ = \d+\n)+", call, RECIPE))
+    done = compile_here("tiny.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = {}
+    for name in ("grey", "red"):
+        options = ("--prompt", "a circle", "--seed", "1", "--image", f"{name}.png", "-o", f"{name}-drawn.png")
+        done = call_cli("run", "artifacts/tiny", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        drawn[name] = np.asarray(Image.open(tmp_path / f"{name}-drawn.png"))
+    assert (drawn["grey"] != drawn["red"]).any()
+    done = call_cli("run", "artifacts/tiny", "--prompt", "a circle", "--seed", "1", cwd=tmp_path)
+    assert done.returncode == 2 and "image is missing" in done.stderr

@@ -64,6 +64,12 @@ def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str
     return verdict.error
 
 
+def digests(call: Mapping[str, Any]) -> dict[str, str]:
+    """By argument, SHA-256 of the files, of pictures, that a call names."""
+    files = {name: Path(value) for name, value in call.items() if isinstance(value, str)}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+
+
 def digest(root: Path, pipeline: str | None) -> str:
     """SHA-256 over names and contents of a checkpoint's files, and over the module of a pipeline of the user's own."""
     total = hashlib.sha256()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,21 @@ def make_images(
     Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each of the held-out, load_s, median seconds by
     component, and the guard's distances.
     """
+    return _draw(root, target, prompts, seeds, held_out, {}, advance)
+
+
+def run_program(
+    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], given: Mapping[str, Any],
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """The same of a captured program, in its results' own shapes; `given`: what it takes besides, such as pictures."""
+    return _draw(root, target, prompts, seeds, len(prompts), given, advance)
+
+
+def _draw(
+    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], held_out: int,
+    given: Mapping[str, Any], advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
     begin = time.perf_counter()
     from slipcast.run.load import load
 
@@ -34,8 +49,8 @@ def make_images(
         load_s = time.perf_counter() - begin
         pictures, seconds, distances = [], [], []
         guard = getattr(pipe.manifest, "guard", None)  # which a captured program has not
-        of_family: dict[str, Any] = {"guard": "warn"} if guard else {}
-        of_strangers = {"guard": "fallback"} if guard and guard.policy == "fallback" else of_family
+        of_family = {**given, **({"guard": "warn"} if guard else {})}
+        of_strangers = {**given, "guard": "fallback"} if guard and guard.policy == "fallback" else of_family
         pipe(prompts[0], seed=seeds[0], output_type="np", **of_family)
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             advance(i, len(prompts))

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.manifest import Metrics, Quality, Target
 from slipcast.bundle.program import Program
@@ -32,6 +34,7 @@ from slipcast_compiler.recipe.recipe import GateTable
 
 Floats = npt.NDArray[np.float32]
 Output = Literal["image", "frames", "array"]
+PICTURES = "pictures.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class PipelineDrawing:
 
 @dataclass(frozen=True)
 class PipelineOriginals:
-    """What it drew, and what that took. `run`: whose images are as the pipeline returned them, see laid."""
+    """What it drew, and what that took. `run`: whose images are as the pipeline returned them, see laid. `pictures`: by
+    argument, what it was given, float32 [1, c, h, w]."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
     run: Run
+    pictures: Mapping[str, Floats]
 
     def laid(self, kind: Output) -> Floats:
         """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of arrays [n, ...]."""
@@ -67,9 +72,11 @@ def draw_originals(
     def build(folder: Path) -> None:
         made = run_isolated(draw, drawing, advance=advance)
         read_run(made.result, made.peak_memory_mb).save(folder)
+        save_file(made.result["pictures"], folder / PICTURES)
 
     inputs = {**given, "images": [drawing.prompts, drawing.seeds], "machine": this_machine().model_dump()}
-    return PipelineOriginals(drawing.prompts, drawing.seeds, Run.load(cache.get("pipeline", inputs, build)))
+    entry = cache.get("pipeline", inputs, build)
+    return PipelineOriginals(drawing.prompts, drawing.seeds, Run.load(entry), load_file(entry / PICTURES))
 
 
 def judge_program(
@@ -84,9 +91,10 @@ def judge_program(
     runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
     for target in (target for target in targets if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
-            arguments = (folder, target.id, originals.prompts, originals.seeds, len(originals.prompts))
+            prompts, seeds = originals.prompts, originals.seeds
+            arguments = (folder, target.id, prompts, seeds, originals.pictures)
             try:
-                made = run_isolated(bundled.make_images, *arguments, advance=advance)
+                made = run_isolated(bundled.run_program, *arguments, advance=advance)
             except NumericalError as error:
                 raise CheckFailed(
                     f"{target.id} gives what is no number, where the pipeline gives numbers; nothing was published",
@@ -123,11 +131,12 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
     """One result for each prompt and seed.
 
     Returns images (float32 [n, c, h, w] in [0, 1]; of a video [n, frames, c, h, w]; of anything else as it is), seconds
-    of each, and load_s. ArtifactError where the pipeline itself gives what is no number.
+    of each, load_s, and the pictures that it was given. ArtifactError where the pipeline itself gives no numbers.
     """
     begin = time.perf_counter()
     pipe = open_with_weights(drawing.root, drawing.pipeline)
     load_s, results, seconds = time.perf_counter() - begin, [], []
+    call: dict[str, Any] = {}
     for i, (prompt, seed) in enumerate(zip(drawing.prompts, drawing.seeds, strict=True)):
         advance(i, len(drawing.seeds))
         begin = time.perf_counter()
@@ -145,4 +154,5 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
                 hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
             )
         results.append(array)
-    return {"images": np.stack(results), "seconds": seconds, "load_s": load_s}
+    pictures = {name: value.numpy() for name, value in call.items() if isinstance(value, torch.Tensor)}
+    return {"images": np.stack(results), "seconds": seconds, "load_s": load_s, "pictures": pictures}

@@ -27,7 +27,9 @@ LEAST_DB = 60.0  # measured: 117 to 141
 # pipeline -> why it has no bundle
 REFUSED = {
     "stable_audio": "another generator",
-    "qwen_image_2_1": "data-dependent",  # its transformer makes a list of a mask
+    "qwen_image_2_1": "its transformer makes a list of a mask",
+    "z_image": "its transformer pads to a multiple of 32, and does something else where it need not",
+    "hunyuan_image": "its second text encoder reads a mask that is computed",
 }
 FAST = ("flux",)
 MADE = [name for name in PIPELINES if name not in REFUSED]

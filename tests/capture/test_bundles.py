@@ -15,7 +15,7 @@ from tiny import LENGTHS, PIPELINES, open_pipeline
 import slipcast
 from slipcast.bundle.reader import open_any_bundle
 from slipcast.engines import EngineWrapper
-from slipcast.errors import RequestError
+from slipcast.errors import RequestError, SlipcastError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.graph.cut import count_parameters
 from slipcast_compiler.graph.weights import load
@@ -100,3 +100,12 @@ def test_what_leaves_the_loop(name: str, least: float, tmp_path: Path) -> None:
     sizes = {part: count_parameters(load(bundle / f"onnxruntime-fp32/{part}.onnx").graph) for part in called}
     early = sizes["denoiser_prompt"] + sizes["denoiser_prompt_step"]
     assert early / (early + sizes["denoiser"]) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_bundle_is_refused(name: str) -> None:
+    if name == "kolors":
+        pytest.importorskip("sentencepiece")
+    with pytest.raises(SlipcastError):
+        compare_bundle(open_pipeline(name), name, (OTHER,), 7)

@@ -15,7 +15,7 @@ from tiny import LENGTHS, PIPELINES, open_pipeline
 import slipcast
 from slipcast.bundle.reader import open_any_bundle
 from slipcast.engines import EngineWrapper
-from slipcast.errors import RequestError
+from slipcast.errors import RequestError, SlipcastError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.graph.cut import count_parameters
 from slipcast_compiler.graph.weights import load
@@ -28,6 +28,8 @@ LEAST_DB = 60.0  # measured: 117 to 141
 REFUSED = {
     "stable_audio": "another generator",
     "qwen_image_2_1": "its transformer makes a list of a mask",
+    "lumina_2": "its transformer counts the tokens of a mask",
+    "kolors": "its text encoder asks whether a mask is full",
     "z_image": "its transformer pads to a multiple of 32, and does something else where it need not",
     "hunyuan_image": "its second text encoder reads a mask that is computed",
 }
@@ -39,8 +41,6 @@ MADE = [name for name in PIPELINES if name not in REFUSED]
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MADE]
 )
 def test_a_bundle_is_the_pipeline(name: str) -> None:
-    if name == "kolors":
-        pytest.importorskip("sentencepiece")
     prompts = OF_OTHER_LENGTHS if name in LENGTHS else (OTHER,)
     assert compare_bundle(open_pipeline(name), name, prompts, 7)["psnr"] >= LEAST_DB
 
@@ -100,3 +100,12 @@ def test_what_leaves_the_loop(name: str, least: float, tmp_path: Path) -> None:
     sizes = {part: count_parameters(load(bundle / f"onnxruntime-fp32/{part}.onnx").graph) for part in called}
     early = sizes["denoiser_prompt"] + sizes["denoiser_prompt_step"]
     assert early / (early + sizes["denoiser"]) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_bundle_is_refused(name: str) -> None:
+    if name == "kolors":
+        pytest.importorskip("sentencepiece")
+    with pytest.raises(SlipcastError):
+        compare_bundle(open_pipeline(name), name, (OTHER,), 7)

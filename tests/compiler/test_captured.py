@@ -242,10 +242,10 @@ def test_a_pipeline_whose_pictures_are_no_numbers(place: Path, tmp_path: Path) -
 
 
 def test_a_target_whose_pictures_are_no_numbers(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_images(*_: Any) -> None:
+    def run_program(*_: Any) -> None:
         raise NumericalError("decoder: out_0 is not finite")
 
-    monkeypatch.setattr("slipcast_compiler.judge.bundled.make_images", make_images)
+    monkeypatch.setattr("slipcast_compiler.judge.bundled.run_program", run_program)
     done = compile_here("tiny.toml", "-o", "artifacts/broken", cwd=made.folder)
     assert done.returncode == CheckFailed.exit_code
     assert "onnxruntime-cpu-fp32 gives what is no number" in done.stderr

@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float32]
 def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tile: int, overlap: int, factor: int) -> Floats:
     """Decode float32 [1, c, h, w] to [1, k, h * factor, w * factor]; sizes of tile and overlap in latent cells.
 
-    Neighbouring tiles overlap and are blended with linear ramps, as diffusers' AutoencoderKL.tiled_decode does. All
+    Neighbouring tiles overlap and are blended with linear ramps, as diffusers' tiled decode does. All
     tiles have one shape. A latent that fits into one tile is decoded whole and exactly; in a tiled one the decoder's
     normalisation and attention see a tile instead of the whole, so colours differ slightly.
     """

@@ -82,8 +82,6 @@ def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
         return call_cli("compile", *arguments, cwd=cwd)
 
 
-# The shipped recipe, which a slow test compiles as it is, is judged on fewer images here: fewer originals are drawn.
-FEWER = ("--set", "evaluate.images=4", "--set", "evaluate.out_of_family=['a red square', 'a pink cross']")
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
 
 
@@ -139,7 +137,7 @@ def shapes_bundle(shared: Path, workspace: Path) -> Path:
     with FileLock(shared / "shapes-circles.lock"):
         if not compiled.exists():
             before = bytes_under(shared / "cache")
-            done = run_cli("compile", "recipes/shapes-circles.toml", "-o", str(compiled), *FEWER, cwd=workspace)
+            done = run_cli("compile", "recipes/shapes-circles.toml", "-o", str(compiled), cwd=workspace)
             assert done.returncode == 0, done.stderr
             took = {
                 "bundle": bytes_under(compiled),

@@ -45,7 +45,10 @@ def test_a_bundle_is_the_pipeline(name: str) -> None:
     assert compare_bundle(open_pipeline(name), name, prompts, 7)["psnr"] >= LEAST_DB
 
 
-@pytest.mark.parametrize("kind", [Doubled, Joined, Placed, Padded, PaddedByItself])
+@pytest.mark.parametrize(
+    "kind",
+    [Joined, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Doubled, Placed, Padded, PaddedByItself))],
+)
 def test_a_bundle_takes_prompts_of_all_lengths_in_its_range(kind: Any, tmp_path: Path) -> None:
     pipe = made(kind)
     bundle = bundle_of(pipe, "worded", lambda prompt: make_call(pipe, {}, prompt), tmp_path)
@@ -74,9 +77,8 @@ def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn["onnxruntime"], drawn["openvino"], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("flux", 0.3), pytest.param("stable_diffusion_3", 0.08, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("flux", 0.3), ("stable_diffusion_3", 0.08)])
 def test_what_leaves_the_loop(name: str, least: float, tmp_path: Path) -> None:
     """Modulation by pooled text and timestep is called once for each prompt and step, whatever the images."""
     bundle = make_bundle(open_pipeline(name), name, tmp_path)

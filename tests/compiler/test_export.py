@@ -107,7 +107,12 @@ def test_another_unet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"), [("missing", "no tensor for"), ("shape", "another shape"), ("nan", "NaN|finite")]
+    ("damage", "says"),
+    [
+        pytest.param("missing", "no tensor for", marks=pytest.mark.slow),
+        pytest.param("shape", "another shape", marks=pytest.mark.slow),
+        ("nan", "NaN|finite"),
+    ],
 )
 def test_wrong_weights_are_named(tmp_path: Path, damage: str, says: str) -> None:
     root = Path(shutil.copytree(SHAPES, tmp_path / "m"))

@@ -100,7 +100,9 @@ EQUAL: dict[str, tuple[Change, str]] = {
 EXPORTED = ("shards",)  # the others by the modules, which is quicker
 
 
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case in EXPORTED else []) for case in EQUAL]
+)
 def test_layouts_whose_pictures_are_diffusers(case: str, tiny: Path, tmp_path: Path) -> None:
     change, recipe = EQUAL[case]
     model = Path(shutil.copytree(tiny, tmp_path / "model"))

@@ -49,7 +49,14 @@ def pipe(loaded: Any) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), PAIRS, ids=lambda name: name)
+TWICE = "heun", "dpm2"  # evaluate twice a step
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] in TWICE else []) for pair in PAIRS],
+    ids=lambda name: name,
+)
 def test_both_ways_agree(sampler: str, schedule: str, pipe: Any) -> None:
     """For every pair that the reference pictures may be drawn with by diffusers itself."""
     settings = {"guidance_rescale": 0.7} if schedule == "karras" else {"eta": 0.5} if sampler == "ddim" else {}

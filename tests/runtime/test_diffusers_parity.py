@@ -236,7 +236,9 @@ def loses_digits(name: str, process: str, prediction: str) -> bool:
     return name in ("heun", "dpm2", "deis") and process == "cosine" and prediction == "v_prediction"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "dpm2" else []) for name in CASES]
+)
 def test_trajectories_are_those_of_diffusers(name: str) -> None:
     for schedule, process, prediction in configurations(name):
         if not loses_digits(name, process, prediction):

@@ -141,6 +141,7 @@ def test_row_33_a_loss_that_is_not_finite_stops_it(bench: Bench, damaged: Rewrit
     assert "learning_rate" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_training_with_rounding_loses_less_to_rounding(bench: Bench) -> None:
     """What is reported is the error with everything rounded; the unchanged denoiser's own is not 0 then."""
     rewrite, report = bench.run("recover", steps=20, learning_rate=1e-5, fake_quant=True)

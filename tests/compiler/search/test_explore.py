@@ -66,6 +66,7 @@ def test_optuna_finds_more_than_chance_would(tmp_path: Path) -> None:
         assert seconds_spent(study) >= 3.0
 
 
+@pytest.mark.slow
 def test_finished_trials_outlive_sigkill(tmp_path: Path) -> None:
     folder, log = tmp_path / "search", tmp_path / "log"
     command = [sys.executable, "tests/compiler/search/explored.py", str(folder), "60"]

@@ -35,7 +35,7 @@ REMARKS = {
     "shapes-circles-peers": (
         "Measured after engines on OpenVINO began to run static graphs by number of rows, on streams; the comparison "
         "above is older. The aim is 1.2 times for one picture: of these two runs one reaches it against OpenVINO GenAI "
-        "with a fixed size, and one does not. The host's own peaks changed by a fifth between them."
+        "with a fixed size, and one does not. The host's own peaks were 6 to 23 % lower in the second."
     ),
     "shapes-circles-search": (
         "The gate held, and barely: the mean CLIP drop on the sixteen held-out prompts, which are looked at once, is "

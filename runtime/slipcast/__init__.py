@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from slipcast.run.load import load
     from slipcast.run.pipeline import Pipeline
     from slipcast.run.program import ProgramPipeline
+    from slipcast.run.saving import save
 
 try:
     __version__ = version("slipcast")
@@ -47,11 +48,18 @@ __all__ = [
     "SlipcastError",
     "__version__",
     "load",
+    "save",
 ]
 
 
 # What makes pictures, and where it is: imported when it is asked for, since the compiler uses submodules without it.
-_MODULES = {"Pipeline": "pipeline", "PipelineOutput": "base", "ProgramPipeline": "program", "load": "load"}
+_MODULES = {
+    "Pipeline": "pipeline",
+    "PipelineOutput": "base",
+    "ProgramPipeline": "program",
+    "load": "load",
+    "save": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:

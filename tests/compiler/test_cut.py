@@ -78,6 +78,21 @@ def test_real_work_stays_outside_however_large_its_result() -> None:
     assert _crosses(model, "prompt") == {"k"}
 
 
+def test_what_is_returned_is_returned_by_the_loop_whenever_it_is_known() -> None:
+    body = (
+        W + "k = MatMul(text, w) scale = Mul(timestep, timestep) shown = Add(k, scale) prediction = Add(shown, sample)"
+    )
+    outputs = "float[batch,4] prediction, float[batch,4] shown, float[1] scale"
+    model = _model(f"{SAMPLE}, {TEXT}, {TIME}", body, outputs)
+    given = {"sample": np.ones((2, 4)), "text": np.ones((2, 4)), "timestep": np.full(1, 3.0)}
+    arrays = {name: array.astype(np.float32) for name, array in given.items()}
+    wanted, parts = _run(model, arrays), cut(model).graphs
+    for name in ("step", "prompt", "prompt+step", "denoise"):
+        arrays |= _run(parts[name], arrays) if name in parts else {}
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(_run(parts["denoise"], arrays)[name], array)
+
+
 def test_a_tensor_that_many_use_crosses_once() -> None:
     body = W + ("k = MatMul(text, w) a = Add(k, sample) b = Mul(k, a) c = Sub(k, b) prediction = MatMul(c, w)")
     parts = cut(_model(f"{SAMPLE}, {TEXT}", body))

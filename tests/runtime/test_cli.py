@@ -23,7 +23,7 @@ from PIL import Image
 import slipcast
 from conftest import run_cli
 from slipcast.cli.main import main
-from slipcast.cli.saving import make_grid
+from slipcast.run.saving import make_grid
 
 PROMPT = ("--prompt", "a red circle", "--seed", "7")
 PIXELS = fakes.SIZE * fakes.FACTOR

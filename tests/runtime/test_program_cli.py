@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def write_real(root: Path) -> Path:
     return root
 
 
+FRAMES = 5
+
+
+def write_moving(root: Path, engines: Fakes, **changes: Any) -> Path:
+    """The bundle of `programs`, which gives a video; `changes` of its program."""
+    parts, decode = programs.components(), engines.functions["decoder"]
+    parts["decoder"]["outputs"] = [fakes.spec("image", 1, FRAMES, *PICTURE[1:])]
+    shades = np.linspace(0.5, 1, FRAMES, dtype=np.float32).reshape(FRAMES, 1, 1, 1, 1)
+    engines.functions["decoder"] = lambda arrays: {"image": (decode(arrays)["image"] * shades).transpose(1, 0, 2, 3, 4)}
+    return write_program(root, components=parts, program=programs.program(**{"output": "frames", **changes}))
+
+
 @pytest.mark.parametrize("residency", ["all", "sequential"])
 def test_a_run_on_an_engine(tmp_path: Path, residency: Any) -> None:
     root = write_real(tmp_path / "b")
@@ -148,7 +161,7 @@ class TestRun:
             (("--prompt", "a", "--guidance-scale", "7"), "expected: 4.5"),
             (("--prompt", "a", "--guard", "warn"), "no argument 'guard'"),
             (("--prompt", "a", "--image", "x.png"), "this bundle takes none"),
-            (("--prompt", "a", "-o", "x.npz"), "no picture format"),
+            (("--prompt", "a", "-o", "x.npz"), "pictures have no such format"),
         ],
     )
     def test_what_is_refused(self, cli: Cli, engines: Fakes, bundle: Path, options: tuple[str, ...], says: str) -> None:
@@ -168,24 +181,55 @@ class TestRun:
         assert cli("run", root, "--image", tmp_path / "bad.png", "-o", tmp_path / "x.png") == 2
         assert "no picture that can be read" in cli.err
 
-    def test_animations_and_arrays(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
-        parts, decode = programs.components(), engines.functions["decoder"]
-        parts["decoder"]["outputs"] = [fakes.spec("image", 1, 5, *PICTURE[1:])]
-        shades = np.linspace(0.5, 1, 5, dtype=np.float32).reshape(5, 1, 1, 1, 1)
-        engines.functions["decoder"] = lambda arrays: {
-            "image": (decode(arrays)["image"] * shades).transpose(1, 0, 2, 3, 4)
-        }
-        moving = write_program(tmp_path / "m", components=parts, program=programs.program(output="frames"))
+    def test_a_video(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
+        moving = write_moving(tmp_path / "m", engines, rate=24)
         given = ("--prompt", "a", "--seed", "1", "-o")
         assert cli("run", moving, *given, tmp_path / "x.png") == 0
         with Image.open(tmp_path / "x.png") as animation:
-            assert animation.n_frames == 5
-        assert cli("run", moving, *given, tmp_path / "x.jpg") == 2
-        assert "no animation format" in cli.err
-        plain = write_program(tmp_path / "p", components=parts, program=programs.program(output="array"))
+            assert animation.n_frames == FRAMES
+        assert cli("run", moving, *given, tmp_path / "x.webp", "--num-images", "2", "--fps", "5", "--json") == 0
+        assert cli.json["files"] == [str(tmp_path / f"x-{seed}.webp") for seed in (1, 2)]
+        with Image.open(tmp_path / "x-2.webp") as animation:
+            animation.load()
+            assert (animation.n_frames, animation.info["duration"]) == (FRAMES, 200)
+        assert cli("inspect", moving) == 0
+        assert "gives        videos of 24 frames a second: image" in cli.out
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (("-o", "x.jpg"), "videos have no such format\n  expected: .png, .webp, .gif, .mp4; or a directory"),
+            (("-o", "x.wav"), "videos have no such format"),
+            (("--fps", "0"), "fps is not usable"),
+        ],
+    )
+    def test_what_is_refused_of_a_video(
+        self, cli: Cli, engines: Fakes, tmp_path: Path, options: tuple[str, ...], says: str
+    ) -> None:
+        assert cli("run", write_moving(tmp_path / "m", engines), "--prompt", "a", *options) == 2
+        assert says in cli.err
+        assert engines.opened == []
+
+    def test_fps_of_a_picture(self, cli: Cli, engines: Fakes, bundle: Path) -> None:
+        assert cli("run", bundle, "--prompt", "a", "--fps", "5") == 2
+        assert "none: this bundle gives no video" in cli.err
+
+    def test_arrays_and_sounds(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
+        given = ("--prompt", "a", "--seed", "1", "-o")
+        plain = write_moving(tmp_path / "p", engines, output="array")
         assert cli("run", plain, *given, tmp_path / "x.npz") == 0
         with np.load(tmp_path / "x.npz") as arrays:
-            assert arrays["0000"].shape == (1, 5, *PICTURE[1:])
+            assert arrays["0000"].shape == (1, FRAMES, *PICTURE[1:])
+        parts = programs.components()
+        parts["decoder"]["outputs"] = [fakes.spec("image", 1, 2, 8)]
+        heard = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 2, 8)
+        engines.functions["decoder"] = lambda arrays: {"image": heard}
+        sounding = write_program(tmp_path / "s", components=parts, program=programs.program(output="audio", rate=16e3))
+        assert cli("run", sounding, *given, tmp_path / "x.wav") == 0
+        with wave.open(str(tmp_path / "x.wav")) as file:
+            assert file.getparams()[:4] == (2, 2, 16000, 8)
+        assert cli("inspect", sounding) == 0
+        assert "gives        sounds of 16000 samples a second: image" in cli.out
 
 
 class TestOtherCommands:

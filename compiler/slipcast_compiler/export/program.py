@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,17 +30,17 @@ from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.cut import Cut, Part
-from slipcast_compiler.capture.program import Affine, Op, Program, Ref, Source, Spec, measure
+from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, carried
+from slipcast_compiler.export.results import output_of
 from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.host.quiet import quiet
 
 TABLE, PROGRAM = "table.safetensors", "program.json"
-Output = Literal["image", "frames", "array"]
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -60,10 +60,12 @@ def export_program(
     tables = {_row_name(part, at, True): carried(rows) for part in cut.parts for at, (_, rows) in enumerate(part.table)}
     if tables:
         save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
+    fixed = _fixed(pipe, call)
+    output, rate = output_of(program, pipe, fixed)
     record = Record(
         pipeline=program.pipeline,
         arguments=_arguments(templates, call),
-        fixed=_fixed(pipe, call),
+        fixed=fixed,
         lengths={
             length.name: LengthRange(minimum=length.minimum, maximum=length.maximum)
             for length in program.lengths
@@ -81,7 +83,8 @@ def export_program(
         table=TABLE if tables else None,
         steps=cut.steps,
         results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
-        output=_output(program),
+        output=output,
+        rate=rate,
     )  # fmt: skip
     (folder / PROGRAM).write_text(record.model_dump_json())
     return record
@@ -267,22 +270,6 @@ def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     given = usual | dict(call)
     skipped = {"return_dict", *RUN_ARGUMENTS, *texts_of(call)}
     return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}
-
-
-def _output(program: Program) -> Output:
-    """What the first result is: a picture, or a video, is clamped to [0, 1] somewhere."""
-    value = next(value for _, value in program.results if isinstance(value, Ref))
-    shape, dtype = program.specs[value.id]
-    events = (program.events[place] for place in program.needed_for([value]))
-    clamped = any(
-        isinstance(event, Op)
-        and "clamp" in str(event.function)
-        and (*event.args, *event.kwargs.values())[-2:] == (0, 1)
-        for event in events
-    )
-    if clamped and dtype == torch.float32 and len(shape) >= 4 and shape[-3] in (1, 3, 4):
-        return "image" if len(shape) == 4 else "frames" if len(shape) == 5 else "array"
-    return "array"
 
 
 def _unknown(what: str, expected: str, got: str) -> RecipeError:

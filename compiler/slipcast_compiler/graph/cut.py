@@ -67,7 +67,7 @@ def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY), inputs: Mapp
     graph, nodes, parameters = model.graph, len(model.graph), count_parameters(model.graph)
     broadcast_late(model)
     bound = {v: b if b in early or b == Binding.CONSTANT else Binding.LATENT for v, b in bind(graph, inputs).items()}
-    late = {node for node in graph if bound[node.outputs[0]] == Binding.LATENT}
+    late = {node for node in graph if bound[node.outputs[0]] == Binding.LATENT or _gives(node)}
     into_loop = _cut(graph, bound, set(EARLY), late)
     mixed = {node for node in _needed(into_loop) if bound[node.outputs[0]] == Binding.STEP | Binding.PROMPT}
     into_mixed = _cut(graph, bound, {Binding.STEP, Binding.PROMPT}, mixed)
@@ -129,6 +129,11 @@ def bytes_of(value: ir.Value) -> int:
         return 1 << 40
     shape = value.shape.evaluate(dict.fromkeys(value.shape.free_symbols(), BATCH))
     return int(math.prod(shape.numpy()) * value.dtype.itemsize) if shape.is_static() else 1 << 40
+
+
+def _gives(node: ir.Node) -> bool:
+    """Whether it makes what the graph returns, which the loop has to return whenever it is known."""
+    return any(value.is_graph_output() for value in node.outputs)
 
 
 def _needed(values: Iterable[ir.Value]) -> set[ir.Node]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.manifest import Metrics, Quality, Target
-from slipcast.bundle.program import Program
+from slipcast.bundle.program import Output, Program
 from slipcast.errors import ArtifactError, CheckFailed, NumericalError
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.capture.call import make_call
@@ -33,8 +33,8 @@ from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.recipe.recipe import GateTable
 
 Floats = npt.NDArray[np.float32]
-Output = Literal["image", "frames", "array"]
 PICTURES = "pictures.safetensors"
+NUMBERS = ("audio", "array")  # what is no picture
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class PipelineOriginals:
     pictures: Mapping[str, Floats]
 
     def laid(self, kind: Output) -> Floats:
-        """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of arrays [n, ...]."""
+        """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of sounds and arrays [n, ...]."""
         images = self.run.images
-        return images if kind == "array" else np.moveaxis(images, -3, -1)
+        return images if kind in NUMBERS else np.moveaxis(images, -3, -1)
 
 
 def draw_originals(
@@ -112,8 +112,8 @@ def judge_program(
 
 
 def compare_results(originals: Floats, found: Floats, kind: Output) -> dict[str, Any]:
-    """The fields of a Comparison; of arrays the PSNR alone, whose peak is the largest number of the original."""
-    if kind != "array":
+    """The fields of a Comparison; of sounds and arrays the PSNR alone, whose peak is the original's largest number."""
+    if kind not in NUMBERS:
         return compare(Reference(as_pictures(originals), ()), as_pictures(found))
     scale = np.float32(np.abs(originals).max() or 1)
     pairs = zip(originals / scale, found.reshape(originals.shape) / scale, strict=True)

@@ -13,7 +13,7 @@ import tomli_w
 
 from slipcast.bundle.program import Program
 from slipcast_compiler.capture.verify import LIMIT
-from slipcast_compiler.judge.captured import PipelineOriginals, as_pictures
+from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, as_pictures
 from slipcast_compiler.judge.evaluate import Judged
 from slipcast_compiler.pages.evidence import (
     DIFFERENCE_GAIN,
@@ -97,7 +97,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     typed = typed_program_record(record)
     write_record(folder, typed)
     runs = evidence.judged.runs
-    natural = evidence.originals.run.images.shape[-1] if typed.gives != "array" else 1
+    natural = evidence.originals.run.images.shape[-1] if typed.gives not in NUMBERS else 1
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",
@@ -124,8 +124,8 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
 
 
 def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
-    """The first pictures; of a video its first frame and its last; of arrays none."""
-    if evidence.program.output == "array":
+    """The first pictures; of a video its first frame and its last; of sounds and arrays none."""
+    if evidence.program.output in NUMBERS:
         return []
     originals, runs = evidence.originals, evidence.judged.runs
     video = evidence.program.output == "frames"

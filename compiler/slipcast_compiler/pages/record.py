@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, Field
 
+from slipcast.bundle.program import Output
 from slipcast.bundle.validation import Strict
 from slipcast_compiler.pages.search import SearchRecord
 
@@ -112,7 +113,7 @@ class ProgramRecord(BaseRecord):
     texts: tuple[str, ...]
     pictures: tuple[str, ...]
     fixed: Told
-    gives: Literal["image", "frames", "array"]
+    gives: Output
 
 
 def typed_record(plain: Mapping[str, Any]) -> Record:

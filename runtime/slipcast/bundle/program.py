@@ -22,6 +22,8 @@ CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is tran
 
 ArgumentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 Fixed = int | float | str | bool
+Output = Literal["image", "frames", "audio", "array"]
+Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Shape = tuple[int | str, ...]
 
 
@@ -128,7 +130,8 @@ class Program(Strict):
     `fixed`: what the call had besides, which is part of this bundle. `table`: safetensors, each of its tensors
     [rows, *shape of the input]. `steps`: a step is over after the call with this index. `results`: for "image"
     float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
-    "array" any.
+    "audio" float32 [n, channels, samples] or [n, samples], for "array" any. `rate`: how many frames, or samples of a
+    sound, a second has; a sound has one, a video where the pipeline says so.
     """
 
     pipeline: Name
@@ -140,7 +143,8 @@ class Program(Strict):
     table: BundlePath | None = None
     steps: tuple[Count, ...] = ()
     results: Annotated[tuple[Name, ...], Field(min_length=1)]
-    output: Literal["image", "frames", "array"] = "image"
+    output: Output = "image"
+    rate: Rate | None = None
 
     @property
     def images(self) -> dict[str, ImageSource]:
@@ -166,6 +170,12 @@ class Program(Strict):
                 raise ValueError(f"calls[{place}] reads row {call.row} of a table, and there is none")
         if unmade := [name for name in self.results if name not in made]:
             raise ValueError(f"results: nothing makes {unmade[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _sounds_have_a_rate(self) -> Self:
+        if self.output == "audio" and self.rate is None:
+            raise ValueError("output is audio, and rate says nothing")
         return self
 
     @model_validator(mode="after")
@@ -299,8 +309,9 @@ def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
 
 def _check_result(value: str, found: tuple[str, Shape], output: str) -> None:
     dtype, shape = found
-    rank = {"image": 4, "frames": 5}.get(output)
-    if rank and (dtype != "float32" or len(shape) != rank or shape[-3] not in CHANNELS):
+    ranks = {"image": (4,), "frames": (5,), "audio": (2, 3)}.get(output)
+    fits = dtype == "float32" and ranks is not None and len(shape) in ranks
+    if ranks and not (fits and (output == "audio" or shape[-3] in CHANNELS)):
         raise ValueError(f"program.results: {value!r} is no {output}: {_shown(dtype, shape)}")
 
 

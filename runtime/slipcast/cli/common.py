@@ -1,9 +1,8 @@
-"""What commands share: options, printing a result, and refusing early what could not be written after the work."""
+"""What commands share: options, and printing a result."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,40 +24,3 @@ def emit(document: dict[str, Any], text: str, as_json: bool) -> None:
     from slipcast.bundle.validation import shown, shown_json
 
     click.echo(shown_json(json.dumps(document, indent=2, ensure_ascii=False)) if as_json else shown(text))
-
-
-def write_whole(output: Path, data: bytes) -> None:
-    """A file, complete or not at all. UsageError where it cannot be written, ResourceError where the disk is full."""
-    from slipcast.engines.resources import as_resource_error, check_space, disk_full
-
-    target = output.resolve()
-    apart = not target.exists() or target.is_file()  # a device is written to as it is
-    part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part") if apart else target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-        if apart:
-            os.replace(part, target)
-    except OSError as error:
-        if disk_full(error):
-            check_space(target.parent, len(data), str(output))
-        if lack := as_resource_error(error, f"writing {output}, {len(data) / 1e6:.1f} MB"):
-            raise lack from None
-        raise click.UsageError(f"cannot write {output}: {error}") from None
-    finally:
-        if apart:
-            part.unlink(missing_ok=True)
-
-
-def is_directory(output: Path) -> bool:
-    """Whether an output is to be a directory: it is one, or has no suffix."""
-    return output.is_dir() or not output.suffix
-
-
-def check_writable(output: Path) -> None:
-    """UsageError where nothing can be written there."""
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if (nearest.is_file() and nearest != output) or not os.access(nearest, os.W_OK):
-        raise click.UsageError(f"cannot write {output}: {nearest} cannot be written to")

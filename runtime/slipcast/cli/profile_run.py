@@ -6,16 +6,7 @@ from pathlib import Path
 
 import click
 
-from slipcast.cli.common import (
-    bundle_argument,
-    check_writable,
-    emit,
-    is_directory,
-    json_option,
-    target_option,
-    unlisted_option,
-    write_whole,
-)
+from slipcast.cli.common import bundle_argument, emit, json_option, target_option, unlisted_option
 
 
 @click.command("profile-run")
@@ -41,6 +32,7 @@ def profile_run(
 ) -> None:
     """Show where a run spends its time and memory."""
     from slipcast.progress import Stages
+    from slipcast.run.writing import check_writable, is_directory, write_whole
     from slipcast.timing.measure import profile_run
     from slipcast.timing.page import render_page
     from slipcast.timing.table import render_table

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from slipcast.bundle.program import ImageSource, NoiseSource, Program, ProgramManifest, PromptSource, Source
 
 SHOWN = 60  # characters of a template
-OUTPUTS = {"image": "pictures", "frames": "animations", "array": "arrays"}
+OUTPUTS = {"image": "pictures", "frames": "videos", "audio": "sounds", "array": "arrays"}
 
 
 def program_lines(manifest: ProgramManifest) -> list[str]:
@@ -21,11 +21,16 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         f"  program      {program.pipeline}: {len(program.calls)} calls, {len(program.steps)} steps",
         f"  arguments    {', '.join([*texts, *pictures]) or 'none'}",
         f"  fixed        {', '.join(fixed) or 'nothing'}",
-        f"  gives        {OUTPUTS[program.output]}: {', '.join(program.results)}",
+        f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.results)}",
         *([f"  tokens       {', '.join(lengths)}"] if lengths else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
     ]
+
+
+def _rate(program: Program) -> str:
+    unit = "frames" if program.output == "frames" else "samples"
+    return f" of {program.rate:g} {unit} a second" if program.rate else ""
 
 
 def _argument(program: Program, name: str) -> str:

@@ -1,4 +1,4 @@
-"""`slipcast run`: a prompt to pictures on disk."""
+"""`slipcast run`: a prompt to pictures, videos or sounds on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     type=click.Choice(["warn", "refuse", "fallback"]),
     help="What becomes of a prompt out of the family.  [default: what the bundle says]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A picture, or a directory for one each.")
+@click.option("--fps", type=float, help="Frames per second of a video.  [default: the pipeline's, or else 10]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A picture; a video as .png, .webp, .gif or .mp4; a sound as .wav; a directory for a file each.",
+)
 @json_option
 def run(
     bundle: Path,
@@ -51,22 +57,21 @@ def run(
     target: str,
     residency: Any,
     allow_unlisted: bool,
+    fps: float | None,
     output: Path | None,
     as_json: bool,
     **request: Any,
 ) -> None:
-    """Make images."""
+    """Make images, videos or sounds: what the bundle gives."""
     from slipcast.bundle.reader import ProgramBundle, open_any_bundle
-    from slipcast.cli.saving import SUFFIXES, check_output, save
     from slipcast.progress import Stages
     from slipcast.run.load import load
     from slipcast.run.program import ProgramPipeline
+    from slipcast.run.saving import check_output, save, usual_path
 
     opened = open_any_bundle(bundle, allow_unlisted=allow_unlisted)
     program = opened.manifest.program if isinstance(opened, ProgramBundle) else None
-    kind = program.output if program else "image"
-    if output:
-        check_output(output, kind)
+    check_output(output or Path(), program.output if program else "image", fps)
     if request["prompt"] is None and opened.manifest.takes_prompt:
         raise click.UsageError("--prompt is missing: this bundle draws what a text says")
     request |= {"num_images_per_prompt": num_images, "num_inference_steps": steps}
@@ -80,8 +85,7 @@ def run(
             result = _run_program(pipe, request, advance)
         else:
             result = _sample(pipe, request, advance)
-    output = output or Path(f"{pipe.manifest.name}-{result.seeds[0]}{SUFFIXES[kind]}")
-    files = save(result.images, result.seeds, output, kind)
+    files = save(result, output or usual_path(pipe.manifest.name, result), fps=fps)
     document = {
         "files": [str(file) for file in files],
         "seeds": list(result.seeds),

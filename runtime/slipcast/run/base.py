@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from slipcast.bundle.manifest import Target
+from slipcast.bundle.program import Output
 from slipcast.bundle.reader import BaseBundle, check_digests
 from slipcast.engines import Engine, Instrument, open_engine
 from slipcast.engines.resources import as_resource_error
@@ -30,11 +31,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w].
+    """`images`: PIL images, or float32 [n, height, width, channels] in [0, 1], or latents [n, c, h, w]; of captured
+    programs, what `kind` says: see ProgramPipeline. `slipcast.save` writes them.
 
     `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
     `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard. `steps[i]`: how many
-    image i took, fewer than asked for where it stopped early.
+    image i took, fewer than asked for where it stopped early. `rate`: how many frames, or samples of a sound, a second
+    has; None where nobody says.
     """
 
     images: Any
@@ -43,6 +46,8 @@ class PipelineOutput:
     seconds: dict[str, float] = field(default_factory=dict)
     guard: tuple[Verdict, ...] = ()
     steps: tuple[int, ...] = ()
+    kind: Output = "image"
+    rate: float | None = None
 
 
 class BasePipeline:

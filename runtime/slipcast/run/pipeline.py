@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import FALLBACK, SHALLOW, GuardPolicy, Manifest, Target
+from slipcast.bundle.program import Output
 from slipcast.bundle.reader import Bundle, check_digests, open_bundle
 from slipcast.engines import Engine, Instrument, as_it_is, refusal
 from slipcast.engines.resources import out_of_memory
@@ -135,7 +136,8 @@ class Pipeline(BasePipeline):
             pictures = self._decode(latents, seconds)
             images = pictures if request.output_type == "np" else [to_pil(picture) for picture in pictures]
         seconds["total"] = time.perf_counter() - clock
-        return PipelineOutput(images, request.seeds, self.target, seconds, tuple(verdicts), tuple(steps.tolist()))
+        kind: Output = "array" if request.output_type == "latent" else "image"
+        return PipelineOutput(images, request.seeds, self.target, seconds, tuple(verdicts), tuple(steps.tolist()), kind)
 
     def _denoise_apart(
         self,

@@ -73,8 +73,9 @@ class ProgramPipeline(BasePipeline):
         raise `slipcast.Cancelled` to stop. Calls from several threads take turns.
 
         Returns `images` as the bundle's output is: of "image" PIL images, or float32 [n, h, w, c] in [0, 1]; of
-        "frames" a list of PIL images each, or [n, frames, h, w, c]; of "array" a list of arrays. Where a seed makes
-        several, they come one after another; where they differ in size, in a list.
+        "frames" a list of PIL images each, or [n, frames, h, w, c]; of "audio" a list of float32 [channels, samples];
+        of "array" a list of arrays. Where a seed makes several, they come one after another; where they differ in size,
+        in a list.
 
         Raises RequestError (a ValueError) with what is legal before any engine runs; NumericalError, with the
         component, where a call yields NaN or infinity.
@@ -107,7 +108,8 @@ class ProgramPipeline(BasePipeline):
         images = self._finish(results, request.output_type)
         seconds["total"] = time.perf_counter() - clock
         counts = (len(steps),) * len(request.seeds)
-        return PipelineOutput(images, request.seeds, self.target, seconds, steps=counts)
+        kind, rate = self.program.output, self.program.rate
+        return PipelineOutput(images, request.seeds, self.target, seconds, steps=counts, kind=kind, rate=rate)
 
     def _enter_sources(self, request: ProgramRequest) -> Values:
         """The values that texts and pictures become; noise is drawn when it is first read."""
@@ -149,6 +151,8 @@ class ProgramPipeline(BasePipeline):
         """The results as they are asked for; see __call__."""
         if self.program.output == "array":
             return results
+        if self.program.output == "audio":
+            return [np.atleast_2d(one) for many in results for one in many]
         levels = as_levels(results)
         if output_type == "pil":
             return [as_pil(each) for each in levels]

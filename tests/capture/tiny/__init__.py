@@ -86,6 +86,7 @@ PIPELINES: dict[str, Tiny] = {
     "wan_2_2": Tiny(frames.wan_2_2, SHORT | {"num_frames": 5, "num_inference_steps": 6}),
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
     "stable_audio": Tiny(frames.stable_audio, STEPS | {"audio_end_in_s": 1.0}),
+    "stable_audio_edm": Tiny(frames.stable_audio_edm, STEPS | {"audio_end_in_s": 1.0}),
 }
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = ("wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1")

@@ -50,10 +50,10 @@ def ltx() -> Any:
     )
 
 
-def stable_audio() -> Any:
+def stable_audio(scheduler: str = "CosineDPMSolverMultistepScheduler") -> Any:
+    import diffusers
     from diffusers import (
         AutoencoderOobleck,
-        CosineDPMSolverMultistepScheduler,
         StableAudioDiTModel,
         StableAudioPipeline,
         StableAudioProjectionModel,
@@ -69,8 +69,13 @@ def stable_audio() -> Any:
         channel_multiples=[2, 4], sampling_rate=4,
     )  # fmt: skip
     projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
-    scheduler = CosineDPMSolverMultistepScheduler(prediction_type="v_prediction", sigma_data=1.0)
     return StableAudioPipeline(
-        transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=t5_text(), tokenizer=word_tokenizer(),
+        transformer=transformer, vae=vae, text_encoder=t5_text(), tokenizer=word_tokenizer(),
         projection_model=projection,
+        scheduler=getattr(diffusers, scheduler)(prediction_type="v_prediction", sigma_data=1.0),
     )  # fmt: skip
+
+
+def stable_audio_edm() -> Any:
+    """With a scheduler that draws no noise of its own."""
+    return stable_audio("EDMDPMSolverMultistepScheduler")

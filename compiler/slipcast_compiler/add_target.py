@@ -89,7 +89,8 @@ def add_target(
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
-            target = build_target(table, Sources(sources, bundle.manifest.image), pool, cache, advance, casts)
+            int8 = {"denoiser": None} if table.precision == "int8" else {}
+            target = build_target(table, Sources(sources, bundle.manifest.image, int8), pool, cache, advance, casts)
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
-from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
 from slipcast_compiler.export.pipeline import VERIFIED, digest, digests, export_pipeline
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
@@ -20,6 +21,13 @@ from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
 from slipcast_compiler.plan_program import ProgramPlan
+from slipcast_compiler.precision.programs import (
+    images_needed,
+    measure_program_casts,
+    needs_calls,
+    quantize_denoisers,
+    record_calls,
+)
 
 
 def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stages) -> Compiled:
@@ -43,6 +51,19 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     with stages.stage("originals") as advance:
         originals = draw_originals(plan.drawing, given, cache, advance)
 
+    # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
+    graphs = ProgramGraphs(entry)
+    casts = None
+    if needs_calls(recipe.targets, options := recipe.quantize_options):
+        with stages.stage("record inputs") as advance:
+            images = plan.calibration(images_needed(options, len(graphs.record.steps)))
+            inputs = record_calls(graphs, images, originals.pictures, options, cache, advance)
+        if options:
+            with stages.stage("quantize denoiser") as advance:
+                graphs = quantize_denoisers(graphs, inputs, options, cache, advance)
+        casts = measure_program_casts(graphs, inputs, recipe.targets, cache, stages)
+        graphs = replace(graphs, casts=casts.found)
+
     # Engines for every target, and then the bundle against the pipeline: what can run here.
     with publish.workspace(output) as folder:
         about = {
@@ -51,14 +72,16 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             "source_sha256": source,
             "family": plan.family and family_record(plan.family),
         }
-        fields = write_bundle(entry, recipe.targets, about, folder, cache, stages)
+        fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
+        if casts:
+            casts.check(folder, fields["targets"], stages)
         judged = judge_program(folder, fields["program"], fields["targets"], originals, recipe.gate, stages)
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
         verified = json.loads((entry / VERIFIED).read_text())["error"]
         evidence = ProgramEvidence(
-            recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged,
+            recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged, graphs,
             stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)

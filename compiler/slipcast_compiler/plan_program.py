@@ -18,7 +18,7 @@ from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
-from slipcast_compiler.model.original import Prompts
+from slipcast_compiler.model.original import Images, Prompts, calibration_images
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
@@ -26,7 +26,7 @@ from slipcast_compiler.recipe.seeds import GATE
 from slipcast_compiler.recipe.targets import TargetTable
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
-TABLES = frozenset({"name", "model", "call", "family", "evaluate", "gate", "targets"})
+TABLES = frozenset({"name", "model", "call", "family", "passes", "evaluate", "gate", "targets"})
 UNUSED = (
     ("model", "variant"),
     ("evaluate", "scorer"),
@@ -34,7 +34,6 @@ UNUSED = (
     ("evaluate", "out_of_family"),
     ("evaluate", "out_of_family_file"),
 )
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,10 @@ class ProgramPlan:
         prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
         seeds = GATE.take(len(prompts), table.seed)
         return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.call, prompts, seeds)
+
+    def calibration(self, count: int) -> Images:
+        """So many images of calibration prompts."""
+        return calibration_images(self.family.calibration if self.family else (None,), count)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed.
     """
     _check_tables(recipe)
-    _check_precisions(recipe.targets)
+    _check_engines(recipe.targets)
     check_targets(recipe.targets)
     root, name = locate(recipe.model, folder)
     checkpoint = Checkpoint(root, name, recipe.model.variant)
@@ -134,6 +137,10 @@ def _check_tables(recipe: Recipe) -> None:
         )
     if recipe.family and recipe.family.closed:
         raise RecipeError("family.closed is not for a captured pipeline yet", expected="an open family", got="closed")
+    if others := [name for name, _ in recipe.passes.chosen()]:
+        raise RecipeError(
+            f"passes.{others[0]} is not for a captured pipeline yet", expected="passes.quantize", got=", ".join(others)
+        )
     for table, name in UNUSED:
         if getattr(getattr(recipe, table), name):
             raise RecipeError(f"{table}.{name} is not for a captured pipeline yet", expected="none", got="some")
@@ -153,17 +160,11 @@ def _check_call(call: Mapping[str, Any]) -> None:
             )
 
 
-def _check_precisions(tables: tuple[TargetTable, ...]) -> None:
+def _check_engines(tables: tuple[TargetTable, ...]) -> None:
     for table in tables:
-        if table.precision not in PRECISIONS or "tensorrt" in table.engine:
+        if "tensorrt" in table.engine:
             raise RecipeError(
                 f"target {table.name} is not for a captured pipeline yet",
-                expected="openvino, onnxruntime or onnxruntime-gpu, in fp32, bf16 or fp16",
+                expected="openvino, onnxruntime or onnxruntime-gpu",
                 got=table.name,
-            )
-        if table.max_cast_error:
-            raise RecipeError(
-                f"target {table.name}: max_cast_error is not for a captured pipeline yet",
-                expected="none",
-                got=table.max_cast_error,
             )

@@ -15,7 +15,7 @@ import slipcast
 from slipcast.progress import Stages, silent
 from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.program import leaves
-from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.host.cache import Cache
@@ -42,7 +42,7 @@ def bundle_of(pipe: Any, name: str, call: Callable[[str], dict[str, Any]], folde
     entry = cache.get("program", {"name": name}, export)
     about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}
     (bundle := folder / "bundle").mkdir()
-    write_bundle(entry, tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())
+    write_bundle(ProgramGraphs(entry), tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())
     return bundle
 
 

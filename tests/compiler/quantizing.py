@@ -10,6 +10,7 @@ import numpy as np
 
 from slipcast.bundle.manifest import Component, TensorSpec
 from slipcast_compiler.graph import qdq
+from slipcast_compiler.precision.evaluations import Evaluations
 from slipcast_compiler.precision.quantize import quantize_graph
 from slipcast_compiler.recipe.passes import Quantize
 
@@ -34,10 +35,15 @@ def write_samples(source: Path, side: int, count: int) -> Path:
     return folder
 
 
+def recorded(samples: Path) -> Evaluations:
+    """The evaluations of write_samples."""
+    return Evaluations(samples, guidance=GUIDANCE)
+
+
 def quantise(source: Path, samples: Path, out: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
     """The quantised graph, and its report."""
     out.mkdir()
-    quantize_graph(source, samples, Quantize(**options), GUIDANCE, out, lambda done, total: None)
+    quantize_graph(source, recorded(samples), Quantize(**options), out, lambda done, total: None)
     with np.load(samples / "0000.npz") as arrays:
         side = arrays["sample"].shape[-1]
     (out / "denoiser.json").write_text(contract(side).model_dump_json())

@@ -10,14 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compiler.quantizing import GUIDANCE, quantise, write_samples
+from compiler.quantizing import quantise, recorded, write_samples
 from slipcast.bundle.manifest import EngineFiles
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError
 from slipcast_compiler.engines import BUILDERS, tensorrt
 from slipcast_compiler.graph import qdq
 from slipcast_compiler.precision.quantize import EngineCheck
-from slipcast_compiler.precision.sensitivity import Found, prediction_error, search
+from slipcast_compiler.precision.sensitivity import Found, search
 from slipcast_compiler.recipe.passes import Quantize
 from slipcast_compiler.recipe.reading import parse_recipe
 
@@ -143,7 +143,7 @@ class TestGraph:
         peak = np.linspace(0.0, 5.0, CHANNELS, dtype=np.float32)
         assert qdq.smooth(model, nodes, 0.5, lambda names: dict.fromkeys(names, peak)) == 1
         qdq.save(model, tmp_path / "exact.onnx")
-        assert prediction_error(qdq.session(tmp_path / "exact.onnx"), samples, GUIDANCE) < 1e-5
+        assert recorded(samples).error(qdq.session(tmp_path / "exact.onnx")) < 1e-5
 
     def test_weights_only(self, source: Path, samples: Path, tmp_path: Path) -> None:
         model, report = quantise(source, samples, tmp_path / "weights", weights_only=True, max_error=1.0)
@@ -158,7 +158,7 @@ class TestGraph:
         model, report = quantise(source, samples, tmp_path / "bound", max_error=limit)
         assert report["error_all"] == pytest.approx(free["error"])
         assert report["error"] <= limit
-        assert prediction_error(qdq.session(model), samples, GUIDANCE) == pytest.approx(report["error"])
+        assert recorded(samples).error(qdq.session(model)) == pytest.approx(report["error"])
         assert 0 < report["quantised"] < 6
         assert set(report["kept"].values()) == {"damage"}
         alone = {layer: error for layer, count, error in report["tried"] if count == 1}
@@ -181,7 +181,7 @@ class TestGraph:
     def test_zero_strength_changes_nothing(self, source: Path, samples: Path, tmp_path: Path) -> None:
         model, report = quantise(source, samples, tmp_path / "out", protect=("*",))
         assert (report["quantised"], report["error"], report["smoothed_norms"]) == (0, 0.0, 0)
-        assert prediction_error(qdq.session(model), samples, GUIDANCE) == 0.0
+        assert recorded(samples).error(qdq.session(model)) == 0.0
 
 
 class TestSigned:
@@ -198,13 +198,13 @@ class TestSigned:
         assert {(zero.data_type, numpy_helper.to_array(zero).item()) for zero in zeros} == {(TensorProto.INT8, 0)}
         (sample,) = ({"sample": arrays["sample"]} for arrays in [np.load(samples / "0003.npz")])
         np.testing.assert_array_equal(*(qdq.session(path)(sample)["prediction"] for path in (model, signed)))
-        check = EngineCheck(model.parent, samples, GUIDANCE, report["error"])
+        check = EngineCheck(model, recorded(samples), report["error"])
         check("tensorrt-rtx", tmp_path, EngineFiles(model="denoiser.engine"))
 
     def test_other_ranges_are_widened(self, source: Path, samples: Path, tmp_path: Path) -> None:
         model, report = quantise(source, samples, tmp_path / "out", max_error=1.0)
         assert qdq.make_signed(model, tmp_path / "signed.onnx") > 0
-        widened = prediction_error(qdq.session(tmp_path / "signed.onnx"), samples, GUIDANCE)
+        widened = recorded(samples).error(qdq.session(tmp_path / "signed.onnx"))
         assert 0 < widened < report["error"] * 2.5
 
     @pytest.mark.skipif(not ENGINES["tensorrt-rtx"].can_build(), reason="tensorrt-rtx is not installed")
@@ -281,7 +281,7 @@ class TestEngines:
     ) -> None:
         model, report = quantise(source, samples, tmp_path / "quantized", max_error=1.0)
         files = self.built(engine, model, tmp_path / "engine")
-        check = EngineCheck(model.parent, samples, GUIDANCE, report["error"])
+        check = EngineCheck(model, recorded(samples), report["error"])
         check(engine, tmp_path / "engine", files)
 
     def test_a_wrong_graph_is_caught(self, engine: str, source: Path, samples: Path, tmp_path: Path) -> None:
@@ -295,9 +295,9 @@ class TestEngines:
         qdq.save(model, tmp_path / "wrong" / "denoiser.onnx")
         files = self.built(engine, tmp_path / "wrong" / "denoiser.onnx", tmp_path / "engine")
         with pytest.raises(CheckFailed, match=f"{engine} gives other numbers"):
-            EngineCheck(path.parent, samples, GUIDANCE, report["error"])(engine, tmp_path / "engine", files)
+            EngineCheck(path, recorded(samples), report["error"])(engine, tmp_path / "engine", files)
 
 
 def test_predictions_that_are_not_finite(samples: Path) -> None:
     with pytest.raises(NumericalError, match="not finite"):
-        prediction_error(lambda inputs: {"prediction": inputs["sample"] * np.nan}, samples, GUIDANCE)
+        recorded(samples).error(lambda inputs: {"prediction": inputs["sample"] * np.nan})

@@ -15,6 +15,7 @@ from slipcast.engines import Engine, cuda, open_engine
 from slipcast.errors import HostError, RequestError
 from slipcast_compiler.engines import tensorrt
 from slipcast_compiler.graph import qdq
+from slipcast_compiler.precision.evaluations import Evaluations
 from slipcast_compiler.precision.quantize import quantize_graph
 from slipcast_compiler.recipe.passes import Quantize
 from slipcast_compiler.recipe.targets import TargetTable
@@ -109,7 +110,7 @@ def quantise(manifest: Manifest, model: Path, out: Path) -> Path:
         np.savez(samples / "0000.npz", **inputs, **exact(inputs))
     options = Quantize(samples=1, max_error=10.0, symmetric=True)
     (out / "int8").mkdir()
-    quantize_graph(model, samples, options, 1.0, out / "int8", lambda *_: None)
+    quantize_graph(model, Evaluations(samples), options, out / "int8", lambda *_: None)
     return out / "int8" / "denoiser.onnx"
 
 

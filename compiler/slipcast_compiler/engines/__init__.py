@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,11 +50,11 @@ class Source:
 @dataclass(frozen=True)
 class Sources:
     """What a target is built from. `image`: what the sizes of engines with profiles follow from; None where none has.
-    `check` sees whether an engine reads a denoiser in INT8 right."""
+    `int8`: by component whose graph is in INT8, what sees whether an engine reads it right, where there is one."""
 
     components: Mapping[str, Source]
     image: ImageGeometry | None
-    check: Check | None = None
+    int8: Mapping[str, Check | None] = field(default_factory=dict)
 
 
 def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
@@ -62,7 +62,7 @@ def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
     quantized = graphs.quantized if int8 else None
     folders = {**graphs.components, **({"denoiser": quantized.folder} if quantized else {})}
     components = {name: Source(folder / f"{name}.onnx", folder.name) for name, folder in folders.items()}
-    return Sources(components, graphs.original.image, quantized.check if quantized else None)
+    return Sources(components, graphs.original.image, {"denoiser": quantized.check} if quantized else NONE)
 
 
 def build_targets(
@@ -105,13 +105,12 @@ def build_target(
 ) -> Target:
     """Every component's engine for a target, from the cache or built, put into the bundle.
 
-    In int8 the denoiser's source is the quantised graph. `casts`: of a target in half precision, which nodes stay in
-    fp32, by component; see precision.mixed.measure_cast.
+    `casts`: of a target in half precision, which nodes stay in fp32, by component; see precision.mixed.measure_cast.
     """
     engines: dict[str, EngineFiles] = {}
     for done, name in enumerate(sources.components):
         advance(done, len(sources.components))
-        rest = table.precision == "int8" and name != "denoiser"
+        rest = table.precision == "int8" and name not in sources.int8
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
         entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
@@ -134,8 +133,8 @@ def _build_engine(table: TargetTable, name: str, sources: Sources, fp32: list[st
 
     def make(out: Path) -> None:
         files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings, fp32=fp32)
-        if sources.check and table.precision == "int8":
-            sources.check(table.engine, out, files)
+        if table.precision == "int8" and (check := sources.int8[name]):
+            check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())
 
     inputs = {

@@ -4,39 +4,71 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, Component
-from slipcast.bundle.program import PROGRAM
+from slipcast.bundle.program import PROGRAM, Program
 from slipcast.errors import RecipeError
 from slipcast.progress import Stages
-from slipcast_compiler.engines import Source, Sources, build_targets
+from slipcast_compiler.engines import Casts, Source, Sources, build_targets
+from slipcast_compiler.export.graphs import Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.recipe.targets import TargetTable
 
 
+@dataclass(frozen=True)
+class ProgramGraphs:
+    """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
+    `quantized`: by component, what takes its place in INT8; `casts`: by target's name, see build_target."""
+
+    entry: Path
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    casts: Mapping[str, Casts] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Program:
+        """The program."""
+        return read_record(self.entry)
+
+    @property
+    def contracts(self) -> dict[str, Component]:
+        """By component, what its engines take and return."""
+        return contracts(self.entry, self.record)
+
+    def sources(self, int8: bool = False) -> Sources:
+        """Of a target; in INT8 with what is."""
+        quantized = self.quantized if int8 else {}
+        found = {
+            name: Source(folder / f"{name}.onnx", f"{folder.name}/{name}")
+            for name in self.contracts
+            for folder in [quantized[name].folder if name in quantized else self.entry]
+        }
+        return Sources(found, None, {name: each.check for name, each in quantized.items()})
+
+
 def write_bundle(
-    entry: Path, tables: tuple[TargetTable, ...], fields: Mapping[str, Any], folder: Path, cache: Cache, stages: Stages
-) -> dict[str, Any]:
-    """A bundle in `folder`, complete but for the evidence, of an entry of the cache that has an exported program; the
-    manifest's fields, with the targets, beside those that are given."""
-    record = read_record(entry)
-    _check_rows(contracts(entry, record), tables)
-    components = {name: Source(entry / f"{name}.onnx", f"{entry.name}/{name}") for name in contracts(entry, record)}
-    sources = dict.fromkeys((table.name for table in tables), Sources(components, None))
-    targets = build_targets(sources, tables, folder, cache, stages)
+    graphs: ProgramGraphs, tables: tuple[TargetTable, ...], fields: Mapping[str, Any], folder: Path, cache: Cache,
+    stages: Stages,
+) -> dict[str, Any]:  # fmt: skip
+    """A bundle in `folder`, complete but for the evidence; the manifest's fields, with the targets, beside those that
+    are given."""
+    record = graphs.record
+    _check_rows(graphs.contracts, tables)
+    sources = {table.name: graphs.sources(table.precision == "int8") for table in tables}
+    targets = build_targets(sources, tables, folder, cache, stages, graphs.casts)
     tokenizers = {each.tokenizer for each in record.sources if each.kind == "prompt"}
     for name in (*sorted(tokenizers), *([TABLE] if record.table else [])):
-        shutil.copyfile(entry / name, folder / name)
+        shutil.copyfile(graphs.entry / name, folder / name)
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
         "requires": (PROGRAM,),
         "slipcast_version": slipcast.__version__,
-        "components": contracts(entry, record),
+        "components": graphs.contracts,
         "program": record,
         "targets": tuple(targets),
     }

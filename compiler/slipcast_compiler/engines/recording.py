@@ -14,6 +14,7 @@ from slipcast.bundle.manifest import FALLBACK, Target
 from slipcast.bundle.reader import Bundle, open_bundle
 from slipcast.engines import Array, Engine, EngineWrapper
 from slipcast.progress import Advance
+from slipcast.run.load import load
 from slipcast.run.pipeline import Pipeline
 
 DENOISER: Final = "denoiser"
@@ -80,6 +81,29 @@ def record(
         _record(*_unspecialised(bundle, chosen), {DENOISER: out / FALLBACK}, images, count, advance)
 
 
+def record_program(
+    root: Path,
+    target: str,
+    components: Collection[str],
+    images: Images,
+    given: Mapping[str, Any],
+    count: int,
+    out: Path,
+    advance: Advance,
+) -> None:
+    """As `record`, of a captured program's bundle. `given`: what each of its calls takes besides, such as pictures.
+
+    Runs in a process of its own too: hence the eight parameters.
+    """
+    recording = Recording(components)
+    with load(root, target=target, instrument=recording) as pipe:
+
+        def draw(prompt: str | None, seed: int) -> None:
+            pipe(prompt, seed=seed, output_type="np", **given)
+
+        _write(recording, draw, {name: out / name for name in components}, images, count, advance)
+
+
 def _record(
     bundle: Bundle,
     target: Target,
@@ -89,25 +113,42 @@ def _record(
     advance: Advance,
 ) -> None:
     """As `record`, of the components that have folders."""
-    recording, written = Recording(folders), Counter[str]()
+    recording = Recording(folders)
     timesteps = bundle.manifest.cut.timesteps if bundle.manifest.cut and STEP in folders else ()
     with Pipeline(bundle, target, instrument=recording) as pipe:
-        for i, (prompt, seed) in enumerate(images):
-            advance(i, len(images))
-            recording.calls.clear()
+
+        def draw(prompt: str | None, seed: int) -> None:
             pipe(prompt, seed=seed, output_type="np" if "vae_decoder" in folders else "latent", guard="warn")
             if timesteps:
                 with pipe.residency.use(STEP) as engine:
                     for timestep in timesteps:
                         engine({"timestep": np.array([timestep], np.float32)})
-            for component, folder in folders.items():
-                folder.mkdir(exist_ok=True)
-                evaluations = recording.evaluations(component)
-                share = min(count * (i + 1) // len(images) - written[component], len(evaluations))
-                for k in range(share):
-                    place = int((k + (i + 0.5) / len(images)) * len(evaluations) / share)
-                    np.savez(folder / f"{written[component] + k:04}.npz", **cast(Any, evaluations[place]))
-                written[component] += share
+
+        _write(recording, draw, folders, images, count, advance)
+
+
+def _write(
+    recording: Recording,
+    draw: Callable[[str | None, int], None],
+    folders: Mapping[str, Path],
+    images: Images,
+    count: int,
+    advance: Advance,
+) -> None:
+    """Draw each image, and write the share of its evaluations; see record."""
+    written = Counter[str]()
+    for i, (prompt, seed) in enumerate(images):
+        advance(i, len(images))
+        recording.calls.clear()
+        draw(prompt, seed)
+        for component, folder in folders.items():
+            folder.mkdir(exist_ok=True)
+            evaluations = recording.evaluations(component)
+            share = min(count * (i + 1) // len(images) - written[component], len(evaluations))
+            for k in range(share):
+                place = int((k + (i + 0.5) / len(images)) * len(evaluations) / share)
+                np.savez(folder / f"{written[component] + k:04}.npz", **cast(Any, evaluations[place]))
+            written[component] += share
 
 
 def _unspecialised(bundle: Bundle, target: Target) -> tuple[Bundle, Target]:

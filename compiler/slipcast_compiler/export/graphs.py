@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from slipcast.bundle.manifest import Caching, Component, EngineFiles, Sampling
-from slipcast_compiler.model.original import Images, Original, Prompts
+from slipcast_compiler.model.original import Images, Original, calibration_images
 from slipcast_compiler.recipe.family import Family
 from slipcast_compiler.recipe.recipe import GuardTable
-from slipcast_compiler.recipe.seeds import CALIBRATION
 
 Check = Callable[[str, Path, EngineFiles], None]  # (engine, folder, its files): raises where it reads INT8 wrongly
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -67,9 +66,8 @@ class Graphs:
         return replace(self, components={k: v for k, v in self.components.items() if k not in names})
 
     def calibration(self, count: int) -> Images:
-        """So many images to measure on: of calibration prompts, again from the first after the last."""
-        texts: Prompts = self.family.calibration if self.family else (None,)
-        return tuple((texts[i % len(texts)], seed) for i, seed in enumerate(CALIBRATION.take(count)))
+        """So many images of calibration prompts."""
+        return calibration_images(self.family.calibration if self.family else (None,), count)
 
     @property
     def contracts(self) -> dict[str, Component]:

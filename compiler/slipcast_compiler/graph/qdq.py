@@ -24,13 +24,15 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 def layers_of(graph: Any) -> dict[str, tuple[str, ...]]:
     """Layer -> names of its nodes: every node of WEIGHTED whose weight is a constant, by its weight's name.
 
-    The name is the checkpoint's: down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.
+    The name is the checkpoint's: down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q; of a captured program's,
+    with the component before it.
     """
     constants = {tensor.name for tensor in graph.initializer}
     found: dict[str, tuple[str, ...]] = {}
     for node in graph.node:
         if node.op_type in WEIGHTED and node.input[1] in constants and node.input[0] not in constants:
-            layer = node.input[1].removeprefix("model.").removesuffix(".T").removesuffix(".weight")
+            name = node.input[1].removeprefix("model.").removeprefix("components.")
+            layer = name.removesuffix(".T").removesuffix(".weight")
             found[layer] = (*found.get(layer, ()), node.name)
     return found
 

@@ -21,6 +21,7 @@ from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer
 from slipcast_compiler.model.library import library_class
 from slipcast_compiler.model.scheduler import CLASSES, settings_for
+from slipcast_compiler.recipe.seeds import CALIBRATION
 
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 Images = tuple[tuple[str | None, int], ...]  # prompt and seed of each
@@ -106,6 +107,11 @@ class Drawing:
     def open(self, dtype: str = "float32") -> Any:
         """The pipeline in diffusers that draws them."""
         return open_pipeline(self.original.checkpoint, self.sampling, dtype)
+
+
+def calibration_images(texts: Prompts, count: int) -> Images:
+    """So many images to measure on: of these prompts, again from the first after the last."""
+    return tuple((texts[i % len(texts)], seed) for i, seed in enumerate(CALIBRATION.take(count)))
 
 
 def make_images(drawing: Drawing, dtype: str, warm: bool, advance: Advance) -> dict[str, Any]:

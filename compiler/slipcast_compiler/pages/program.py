@@ -13,6 +13,7 @@ import tomli_w
 
 from slipcast.bundle.program import Program
 from slipcast_compiler.capture.verify import LIMIT
+from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, as_pictures
 from slipcast_compiler.judge.evaluate import Judged
 from slipcast_compiler.pages.evidence import (
@@ -31,6 +32,7 @@ from slipcast_compiler.pages.evidence import (
 )
 from slipcast_compiler.pages.page import render
 from slipcast_compiler.pages.record import ProgramRecord, typed_program_record
+from slipcast_compiler.precision.quantize import read_report
 from slipcast_compiler.recipe.family import Family
 from slipcast_compiler.recipe.recipe import Recipe
 
@@ -47,7 +49,8 @@ WHEN = {
 @dataclass(frozen=True)
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
-    `verified`: the error of the replay; `fields`: the manifest's; `seconds`: by stage."""
+    `verified`: the error of the replay; `fields`: the manifest's; `graphs`: what it is built from; `seconds`: by
+    stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
@@ -58,6 +61,7 @@ class ProgramEvidence:
     fields: Mapping[str, Any]
     originals: PipelineOriginals
     judged: Judged
+    graphs: ProgramGraphs
     seconds: Mapping[str, float]
 
     @property
@@ -88,6 +92,8 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "texts": list(program.arguments),
         "pictures": list(program.images),
         "fixed": dict(program.fixed),
+        "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
+        "mixed_precision": dict(evidence.graphs.casts),
         "gives": program.output,
     }
 

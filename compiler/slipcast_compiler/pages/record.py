@@ -104,7 +104,8 @@ class PartRecord(Strict):
 class ProgramRecord(BaseRecord):
     """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
     of its replay for another prompt and seed, and `limit` what it may be. `texts`, `pictures`,
-    `fixed`: the arguments that a run takes, and those that it cannot change."""
+    `fixed`: the arguments that a run takes, and those that it cannot change. `quantized`: by component in INT8, and
+    `mixed_precision`, by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
@@ -113,6 +114,8 @@ class ProgramRecord(BaseRecord):
     texts: tuple[str, ...]
     pictures: tuple[str, ...]
     fixed: Told
+    quantized: dict[str, Told]
+    mixed_precision: dict[str, Told]
     gives: Output
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipcast.bundle.manifest import Target
 from slipcast.progress import Stages
-from slipcast_compiler.engines import sources_of
+from slipcast_compiler.engines import Source, sources_of
 from slipcast_compiler.export.graphs import Graphs
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.precision.calibration import record_inputs
@@ -38,16 +38,21 @@ def measure_casts(graphs: Graphs, tables: tuple[TargetTable, ...], cache: Cache,
     A denoiser in INT8 is measured as it was before: its nodes have the same names, and what rounding adds to its error
     is lost among the steps of INT8. What was recorded to calibrate it is taken for all.
     """
-    half = [table for table in tables if table.half]
-    if not half:
+    if not any(table.half for table in tables):
         return Casts(tables, {}, None)
     inputs = graphs.quantized.samples.parent if graphs.quantized else None
     if not inputs or not all((inputs / name).is_dir() for name in graphs.components):  # what draws strangers is not
         with stages.stage("record inputs") as advance:
             inputs = record_inputs(_shortened(graphs), tuple(graphs.components), IMAGES, SAMPLES, cache, advance)
-    sources = sources_of(graphs).components
+    return measure_on(inputs, sources_of(graphs).components, tables, cache, stages)
+
+
+def measure_on(
+    inputs: Path, sources: Mapping[str, Source], tables: tuple[TargetTable, ...], cache: Cache, stages: Stages
+) -> Casts:
+    """The same of graphs in fp32, on what was recorded of them."""
     with stages.stage("measure casts") as advance:
-        found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in half}
+        found = {table.name: measure_cast(table, sources, inputs, cache, advance) for table in tables if table.half}
     return Casts(tables, found, inputs)
 
 

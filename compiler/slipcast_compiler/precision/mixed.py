@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import SHALLOW, Target
-from slipcast.bundle.reader import open_bundle
+from slipcast.bundle.reader import open_any_bundle
 from slipcast.engines import open_engine, refusal
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.engines import Source
@@ -35,7 +35,7 @@ from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.precision.sensitivity import RANKED, search
-from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -88,8 +88,8 @@ def check_cast(folder: Path, target: Target, found: Found, inputs: Path, stages:
     For an engine may fuse what is in fp32 with what is not: OpenVINO 2026.4 forgets it of linear layers with a bias,
     and of attention.
     """
-    quantised = "denoiser" if target.precision == "int8" else None  # which has a check of its own
-    kept = tuple(name for name, of in found.items() if of["fp32"] and name != quantised)
+    int8 = target.precision == "int8"  # which has a check of its own
+    kept = tuple(name for name, of in found.items() if of["fp32"] and not (int8 and IN_INT8.fullmatch(name)))
     if not kept or refusal(target):
         return
     with stages.stage(f"check {target.id}") as advance:
@@ -107,7 +107,7 @@ def engine_errors(
     folder: Path, target: Target, components: tuple[str, ...], inputs: Path, advance: Advance
 ) -> dict[str, float]:
     """By component, worst_error of the target's engine against what was recorded."""
-    contracts, errors = open_bundle(folder).manifest.components, dict[str, float]()
+    contracts, errors = open_any_bundle(folder).manifest.components, dict[str, float]()
     for done, component in enumerate(components):
         advance(done, len(components))
         recorded = _read(inputs, component)

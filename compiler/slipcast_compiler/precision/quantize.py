@@ -16,7 +16,7 @@ import fnmatch
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,21 +32,23 @@ from slipcast.progress import Advance
 from slipcast_compiler.export.graphs import Graphs, Quantized
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.precision.sensitivity import prediction_error, search
+from slipcast_compiler.precision.evaluations import Evaluations
+from slipcast_compiler.precision.sensitivity import search
 from slipcast_compiler.recipe.passes import Quantize
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
+BATCH = "batch"  # a dimension of rows that are independent
+REPORT = "quantize.json"
 
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """Sees whether an engine gives what the quantised graph in `folder` says; see export.graphs.Check."""
+    """Sees whether an engine gives what the quantised graph `model` says; see export.graphs.Check."""
 
-    folder: Path
-    samples: Path
-    guidance: float
+    model: Path
+    recorded: Evaluations
     max_error: float
 
     def __call__(self, engine: str, folder: Path, files: EngineFiles) -> None:
@@ -57,10 +59,10 @@ class EngineCheck:
         if ENGINES[engine].available():
             error = run_isolated(engine_error, self, engine, folder, files).result
         else:  # for a GPU that is not here
-            error = run_isolated(signed_error, self.folder, self.samples, self.guidance).result
+            error = run_isolated(signed_error, self.model, self.recorded).result
         if error > self.max_error * ENGINE_MARGIN:
             raise CheckFailed(
-                f"{engine} gives other numbers for the INT8 denoiser than its graph says",
+                f"{engine} gives other numbers for the INT8 {self.model.stem} than its graph says",
                 expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm",
                 got=f"{error:.4f}",
                 hint="name the layers it gets wrong in passes.quantize.protect, or take another engine or precision",
@@ -70,28 +72,40 @@ class EngineCheck:
 def quantize(graphs: Graphs, samples: Path, options: Quantize, cache: Cache, advance: Advance) -> Graphs:
     """With the denoiser in INT8 beside the one in fp32, calibrated on `samples` (see calibration.py).
 
-    From the cache, or made in a process of its own. Raises RecipeError where a pattern of `protect` fits no layer.
+    Raises RecipeError where a pattern of `protect` fits no layer.
     """
-    exported, own = graphs.components["denoiser"], samples / "denoiser"
     guidance = graphs.sampling.guidance_scale if graphs.family else 1.0
+    recorded = Evaluations(samples / "denoiser", guidance=guidance)
+    made = quantize_component(graphs.components["denoiser"], "denoiser", recorded, options, cache, advance)
+    return graphs.add(report={"quantize": read_report(made)}, quantized=made)
+
+
+def quantize_component(
+    exported: Path, name: str, recorded: Evaluations, options: Quantize, cache: Cache, advance: Advance
+) -> Quantized:
+    """exported/NAME.onnx in INT8, from the cache or made in a process of its own; both directories are the cache's."""
 
     def make(out: Path) -> None:
-        source = exported / "denoiser.onnx"
-        run_isolated(quantize_graph, source, own, options, guidance, out, advance=advance)
-        shutil.copyfile(exported / "denoiser.json", out / "denoiser.json")
+        run_isolated(quantize_graph, exported / f"{name}.onnx", recorded, options, out, advance=advance)
+        shutil.copyfile(exported / f"{name}.json", out / f"{name}.json")
 
-    # Both directories are named by the hash of all that they were made from.
-    inputs = {"source": exported.name, "samples": samples.name, "options": options.model_dump(), "guidance": guidance}
+    # Directories of the cache are named by the hash of all that they were made from.
+    inputs = {
+        "source": exported.name, "component": name, "samples": recorded.folder.parent.name,
+        "options": options.model_dump(), "guidance": recorded.guidance,
+    }  # fmt: skip
     folder = cache.get("quantized", inputs, make)
-    check = EngineCheck(folder, own, guidance, options.max_error)
-    report = json.loads((folder / "quantize.json").read_text())
-    return graphs.add(report={"quantize": report}, quantized=Quantized(folder, own, check))
+    return Quantized(folder, recorded.folder, EngineCheck(folder / f"{name}.onnx", recorded, options.max_error))
 
 
-def quantize_graph(
-    source: Path, samples: Path, options: Quantize, guidance: float, out: Path, advance: Advance
-) -> None:
-    """Write out/denoiser.onnx, out/denoiser.onnx.data and out/quantize.json."""
+def read_report(quantized: Quantized) -> dict[str, Any]:
+    """What quantize_graph found."""
+    found: dict[str, Any] = json.loads((quantized.folder / REPORT).read_text())
+    return found
+
+
+def quantize_graph(source: Path, recorded: Evaluations, options: Quantize, out: Path, advance: Advance) -> None:
+    """Write NAME.onnx and NAME.onnx.data, called as the source is, and quantize.json into `out`."""
     import onnx
 
     from slipcast_compiler.graph import qdq, sdpa
@@ -107,14 +121,14 @@ def quantize_graph(
         nodes = {node for layer in free if layer in weighted for node in weighted[layer]}
         smoothed = 0
         if options.smooth_quant_alpha and not options.weights_only:
-            peaks = partial(_peaks, source, samples, work)
+            peaks = partial(_peaks, source, recorded, work)
             smoothed = qdq.smooth(model, nodes, options.smooth_quant_alpha, peaks, source.parent)
         qdq.save(model, work / "fp32.onnx", source.parent)
         del model
-        qdq.insert(work / "fp32.onnx", sorted(nodes), _read(samples), work / "int8.onnx", options.symmetric)
+        qdq.insert(work / "fp32.onnx", sorted(nodes), recorded.inputs(), work / "int8.onnx", options.symmetric)
         original, full = (onnx.load(work / file, load_external_data=False) for file in ("fp32.onnx", "int8.onnx"))
         scales = _attention_scales(
-            original, {attentions[layer] for layer in free if layer in attentions}, samples, work
+            original, {attentions[layer] for layer in free if layer in attentions}, recorded, work
         )
 
         def write(chosen: frozenset[str], attention: Callable[[Any, Mapping[str, list[float]]], None]) -> Path:
@@ -126,36 +140,36 @@ def quantize_graph(
 
         def error(chosen: frozenset[str], count: int) -> float:
             run = qdq.session(write(chosen, sdpa.spell_out))
-            return prediction_error(_by_row(run) if attentions else run, samples, guidance, count)
+            return recorded.error(_by_row(run, original.graph) if attentions else run, count)
 
         found = search(free, error, options.max_error, options.measurements, advance)
-        qdq.pack(write(found.quantised, sdpa.annotate), out / "denoiser.onnx")
+        qdq.pack(write(found.quantised, sdpa.annotate), out / source.name)
     kept = dict.fromkeys(sorted(protected), "protected") | dict.fromkeys(found.kept, "damage")
     report = {
         "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,
-        "error_all": found.error_all, "tried": found.tried, "smoothed_norms": smoothed, "guidance_scale": guidance,
-        "attentions": len(attentions), "attentions_quantised": len(found.quantised & attentions.keys()),
-        "options": options.model_dump(mode="json"),
+        "error_all": found.error_all, "tried": found.tried, "smoothed_norms": smoothed,
+        "guidance_scale": recorded.guidance, "attentions": len(attentions),
+        "attentions_quantised": len(found.quantised & attentions.keys()), "options": options.model_dump(mode="json"),
     }  # fmt: skip
-    (out / "quantize.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+    (out / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False))
 
 
 def engine_error(check: EngineCheck, engine: str, folder: Path, files: EngineFiles, advance: Advance) -> float:
-    """prediction_error of an engine's files, with all that is not int8 in fp32."""
-    contract = Component.model_validate_json((check.folder / "denoiser.json").read_text())
+    """The error of an engine's files, with all that is not int8 in fp32."""
+    contract = Component.model_validate_json(check.model.with_suffix(".json").read_text())
     weights = folder / files.weights if files.weights else None
     with open_engine(engine, folder / files.model, weights, "fp32", contract) as run:
-        return prediction_error(run, check.samples, check.guidance)
+        return check.recorded.error(run)
 
 
-def signed_error(folder: Path, samples: Path, guidance: float, _: Advance) -> float:
-    """prediction_error of the graph as TensorRT is given it, computed by ONNX Runtime as it is written."""
+def signed_error(model: Path, recorded: Evaluations, _: Advance) -> float:
+    """The error of the graph as TensorRT is given it, computed by ONNX Runtime as it is written."""
     from slipcast_compiler.graph import qdq
 
-    with tempfile.TemporaryDirectory(prefix="slipcast-signed-", dir=folder.parent) as name:
-        signed = Path(name) / "denoiser.onnx"
-        qdq.make_signed(folder / "denoiser.onnx", signed)
-        return prediction_error(qdq.session(signed), samples, guidance)
+    with tempfile.TemporaryDirectory(prefix="slipcast-signed-", dir=model.parent.parent) as name:
+        signed = Path(name) / model.name
+        qdq.make_signed(model, signed)
+        return recorded.error(qdq.session(signed))
 
 
 def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]:
@@ -170,26 +184,24 @@ def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]
     return found
 
 
-def _read(samples: Path) -> Iterator[Arrays]:
-    """What the denoiser reads, one evaluation at a time."""
-    for file in sorted(samples.glob("*.npz")):
-        with np.load(file) as arrays:
-            yield {name: arrays[name] for name in arrays if name != "prediction"}
-
-
-def _by_row(run: Callable[[Mapping[str, Any]], Arrays]) -> Callable[[Mapping[str, Any]], Arrays]:
-    """`run`, a row at a time: attention that is spelled out holds its scores, a gigabyte for 4096 tokens and 2 rows."""
+def _by_row(run: Callable[[Mapping[str, Any]], Arrays], graph: Any) -> Callable[[Mapping[str, Any]], Arrays]:
+    """`run`, a row at a time where rows are free: attention that is spelled out holds its scores, a gigabyte for 4096
+    tokens and 2 rows."""
+    first = {value.name: value.type.tensor_type.shape.dim[:1] for value in graph.input}
+    batched = {name for name, dims in first.items() if dims and dims[0].dim_param == BATCH}
+    if not batched:
+        return run
 
     def run_rows(inputs: Mapping[str, Any]) -> Arrays:
-        count = len(inputs["sample"])
-        rows = [{k: v[i : i + 1] if len(v) == count else v for k, v in inputs.items()} for i in range(count)]
+        count = max(len(inputs[name]) for name in batched)
+        rows = [{k: v[i : i + 1] if k in batched else v for k, v in inputs.items()} for i in range(count)]
         outputs = [run(row) for row in rows]
         return {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]}
 
     return run_rows
 
 
-def _attention_scales(original: Any, nodes: set[str], samples: Path, work: Path) -> dict[str, list[float]]:
+def _attention_scales(original: Any, nodes: set[str], recorded: Evaluations, work: Path) -> dict[str, list[float]]:
     """See sdpa.scales_of; `original` has its weights in `work`."""
     import onnx
 
@@ -202,10 +214,10 @@ def _attention_scales(original: Any, nodes: set[str], samples: Path, work: Path)
     read = {name for node in model.graph.node if node.name in nodes for name in node.input[:3]}
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in sorted(read))
     onnx.save(model, work / "attention.onnx")
-    return sdpa.scales_of(model.graph, nodes, qdq.session(work / "attention.onnx"), _read(samples))
+    return sdpa.scales_of(model.graph, nodes, qdq.session(work / "attention.onnx"), recorded.inputs())
 
 
-def _peaks(source: Path, samples: Path, work: Path, tensors: list[str]) -> Arrays:
+def _peaks(source: Path, recorded: Evaluations, work: Path, tensors: list[str]) -> Arrays:
     """max|x| over all samples of each tensor, per channel, which is its last axis."""
     import onnx
 
@@ -215,7 +227,7 @@ def _peaks(source: Path, samples: Path, work: Path, tensors: list[str]) -> Array
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in tensors)
     qdq.save(model, work / "peaks.onnx", source.parent)
     run, found = qdq.session(work / "peaks.onnx"), Arrays()
-    for inputs in _read(samples):
+    for inputs in recorded.inputs():
         outputs = run(inputs)
         for name in tensors:
             peak = np.abs(outputs[name]).max(axis=tuple(range(outputs[name].ndim - 1)))

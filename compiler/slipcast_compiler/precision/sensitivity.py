@@ -1,18 +1,11 @@
-"""How far a quantised denoiser is off, and which of its layers to keep in higher precision."""
+"""Which layers of a quantised graph to keep in higher precision, by how far it is off."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from slipcast.errors import NumericalError
 from slipcast.progress import Advance
-from slipcast.sampling.guidance import guide
 
 Group = tuple[str, ...]  # layers that are neighbours in the graph
 
@@ -88,36 +81,3 @@ class Groups:
             worst = max(self.errors, key=lambda group: self.errors[group] ** 2 / len(group))
         del self.errors[worst]
         return worst
-
-
-def prediction_error(
-    run: Callable[[Mapping[str, Any]], Mapping[str, Any]], samples: Path, guidance: float, count: int = JUDGED
-) -> float:
-    """How far the guided predictions of `run` are from the samples', |difference| / |prediction| over `count` of them.
-
-    Raises NumericalError where they are not finite.
-    """
-    files = sorted(samples.glob("*.npz"))
-    places = np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int)
-    difference = norm = 0.0
-    for file in (files[place] for place in places):
-        with np.load(file) as arrays:
-            inputs = dict(arrays)
-        wanted = _guided(inputs.pop("prediction"), guidance)
-        found = _guided(run(inputs)["prediction"], guidance)
-        difference += float(np.square(found - wanted).sum())
-        norm += float(np.square(wanted).sum())
-    if not np.isfinite(difference):
-        raise NumericalError(
-            "the quantised denoiser's prediction is not finite", expected="finite numbers", got=difference
-        )
-    return float(np.sqrt(difference / norm))
-
-
-def _guided(prediction: npt.NDArray[Any], guidance: float) -> npt.NDArray[np.float64]:
-    whole = prediction.astype(np.float64)
-    if guidance <= 1.0:
-        return whole
-    unconditional, conditional = np.split(whole, 2)
-    guided: npt.NDArray[np.float64] = guide(conditional, unconditional, guidance)
-    return guided

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,7 +19,9 @@ ENGINE_KEYS = {
     "workspace_mb": ("tensorrt-rtx", "tensorrt"), "weight_streaming": ("tensorrt-rtx", "tensorrt"),
     "hardware_compatibility": ("tensorrt",), "version_compatible": ("tensorrt",), "refit": ("tensorrt",),
 }  # fmt: skip
-# What a target in int8 is in besides: the other components, and what is left of the denoiser.
+# The components that a target in int8 has in INT8: denoisers, of which a captured program may have several.
+IN_INT8 = re.compile(r"denoiser(_\d+)?")
+# What such a target is in besides: the other components, and what is left of the denoiser.
 REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
 
 

@@ -10,12 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compiler.quantizing import GUIDANCE, contract, quantise, write_samples
+from compiler.quantizing import contract, quantise, recorded, write_samples
 from slipcast.engines import ENGINES, open_engine
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.graph import qdq, sdpa
 from slipcast_compiler.precision.quantize import EngineCheck
-from slipcast_compiler.precision.sensitivity import prediction_error
 
 SIDE, HEADS, WIDTH = 32, 2, 8
 CHANNELS, TOKENS = HEADS * WIDTH, SIDE * SIDE
@@ -139,9 +138,9 @@ class TestQuantize:
         assert len(noted(model)) == 1
         assert [node.op_type for node in onnx.load(model).graph.node].count("Attention") == 1
         spelled = sdpa.spelled_out(model, samples)  # any directory will do
-        error = prediction_error(qdq.session(spelled), samples, GUIDANCE)
+        error = recorded(samples).error(qdq.session(spelled))
         assert error == pytest.approx(report["error"], rel=1e-3)  # which was measured row by row
-        assert prediction_error(qdq.session(model), samples, GUIDANCE) < error
+        assert recorded(samples).error(qdq.session(model)) < error
 
     @pytest.mark.parametrize(
         ("options", "kept"),
@@ -173,12 +172,12 @@ class TestQuantize:
         assert sorted(f.name for f in (tmp_path / "engine").iterdir()) == sorted(
             filter(None, (files.model, files.weights))
         )
-        EngineCheck(model.parent, samples, GUIDANCE, report["error"])(engine, tmp_path / "engine", files)
+        EngineCheck(model, recorded(samples), report["error"])(engine, tmp_path / "engine", files)
         paths = tmp_path / "engine" / files.model, tmp_path / "engine" / files.weights if files.weights else None
-        exact = prediction_error(qdq.session(model), samples, GUIDANCE)
+        exact = recorded(samples).error(qdq.session(model))
         with open_engine(engine, *paths, "fp32" if engine == "openvino" else "int8", contract(SIDE)) as run:
-            error = prediction_error(run, samples, GUIDANCE)
+            error = recorded(samples).error(run)
         assert (error > 1.02 * exact) is (engine == "openvino"), (error, exact, report["error"])
         # With bf16 for the rest, where the engine computes in it.
         with open_engine(engine, *paths, "int8", contract(SIDE)) as run:
-            assert prediction_error(run, samples, GUIDANCE) < report["error"] + 0.02
+            assert recorded(samples).error(run) < report["error"] + 0.02

@@ -1,0 +1,84 @@
+"""A captured program's targets in INT8 and in half precision: the same as of others, measured on its own calls."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from slipcast.progress import Advance, SilentStages, Stages
+from slipcast_compiler.engines.contents import PORTABLE
+from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
+from slipcast_compiler.engines.recording import record_program
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.model.original import Images
+from slipcast_compiler.precision.calibration import TRAJECTORIES
+from slipcast_compiler.precision.casts import Casts, measure_on
+from slipcast_compiler.precision.evaluations import Evaluations
+from slipcast_compiler.precision.mixed import IMAGES, SAMPLES
+from slipcast_compiler.precision.quantize import quantize_component
+from slipcast_compiler.recipe.passes import Quantize
+from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
+
+Pictures = Mapping[str, npt.NDArray[np.float32]]
+
+
+def images_needed(options: Quantize | None, steps: int) -> int:
+    """How many images to record: see calibration_samples; for casts alone IMAGES."""
+    if not options:
+        return IMAGES
+    return min(options.samples, max(TRAJECTORIES, math.ceil(options.samples / max(steps, 1))))
+
+
+def record_calls(
+    graphs: ProgramGraphs, images: Images, pictures: Pictures, options: Quantize | None, cache: Cache, advance: Advance
+) -> Path:
+    """A directory with evaluations of each component in fp32, COMPONENT/0000.npz and so on, from the cache or made:
+    SAMPLES of each, or as many as INT8 is calibrated on. `pictures`: what each call takes besides a text."""
+    count, components = options.samples if options else SAMPLES, tuple(graphs.contracts)
+    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in pictures.items()}
+
+    def make(out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
+            about = {"name": "calibration", "base_model": "calibration", "source_sha256": "0" * 64, "family": None}
+            made = write_bundle(ProgramGraphs(graphs.entry), (PORTABLE,), about, Path(name), cache, SilentStages())
+            arguments = Path(name), made["targets"][0].id, components, images, dict(pictures), count, out
+            run_isolated(record_program, *arguments, advance=advance)
+
+    inputs = {"program": graphs.entry.name, "images": images, "pictures": digests, "count": count}
+    return cache.get("calls", inputs, make)
+
+
+def quantize_denoisers(
+    graphs: ProgramGraphs, inputs: Path, options: Quantize, cache: Cache, advance: Advance
+) -> ProgramGraphs:
+    """With its denoisers in INT8 beside those in fp32, calibrated on what record_calls recorded.
+
+    Guidance lies within them: so their outputs are what the scheduler is given. Raises RecipeError where a pattern of
+    `protect` fits no layer.
+    """
+    made = {}
+    for name, contract in graphs.contracts.items():
+        if IN_INT8.fullmatch(name):
+            recorded = Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs))
+            made[name] = quantize_component(graphs.entry, name, recorded, options, cache, advance)
+    return replace(graphs, quantized=made)
+
+
+def measure_program_casts(
+    graphs: ProgramGraphs, inputs: Path, tables: tuple[TargetTable, ...], cache: Cache, stages: Stages
+) -> Casts:
+    """casts.measure_casts, on what record_calls recorded."""
+    return measure_on(inputs, graphs.sources().components, tables, cache, stages)
+
+
+def needs_calls(tables: Collection[TargetTable], options: Quantize | None) -> bool:
+    """Whether anything is to be measured on what components read."""
+    return bool(options) or any(table.half for table in tables)

@@ -12,7 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slipcast.bundle.manifest import ImageGeometry, Sampling
+from slipcast.bundle.manifest import Component, ImageGeometry, Sampling, TensorSpec
+from slipcast.bundle.program import LengthRange, Program
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError, ResourceError
 from slipcast.progress import Stages
@@ -167,6 +168,17 @@ class TestOptions:
         assert dict(denoiser.ranges)["batch"] == (1, 2, 6)  # guidance doubles three images
         assert dict(decoder.ranges) == {"batch": (1, 1, 1), "tile_height": (8, 16, 16), "tile_width": (8, 20, 20)}
         assert denoiser.compute_capabilities == ("8.9",)
+
+    def test_ranges_of_a_captured_program_are_those_of_its_texts(self) -> None:
+        specs = [TensorSpec(name="in_0", dtype="int64", shape=(1, "length")),
+                 TensorSpec(name="in_1", dtype="float32", shape=(2, "2*length_2+3", 8))]  # fmt: skip
+        program = Program.model_construct(lengths={
+            "length": LengthRange(minimum=3, maximum=120), "length_2": LengthRange(minimum=2, maximum=50),
+        })  # fmt: skip
+        sizes = tensorrt.Lengths(program, {"denoiser": Component(inputs=tuple(specs), outputs=())})
+        table = TargetTable(engine="tensorrt-rtx")
+        found = dict(tensorrt.options(table, "denoiser", sizes).ranges)
+        assert found == {"length": (3, 120, 120), "2*length_2+3": (7, 103, 103)}
 
     @needs_library
     @pytest.mark.parametrize("flag", ["weight_streaming", "version_compatible", "refit"])

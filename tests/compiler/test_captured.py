@@ -168,7 +168,7 @@ REFUSED = {
     "sampling": (RECIPE + "[sampling]\nsteps = 3\n", "goes under [call]"),
     "closed": (replaced("held_out", "closed = true\nheld_out"), "family.closed"),
     "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
-    "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\n', "expected: openvino, onnxruntime"),
+    "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
     "pass": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "passes.low_rank is not for a captured pipeline yet"),
     "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "model.variant"),

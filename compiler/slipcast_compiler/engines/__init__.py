@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from slipcast.bundle.manifest import EngineFiles, ImageGeometry, Target
+from slipcast.bundle.manifest import EngineFiles, Target
 from slipcast.engines import ENGINES
 from slipcast.errors import SlipcastError
 from slipcast.progress import Advance, Stages
@@ -49,11 +49,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a target is built from. `image`: what the sizes of engines with profiles follow from; None where none has.
-    `int8`: by component whose graph is in INT8, what sees whether an engine reads it right, where there is one."""
+    """What a target is built from. `sizes`: what those of engines with profiles follow from. `int8`: by component whose graph is in INT8, what sees whether an engine reads it right, where there is one."""
 
     components: Mapping[str, Source]
-    image: ImageGeometry | None
+    sizes: tensorrt.Sizes
     int8: Mapping[str, Check | None] = field(default_factory=dict)
 
 
@@ -115,12 +114,12 @@ def build_target(
         entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
         engines[name] = pool.add(entry, files, table.name)
-    return declare(table, sources.components, sources.image).model_copy(update={"components": engines})
+    return declare(table, sources.components, sources.sizes).model_copy(update={"components": engines})
 
 
-def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry | None) -> Target:
+def declare(table: TargetTable, components: Iterable[str], sizes: tensorrt.Sizes) -> Target:
     """The manifest's record of a target, before its engines are built."""
-    bound = tensorrt.built(table, components, image) if image and table.engine in tensorrt.LIBRARIES else None
+    bound = tensorrt.built(table, components, sizes) if table.engine in tensorrt.LIBRARIES else None
     device = ENGINES[table.engine].device
     return Target(engine=table.engine, device=device, precision=table.precision, components={}, built=bound)
 
@@ -128,7 +127,7 @@ def declare(table: TargetTable, components: Iterable[str], image: ImageGeometry 
 def _build_engine(table: TargetTable, name: str, sources: Sources, fp32: list[str], cache: Cache) -> Path:
     """The cache's directory with one component's engine, and files.json, which names its files."""
     bound, source = table.engine in tensorrt.LIBRARIES, sources.components[name]
-    options = [tensorrt.options(table, name, sources.image)] if bound and sources.image else []
+    options = [tensorrt.options(table, name, sources.sizes)] if bound else []
     timings = [find_timings(table.engine, cache.root)] if bound else []  # decide nothing but how long it takes
 
     def make(out: Path) -> None:

@@ -13,7 +13,7 @@ from slipcast.bundle.manifest import SCHEMA_VERSION, Component
 from slipcast.bundle.program import PROGRAM, Program
 from slipcast.errors import RecipeError
 from slipcast.progress import Stages
-from slipcast_compiler.engines import Casts, Source, Sources, build_targets
+from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
 from slipcast_compiler.export.graphs import Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
 from slipcast_compiler.host import publish
@@ -48,7 +48,8 @@ class ProgramGraphs:
             for name in self.contracts
             for folder in [quantized[name].folder if name in quantized else self.entry]
         }
-        return Sources(found, None, {name: each.check for name, each in quantized.items()})
+        sizes = tensorrt.Lengths(self.record, self.contracts)
+        return Sources(found, sizes, {name: each.check for name, each in quantized.items()})
 
 
 def write_bundle(

@@ -18,12 +18,13 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipcast.bundle.manifest import Built, EngineFiles, ImageGeometry
+from slipcast.bundle.manifest import Built, Component, EngineFiles, ImageGeometry
+from slipcast.bundle.program import Program
 from slipcast.engines import ENGINES, cuda
 from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.progress import Advance
@@ -42,7 +43,10 @@ SHOWN_LINES = 8
 _LAYER = re.compile(r"Parsing node: (.+)|Node name: (.+)|(\{ForeignNode\[.*?\]\})")
 _MEMORY = re.compile(r"out of memory|bad_alloc|allocat\w+ fail|fail\w* .{0,20}allocat", re.IGNORECASE)
 
+_LAW = re.compile(r"(?:(?P<scale>\d+)\*)?(?P<length>[a-z]\w*)(?P<offset>[+-]\d+)?")
+
 Range = tuple[int, int, int]  # least, usual, most
+Ranges = tuple[tuple[str, Range], ...]  # by name of a free dimension
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Options:
     """
 
     library: str
-    ranges: tuple[tuple[str, Range], ...]
+    ranges: Ranges
     compute_capabilities: tuple[str, ...] = ()
     workspace_mb: int | None = None
     hardware_compatibility: str | None = None
@@ -75,7 +79,18 @@ class Made:
     widened: int
 
 
-def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -> Built:
+@dataclass(frozen=True)
+class Lengths:
+    """What sizes of a captured program's engines follow from: its `program`, and the contracts of its components."""
+
+    program: Program
+    contracts: Mapping[str, Component]
+
+
+Sizes = ImageGeometry | Lengths
+
+
+def built(table: TargetTable, components: Iterable[str], sizes: Sizes) -> Built:
     """What the manifest says of such a target: with which version of the library, on which GPUs and for which shapes it
     runs."""
     kind = ENGINES[table.engine]
@@ -86,22 +101,17 @@ def built(table: TargetTable, components: Iterable[str], image: ImageGeometry) -
         library_version=importlib.metadata.version(kind.library),
         compute_capabilities=capabilities,
         version_compatible=bool(table.version_compatible),
-        max_images=table.max_images or MAX_IMAGES,
-        profiles={name: dict(options(table, name, image).ranges) for name in components},
+        max_images=1 if isinstance(sizes, Lengths) else table.max_images or MAX_IMAGES,
+        profiles={name: dict(options(table, name, sizes).ranges) for name in components},
     )
 
 
-def options(table: TargetTable, component: str, image: ImageGeometry) -> Options:
+def options(table: TargetTable, component: str, sizes: Sizes) -> Options:
     """The options of a component's engine, from the recipe and what the pipeline will ask of the component."""
-    rows = 2 * (table.max_images or MAX_IMAGES)  # guidance doubles them
-    height, width = (min(image.tile, size // image.factor) for size in (image.height, image.width))
+    ranges = _of_lengths(component, sizes) if isinstance(sizes, Lengths) else _of_image(table, component, sizes)
     return Options(
         library=ENGINES[table.engine].library,
-        ranges=(
-            ("batch", (1, 1, 1) if component == "vae_decoder" else (1, 2, rows)),  # pictures are decoded one by one
-            ("tile_height", (min(SMALLEST_TILE, height), height, height)),
-            ("tile_width", (min(SMALLEST_TILE, width), width, width)),
-        ),
+        ranges=ranges,
         compute_capabilities=table.compute_capabilities or (),
         workspace_mb=table.workspace_mb,
         hardware_compatibility=table.hardware_compatibility,
@@ -109,6 +119,33 @@ def options(table: TargetTable, component: str, image: ImageGeometry) -> Options
         version_compatible=bool(table.version_compatible),
         refit=bool(table.refit),
     )
+
+
+def _of_image(table: TargetTable, component: str, image: ImageGeometry) -> Ranges:
+    rows = 2 * (table.max_images or MAX_IMAGES)  # guidance doubles them
+    height, width = (min(image.tile, size // image.factor) for size in (image.height, image.width))
+    return (
+        ("batch", (1, 1, 1) if component == "vae_decoder" else (1, 2, rows)),  # pictures are decoded one by one
+        ("tile_height", (min(SMALLEST_TILE, height), height, height)),
+        ("tile_width", (min(SMALLEST_TILE, width), width, width)),
+    )
+
+
+def _of_lengths(component: str, sizes: Lengths) -> Ranges:
+    """Of dimensions that follow the length of a text, which are called as "2*length+1" is; built for the longest."""
+    found = {}
+    for spec in sizes.contracts[component].inputs:
+        for name in (size for size in spec.shape if isinstance(size, str)):
+            law = _LAW.fullmatch(name)
+            assert law, name
+            scale, length, offset = (
+                int(law["scale"] or 1),
+                sizes.program.lengths[law["length"]],
+                int(law["offset"] or 0),
+            )
+            least, most = (scale * each + offset for each in (length.minimum, length.maximum))
+            found[name] = (least, most, most)
+    return tuple(found.items())
 
 
 def build(

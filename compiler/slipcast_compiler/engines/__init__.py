@@ -49,7 +49,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a target is built from. `sizes`: what those of engines with profiles follow from. `int8`: by component whose graph is in INT8, what sees whether an engine reads it right, where there is one."""
+    """What a target is built from. `sizes`: what those of engines with profiles follow from. `int8`: by component whose
+    graph is in INT8, what sees whether an engine reads it right, where there is one."""
 
     components: Mapping[str, Source]
     sizes: tensorrt.Sizes

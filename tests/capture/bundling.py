@@ -52,11 +52,12 @@ def compare_bundle(pipe: Any, name: str, prompts: Sequence[str], seed: int) -> d
     with tempfile.TemporaryDirectory() as scratch, quiet():
         bundle = make_bundle(pipe, name, Path(scratch))
         with slipcast.load(bundle) as loaded:
-            found = [_compare(loaded, pipe, name, prompt, seed) for prompt in prompts]
+            found = [compare(loaded, pipe, name, prompt, seed) for prompt in prompts]
     return min(found, key=lambda each: each["psnr"])
 
 
-def _compare(loaded: Any, pipe: Any, name: str, prompt: str, seed: int) -> dict[str, float]:
+def compare(loaded: Any, pipe: Any, name: str, prompt: str, seed: int) -> dict[str, float]:
+    """The same of one prompt, of a bundle that is loaded."""
     call = call_of(name, prompt, seed) | {"generator": torch.Generator("cpu").manual_seed(seed)}
     given = {key: value.numpy() for key, value in call.items() if key in PIPELINES[name].pictures}
     text = {"prompt": prompt} if PIPELINES[name].text else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundling import bundle_of, compare_bundle, make_bundle
+from bundling import bundle_of, compare, compare_bundle, make_bundle
 from test_generalise import Doubled, Joined, Padded, PaddedByItself, Placed, made
 from tiny import LENGTHS, PIPELINES, open_pipeline
 
@@ -75,6 +75,18 @@ def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(both[1], alone[0])
         drawn[engine] = both
     np.testing.assert_allclose(drawn["onnxruntime"], drawn["openvino"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_openvino_takes_tokens_that_come_first(tmp_path: Path) -> None:
+    """Embeddings of [tokens, width]: the first dimension follows the prompt, and is no batch."""
+    pipe, name = open_pipeline("qwen_image"), "qwen_image"
+    bundle = make_bundle(pipe, name, tmp_path, TargetTable(engine="openvino", precision="fp32"))
+    shapes = [spec.shape for part in open_any_bundle(bundle).manifest.components.values() for spec in part.inputs]
+    assert any(shape and isinstance(shape[0], str) for shape in shapes)
+    with slipcast.load(bundle) as loaded:
+        for prompt in OF_OTHER_LENGTHS:
+            assert compare(loaded, pipe, name, prompt, 7)["psnr"] >= LEAST_DB
 
 
 @pytest.mark.slow

@@ -182,6 +182,22 @@ class TestOpenVino:
             x += 1  # what was handed over is seen as it is now
             np.testing.assert_array_equal(squares({"x": x, "y": y * 3})["z"], x * 3)
 
+    @pytest.mark.parametrize("first", ["length", "2*length+1"])
+    def test_tokens_are_no_rows(self, tmp_path: Path, first: str) -> None:
+        """A sum over a first dimension that is free, and no batch."""
+        openvino = pytest.importorskip("slipcast.engines.openvino").openvino
+        ops = openvino.opset13
+        x = ops.parameter([-1, 3], np.float32, name="x")
+        total = ops.add(x, ops.reduce_sum(x, np.array(0), keep_dims=True), name="z")
+        for node in (x, total):
+            node.output(0).get_tensor().set_names({node.get_friendly_name()})
+        openvino.save_model(openvino.Model([total], [x], "sums"), tmp_path / "m.xml")
+        contract = component({"inputs": [("x", "float32", [first, 3])], "outputs": [("z", "float32", [first, 3])]})
+        with open_engine("openvino", tmp_path / "m.xml", tmp_path / "m.bin", "fp32", contract) as engine:
+            for tokens in (4, 7, 1, 16):
+                x = np.arange(3.0 * tokens, dtype=np.float32).reshape(tokens, 3)
+                np.testing.assert_allclose(engine({"x": x})["z"], x + x.sum(0), rtol=1e-6)
+
     def test_graphs_that_are_kept_are_few(self, squares: Any) -> None:
         module = pytest.importorskip("slipcast.engines.openvino")
         compiled, compile_it = [], squares._compile
@@ -216,7 +232,7 @@ class TestOpenVino:
     def test_large_models_have_one_graph(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squares: Any) -> None:
         module = pytest.importorskip("slipcast.engines.openvino")
         monkeypatch.setattr(module, "ONE_STREAM", -1)
-        with module.OpenVinoEngine(tmp_path / "m.xml", tmp_path / "m.bin", "fp32") as engine:
+        with module.OpenVinoEngine(tmp_path / "m.xml", tmp_path / "m.bin", "fp32", {"x"}) as engine:
             for rows in (1, 2, 3, 8):
                 x = np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32)
                 np.testing.assert_array_equal(engine({"x": x, "y": np.ones((1, 3), np.float32)})["z"], x)

@@ -11,7 +11,6 @@ from typing import Any
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, Component
 from slipcast.bundle.program import PROGRAM, Program
-from slipcast.errors import RecipeError
 from slipcast.progress import Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
 from slipcast_compiler.export.graphs import Quantized
@@ -59,7 +58,6 @@ def write_bundle(
     """A bundle in `folder`, complete but for the evidence; the manifest's fields, with the targets, beside those that
     are given."""
     record = graphs.record
-    _check_rows(graphs.contracts, tables)
     sources = {table.name: graphs.sources(table.precision == "int8") for table in tables}
     targets = build_targets(sources, tables, folder, cache, stages, graphs.casts)
     tokenizers = {each.tokenizer for each in record.sources if each.kind == "prompt"}
@@ -75,17 +73,3 @@ def write_bundle(
     }
     publish.write_program_manifest(folder, {**fields, **made})
     return {**fields, **made}
-
-
-def _check_rows(components: Mapping[str, Component], tables: tuple[TargetTable, ...]) -> None:
-    """RecipeError where OpenVINO's engines would take the tokens of a text for the rows of a batch."""
-    if not any(table.engine == "openvino" for table in tables):
-        return
-    for name, component in components.items():
-        for spec in component.inputs:
-            if spec.shape and isinstance(spec.shape[0], str):
-                raise RecipeError(
-                    f"{name}: the first dimension of an input follows the length of a prompt: not for OpenVINO",
-                    expected="engine = onnxruntime",
-                    got=f"{spec.name} [{', '.join(map(str, spec.shape))}]",
-                )

@@ -26,6 +26,7 @@ from slipcast.engines.resources import as_resource_error
 from slipcast.errors import ArtifactError, HostError, RequestError
 
 Array = npt.NDArray[np.generic]
+BATCH = "batch"  # what a contract calls the dimension of rows; any other that is free follows a text, or a size
 OLDEST_PORTABLE = 8.0  # engines that name no compute capability run from Ampere on
 
 
@@ -102,7 +103,8 @@ class EngineKind:
     """Where an engine's code is, which distribution it needs, and what it runs on.
 
     `distribution`: what has to be installed, where the name that is imported does not tell. `note`: what to know
-    besides the usual command to install it. `builds_with`: what has to be here to build its engines.
+    besides the usual command to install it. `builds_with`: what has to be here to build its engines. `by_rows`: it
+    divides batches itself, and its opener is told which inputs have rows.
     """
 
     module: str
@@ -114,6 +116,7 @@ class EngineKind:
     distribution: str = ""
     note: str = ""
     builds_with: Literal["nothing", "library", "device"] = "library"
+    by_rows: bool = False
 
     def installed(self) -> bool:
         """Whether the vendor's library is installed (it is not imported)."""
@@ -179,7 +182,7 @@ ENGINES: dict[str, EngineKind] = {
         note=REPLACES,
         builds_with="nothing",
     ),
-    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8")),
+    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8"), by_rows=True),
     "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
 }
 
@@ -275,7 +278,8 @@ def open_engine(
     if opener is None:
         raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
     try:
-        engine: Engine = opener(model, weights, precision)
+        told = {"batched": _batched(contract)} if kind.by_rows else {}
+        engine: Engine = opener(model, weights, precision, **told)
     except Exception as error:
         if lack := as_resource_error(error, f"opening {model.name}"):
             raise lack from error
@@ -291,6 +295,11 @@ def open_engine(
                 hint="the file belongs to another bundle; compile again",
             )
     return engine
+
+
+def _batched(contract: Component) -> frozenset[str]:
+    """The inputs whose first dimension counts rows."""
+    return frozenset(spec.name for spec in contract.inputs if spec.shape and spec.shape[0] == BATCH)
 
 
 def cpu_threads() -> int:

@@ -63,8 +63,16 @@ class OpenVinoEngine:
     busy: there rows go one after another through one graph, which also needs the least memory.
     """
 
-    def __init__(self, model: ModelFile, weights: ModelFile, precision: str, profile: bool = False) -> None:
-        self._model, self._weights = model, weights
+    def __init__(
+        self,
+        model: ModelFile,
+        weights: ModelFile,
+        precision: str,
+        batched: Set[str] = frozenset(),
+        profile: bool = False,
+    ) -> None:
+        """`batched`: the inputs that have rows of a batch; free dimensions of others are of the call's size."""
+        self._model, self._weights, self._batched = model, weights, batched
         self._streams = 1 if profile or _size(weights) > ONE_STREAM else min(STREAMS, cpu_threads())
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(precision),
@@ -74,7 +82,6 @@ class OpenVinoEngine:
         self._graph = self._read()
         self.inputs = tuple(_spec(port) for port in self._graph.inputs)
         self.outputs = tuple(_spec(port) for port in self._graph.outputs)
-        self._batched = {spec.name for spec in self.inputs if spec.shape and spec.shape[0] == "?"}
         self._compiled: dict[Any, _Static] = {}
         self._pairs: bool | None = None
 
@@ -192,8 +199,8 @@ class _Static:
 class ProfiledOpenVinoEngine(OpenVinoEngine):
     """With performance counters, on one stream; see slipcast.engines.ProfiledEngine."""
 
-    def __init__(self, model: ModelFile, weights: ModelFile, precision: str) -> None:
-        super().__init__(model, weights, precision, profile=True)
+    def __init__(self, model: ModelFile, weights: ModelFile, precision: str, batched: Set[str] = frozenset()) -> None:
+        super().__init__(model, weights, precision, batched, profile=True)
         self._modules = _modules(self._graph)
         self._calls = self._calls_before = 0
         self._before: dict[str, int] = {}
@@ -227,14 +234,18 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
         return spent
 
 
-def open_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> OpenVinoEngine:
-    """`weights` is the .bin that belongs to the .xml."""
-    return OpenVinoEngine(model, _needed(model, weights), precision)
+def open_engine(
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Set[str] = frozenset()
+) -> OpenVinoEngine:
+    """`weights` is the .bin that belongs to the .xml; `batched`: see OpenVinoEngine."""
+    return OpenVinoEngine(model, _needed(model, weights), precision, batched)
 
 
-def open_profiled_engine(model: ModelFile, weights: ModelFile | None, precision: str) -> ProfiledOpenVinoEngine:
+def open_profiled_engine(
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Set[str] = frozenset()
+) -> ProfiledOpenVinoEngine:
     """As open_engine, with the profiler on."""
-    return ProfiledOpenVinoEngine(model, _needed(model, weights), precision)
+    return ProfiledOpenVinoEngine(model, _needed(model, weights), precision, batched)
 
 
 def _hint(precision: str) -> str:

@@ -33,8 +33,9 @@ from slipcast_compiler.pages.profile import curves, figures, publish, ranked, re
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.profile import importance
 from slipcast_compiler.profile import profile as profiles
+from slipcast_compiler.profile.layers import PERCENTILE
 from slipcast_compiler.profile.measure import chosen_states, evaluated_sigmas, measure
-from slipcast_compiler.profile.observe import PERCENTILE, Observer, blocks
+from slipcast_compiler.profile.observe import Observer, blocks
 from slipcast_compiler.profile.profile import Profile, make_profile, open_profile, rank_correlations
 from slipcast_compiler.profile.streaming import CAPACITY, Inputs, Reservoir
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
@@ -158,8 +159,8 @@ def test_tensors_of_another_time_are_not_taken_for_shared() -> None:
 def test_activation_energy_is_the_norm_of_what_a_unit_adds(profile: Profile, captured: Captured) -> None:
     unet = captured.pipe.unet
     layer = next(layer for layer in attention_layers(unet) if layer.name == ATTENTION)
-    weight = unet.get_submodule(layer.output).weight
-    rows = torch.cat([x.unflatten(-1, (layer.heads, -1)) for x in captured.inputs[layer.output]])
+    weight = unet.get_submodule(layer.columns[0].linear).weight
+    rows = torch.cat([x.unflatten(-1, (layer.heads, -1)) for x in captured.inputs[layer.columns[0].linear]])
     energies = [
         (rows[:, :, head] @ weight[:, head * layer.head_dim : (head + 1) * layer.head_dim].T).flatten(1).norm(dim=1)
         for head in range(layer.heads)
@@ -204,9 +205,12 @@ def test_states_are_points_of_the_trajectories(captured: Captured) -> None:
 
 
 def _leave_one_out(captured: Captured) -> dict[str, Any]:
-    return importance.leave_one_out(
-        captured.pipe.unet, _plan().sampling, captured.observer.states, 2, lambda _: None
-    )  # fmt: skip
+    return importance.leave_one_out(captured.pipe.unet, _predict(captured), 2, 2, lambda _: None)
+
+
+def _predict(captured: Captured) -> Any:
+    unet, sampling, states = captured.pipe.unet, _plan().sampling, captured.observer.states
+    return lambda chosen: importance.guided_prediction(unet, sampling, [states[i] for i in chosen])
 
 
 def test_leave_one_out_is_brute_force(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +227,7 @@ def test_leave_one_out_is_brute_force(captured: Captured, monkeypatch: pytest.Mo
             without, given = unet(state.sample.repeat(2, 1, 1, 1), state.timestep, text).sample
             return without + 4.0 * (given - without)
 
-        weight = unet.get_submodule(layer.output).weight
+        weight = unet.get_submodule(layer.columns[0].linear).weight
         for head in (0, 5):
             errors, kept = [], weight.detach().clone()
             columns = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
@@ -241,10 +245,9 @@ def test_projected_leave_one_out_ranks_as_the_exact_one(captured: Captured, monk
     unet = captured.pipe.unet
     some = [layer for layer in attention_layers(unet) if "attn2" in layer.name]
     monkeypatch.setattr(importance, "attention_layers", lambda _: some)
-    sampling, states = _plan().sampling, captured.observer.states
     with torch.no_grad():
         exact = _leave_one_out(captured)
-    projected = importance.projected_leave_one_out(unet, sampling, states, lambda _: None)
+    projected = importance.projected_leave_one_out(unet, _predict(captured), 2, lambda _: None)
     assert list(exact) == list(projected)
     pooled = [np.concatenate(list(found.values())) for found in (exact, projected)]
     assert spearmanr(*pooled).statistic > 0.95
@@ -255,27 +258,30 @@ def test_taylor_is_the_slope_of_the_loss(captured: Captured) -> None:
     """Against a central difference, in float64 so that the difference has digits left."""
     unet, sampling = captured.pipe.unet, _plan().sampling
     sigmas = evaluated_sigmas(sampling)
-    states = captured.observer.states[:1]
-    clean = {state.image: captured.clean[state.image : state.image + 1] for state in states}
-    found = importance.taylor(unet, sampling, states, clean, sigmas, lambda _: None)
+    state = captured.observer.states[0]
+    clean = captured.clean[state.image : state.image + 1]
 
-    def loss(linear: str, unit: int, units: int, factor: float) -> float:
-        mask = torch.ones(1, units)
+    def loss_of(i: int) -> torch.Tensor:
+        return importance.denoising_loss(unet, sampling, state, clean, sigmas[state.evaluation], seed=i)
+
+    def loss(layer: Any, unit: int, factor: float) -> float:
+        mask = torch.ones(1, layer.units)
         mask[0, unit] = factor
-        arguments = (states[0], clean[states[0].image], sigmas[states[0].evaluation])
-        with torch.no_grad(), importance.masked(unet, {linear: mask}):
-            return float(importance.denoising_loss(unet, sampling, *arguments, seed=0).double())
+        with torch.no_grad(), importance.masked(unet, {layer: mask}):
+            return float(loss_of(0).double())
+
+    found = importance.taylor(unet, loss_of, 1, lambda _: None)
 
     layer = next(layer for layer in attention_layers(unet) if layer.name == ATTENTION)
     scores = found[f"head.taylor/{ATTENTION}"]
     head = int(scores.argmax())
-    slope = (loss(layer.output, head, layer.heads, 1.1) - loss(layer.output, head, layer.heads, 0.9)) / 0.2
+    slope = (loss(layer, head, 1.1) - loss(layer, head, 0.9)) / 0.2
     assert scores[head] == pytest.approx(abs(slope), rel=0.03)
     feed_forward = feed_forward_layers(unet)[-1]
     scores = found[f"neuron.taylor/{feed_forward.name}"]
     neuron = int(scores.argmax())
-    sizes = feed_forward.down, neuron, feed_forward.neurons
-    assert scores[neuron] == pytest.approx(abs(loss(*sizes, 1.1) - loss(*sizes, 0.9)) / 0.2, rel=0.03)
+    slope = (loss(feed_forward, neuron, 1.1) - loss(feed_forward, neuron, 0.9)) / 0.2
+    assert scores[neuron] == pytest.approx(abs(slope), rel=0.03)
 
 
 def test_the_denoising_loss_is_that_of_the_noise(captured: Captured) -> None:
@@ -295,7 +301,10 @@ def test_magnitude_is_the_norm_of_the_weights(profile: Profile, captured: Captur
     unet = captured.pipe.unet
     layer = next(layer for layer in attention_layers(unet) if layer.name == ATTENTION)
     part = slice(layer.head_dim, 2 * layer.head_dim)
-    product = unet.get_submodule(layer.output).weight[:, part] @ unet.get_submodule(f"{ATTENTION}.to_v").weight[part]
+    product = (
+        unet.get_submodule(layer.columns[0].linear).weight[:, part]
+        @ unet.get_submodule(f"{ATTENTION}.to_v").weight[part]
+    )
     assert profile.heads("magnitude")[ATTENTION][1] == pytest.approx(float(product.norm()), rel=1e-4)
     up, down = (unet.get_submodule(f"{FEED_FORWARD}.net.{part}").weight for part in ("0.proj", "2"))
     neurons = down.shape[1]
@@ -319,17 +328,17 @@ def test_what_is_kept_does_not_grow_with_samples(captured: Captured) -> None:
     observer, pipe, plan = captured.observer, captured.pipe, _plan()
 
     def size() -> int:
-        reservoirs = [*observer.heads.values(), *observer.neurons.values()]
+        reservoirs = [*observer.layers.heads.values(), *observer.layers.neurons.values()]
         states = sum(state.sample.nbytes for state in observer.states)
-        return observer.inputs.nbytes + sum(each.nbytes for each in reservoirs) + states
+        return observer.layers.inputs.nbytes + sum(each.nbytes for each in reservoirs) + states
 
-    before, seen = size(), observer.heads[ATTENTION].seen
+    before, seen = size(), observer.layers.heads[ATTENTION].seen
     with torch.no_grad(), observer.watching():
         for first in (100, 104):
             observer.begin(first, 4)
             noise, generators = original.draw_noise(pipe, plan.original.size, range(4))
             original.sample_latents(pipe, plan.sampling, ["a red ring"] * 4, noise, generators)
-    assert observer.heads[ATTENTION].seen == seen + 2 * 4 * 2 * 3  # batches, images, rows of each, steps
+    assert observer.layers.heads[ATTENTION].seen == seen + 2 * 4 * 2 * 3  # batches, images, rows of each, steps
     assert size() == before
 
 

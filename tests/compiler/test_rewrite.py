@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def rewrite(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Rewrite:
     """Two of four heads, 48 neurons, and factors in place of a linear layer with a bias, of one without, and of a 1x1
     convolution: exact factors, so that the output is known."""
-    rng, d = np.random.default_rng(0), Denoiser(checkpoint, UNCHANGED)
+    rng, d = np.random.default_rng(0), Denoiser.of(checkpoint, UNCHANGED)
     weights: dict[str, Any] = {}
     for part in ("to_q", "to_k", "to_v"):
         weights[f"{ATTENTION}.{part}.weight"] = d.weight(f"{ATTENTION}.{part}.weight")[8:24]
@@ -67,10 +67,7 @@ def _module(checkpoint: Checkpoint) -> Any:
 
 
 def _rewritten(checkpoint: Checkpoint, rewrite: Rewrite) -> torch.nn.Module:
-    class Pipe:
-        unet = _module(checkpoint)
-
-    return Denoiser(checkpoint, rewrite).load(Pipe)
+    return Denoiser.of(checkpoint, rewrite).load(_module(checkpoint))
 
 
 def _inputs() -> tuple[torch.Tensor, ...]:
@@ -115,7 +112,7 @@ def test_the_export_is_the_rewritten_module(checkpoint: Checkpoint, rewrite: Rew
 
 
 def test_the_structure_is_read_off_the_shapes(checkpoint: Checkpoint, rewrite: Rewrite) -> None:
-    denoiser = Denoiser(checkpoint, rewrite)
+    denoiser = Denoiser.of(checkpoint, rewrite)
     heads = {layer.name: (layer.heads, layer.head_dim) for layer in attention_layers(denoiser.module)}
     neurons = {layer.name: layer.neurons for layer in feed_forward_layers(denoiser.module)}
     assert heads.pop(ATTENTION) == (2, 8)
@@ -130,7 +127,7 @@ def test_the_structure_is_read_off_the_shapes(checkpoint: Checkpoint, rewrite: R
 
 
 def test_weights_are_the_newest(checkpoint: Checkpoint, rewrite: Rewrite) -> None:
-    changed, whole = Denoiser(checkpoint, rewrite), Denoiser(checkpoint, UNCHANGED)
+    changed, whole = Denoiser.of(checkpoint, rewrite), Denoiser.of(checkpoint, UNCHANGED)
     name = f"{ATTENTION}.to_q.weight"
     np.testing.assert_array_equal(changed.weight(name), whole.weight(name)[8:24])
     np.testing.assert_array_equal(changed.weight("conv_in.weight"), whole.weight("conv_in.weight"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,18 @@ from torch import nn
 
 from slipcast.bundle.tensorfile import read_header
 from slipcast.errors import NumericalError
+from slipcast_compiler.model.attention import set_heads
 from slipcast_compiler.model.checkpoint import Checkpoint, Weight, empty_module, find_weight
-from slipcast_compiler.model.layers import attention_layers, is_pointwise
+from slipcast_compiler.model.feed_forward import set_neurons
+from slipcast_compiler.model.layers import Layers, layers_of
+from slipcast_compiler.model.units import (
+    AttentionLayer,
+    FeedForwardLayer,
+    empty_layer,
+    is_pointwise,
+    matrix_size,
+    replace_layer,
+)
 
 Floats = npt.NDArray[np.float32]
 TENSORS = "tensors.safetensors"
@@ -50,15 +60,28 @@ UNCHANGED = Rewrite()
 
 
 class Denoiser:
-    """The denoiser as earlier passes left it: its structure on the meta device, and its weights, read one at a time."""
+    """A denoiser as earlier passes left it: its structure on the meta device, and its weights, read one at a time.
 
-    def __init__(self, checkpoint: Checkpoint, rewrite: Rewrite) -> None:
-        self.checkpoint, self.rewrite = checkpoint, rewrite
-        self._source = checkpoint.architecture.components["denoiser"]
-        self._original, self._changed = checkpoint.weights(self._source.folder), rewrite.weights()
-        self.module = empty_module(checkpoint, self._source.folder)
+    `module` has the original's structure (it is changed); `weights`: the original's parameters by name, or by a name
+    that older checkpoints have for them.
+    """
+
+    def __init__(self, module: nn.Module, weights: dict[str, Weight], rewrite: Rewrite) -> None:
+        self._original, self._changed = weights, rewrite.weights()
+        self.module = module
         fit(self.module, rewrite.shapes())
         self.module.to("meta")
+
+    @cached_property
+    def layers(self) -> Layers:
+        """What passes can rewrite, as it is now."""
+        return layers_of(self.module)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, rewrite: Rewrite) -> Denoiser:
+        """The denoiser of a checkpoint whose architecture is described."""
+        folder = checkpoint.architecture.components["denoiser"].folder
+        return cls(empty_module(checkpoint, folder), checkpoint.weights(folder), rewrite)
 
     def weight(self, name: str) -> Floats:
         """A parameter in float32, by the module's name for it."""
@@ -71,33 +94,50 @@ class Denoiser:
         """Whether the module has this parameter (a bias may be absent)."""
         return any(name == known for known, _ in self.module.named_parameters())
 
-    def load(self, pipe: Any) -> nn.Module:
-        """Make the denoiser of diffusers' pipeline this one; returns it."""
-        module: nn.Module = getattr(pipe, self._source.folder)
-        load(module, self._changed)
-        return module
+    def load(self, original: nn.Module) -> nn.Module:
+        """Make this one of a module that holds the original's weights; returns it."""
+        load(original, self._changed)
+        return original
 
 
 def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Give layers the sizes of the tensors that they are to hold, on the meta device where they change."""
-    heads_before = {layer.name: layer.head_dim for layer in attention_layers(module)}
+    if not shapes:
+        return
+    before = layers_of(module)
     for name, layer in list(module.named_modules()):
-        linear = isinstance(layer, nn.Linear)
-        if not (linear or is_pointwise(layer)):
+        if not (isinstance(layer, nn.Linear) or is_pointwise(layer)):
             continue
         bias = layer.bias is not None
         if f"{name}.1.weight" in shapes:
             first, second = shapes[f"{name}.0.weight"], shapes[f"{name}.1.weight"]
-            factors = (_layer(linear, first, bias=False), _layer(linear, second, bias))
-            _replace(module, name, nn.Sequential(*factors))
+            factors = (empty_layer(layer, first, bias=False), empty_layer(layer, second, bias))
+            replace_layer(module, name, nn.Sequential(*factors))
         elif (shape := shapes.get(f"{name}.weight")) is not None and shape != tuple(layer.weight.shape):
-            _replace(module, name, _layer(linear, shape, bias))
-    for name, head_dim in heads_before.items():
-        attention: Any = module.get_submodule(name)
-        rows = shapes.get(f"{name}.to_q.1.weight") or shapes.get(f"{name}.to_q.weight")
-        if rows is not None:
-            attention.heads = rows[0] // head_dim
-            attention.inner_dim = attention.inner_kv_dim = rows[0]
+            replace_layer(module, name, empty_layer(layer, shape, bias))
+    for attention in before.attention:
+        beside = next((each for each in before.feed_forward if _shares(each, attention)), None)
+        heads, neurons = _left(module, attention, beside)
+        set_heads(module.get_submodule(attention.name), attention, heads)
+        if beside:
+            set_neurons(module.get_submodule(beside.name), neurons)
+
+
+def _shares(layer: FeedForwardLayer, attention: AttentionLayer) -> bool:
+    return layer.columns[0].linear == attention.columns[0].linear
+
+
+def _left(module: nn.Module, attention: AttentionLayer, beside: FeedForwardLayer | None) -> tuple[int, int]:
+    """The heads that a fitted module has left, and the neurons beside them, if any."""
+    linear = attention.rows[0].linear
+    sizes = [matrix_size(module.get_submodule(name)) for name in (linear, attention.columns[0].linear)]
+    rows, columns = (size[side] for side, size in enumerate(sizes) if size)
+    per_head = sum(each.size for each in attention.rows if each.linear == linear)
+    per_neuron = sum(each.linear == linear for each in beside.rows) if beside else 0
+    # rows = per_head heads + per_neuron neurons, and columns = width heads + neurons
+    width = attention.columns[0].size
+    heads = (rows - per_neuron * columns) // (per_head - per_neuron * width)
+    return heads, columns - width * heads
 
 
 def load(module: nn.Module, weights: Mapping[str, Weight]) -> None:
@@ -132,15 +172,3 @@ def _replaced(name: str, tensors: Mapping[str, Floats]) -> bool:
     """Whether a newer tensor stands in its place, or the factors of its layer do."""
     layer, _, kind = name.rpartition(".")
     return name in tensors or f"{layer}.1.{kind}" in tensors
-
-
-def _layer(linear: bool, shape: tuple[int, ...], bias: bool) -> nn.Module:
-    with torch.device("meta"):
-        if linear:
-            return nn.Linear(shape[1], shape[0], bias=bias)
-        return nn.Conv2d(shape[1], shape[0], 1, bias=bias)
-
-
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, new)

@@ -78,7 +78,7 @@ def apply_passes(table: PassesTable, task: Task, profile: Profile | None, cache:
 
 def _run(name: str, options: Any, context: Context, before: Rewrite, out: Path, advance: Advance) -> None:
     """One pass: its tensors on top of the earlier ones (none where it changed nothing), and its report, in `out`."""
-    denoiser = Denoiser(context.task.calibration.original.checkpoint, before)
+    denoiser = Denoiser.of(context.task.calibration.original.checkpoint, before)
     result = PASSES[name].run(denoiser, replace(context, advance=advance), options)
     if result.tensors:
         write_tensors(result.tensors, before, out / TENSORS)

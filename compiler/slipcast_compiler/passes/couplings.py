@@ -21,25 +21,32 @@ if TYPE_CHECKING:
 def couplings(denoiser: Denoiser, context: Context, energy: float) -> dict[str, dict[str, int]]:
     """By attention layer: `head_dim`, and the ranks that `query_key` and `value_output` need in the worst head.
 
-    Products are weighed by the second moments of the layer's inputs. Layers that an earlier pass has factorised are
-    left out.
+    Products are weighed by the second moments of the layer's inputs. Left out are layers that an earlier pass has
+    factorised, and those in which more than the products matters: of several streams, of shared key heads, or with
+    norms of queries and keys.
     """
-    from slipcast_compiler.model.layers import attention_layers
-
     return {
         layer.name: _ranks(denoiser, context, layer, energy)
-        for layer in attention_layers(denoiser.module) if denoiser.has(f"{layer.name}.to_q.weight")
+        for layer in denoiser.layers.attention if _is_plain(denoiser, layer)
     }  # fmt: skip
+
+
+def _is_plain(denoiser: Denoiser, layer: AttentionLayer) -> bool:
+    from slipcast_compiler.model.attention import has_head_norms
+
+    alone = len({place.linear for place in layer.rows}) == 3 == len(layer.rows) and len(layer.columns) == 1
+    whole = denoiser.has(f"{layer.rows[0].linear}.weight")
+    return alone and whole and layer.group == 1 and not has_head_norms(denoiser.module.get_submodule(layer.name))
 
 
 def _ranks(denoiser: Denoiser, context: Context, layer: AttentionLayer, energy: float) -> dict[str, int]:
     query, key, value = (
-        (denoiser.weight(f"{name}.weight") @ root(context.measured.second_moment(name))).reshape(
+        (denoiser.weight(f"{place.linear}.weight") @ root(context.measured.second_moment(place.linear))).reshape(
             layer.heads, layer.head_dim, -1
         )
-        for name in layer.projections
+        for place in layer.rows
     )
-    output = denoiser.weight(f"{layer.output}.weight").T.reshape(layer.heads, layer.head_dim, -1)
+    output = denoiser.weight(f"{layer.columns[0].linear}.weight").T.reshape(layer.heads, layer.head_dim, -1)
     return {
         "head_dim": layer.head_dim,
         "query_key": max(joint_rank(a, b, energy) for a, b in zip(query, key, strict=True)),

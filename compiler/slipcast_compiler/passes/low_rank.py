@@ -46,14 +46,13 @@ def reads(task: Task) -> dict[str, Any]:
 
 def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
     """See the module's docstring."""
-    from slipcast_compiler.model.layers import linear_layers
     from slipcast_compiler.passes.couplings import couplings
     from slipcast_compiler.passes.micro import input_shapes
 
     report: dict[str, Any] = {"options": options.model_dump(mode="json"), "layers": {}}
     if options.energy == 1:
         return Result(report=report)
-    layers = linear_layers(denoiser.module)
+    layers = denoiser.layers.linear
     _check_protected(layers, options)
     shapes = input_shapes(context.task, denoiser.module)
     tensors: dict[str, Floats] = {}

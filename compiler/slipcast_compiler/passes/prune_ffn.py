@@ -1,13 +1,16 @@
-"""Remove neurons of feed-forward layers. The two halves of a gated one (GEGLU) lose the same neurons."""
+"""Remove neurons of feed-forward layers. The two halves of a gated one (GEGLU, SwiGLU) lose the same neurons.
+
+What it does not understand, it leaves alone, and the report says why.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.units import corrected, damped, select
+from slipcast_compiler.passes.units import damped, keep_units, moment_of, select
 from slipcast_compiler.recipe.passes import PruneFFN
 
 if TYPE_CHECKING:
@@ -17,40 +20,24 @@ if TYPE_CHECKING:
 
 def run(denoiser: Denoiser, context: Context, options: PruneFFN) -> Result:
     """See the module's docstring."""
-    from slipcast_compiler.model.layers import feed_forward_layers
-
-    layers = feed_forward_layers(denoiser.module)
-    report = {"options": options.model_dump(mode="json")}
+    layers = denoiser.layers.feed_forward
+    report: dict[str, Any] = {
+        "options": options.model_dump(mode="json"), "left_alone": dict(denoiser.layers.unknown_feed_forward)
+    }  # fmt: skip
     if options.ratio == 0 or not layers:
         counts = {layer.name: {"neurons": layer.neurons, "kept": layer.neurons} for layer in layers}
         return Result(report={**report, "retention": 1.0, "layers": counts})
-    found = {layer.name: _scores(denoiser, context, options, layer) for layer in layers}
-    kept = select(found, options.ratio, options.floor, options.protect, "prune_ffn")
+    scores = {layer.name: _scores(denoiser, context, options, layer) for layer in layers}
+    kept = select(scores, options.ratio, options.floor, options.protect, "prune_ffn")
     tensors: dict[str, Floats] = {}
     counts = {}
     for layer in layers:
-        stay = _rounded(found[layer.name], len(kept[layer.name]), options.multiple)
+        stay = _rounded(scores[layer.name], len(kept[layer.name]), options.multiple)
         counts[layer.name] = {"neurons": layer.neurons, "kept": len(stay)}
         if len(stay) < layer.neurons:
-            moment = context.measured.second_moment(layer.down) if options.correct else None
-            tensors |= keep_neurons(denoiser, layer, stay, moment)
+            tensors |= keep_units(denoiser, layer, stay, context.measured if options.correct else None)
     total = sum(layer.neurons for layer in layers)
     return Result(tensors, {**report, "retention": sum(c["kept"] for c in counts.values()) / total, "layers": counts})
-
-
-def keep_neurons(
-    denoiser: Denoiser, layer: FeedForwardLayer, kept: tuple[int, ...], moment: Floats | None
-) -> dict[str, Floats]:
-    """The layer's parameters with these neurons alone; corrected where the second moment of down's input is given."""
-    chosen = np.asarray(kept, np.intp)
-    rows = np.concatenate([chosen, chosen + layer.neurons]) if layer.gated else chosen
-    tensors = {
-        f"{layer.up}.{kind}": denoiser.weight(f"{layer.up}.{kind}")[rows]
-        for kind in ("weight", "bias") if denoiser.has(f"{layer.up}.{kind}")
-    }  # fmt: skip
-    weight = denoiser.weight(f"{layer.down}.weight")
-    narrowed = weight[:, chosen] if moment is None else corrected(weight, moment, chosen, layer.name)
-    return {**tensors, f"{layer.down}.weight": narrowed}
 
 
 def _scores(denoiser: Denoiser, context: Context, options: PruneFFN, layer: FeedForwardLayer) -> Floats:
@@ -58,14 +45,15 @@ def _scores(denoiser: Denoiser, context: Context, options: PruneFFN, layer: Feed
     if options.criterion == "random":
         digest = np.frombuffer(layer.name.encode(), np.uint8)
         return np.random.default_rng([options.seed, *digest]).random(layer.neurons, np.float32)
-    weight = denoiser.weight(f"{layer.down}.weight")
+    (down,), every = layer.columns, range(layer.neurons)
+    weight = denoiser.weight(f"{down.linear}.weight")[:, down.places(every)]
     if options.criterion == "magnitude":
-        up = denoiser.weight(f"{layer.up}.weight").reshape(-1, layer.neurons, weight.shape[0])
+        up = np.stack([denoiser.weight(f"{place.linear}.weight")[place.places(every)] for place in layer.rows])
         norms: Floats = np.sqrt((weight**2).mean(0) + (up**2).mean((0, 2))).astype(np.float32)
         return norms
     if options.criterion == "second_order":
         # One neuron's cost with the rest corrected, w^2 / [H^-1]_ii; of all at once, as one by one would take hours.
-        h = damped(context.measured.second_moment(layer.down))
+        h = damped(moment_of(context.measured, layer, down))
         wide = weight.astype(np.float64)
         energy = float(np.sum((wide @ h) * wide))
         costs: Floats = ((wide**2).sum(0) / np.diag(np.linalg.inv(h)) / energy).astype(np.float32)

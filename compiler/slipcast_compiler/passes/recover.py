@@ -78,7 +78,7 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
     with quiet():
         pipe = drawing.open()
     training, validation = (record(pipe, task, part, advance).to(device) for part in images)
-    student = denoiser.load(pipe).to(device)
+    student = denoiser.load(pipe.unet).to(device)
     del pipe
     tensors, found = train(student, training, validation, drawing.sampling, options, advance)
     return Result(tensors, {**report, **found, "device": device})

@@ -1,19 +1,27 @@
 """What pruning heads and pruning neurons share: which units stay, and the least-squares correction of what remains.
 
-A unit is a group of columns of an output matrix W [out, in] whose inputs z have the second moment H = E[z z^T].
+A unit is a group of columns of one or more output matrices W [out, in] whose inputs z have the second moment
+H = E[z z^T]. Joint attention has an output for each stream: a head goes from both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler.recipe.passes import PruneFFN, PruneHeads
+
+if TYPE_CHECKING:
+    from slipcast_compiler.model.rewrite import Denoiser
+    from slipcast_compiler.model.units import AttentionLayer, FeedForwardLayer, Slice
+    from slipcast_compiler.profile.profile import Profile
+
+    Layer = AttentionLayer | FeedForwardLayer
 
 Floats = npt.NDArray[np.float32]
 DAMPING = 1e-4  # of the mean diagonal of H: directions that the samples hardly showed are not to be trusted
@@ -74,37 +82,81 @@ def corrected(weight: Floats, moment: Floats, kept: npt.NDArray[np.intp], layer:
     return _solve(h[np.ix_(kept, kept)], target.T, layer).T.astype(np.float32)
 
 
-def removal_costs(weight: Floats, moment: Floats, size: int, layer: str) -> Floats:
+def removal_costs(outputs: Sequence[tuple[Floats, Floats, int]], layer: str) -> Floats:
     """What removing each unit costs when the rest is corrected after each: float32 [units], relative to E|W z|^2.
 
-    Units go one after another, the cheapest first (group OBS), and the cost of one counts all that went before it, so
-    that the order within a layer is kept by any threshold.
+    `outputs`: (W, H, columns of each unit) of every output that units have columns of; costs are sums over them. Units
+    go one after another, the cheapest first (group OBS), and the cost of one counts all that went before it, so that
+    the order within a layer is kept by any threshold.
     """
-    h = damped(moment)
-    current, inverse = weight.astype(np.float64), _solve(h, np.eye(len(h)), layer)
-    energy = float(np.einsum("oi,ij,oj->", current, h, current))
-    remaining, spent = list(range(len(h) // size)), 0.0
+    left = [_Remaining(*output, layer) for output in outputs]
+    energy, spent = sum(output.energy for output in left), 0.0
+    remaining = list(range(left[0].units))
     costs = np.zeros(len(remaining), np.float32)
     while remaining:
-        blocks = {unit: columns([unit], size) for unit in remaining}
-        prices = {}
-        for unit, block in blocks.items():
-            lost = current[:, block]
-            prices[unit] = float(np.sum(lost * _solve(inverse[np.ix_(block, block)], lost.T, layer).T))
+        prices = {unit: sum(output.price(unit) for output in left) for unit in remaining}
         unit = min(remaining, key=prices.__getitem__)
         spent += max(prices[unit], 0.0)
         costs[unit] = spent / max(energy, np.finfo(np.float64).tiny)
         remaining.remove(unit)
-        block = blocks[unit]
         if remaining:
-            move = _solve(inverse[np.ix_(block, block)], inverse[block], layer)
-            current, inverse = current - current[:, block] @ move, inverse - inverse[:, block] @ move
-            rest = columns(remaining, size)
-            gone = np.setdiff1d(np.arange(len(h)), rest)
-            current[:, gone] = 0
-            inverse[gone], inverse[:, gone] = 0, 0
-            inverse[gone, gone] = 1
+            for output in left:
+                output.remove(unit, remaining)
     return costs
+
+
+class _Remaining:
+    """An output matrix, corrected for every unit that has gone."""
+
+    def __init__(self, weight: Floats, moment: Floats, size: int, layer: str) -> None:
+        h = damped(moment)
+        self._size, self._layer, self.units = size, layer, len(h) // size
+        self._current, self._inverse = weight.astype(np.float64), _solve(h, np.eye(len(h)), layer)
+        self.energy = float(np.einsum("oi,ij,oj->", self._current, h, self._current))
+
+    def price(self, unit: int) -> float:
+        block = columns([unit], self._size)
+        lost = self._current[:, block]
+        return float(np.sum(lost * _solve(self._inverse[np.ix_(block, block)], lost.T, self._layer).T))
+
+    def remove(self, unit: int, remaining: Sequence[int]) -> None:
+        block, inverse = columns([unit], self._size), self._inverse
+        move = _solve(inverse[np.ix_(block, block)], inverse[block], self._layer)
+        self._current = self._current - self._current[:, block] @ move
+        self._inverse = inverse - inverse[:, block] @ move
+        gone = np.setdiff1d(np.arange(len(inverse)), columns(remaining, self._size))
+        self._current[:, gone] = 0
+        self._inverse[gone], self._inverse[:, gone] = 0, 0
+        self._inverse[gone, gone] = 1
+
+
+def moment_of(measured: Profile, layer: Layer, place: Slice) -> Floats:
+    """The second moment of those inputs of a linear layer that units of `layer` are.
+
+    Heads are the first inputs and neurons the last, so that either is found where a pass has removed of the other.
+    """
+    moment, count = measured.second_moment(place.linear), layer.units * place.size
+    return moment[-count:, -count:] if place.start else moment[:count, :count]
+
+
+def keep_units(denoiser: Denoiser, layer: Layer, kept: Sequence[int], measured: Profile | None) -> dict[str, Floats]:
+    """The layer's parameters with these units alone; corrected by the second moments of `measured`, where given."""
+    gone = [unit for unit in range(layer.units) if unit not in set(kept)]
+    tensors: dict[str, Floats] = {}
+    for linear in dict.fromkeys(place.linear for place in layer.rows):
+        removed = np.concatenate([place.places(gone) for place in layer.rows if place.linear == linear])
+        for name in (f"{linear}.weight", f"{linear}.bias"):
+            if denoiser.has(name):
+                tensors[name] = np.delete(denoiser.weight(name), removed, axis=0)
+    for place in layer.columns:
+        weight, chosen = denoiser.weight(f"{place.linear}.weight"), columns(kept, place.size)
+        first, end = place.start, place.start + layer.units * place.size
+        own = weight[:, first:end]
+        narrowed = own[:, chosen] if measured is None else (
+            corrected(own, moment_of(measured, layer, place), chosen, layer.name)
+        )  # fmt: skip
+        tensors[f"{place.linear}.weight"] = np.concatenate([weight[:, :first], narrowed, weight[:, end:]], axis=1)
+    return tensors
 
 
 def damped(moment: Floats) -> npt.NDArray[np.float64]:

@@ -1,7 +1,10 @@
 """How much a denoiser needs each attention head and each feed-forward neuron: the criteria that look at its output.
 
-All of them work by masks: factors, one of each head or neuron, on the input of the linear layer that sums them up. A
-mask of 0 removes one exactly as taking its columns out of the layer would.
+All of them work by masks: factors, one of each head or neuron, on the inputs of the linear layers that sum them up. A
+mask of 0 removes one exactly as taking its columns out of those layers would.
+
+What calls the denoiser is the caller's: a criterion is told how many *states* there are, and given a function of their
+numbers that evaluates it, through which gradients flow.
 """
 
 from __future__ import annotations
@@ -22,10 +25,15 @@ from slipcast.sampling.denoiser import Denoiser
 from slipcast.sampling.guidance import guide
 from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.model.layers import AttentionLayer, FeedForwardLayer, attention_layers, feed_forward_layers
+from slipcast_compiler.model.units import Slice
+from slipcast_compiler.profile.layers import unit_columns
 from slipcast_compiler.profile.observe import State, relative
 
 Floats = npt.NDArray[np.float32]
-Masks = dict[str, torch.Tensor]  # linear layer -> [rows or 1, units]
+Layer = AttentionLayer | FeedForwardLayer
+Masks = dict[Layer, torch.Tensor]  # [rows or 1, units] each
+Loss = Callable[[int], torch.Tensor]  # a scalar
+Predict = Callable[[Sequence[int]], torch.Tensor]  # of n states: [n, ...]
 
 PROBES = 4  # random projections of each state; 16 states then give each head's energy within 18 % (one sigma)
 # Heads times the denoiser's parameters, up to which each head is tried by itself: the reference model is at 1.8e9 and
@@ -34,46 +42,46 @@ EXACT_WORK = 10**10
 
 
 @contextlib.contextmanager
-def masked(module: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within it, the inputs of the linear layers named are multiplied by their masks, [rows or 1, units]."""
+def masked(module: nn.Module, masks: Mapping[Layer, torch.Tensor]) -> Iterator[None]:
+    """Within it, what units of the layers give is multiplied by their masks, [rows or 1, units]."""
 
-    def hook_for(mask: torch.Tensor) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def hook_for(place: Slice, mask: torch.Tensor) -> Any:
+        def hook(linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
-            factors = mask.repeat_interleave(x.shape[-1] // mask.shape[1], dim=1)
-            return (x * factors[:, None], *args[1:])
+            factors = mask.repeat_interleave(place.size, dim=1)
+            channels = 1 if isinstance(linear, nn.Conv2d) else x.ndim - 1
+            rest = x.shape[channels] - place.start - factors.shape[1]
+            if place.start or rest:
+                factors = nn.functional.pad(factors, (place.start, rest), value=1.0)
+            shape = [1] * x.ndim
+            shape[0], shape[channels] = factors.shape
+            return (x * factors.reshape(shape), *args[1:])
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook_for(mask)) for name, mask in masks.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer, mask in masks.items():
+            for place in layer.columns:
+                linear = module.get_submodule(place.linear)
+                hooks.callback(linear.register_forward_pre_hook(hook_for(place, mask)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def taylor(
-    module: nn.Module, sampling: Sampling, states: Sequence[State], clean: Mapping[int, torch.Tensor],
-    sigmas: Sequence[float], advance: Callable[[int], None],
-) -> dict[str, Floats]:  # fmt: skip
+def taylor(module: nn.Module, loss: Loss, states: int, advance: Callable[[int], None]) -> dict[str, Floats]:
     """|dL/dm|, the first-order estimate of the loss's change without it (Michel et al., arXiv 1905.10650).
 
-    L is the denoising loss: the mean squared error of the noise that is predicted in a reference latent `clean[image]`
-    [1, c, h, w] noised to the state's sigma. Returns head.taylor/LAYER and neuron.taylor/LAYER, means over states.
+    Returns head.taylor/LAYER and neuron.taylor/LAYER, means over states.
     """
-    heads, neurons = _head_masks(module), _neuron_masks(module)
-    names = {**heads, **neurons}
-    totals = {linear: np.zeros(mask.shape[1]) for linear, mask in names.items()}
-    for i, state in enumerate(states):
-        masks = {linear: mask.clone().requires_grad_() for linear, mask in names.items()}
+    ones = _head_masks(module) | _neuron_masks(module)
+    totals = {layer: np.zeros(layer.units) for layer in ones}
+    for i in range(states):
+        masks = {layer: mask.clone().requires_grad_() for layer, mask in ones.items()}
         with torch.enable_grad(), masked(module, masks):
-            loss = denoising_loss(module, sampling, state, clean[state.image], sigmas[state.evaluation], seed=i)
-            slopes = torch.autograd.grad(loss, list(masks.values()))
+            slopes = _slopes(loss(i), masks)
         for total, slope in zip(totals.values(), slopes, strict=True):
             total += slope.abs()[0].double().numpy()
         advance(1)
-    return _named(module, "taylor", {linear: total / len(states) for linear, total in totals.items()})
+    return _named("taylor", {layer: total / states for layer, total in totals.items()})
 
 
 def denoising_loss(
@@ -95,53 +103,53 @@ def denoising_loss(
 
 
 def leave_one_out(
-    module: nn.Module, sampling: Sampling, states: Sequence[State], batch: int, advance: Callable[[int], None]
+    module: nn.Module, predict: Predict, states: int, batch: int, advance: Callable[[int], None]
 ) -> dict[str, Floats]:
-    """The relative L2 error of the guided prediction without a head, mean over states: head.leave_one_out/LAYER."""
+    """The relative L2 error of the prediction without a head, mean over states: head.leave_one_out/LAYER."""
     masks = _head_masks(module)
-    totals = {linear: np.zeros(mask.shape[1]) for linear, mask in masks.items()}
-    for first in range(0, len(states), batch):
-        chosen = states[first : first + batch]
-        whole = guided_prediction(module, sampling, chosen)
-        for linear, mask in masks.items():
-            for head in range(mask.shape[1]):
+    totals = {layer: np.zeros(layer.units) for layer in masks}
+    for first in range(0, states, batch):
+        chosen = range(first, min(first + batch, states))
+        whole = predict(chosen)
+        for layer, mask in masks.items():
+            for head in range(layer.units):
                 without = mask.clone()
                 without[0, head] = 0
-                with masked(module, {linear: without}):
-                    found = guided_prediction(module, sampling, chosen)
-                totals[linear][head] += float(relative(found, whole).double().sum())
+                with masked(module, {layer: without}):
+                    found = predict(chosen)
+                totals[layer][head] += float(relative(found, whole).double().sum())
                 advance(len(chosen))
-    return _named(module, "leave_one_out", {linear: total / len(states) for linear, total in totals.items()})
+    return _named("leave_one_out", {layer: total / states for layer, total in totals.items()})
 
 
 def projected_leave_one_out(
-    module: nn.Module, sampling: Sampling, states: Sequence[State], advance: Callable[[int], None]
+    module: nn.Module, predict: Predict, states: int, advance: Callable[[int], None]
 ) -> dict[str, Floats]:
     """An estimate of leave_one_out for all heads at once, to first order in what a head contributes.
 
-    Without head h the guided prediction changes by J_h = dg/dm_h. For v ~ N(0, 1) the mean of (v . J_h)^2 is |J_h|^2
+    Without head h the prediction g changes by J_h = dg/dm_h. For v ~ N(0, 1) the mean of (v . J_h)^2 is |J_h|^2
     (Hutchinson's estimator), and one backward pass gives v . J_h of every head. On the reference model (8 states) it
     ranks heads as leave_one_out does at 0.994 in a 25th of the time; leave_one_out agrees with itself on the other half
     of the states at 0.979, so more states are worth more than exactness.
     """
     masks = _head_masks(module)
-    totals = {linear: np.zeros(mask.shape[1]) for linear, mask in masks.items()}
-    for i, state in enumerate(states):
+    totals = {layer: np.zeros(layer.units) for layer in masks}
+    for i in range(states):
         generator = torch.Generator("cpu").manual_seed(i)
-        graded = {linear: mask.clone().requires_grad_() for linear, mask in masks.items()}
+        graded = {layer: mask.clone().requires_grad_() for layer, mask in masks.items()}
         with torch.enable_grad(), masked(module, graded):
-            guided = guided_prediction(module, sampling, [state])
-        energies = {linear: torch.zeros(mask.shape[1], dtype=torch.float64) for linear, mask in masks.items()}
+            predicted = predict([i])
+        energies = {layer: torch.zeros(layer.units, dtype=torch.float64) for layer in masks}
         for _ in range(PROBES):
-            probe = torch.randn(guided.shape, generator=generator)
-            slopes = torch.autograd.grad(guided, list(graded.values()), probe, retain_graph=True)
+            probe = torch.randn(predicted.shape, generator=generator)
+            slopes = _slopes(predicted, graded, probe)
             for energy, slope in zip(energies.values(), slopes, strict=True):
                 energy += slope[0].double().square() / PROBES
-        size = float(guided.detach().double().norm())
-        for linear, energy in energies.items():
-            totals[linear] += energy.sqrt().numpy() / size
+        size = float(predicted.detach().double().norm())
+        for layer, energy in energies.items():
+            totals[layer] += energy.sqrt().numpy() / size
         advance(1)
-    return _named(module, "leave_one_out", {linear: total / len(states) for linear, total in totals.items()})
+    return _named("leave_one_out", {layer: total / states for layer, total in totals.items()})
 
 
 def guided_prediction(module: nn.Module, sampling: Sampling, states: Sequence[State]) -> torch.Tensor:
@@ -162,17 +170,28 @@ def guided_prediction(module: nn.Module, sampling: Sampling, states: Sequence[St
 
 
 def magnitude(module: nn.Module) -> dict[str, Floats]:
-    """From the weights alone: |W_O W_V| of a head (Frobenius), |up| |down| of a neuron, its gate's row counted in."""
+    """From the weights alone: |W_O W_V| of a head (Frobenius), |up| |down| of a neuron, its gate's row counted in.
+
+    Of joint attention, over the values and the outputs of all streams.
+    """
     found = {}
     for attention in attention_layers(module):
-        value = _weight(module, attention.projections[2]).unflatten(0, (attention.heads, attention.head_dim))
-        output = _weight(module, attention.output).unflatten(1, (attention.heads, attention.head_dim)).movedim(1, 0)
+        value, output = torch.zeros(()), torch.zeros(())
+        for place in attention.values:
+            rows = _rows(module, attention, place)
+            value = value + rows @ rows.mT
+        for place in attention.columns:
+            # Of each query head of a group: [heads x group, d, out]
+            columns = unit_columns(module, attention, place).unflatten(-1, (attention.group, -1))
+            columns = columns.permute(1, 2, 3, 0)
+            output = output + (columns @ columns.mT).sum(1)
         # |W_O W_V|^2 = tr(W_O^T W_O W_V W_V^T), of which neither factor is larger than a head
-        squares = ((output.mT @ output) * (value @ value.mT)).sum((1, 2))
+        squares = (output * value).sum((1, 2))
         found[f"head.magnitude/{attention.name}"] = squares.clamp_min(0).sqrt().numpy()
     for layer in feed_forward_layers(module):
-        up = _weight(module, layer.up).unflatten(0, (-1, layer.neurons)).square().sum((0, 2)).sqrt()
-        found[f"neuron.magnitude/{layer.name}"] = (up * _weight(module, layer.down).norm(dim=0)).numpy()
+        up = torch.stack([_rows(module, layer, place)[:, 0] for place in layer.rows]).square().sum((0, 2)).sqrt()
+        down = torch.stack([unit_columns(module, layer, place)[..., 0].norm(dim=0) for place in layer.columns]).sum(0)
+        found[f"neuron.magnitude/{layer.name}"] = (up * down).numpy()
     return found
 
 
@@ -183,29 +202,33 @@ def is_exact(module: nn.Module, asked: str) -> bool:
     return heads * parameters <= EXACT_WORK if asked == "auto" else asked == "exact"
 
 
-def _weight(module: nn.Module, linear: str) -> torch.Tensor:
-    weight: torch.Tensor = module.get_submodule(linear).weight.detach()
-    return weight
+def _rows(module: nn.Module, layer: Layer, place: Slice) -> torch.Tensor:
+    """The rows of a linear layer by unit: [units, size, in]."""
+    weight = module.get_submodule(place.linear).weight.detach().flatten(1)
+    rows: torch.Tensor = weight[place.start : place.start + layer.units * place.size]
+    return rows.unflatten(0, (layer.units, place.size))
 
 
 def _head_masks(module: nn.Module) -> Masks:
-    return {layer.output: torch.ones(1, layer.heads) for layer in attention_layers(module)}
+    return {layer: torch.ones(1, layer.units) for layer in attention_layers(module)}
 
 
 def _neuron_masks(module: nn.Module) -> Masks:
-    return {layer.down: torch.ones(1, layer.neurons) for layer in feed_forward_layers(module)}
+    return {layer: torch.ones(1, layer.units) for layer in feed_forward_layers(module)}
 
 
-def _named(module: nn.Module, criterion: str, scores: Mapping[str, Any]) -> dict[str, Floats]:
-    """Scores by linear layer as tensors of the profile."""
-    layers: list[tuple[str, AttentionLayer | FeedForwardLayer, str]] = [
-        *(("head", layer, layer.output) for layer in attention_layers(module)),
-        *(("neuron", layer, layer.down) for layer in feed_forward_layers(module)),
+def _slopes(value: torch.Tensor, masks: Mapping[Layer, torch.Tensor], probe: torch.Tensor | None = None) -> list[Any]:
+    """The gradient for each mask, of zeros where the layer was not run."""
+    found = torch.autograd.grad(value, list(masks.values()), probe, retain_graph=probe is not None, allow_unused=True)
+    return [
+        torch.zeros_like(mask) if slope is None else slope for slope, mask in zip(found, masks.values(), strict=True)
     ]
-    return {
-        f"{kind}.{criterion}/{layer.name}": scores[linear].astype(np.float32)
-        for kind, layer, linear in layers if linear in scores
-    }  # fmt: skip
+
+
+def _named(criterion: str, scores: Mapping[Layer, Any]) -> dict[str, Floats]:
+    """Scores as tensors of the profile."""
+    kinds = {layer: "head" if isinstance(layer, AttentionLayer) else "neuron" for layer in scores}
+    return {f"{kinds[layer]}.{criterion}/{layer.name}": each.astype(np.float32) for layer, each in scores.items()}
 
 
 def _without_clipping(process: NoiseProcess) -> NoiseProcess:

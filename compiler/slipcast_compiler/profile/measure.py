@@ -6,6 +6,7 @@ at a few states of those trajectories, the ones that taylor and leave_one_out ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,24 @@ def measure(drawing: Drawing, options: ProfileTable, out: Path, advance: Advance
 
     found = observer.results() | importance.magnitude(module)
     states = observer.states
-    found |= importance.taylor(module, sampling, states, clean, sigmas, progress.add)
+
+    def loss(i: int) -> torch.Tensor:
+        sigma = sigmas[states[i].evaluation]
+        return importance.denoising_loss(module, sampling, states[i], clean[states[i].image], sigma, seed=i)
+
+    def predict(chosen: Sequence[int]) -> torch.Tensor:
+        return importance.guided_prediction(module, sampling, [states[i] for i in chosen])
+
+    found |= importance.taylor(module, loss, len(states), progress.add)
     with torch.no_grad():
         if exact:
-            found |= importance.leave_one_out(module, sampling, states, options.batch, progress.add)
+            found |= importance.leave_one_out(module, predict, len(states), options.batch, progress.add)
         else:
             advance_by = lambda count: progress.add(count * heads)  # noqa: E731
-            found |= importance.projected_leave_one_out(module, sampling, states, advance_by)
+            found |= importance.projected_leave_one_out(module, predict, len(states), advance_by)
     _check_finite(found)
     save_file({name: np.ascontiguousarray(found[name]) for name in sorted(found)}, out)
-    return {"leave_one_out": "exact" if exact else "projected", "shared_inputs": observer.inputs.shared()}
+    return {"leave_one_out": "exact" if exact else "projected", "shared_inputs": observer.layers.inputs.shared()}
 
 
 def evaluated_sigmas(sampling: Sampling) -> list[float]:

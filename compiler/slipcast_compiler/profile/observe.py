@@ -1,4 +1,4 @@
-"""What is measured while a denoiser samples: running sums and samples of fixed size, so memory does not grow.
+"""What is measured while a denoiser samples: its layers (layers.py), the curves over the steps, and a few states.
 
 A *sample* is one row of a batch in one evaluation of the denoiser; under guidance an image has two rows.
 """
@@ -15,17 +15,8 @@ import torch
 from torch import nn
 
 from slipcast.errors import NumericalError
-from slipcast_compiler.model.layers import (
-    AttentionLayer,
-    FeedForwardLayer,
-    LinearLayer,
-    attention_layers,
-    feed_forward_layers,
-    linear_layers,
-)
-from slipcast_compiler.profile.streaming import Floats, Inputs, Reservoir
-
-PERCENTILE = 90.0  # a head that matters to one prompt or step in ten is not one to lose
+from slipcast_compiler.profile.layers import LayerObserver
+from slipcast_compiler.profile.streaming import Floats
 
 
 @dataclass(frozen=True)
@@ -50,10 +41,8 @@ class Observer:
         advance: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._module, self._guided, self._wanted, self._advance = module, guided, set(wanted), advance
-        self.inputs = Inputs()
+        self.layers = LayerObserver(module)
         self.states: list[State] = []
-        self.heads = {layer.name: Reservoir(layer.heads) for layer in attention_layers(module)}
-        self.neurons = {layer.name: Reservoir(layer.neurons) for layer in feed_forward_layers(module)}
         self._change = {name: np.zeros(evaluations - 1) for name, _ in blocks(module)}
         self._gap = np.zeros(evaluations)
         self._timesteps = np.zeros(evaluations, np.float32)
@@ -68,65 +57,22 @@ class Observer:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Within it, every evaluation is measured."""
-        module, handles = self._module, []
-        for attention in attention_layers(module):
-            hook = self._head_hook(attention)
-            handles.append(module.get_submodule(attention.output).register_forward_pre_hook(hook))
-        for feed_forward in feed_forward_layers(module):
-            hook = self._neuron_hook(feed_forward)
-            handles.append(module.get_submodule(feed_forward.down).register_forward_pre_hook(hook))
-        for linear in linear_layers(module):
-            hook = self._input_hook(linear)
-            handles.append(module.get_submodule(linear.name).register_forward_pre_hook(hook))
-        for name, block in blocks(module):
-            handles.append(block.register_forward_hook(self._block_hook(name)))
-        handles.append(module.register_forward_hook(self._evaluated, with_kwargs=True))
-        try:
+        with self.layers.watching(), contextlib.ExitStack() as hooks:
+            for name, block in blocks(self._module):
+                hooks.callback(block.register_forward_hook(self._block_hook(name)).remove)
+            hooks.callback(self._module.register_forward_hook(self._evaluated, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def results(self) -> dict[str, Floats]:
         """Tensors of the profile by name, all but those of taylor, leave_one_out and magnitude."""
         images = self._first + self._images
-        found = dict(self.inputs.results())
-        for kind, reservoirs in (("head", self.heads), ("neuron", self.neurons)):
-            for name, reservoir in reservoirs.items():
-                if reservoir.seen:  # some checkpoints hold layers that are never run
-                    found[f"{kind}.activation_energy_percentile/{name}"] = reservoir.percentile(PERCENTILE)
+        found = self.layers.results()
         rows = images * (2 if self._guided else 1)
         for name, total in self._change.items():
             found[f"steps.feature_change/{name}"] = (total / rows).astype(np.float32)
         found["steps/guidance_gap"] = (self._gap / images if self._guided else self._gap[:0]).astype(np.float32)
         found["steps/timesteps"] = self._timesteps
         return found
-
-    def _head_hook(self, layer: AttentionLayer) -> Any:
-        output = self._module.get_submodule(layer.output).weight
-        columns = output.detach().reshape(len(output), layer.heads, layer.head_dim).movedim(1, 0)
-        gram = columns.mT @ columns  # [heads, d, d]: |W z|^2 = z^T (W^T W) z
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            z = args[0].unflatten(-1, (layer.heads, layer.head_dim))  # [rows, tokens, heads, d]
-            energy = (torch.einsum("nthd,hde->nthe", z, gram) * z).sum((1, 3)).clamp_min(0).sqrt()
-            self.heads[layer.name].add(energy.numpy())
-
-        return hook
-
-    def _neuron_hook(self, layer: FeedForwardLayer) -> Any:
-        norms = self._module.get_submodule(layer.down).weight.detach().norm(dim=0)
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.neurons[layer.name].add((args[0].norm(dim=1) * norms).numpy())
-
-        return hook
-
-    def _input_hook(self, layer: LinearLayer) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inputs.add(layer, args[0])
-
-        return hook
 
     def _block_hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
@@ -152,7 +98,6 @@ class Observer:
         self._timesteps[self._evaluation] = float(timestep)
         self._keep(batch, float(timestep), kwargs)
         self._evaluation += 1
-        self.inputs.end_evaluation()
         self._advance(self._images)
 
     def _keep(self, batch: torch.Tensor, timestep: float, kwargs: Mapping[str, Any]) -> None:

@@ -216,7 +216,7 @@ def bind(drawing: Drawing, rewrite: Rewrite) -> tuple[Evaluate, Array]:
     import torch
 
     pipe = drawing.open()
-    Denoiser(drawing.original.checkpoint, rewrite).load(pipe)
+    Denoiser.of(drawing.original.checkpoint, rewrite).load(pipe.unet)
     shape = drawing.original.image.latent_shape
     draws = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)) for seed in drawing.seeds]
     at_once = max(1, CELLS_AT_ONCE // (shape[1] * shape[2]))

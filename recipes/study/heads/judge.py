@@ -94,7 +94,7 @@ class Judge:
         with quiet():
             self._pipe = original.open_pipeline(plan.checkpoint.root, plan.sampling, "float32")
         self._unet = self._pipe.unet
-        self._denoiser = Denoiser(plan.checkpoint, UNCHANGED)
+        self._denoiser = Denoiser.of(plan.checkpoint, UNCHANGED)
         self.layers = attention_layers(self._denoiser.module)
         self.scorer = Scorer(job.study.recipe.scorer, job.study.folder)
 

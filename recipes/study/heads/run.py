@@ -179,7 +179,7 @@ def _heads(study: Study) -> int:
     from slipcast_compiler.model.layers import attention_layers
     from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser
 
-    return sum(layer.heads for layer in attention_layers(Denoiser(study.plan.checkpoint, UNCHANGED).module))
+    return sum(layer.heads for layer in attention_layers(Denoiser.of(study.plan.checkpoint, UNCHANGED).module))
 
 
 def _shown(path: Path) -> str:

@@ -224,8 +224,8 @@ def lumina_2() -> Any:
     from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 
     transformer = Lumina2Transformer2DModel(
-        sample_size=16, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=2,
-        num_kv_heads=1, multiple_of=16, axes_dim_rope=(8, 4, 4), cap_feat_dim=32,
+        sample_size=16, in_channels=4, hidden_size=32, num_layers=2, num_refiner_layers=1, num_attention_heads=4,
+        num_kv_heads=2, multiple_of=16, axes_dim_rope=(4, 2, 2), cap_feat_dim=32,
     )  # fmt: skip
     return Lumina2Pipeline(
         transformer=transformer, vae=flow_autoencoder(), scheduler=flow(), text_encoder=gemma2_text(),

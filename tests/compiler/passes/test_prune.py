@@ -42,7 +42,7 @@ def test_removing_heads_is_zeroing_their_columns(bench: Bench) -> None:
     assert sum(kept.values()) == round(0.6 * sum(layer.heads for layer in whole))
     for layer in whole:
         gone = [head for head in range(layer.heads) if head not in report["layers"][layer.name]["kept"]]
-        _without(masked, layer.output, columns(gone, layer.head_dim))
+        _without(masked, layer.columns[0].linear, columns(gone, layer.head_dim))
     assert torch.allclose(_output(pruned), _output(masked), atol=1e-6, rtol=0)
     assert not torch.allclose(_output(pruned), _output(bench.load()), atol=1e-4, rtol=0)
 
@@ -55,7 +55,7 @@ def test_removing_neurons_is_zeroing_their_columns(bench: Bench) -> None:
         assert left.gated
         assert left.neurons % options.multiple == 0
         scores = prune_ffn._scores(bench.denoiser, bench.context, options, layer)
-        _without(masked, layer.down, np.argsort(-scores, kind="stable")[left.neurons :])
+        _without(masked, layer.columns[0].linear, np.argsort(-scores, kind="stable")[left.neurons :])
     assert torch.allclose(_output(pruned), _output(masked), atol=1e-6, rtol=0)
 
 
@@ -63,13 +63,12 @@ def test_removing_neurons_is_zeroing_their_columns(bench: Bench) -> None:
 def test_the_correction_brings_every_layer_nearer(bench: Bench, name: str) -> None:
     """On the inputs that the moments were measured on, in the layers' own outputs."""
     plain, fitted = (
-        Denoiser(bench.plan.checkpoint, bench.run(name, ratio=0.5, criterion="random", correct=correct)[0])
+        Denoiser.of(bench.plan.checkpoint, bench.run(name, ratio=0.5, criterion="random", correct=correct)[0])
         for correct in (False, True)
     )
     whole = bench.denoiser
-    names = [
-        layer.output for layer in attention_layers(whole.module)
-    ] if name == "prune_heads" else [layer.down for layer in feed_forward_layers(whole.module)]  # fmt: skip
+    layers = whole.layers.attention if name == "prune_heads" else whole.layers.feed_forward
+    names = [layer.columns[0].linear for layer in layers]
     for layer in names:
         z, weight = bench.measured.inputs[layer].numpy(), whole.weight(f"{layer}.weight")
         narrow = plain.weight(f"{layer}.weight")

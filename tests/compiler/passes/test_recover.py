@@ -57,7 +57,7 @@ def test_the_error_falls(bench: Bench, damaged: Rewrite, method: str, learning_r
 
 
 def _same(bench: Bench, before: Rewrite, name: str, now: np.ndarray[Any, Any]) -> bool:
-    return np.array_equal(Denoiser(bench.plan.checkpoint, before).weight(name), now)
+    return np.array_equal(Denoiser.of(bench.plan.checkpoint, before).weight(name), now)
 
 
 def test_a_lora_is_of_low_rank(bench: Bench, damaged: Rewrite) -> None:

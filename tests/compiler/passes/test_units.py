@@ -93,10 +93,10 @@ def test_removal_costs_are_those_of_brute_force(size: int, count: int) -> None:
         price, unit = min((lost([other for other in left if other != unit]), unit) for unit in left)
         wanted[unit] = price
         left.remove(unit)
-    np.testing.assert_allclose(removal_costs(weight, moment, size, "layer"), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(removal_costs([(weight, moment, size)], "layer"), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_a_moment_of_nothing_can_still_be_solved() -> None:
     weight, _, moment = _case(2, 3)
     assert np.isfinite(corrected(weight, np.zeros_like(moment), columns((1,), 2), "layer")).all()
-    assert np.isfinite(removal_costs(weight, np.zeros_like(moment), 2, "layer")).all()
+    assert np.isfinite(removal_costs([(weight, np.zeros_like(moment), 2)], "layer")).all()

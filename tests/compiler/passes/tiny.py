@@ -101,11 +101,8 @@ def tiny_plan(folder: Path, *overrides: str) -> Plan:
 
 def load(plan: Plan, rewrite: Rewrite = UNCHANGED) -> Any:
     """The denoiser in torch, rewritten."""
-
-    class Pipe:
-        unet = diffusers.UNet2DConditionModel.from_pretrained(plan.checkpoint.root / "unet").eval()
-
-    return Denoiser(plan.checkpoint, rewrite).load(Pipe).requires_grad_(False)
+    module = diffusers.UNet2DConditionModel.from_pretrained(plan.checkpoint.root / "unet").eval()
+    return Denoiser.of(plan.checkpoint, rewrite).load(module).requires_grad_(False)
 
 
 class Bench:
@@ -122,7 +119,7 @@ class Bench:
 
     @property
     def denoiser(self) -> Denoiser:
-        return Denoiser(self.plan.checkpoint, UNCHANGED)
+        return Denoiser.of(self.plan.checkpoint, UNCHANGED)
 
     def run(self, name: str, before: Rewrite = UNCHANGED, **options: Any) -> tuple[Rewrite, Any]:
         """(what the cache would hold, the pass's report)."""

@@ -16,7 +16,7 @@ from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
-from slipcast_compiler.judge.captured import draw_originals, judge_program
+from slipcast_compiler.judge.captured import arguments_of, draw_originals, judge_program
 from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
@@ -36,15 +36,16 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     wait_without_spinning()
     recipe = plan.recipe
 
-    # The pipeline's own code, recorded, compared with itself on another prompt and seed, and exported.
+    # The pipeline's own code, recorded for all that is listed, compared with itself on another prompt and seed, and
+    # exported.
     with stages.stage("capture and export") as advance:
         checkpoint, pipeline = plan.checkpoint.root, recipe.model.pipeline
         source = digest(checkpoint, pipeline)
 
         def export(folder: Path) -> None:
-            run_isolated(export_pipeline, checkpoint, pipeline, plan.call, folder, advance=advance)
+            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, folder, advance=advance)
 
-        given = {"source": source, "pipeline": pipeline, "call": plan.call, "files": digests(plan.call)}
+        given = {"source": source, "pipeline": pipeline, "calls": plan.calls, "files": digests(plan.call)}
         entry = cache.get("program", given, export)
 
     # What the pipeline itself draws of held-out prompts.
@@ -56,8 +57,8 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     casts = None
     if needs_calls(recipe.targets, options := recipe.quantize_options):
         with stages.stage("record inputs") as advance:
-            images = plan.calibration(images_needed(options, len(graphs.record.steps)))
-            inputs = record_calls(graphs, images, originals.pictures, options, cache, advance)
+            images = plan.calibration(images_needed(options, graphs.record))
+            inputs = record_calls(graphs, images, arguments_of(graphs.record, originals), options, cache, advance)
         if options:
             with stages.stage("quantize denoiser") as advance:
                 graphs = quantize_denoisers(graphs, inputs, options, cache, advance)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import pictures_from
 from slipcast_compiler.capture.cut import Cut
-from slipcast_compiler.capture.find import Found, find
+from slipcast_compiler.capture.find import Found, find_each
+from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.open import open_without_weights
 from slipcast_compiler.capture.program import Call
-from slipcast_compiler.capture.summary import summarise
+from slipcast_compiler.capture.summary import count_parameters, summarise
 from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.original import Images, Prompts, calibration_images
@@ -38,23 +40,26 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `summary`:
-    what `slipcast capture` says of it; `parts`: those of the bundle, as PartRecord has them."""
+    """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
+    the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
+    that one; `parts`: those of the bundle, as PartRecord has them."""
 
     recipe: Recipe
     checkpoint: Checkpoint
     call: Mapping[str, Any]
+    calls: tuple[Mapping[str, Any], ...]
     family: Family | None
     summary: Mapping[str, Any]
     parts: Mapping[str, Any]
 
     @property
     def drawing(self) -> PipelineDrawing:
-        """What the bundle is judged on: held-out prompts, one image each."""
+        """What the bundle is judged on: held-out prompts, one image each; the calls in turns, each at least once."""
         table, family = self.recipe.evaluate, self.family
         prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
-        seeds = GATE.take(len(prompts), table.seed)
-        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.call, prompts, seeds)
+        turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
+        seeds = GATE.take(len(turns), table.seed)
+        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.calls, turns, seeds)
 
     def calibration(self, count: int) -> Images:
         """So many images of calibration prompts."""
@@ -70,6 +75,7 @@ class ProgramPlan:
             "family": family and {"calibration": len(family.calibration), "held_out": len(family.held_out)},
             "judged_on": len(self.drawing.prompts),
             "call": dict(self.call),
+            "variants": len(self.calls),
             "parts": dict(self.parts),
             "targets": [table.name for table in self.recipe.targets],
             **self.summary,
@@ -77,7 +83,7 @@ class ProgramPlan:
 
 
 def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
-    """Capture the pipeline of a recipe, from its configs alone (seconds).
+    """Capture the pipeline of a recipe, from its configs alone (seconds for each combination of what it lists).
 
     RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed.
     """
@@ -88,11 +94,13 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     checkpoint = Checkpoint(root, name, recipe.model.variant)
     pipe = open_without_weights(root, recipe.model.pipeline)
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
-    found = find(pipe, call)
-    _check_sources(found, name, recipe)
+    calls = combinations(pipe, call)
+    variants = find_each(pipe, calls)
+    _check_sources(variants[0], name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
-    summary = summarise(found.program, pipe)
-    return ProgramPlan(recipe, checkpoint, call, family, summary, _parts(found.cut, summary["components"]))
+    summary = summarise(variants[0].program, pipe)
+    parts = _parts([found.cut for found in variants], pipe)
+    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts)
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,18 +110,20 @@ def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**usual, **given}
 
 
-def _parts(cut: Cut, components: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, what a PartRecord says of it."""
-    found = {}
-    for part in cut.parts:
-        modules = [event.module for event in part.events if isinstance(event, Call)]
-        found[part.name] = {
-            "modules": modules,
-            "parameters": sum(components[module]["parameters"] for module in dict.fromkeys(modules)),
-            "operators": len(part.events) - len(modules),
-            "uses": sum(use.part == part.name for use in cut.uses),
-            "constants": len(part.table),
-        }
+def _parts(cuts: Sequence[Cut], pipe: Any) -> dict[str, Any]:
+    """By name, what a PartRecord says of it: its uses are those of the first variant that has it."""
+    found = dict[str, Any]()
+    for cut in cuts:
+        for part in cut.parts:
+            modules = [event.module for event in part.events if isinstance(event, Call)]
+            made = {
+                "modules": modules,
+                "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
+                "operators": len(part.events) - len(modules),
+                "uses": sum(use.part == part.name for use in cut.uses),
+                "constants": len(part.table),
+            }
+            found.setdefault(part.name, made)
     return found
 
 

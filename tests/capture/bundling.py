@@ -27,16 +27,17 @@ BEST_DB = 200.0  # of equal results
 
 def make_bundle(pipe: Any, name: str, folder: Path, *tables: TargetTable) -> Path:
     """The bundle of what a tiny pipeline does when it is called as tests call it."""
-    return bundle_of(pipe, name, lambda prompt: call_of(name, prompt, 1), folder, *tables)
+    return bundle_of(pipe, name, [lambda prompt: call_of(name, prompt, 1)], folder, *tables)
 
 
-def bundle_of(pipe: Any, name: str, call: Callable[[str], dict[str, Any]], folder: Path, *tables: TargetTable) -> Path:
-    """The bundle of pipe(**call(prompt))."""
+def bundle_of(
+    pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], folder: Path, *tables: TargetTable
+) -> Path:
+    """The bundle of pipe(**call(prompt)), with a variant of each call."""
     cache = Cache(folder / "cache")
 
     def export(out: Path) -> None:
-        found = find_for(pipe, call)
-        export_program(found.program, found.cut, pipe, found.templates, found.call, out, silent)
+        export_program(find_for(pipe, calls), pipe, out, silent)
         leave_loop(out)
 
     entry = cache.get("program", {"name": name}, export)

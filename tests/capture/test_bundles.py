@@ -51,7 +51,7 @@ def test_a_bundle_is_the_pipeline(name: str) -> None:
 )
 def test_a_bundle_takes_prompts_of_all_lengths_in_its_range(kind: Any, tmp_path: Path) -> None:
     pipe = made(kind)
-    bundle = bundle_of(pipe, "worded", lambda prompt: make_call(pipe, {}, prompt), tmp_path)
+    bundle = bundle_of(pipe, "worded", [lambda prompt: make_call(pipe, {}, prompt)], tmp_path)
     with slipcast.load(bundle) as loaded:
         for prompt in OF_OTHER_LENGTHS:
             wanted = pipe(**make_call(pipe, {}, prompt, 3))["x"].numpy()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import ROOT, call_cli, compile_here
 from slipcast.errors import ArtifactError, CheckFailed, NumericalError
-from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw
+from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw, sample_results
 from slipcast_compiler.pages.program import write_program_report
 from slipcast_compiler.pages.record import typed_program_record
 from slipcast_compiler.recipe.reading import parse_recipe
@@ -128,7 +128,9 @@ def test_a_page_without_pictures_or_a_loop(made: Made, tmp_path: Path) -> None:
     record = made.record | {"gives": "array", "family": None, "not_run": {"gpu": "none <here>"}}
     guard = {"operator": "_local_scalar_dense", "where": "diffusers/pipeline.py:12", "of": ["prompt"], "times": 3}
     record["capture"] |= {"loop": None, "guards": [guard]}
-    nothing: Any = SimpleNamespace(judged=SimpleNamespace(runs={}), program=SimpleNamespace(output="array"))
+    nothing: Any = SimpleNamespace(
+        judged=SimpleNamespace(runs={}, variants={}), program=SimpleNamespace(output="array")
+    )
     write_program_report(tmp_path, record, nothing)
     page = (tmp_path / "report.html").read_text("utf-8")
     plain = re.sub(r"<[^>]*>|\s+", " ", page)
@@ -237,7 +239,7 @@ def test_a_pipeline_whose_pictures_are_no_numbers(place: Path, tmp_path: Path) -
     finally:
         weight.copy_(kept)
     call = {"num_inference_steps": 1, "height": 32, "width": 32}
-    drawing = PipelineDrawing(tmp_path / "model", None, call, ("a star",), (5,))
+    drawing = PipelineDrawing(tmp_path / "model", None, (call,), ("a star",), (5,))
     with pytest.raises(ArtifactError, match="'a star', seed 5"):
         draw(drawing, lambda done, total: None)
 
@@ -258,14 +260,14 @@ def test_videos_and_arrays_are_compared() -> None:
     video = rng.random((2, 3, 16, 16, 1), np.float32)
     found = video.copy()
     found[1, 2] = 0.5
-    compared = compare_results(video, found, "frames")
+    compared = compare_results([sample_results(video, found, "frames")])
     assert compared["images"] == 6
     assert compared["psnr_worst"] < 20 < compared["psnr_mean"]
     sound = 50 * rng.standard_normal((2, 1, 40)).astype(np.float32)
-    near = compare_results(sound, sound[:, None] * np.float32(1.001), "array")
+    near = compare_results([sample_results(sound, sound[:, None] * np.float32(1.001), "array")])
     assert near["psnr_worst"] == pytest.approx(70, abs=5)
     assert near["ssim_mean"] is None and near["images"] == 2
-    assert np.isnan(compare_results(sound, sound * np.nan, "array")["psnr_worst"])
+    assert np.isnan(compare_results([sample_results(sound, sound * np.nan, "array")])["psnr_worst"])
 
 
 def test_a_picture_that_is_not_there_is_refused_in_the_dry_run(place: Path) -> None:

@@ -3,7 +3,8 @@
 What depends on prompts and images alone is `conditioning`, evaluated once for them, wherever it ran. What depends on
 noise, up to the first step, is `start`. Of each step there is `denoiser`, which leads from the latent to the model's
 output, and `update`, the scheduler's arithmetic with all that lies between two steps. The rest is `decoder`. Steps of
-one form are uses of one part; constants that differ between them are its table.
+one form are uses of one part; constants that differ between them are its table. So are those of several programs: what
+a pipeline does for other numbers of steps, or sizes, has parts in common.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ Event = Op | Call
 
 @dataclass(frozen=True)
 class Part:
-    """`inputs` and `outputs`: values, as its `events` number them. `weights`: values that are a component's, by name.
-    `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ from use to use. `lengths`:
-    those that its events follow, as its inputs tell them."""
+    """`inputs` and `outputs`: values, as its `events` number them, and as they are in `program`. `weights`: values that
+    are a component's, by name. `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ
+    from use to use. `lengths`: those that its events follow, as its inputs tell them."""
 
     name: str
+    program: Program
     events: tuple[Event, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -49,18 +51,19 @@ class Use:
 
 @dataclass(frozen=True)
 class Cut:
-    """`steps`: after which use a step is over."""
+    """Of a program, whose parts may be other programs' too. `steps`: after which use a step is over."""
 
     parts: tuple[Part, ...]
     uses: tuple[Use, ...]
     steps: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Piece:
     """Events that run together. `form`: what is the same of two pieces that one engine can run."""
 
     name: str
+    program: Program
     events: tuple[Event, ...]
     form: tuple[Any, ...]
     values: tuple[int, ...]  # in the order of their first mention
@@ -71,6 +74,35 @@ class _Piece:
 
 def cut(program: Program) -> Cut:
     """The parts of a program, and their uses. RecipeError where memory is written to across parts."""
+    return cut_together([program])[0]
+
+
+def cut_together(programs: Sequence[Program]) -> tuple[Cut, ...]:
+    """The same of several programs: what has one form is one part, whichever of them it is of."""
+    divided = [_divide(program) for program in programs]
+    groups: dict[Any, list[_Piece]] = {}
+    for pieces, _ in divided:
+        for piece in pieces:
+            groups.setdefault((piece.name, piece.form), []).append(piece)
+    names = _names(groups)
+    parts, firsts, rows = dict[Any, Part](), dict[str, _Piece](), dict[_Piece, int | None]()
+    for key, group in groups.items():
+        distinct, of_group = _rows(group)
+        outputs = frozenset[int]().union(*(piece.outputs for piece in group))
+        parts[key] = _part(names[key], distinct, sorted(outputs))
+        firsts[names[key]] = distinct[0]
+        rows |= of_group
+    cuts = []
+    for pieces, steps in divided:
+        own = [parts[piece.name, piece.form] for piece in pieces]
+        pairs = zip(pieces, own, strict=True)
+        uses = tuple(_use(piece, part, firsts[part.name], rows[piece]) for piece, part in pairs)
+        cuts.append(Cut(tuple({part.name: part for part in own}.values()), uses, steps))
+    return tuple(cuts)
+
+
+def _divide(program: Program) -> tuple[list[_Piece], tuple[int, ...]]:
+    """The pieces of a program, in order; and after which of them a step is over."""
     labels = _label(program)
     _check_writes(program, labels)
     read = _read_elsewhere(program, labels)
@@ -78,15 +110,8 @@ def cut(program: Program) -> Cut:
     pieces = []
     for label in order:
         events = tuple(program.events[place] for place in sorted(labels) if labels[place] == label)
-        pieces.append(_piece(_name(label, len(program.marks)), events, read))
-    groups: dict[Any, list[_Piece]] = {}
-    for piece in pieces:
-        groups.setdefault((piece.name, piece.form), []).append(piece)
-    names = _names(groups)
-    parts = {key: _part(names[key], group, program) for key, group in groups.items()}
-    uses = tuple(_use(piece, groups[piece.name, piece.form], parts[piece.name, piece.form]) for piece in pieces)
-    steps = tuple(place for place, label in enumerate(order) if 1 < label < _last(program) and label % 2)
-    return Cut(tuple(parts.values()), uses, steps)
+        pieces.append(_piece(_name(label, len(program.marks)), program, events, read))
+    return pieces, tuple(place for place, label in enumerate(order) if 1 < label < _last(program) and label % 2)
 
 
 # --- which part an event is of: 0 conditioning, 1 start, then denoiser and update of each step, and the decoder -------
@@ -177,7 +202,7 @@ def _read_elsewhere(program: Program, labels: dict[int, int]) -> frozenset[int]:
 # --- what pieces have in common -------------------------------------------------------------------------------------
 
 
-def _piece(name: str, events: tuple[Event, ...], read: frozenset[int]) -> _Piece:
+def _piece(name: str, program: Program, events: tuple[Event, ...], read: frozenset[int]) -> _Piece:
     numbers: dict[int, int] = {}
     constants, form = list[Any](), list[Any]()
     made = {value for event in events for value in outputs_of(event)}
@@ -191,7 +216,15 @@ def _piece(name: str, events: tuple[Event, ...], read: frozenset[int]) -> _Piece
             number(value)
     inputs = tuple(place for value, place in numbers.items() if value not in made)
     outputs = frozenset(numbers[value] for value in made & read)
-    return _Piece(name, events, tuple(form), tuple(numbers), inputs, outputs, tuple(constants))
+    values, weights = tuple(numbers), _weights(program)
+    form += [(weights.get(values[place], ""), _spec(program, values[place])) for place in inputs]
+    return _Piece(name, program, events, tuple(form), values, inputs, outputs, tuple(constants))
+
+
+def _spec(program: Program, value: int) -> tuple[str, ...]:
+    """Of an input: the same operators on another size are another engine."""
+    shape, dtype = program.specs[value]
+    return str(dtype), *map(str, shape)
 
 
 def _operator(event: Event) -> str:
@@ -242,12 +275,25 @@ def _weights(program: Program) -> dict[int, str]:
     return {source.id: str(source.detail[0]) for source in program.sources if source.kind == "weight"}
 
 
-def _part(name: str, group: Sequence[_Piece], program: Program) -> Part:
-    first, weights = group[0], _weights(program)
-    differing = [
-        place for place in range(len(first.constants)) if _differs([piece.constants[place] for piece in group])
-    ]
-    tables = {place: -1 - at for at, place in enumerate(differing)}
+def _rows(group: Sequence[_Piece]) -> tuple[list[_Piece], dict[_Piece, int | None]]:
+    """The pieces that differ in their constants, which are rows of a table; and by piece, its row, if there is one."""
+    distinct, rows = list[_Piece](), dict[_Piece, int | None]()
+    known: dict[Any, int] = {}
+    differing = _differing(group)
+    for piece in group:
+        key = tuple(_plain(piece.constants[place]) for place in differing)
+        if key not in known:
+            known[key] = len(distinct)
+            distinct.append(piece)
+        rows[piece] = known[key] if differing else None
+    return distinct, rows
+
+
+def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int]) -> Part:
+    """`group`: pieces of one form, a row of the table each; `outputs`: places among their values."""
+    first = group[0]
+    program, weights = first.program, _weights(first.program)
+    tables = {place: -1 - at for at, place in enumerate(_differing(group))}
     count = iter(range(len(first.constants)))
 
     def placed(value: Any, tabled: bool) -> Any:
@@ -266,11 +312,11 @@ def _part(name: str, group: Sequence[_Piece], program: Program) -> Part:
         args = tuple(placed(arg, tabled(place)) for place, arg in enumerate(event.args))
         kwargs = {key: placed(arg, tabled(key)) for key, arg in event.kwargs.items()}
         events.append(replace(event, args=args, kwargs=kwargs))
-    outputs = sorted(frozenset[int]().union(*(piece.outputs for piece in group)))
     inputs = tuple(first.values[place] for place in first.inputs if first.values[place] not in weights)
     lengths = tuple(_told(program, length, inputs) for length in _followed(program, events))
     return Part(
         name,
+        program,
         tuple(events),
         (*inputs, *dict.fromkeys(length.value for length in lengths if length.value not in inputs)),
         tuple(first.values[place] for place in outputs),
@@ -306,17 +352,28 @@ def _told(program: Program, length: Length, inputs: Iterable[int]) -> Length:
     return length
 
 
-def _use(piece: _Piece, group: Sequence[_Piece], part: Part) -> Use:
-    first = group[0]
+def _use(piece: _Piece, part: Part, first: _Piece, row: int | None) -> Use:
+    """The piece as a use of the part, whose values are those of the first piece."""
     place_of = {value: place for place, value in enumerate(first.values)}
-    inputs = tuple(piece.values[place_of[value]] if value in place_of else value for value in part.inputs)
-    outputs = tuple(piece.values[place_of[value]] for value in part.outputs)
-    return Use(part.name, inputs, outputs, group.index(piece) if part.table else None)
+    lengths = {length.name: length.value for length in piece.program.lengths}
+    names = {length.value: length.name for length in part.program.lengths}
+    inputs = tuple(
+        piece.values[place_of[value]] if value in place_of else lengths[names[value]] for value in part.inputs
+    )
+    return Use(part.name, inputs, tuple(piece.values[place_of[value]] for value in part.outputs), row)
 
 
-def _differs(values: Sequence[Any]) -> bool:
-    tensors = [torch.as_tensor(value) for value in values]
-    return any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:])
+def _differing(group: Sequence[_Piece]) -> list[int]:
+    """The places of constants that are not the same in all pieces."""
+    places = range(len(group[0].constants))
+    return [place for place in places if len({_plain(piece.constants[place]) for piece in group}) > 1]
+
+
+def _plain(value: Any) -> Any:
+    """Hashable: a number, or the bytes of a tensor; of those that are compared all have one dtype and one shape."""
+    if not isinstance(value, torch.Tensor):
+        return float(value).hex()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy().tobytes()
 
 
 def _stacked(values: Sequence[Any]) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT, make_call
-from slipcast_compiler.capture.cut import Cut, cut
+from slipcast_compiler.capture.cut import Cut, cut_together
 from slipcast_compiler.capture.generalise import generalise, is_of_one_length
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
@@ -30,12 +30,28 @@ class Found:
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
     """Capture pipe(**given) for several prompts; RecipeError where they are not of one program."""
-    return find_for(pipe, lambda prompt: make_call(pipe, given, prompt))
+    return find_each(pipe, [given])[0]
 
 
-def find_for(pipe: Any, call: Callable[[str], Mapping[str, Any]]) -> Found:
-    """The same of call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what the
-    pipeline does, for a short and a long one too."""
+def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> tuple[Found, ...]:
+    """The same of several calls, such as for other numbers of steps, which have parts in common."""
+    return find_for(pipe, [lambda prompt, given=given: make_call(pipe, given, prompt) for given in calls])  # type: ignore[misc]
+
+
+def find_for(pipe: Any, calls: Sequence[Callable[[str], Mapping[str, Any]]]) -> tuple[Found, ...]:
+    """The same of each call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what
+    the pipeline does, for a short and a long one too."""
+    captured = [_capture(pipe, call) for call in calls]
+    cuts = cut_together([program for program, _, _ in captured])
+    return tuple(
+        Found(program, made, templates, call) for (program, templates, call), made in zip(captured, cuts, strict=True)
+    )
+
+
+def _capture(
+    pipe: Any, call: Callable[[str], Mapping[str, Any]]
+) -> tuple[Program, Mapping[int, Template], Mapping[str, Any]]:
+    """The program, how texts reach its tokenizers, and the call."""
     one, other = call(PROMPT), with_others(call(AWKWARD), lambda text: f"{text} a a a")
     with quiet():
         programs = [capture(pipe, one), capture(pipe, other)]
@@ -45,8 +61,7 @@ def find_for(pipe: Any, call: Callable[[str], Mapping[str, Any]]) -> Found:
             program = _up_to_the_longest(pipe, call, programs)
     templates = find_templates((programs[0], programs[1]), (one, other))
     same = zip(programs[0].needed_sources, program.needed_sources, strict=True)
-    by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
-    return Found(program, cut(program), by_source, one)
+    return program, {its.id: templates[source.id] for source, its in same if source.id in templates}, one
 
 
 def _up_to_the_longest(pipe: Any, call: Callable[[str], Mapping[str, Any]], programs: list[Program]) -> Program:

@@ -73,13 +73,14 @@ def _components(program: Program, pipe: Any, loop: Loop | None, needed: Iterable
             after = place_of[outputs_of(event)] >= last
             part = "denoiser" if event.module in looped else "decoder" if after else "conditioning"
             known = found.setdefault(
-                event.module, {"parameters": _parameters(pipe, event.module), "calls": 0, "part": part}
+                event.module, {"parameters": count_parameters(pipe, event.module), "calls": 0, "part": part}
             )
             known["calls"] += 1
     return found
 
 
-def _parameters(pipe: Any, name: str) -> int:
+def count_parameters(pipe: Any, name: str) -> int:
+    """Of a module, by the name that calls have."""
     component, _, path = name.partition(".")
     module: nn.Module = pipe.components[component].get_submodule(path)
     return sum(parameter.numel() for parameter in module.parameters())

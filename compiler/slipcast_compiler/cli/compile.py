@@ -95,6 +95,7 @@ def _program_text(summary: dict[str, Any]) -> str:
             * bool(family)
         ),
         f"  judged on  {summary['judged_on']} images",
+        *([f"  variants   {summary['variants']}, by what the call lists"] * (summary["variants"] > 1)),
         f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
         *(
             f"  part       {name}: {', '.join(part['modules']) or 'no module'}, {part['operators']} operators, "

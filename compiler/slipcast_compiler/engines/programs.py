@@ -60,7 +60,7 @@ def write_bundle(
     record = graphs.record
     sources = {table.name: graphs.sources(table.precision == "int8") for table in tables}
     targets = build_targets(sources, tables, folder, cache, stages, graphs.casts)
-    tokenizers = {each.tokenizer for each in record.sources if each.kind == "prompt"}
+    tokenizers = {each.tokenizer for variant in record.every for each in variant.sources if each.kind == "prompt"}
     for name in (*sorted(tokenizers), *([TABLE] if record.table else [])):
         shutil.copyfile(graphs.entry / name, folder / name)
     made = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -86,20 +87,22 @@ def record_program(
     target: str,
     components: Collection[str],
     images: Images,
-    given: Mapping[str, Any],
+    given: Sequence[Mapping[str, Any]],
     count: int,
     out: Path,
     advance: Advance,
 ) -> None:
-    """As `record`, of a captured program's bundle. `given`: what each of its calls takes besides, such as pictures.
+    """As `record`, of a captured program's bundle. `given`: by variant, what each of its calls takes besides, such as
+    pictures; images are of the variants in turns.
 
     Runs in a process of its own too: hence the eight parameters.
     """
     recording = Recording(components)
+    turns = cycle(given)
     with load(root, target=target, instrument=recording) as pipe:
 
         def draw(prompt: str | None, seed: int) -> None:
-            pipe(prompt, seed=seed, output_type="np", **given)
+            pipe(prompt, seed=seed, output_type="np", **next(turns))
 
         _write(recording, draw, {name: out / name for name in components}, images, count, advance)
 

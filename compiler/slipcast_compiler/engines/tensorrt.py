@@ -138,12 +138,10 @@ def _of_lengths(component: str, sizes: Lengths) -> Ranges:
         for name in (size for size in spec.shape if isinstance(size, str)):
             law = _LAW.fullmatch(name)
             assert law, name
-            scale, length, offset = (
-                int(law["scale"] or 1),
-                sizes.program.lengths[law["length"]],
-                int(law["offset"] or 0),
-            )
-            least, most = (scale * each + offset for each in (length.minimum, length.maximum))
+            scale, offset = int(law["scale"] or 1), int(law["offset"] or 0)
+            ranges = [each.lengths[law["length"]] for each in sizes.program.every if law["length"] in each.lengths]
+            ends = min(each.minimum for each in ranges), max(each.maximum for each in ranges)
+            least, most = (scale * each + offset for each in ends)
             found[name] = (least, most, most)
     return tuple(found.items())
 

@@ -8,6 +8,7 @@ timestep, one that is called once for each prompt and step, whatever the number 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
-from slipcast.bundle.program import NoiseSource, Program, ProgramCall
+from slipcast.bundle.program import NoiseSource, Program, ProgramCall, Variant
 from slipcast.engines.onnxruntime import open_engine
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.export.program import PROGRAM, TABLE
@@ -43,53 +44,55 @@ def leave_loop(folder: Path) -> Program:
     Engines compute the same as before."""
     record = Program.model_validate_json((folder / PROGRAM).read_text())
     table: Arrays = load_file(folder / record.table) if record.table else {}
-    late, parts = _late(record), dict[str, Parts]()
-    for name in dict.fromkeys(call.component for call in record.calls if call.component.startswith("denoiser")):
-        if found := _cut(folder, name, record, late):
+    calls = [(call, late) for variant in record.every for late in [_late(variant)] for call in variant.calls]
+    parts = dict[str, Parts]()
+    for name in dict.fromkeys(call.component for call, _ in calls if call.component.startswith("denoiser")):
+        if found := _cut(folder, name, [(call, late) for call, late in calls if call.component == name]):
             parts[name] = found
             _write(folder, name, found, table)
     if not parts:
         return record
-    made = _Rewriting()
-    for place, call in enumerate(record.calls):
-        if call.component in parts:
-            _add(made, call, parts[call.component])
-        else:
-            made.calls.append(call)
-        made.after[place] = len(made.calls) - 1
+    first, *others = (_rewrite(variant, parts) for variant in record.every)
     save_file(table, folder / TABLE) if table else (folder / TABLE).unlink(missing_ok=True)
-    changed = record.model_copy(
-        update={
-            "calls": tuple(made.calls),
-            "steps": tuple(made.after[place] for place in record.steps),
-            "table": TABLE if table else None,
-        }
-    )
+    rest = [variant.model_copy(update=each) for variant, each in zip(record.variants, others, strict=True)]
+    changed = record.model_copy(update={**first, "variants": tuple(rest), "table": TABLE if table else None})
     checked = Program.model_validate_json(changed.model_dump_json())
     (folder / PROGRAM).write_text(checked.model_dump_json())
     return checked
 
 
-def _late(record: Program) -> set[str]:
+def _rewrite(variant: Variant, parts: Mapping[str, Parts]) -> dict[str, Any]:
+    """Its calls and steps, with the parts in place of the whole."""
+    made = _Rewriting()
+    for place, call in enumerate(variant.calls):
+        if call.component in parts:
+            _add(made, call, parts[call.component])
+        else:
+            made.calls.append(call)
+        made.after[place] = len(made.calls) - 1
+    return {"calls": tuple(made.calls), "steps": tuple(made.after[place] for place in variant.steps)}
+
+
+def _late(variant: Variant) -> set[str]:
     """The values that depend on noise."""
-    late = {source.value for source in record.sources if isinstance(source, NoiseSource)}
-    for call in record.calls:
+    late = {source.value for source in variant.sources if isinstance(source, NoiseSource)}
+    for call in variant.calls:
         if late.intersection(call.inputs.values()):
             late.update(call.outputs.values())
     return late
 
 
-def _cut(folder: Path, name: str, record: Program, late: set[str]) -> Parts | None:
-    """The parts of a denoiser, or None where it stays whole."""
-    model, calls = load(folder / f"{name}.onnx"), [call for call in record.calls if call.component == name]
+def _cut(folder: Path, name: str, calls: Sequence[tuple[ProgramCall, set[str]]]) -> Parts | None:
+    """The parts of a denoiser, or None where it stays whole. `calls`: all of it, with what is late then."""
+    model = load(folder / f"{name}.onnx")
     if len(list(model.graphs())) > 1:  # a branch or a loop within the graph
         return None
     inputs = {}
     for value in model.graph.inputs:
         key = str(value.name)
-        if key not in calls[0].inputs:
+        if key not in calls[0][0].inputs:
             inputs[key] = Binding.STEP
-        elif any(call.inputs[key] in late for call in calls):
+        elif any(call.inputs[key] in late for call, late in calls):
             inputs[key] = Binding.LATENT
     parts = cut(model, inputs=inputs)
     crossing = [value for part, each in parts.graphs.items() if part != "denoise" for value in each.graph.outputs]

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from slipcast.errors import ArtifactError, CheckFailed
 from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call
-from slipcast_compiler.capture.find import find
+from slipcast_compiler.capture.find import find_each
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_others
@@ -28,18 +28,20 @@ VERIFIED = "verified.json"
 
 
 def export_pipeline(
-    root: Path, pipeline: str | None, given: Mapping[str, Any], folder: Path, advance: Advance
+    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], folder: Path, advance: Advance
 ) -> dict[str, Any]:
-    """Capture, verify and export into `folder`; runs in a process of its own. CheckFailed where the program is not the
-    pipeline; ArtifactError for a weight that is no number."""
+    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. CheckFailed where a
+    program is not the pipeline; ArtifactError for a weight that is no number."""
     pipe = open_with_weights(root, pipeline)
     _check_weights(pipe, root)
-    found = find(pipe, given)
-    prompts = (AWKWARD, OTHER_PROMPT) if found.program.lengths else (AWKWARD,)  # the other is of a length not captured
-    error = max(_verified(found.program, pipe, given, prompt) for prompt in prompts)
-    export_program(found.program, found.cut, pipe, found.templates, found.call, folder, advance)
+    variants = find_each(pipe, calls)
+    errors = []
+    for found, given in zip(variants, calls, strict=True):
+        prompts = (AWKWARD, OTHER_PROMPT) if found.program.lengths else (AWKWARD,)  # the other's length is another
+        errors += [_verified(found.program, pipe, given, prompt) for prompt in prompts]
+    export_program(variants, pipe, folder, advance)
     leave_loop(folder)
-    (folder / VERIFIED).write_text(json.dumps({"error": error}))
+    (folder / VERIFIED).write_text(json.dumps({"error": max(errors)}))
     return {}
 
 

@@ -22,14 +22,17 @@ from slipcast.bundle.program import (
     ImageSource,
     LengthRange,
     NoiseSource,
+    Output,
     ProgramCall,
     PromptSource,
     TextArgument,
+    Variant,
 )
 from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
-from slipcast_compiler.capture.cut import Cut, Part
+from slipcast_compiler.capture.cut import Part
+from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.texts import Template, texts_of
@@ -44,33 +47,55 @@ TABLE, PROGRAM = "table.safetensors", "program.json"
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def export_program(
-    program: Program, cut: Cut, pipe: Any, templates: Mapping[int, Template], call: Mapping[str, Any], folder: Path,
-    advance: Advance,
-) -> Record:  # fmt: skip
+def export_program(variants: Sequence[Found], pipe: Any, folder: Path, advance: Advance) -> Record:
     """Write into `folder` NAME.onnx, NAME.onnx.data and NAME.json (the contract) of each part, tokenizers, the table of
     constants, and program.json, the record, which is returned too.
 
-    `pipe` has its weights. RecipeError for what no runtime could repeat.
+    `variants`: what was found of the pipeline together, of which the first is the default; `pipe` has its weights.
+    RecipeError for what no runtime could repeat.
     """
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    for done, part in enumerate(cut.parts):
-        advance(done, len(cut.parts))
-        _export_part(part, components, program, folder)
-    tables = {_row_name(part, at, True): carried(rows) for part in cut.parts for at, (_, rows) in enumerate(part.table)}
+    parts = {part.name: part for found in variants for part in found.cut.parts}
+    for done, part in enumerate(parts.values()):
+        advance(done, len(parts))
+        _export_part(part, components, folder)
+    tables = {
+        _row_name(part, at, True): carried(rows) for part in parts.values() for at, (_, rows) in enumerate(part.table)
+    }
     if tables:
         save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
-    fixed = _fixed(pipe, call)
-    output, rate = output_of(program, pipe, fixed)
+    first, *others = (_variant(found, pipe, folder) for found in variants)
     record = Record(
-        pipeline=program.pipeline,
-        arguments=_arguments(templates, call),
+        **dict(first),
+        pipeline=variants[0].program.pipeline,
+        arguments={name: each for found in variants for name, each in _arguments(found.templates, found.call).items()},
+        table=TABLE if tables else None,
+        output=_output(variants, pipe),
+        variants=tuple(others),
+    )
+    (folder / PROGRAM).write_text(record.model_dump_json())
+    return record
+
+
+def _output(variants: Sequence[Found], pipe: Any) -> Output:
+    """What results are; RecipeError where those of all variants are not of one kind."""
+    kinds = dict.fromkeys(output_of(found.program, pipe, {})[0] for found in variants)
+    if len(kinds) > 1:
+        raise RecipeError(
+            "what is listed under [call] makes results of several kinds", expected="one", got=" and ".join(kinds)
+        )
+    return next(iter(kinds))
+
+
+def _variant(found: Found, pipe: Any, folder: Path) -> Variant:
+    program, fixed = found.program, _fixed(pipe, found.call)
+    return Variant(
         fixed=fixed,
         lengths={
             length.name: LengthRange(minimum=length.minimum, maximum=length.maximum)
             for length in program.lengths
         },
-        sources=tuple(_source(source, program, pipe, templates, folder) for source in _all_sources(program)),
+        sources=tuple(_source(source, program, pipe, found.templates, folder) for source in _all_sources(program)),
         calls=tuple(
             ProgramCall(
                 component=use.part,
@@ -78,16 +103,12 @@ def export_program(
                 outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
                 row=use.row,
             )
-            for use in cut.uses
+            for use in found.cut.uses
         ),
-        table=TABLE if tables else None,
-        steps=cut.steps,
+        steps=found.cut.steps,
         results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
-        output=output,
-        rate=rate,
+        rate=output_of(program, pipe, fixed)[1],
     )  # fmt: skip
-    (folder / PROGRAM).write_text(record.model_dump_json())
-    return record
 
 
 def read_record(folder: Path) -> Record:
@@ -97,7 +118,7 @@ def read_record(folder: Path) -> Record:
 
 def contracts(folder: Path, record: Record) -> dict[str, Component]:
     """By component, in the order of their first call, what its engines take and return."""
-    names = dict.fromkeys(call.component for call in record.calls)
+    names = dict.fromkeys(call.component for variant in record.every for call in variant.calls)
     return {name: Component.model_validate_json((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -109,8 +130,9 @@ def _row_name(part: Part, at: int, full: bool = False) -> str:
     return f"{part.name}.row_{at}" if full else f"row_{at}"
 
 
-def _export_part(part: Part, components: Mapping[str, nn.Module], program: Program, folder: Path) -> None:
+def _export_part(part: Part, components: Mapping[str, nn.Module], folder: Path) -> None:
     """Writes the part's graph and contract."""
+    program = part.program
     module = Replayed(part, components, program.specs).eval()
     lengths = measure(program.lengths, {source.id: source.value for source in program.sources})
     given = [program.specs[value] for value in part.inputs]
@@ -137,7 +159,7 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], program: Progr
     assert exported is not None
     _attach(exported.model.graph, dict(module.named_parameters()) | dict(module.named_buffers()))
     settle(exported.model)
-    _name_dimensions(exported.model, part, program)
+    _name_dimensions(exported.model, part)
     ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
     (folder / f"{part.name}.json").write_text(contract_of(exported.model).model_dump_json())
 
@@ -151,11 +173,11 @@ def _free(given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
     return tuple({dim: Dim.DYNAMIC for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given)
 
 
-def _name_dimensions(model: ir.Model, part: Part, program: Program) -> None:
+def _name_dimensions(model: ir.Model, part: Part) -> None:
     """Call free dimensions by what they follow in place of the tracer's symbols (s53)."""
     pairs = [*zip(model.graph.inputs, part.inputs, strict=False), *zip(model.graph.outputs, part.outputs, strict=True)]
     for value, number in pairs:
-        shape = program.specs[number][0]
+        shape = part.program.specs[number][0]
         value.shape = ir.Shape([str(size) if isinstance(size, Affine) else size for size in shape])
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,43 +29,65 @@ def make_images(
     Returns images (float32 [n, h, w, 3] in [0, 1]), seconds of each of the held-out, load_s, median seconds by
     component, and the guard's distances.
     """
-    return _draw(root, target, prompts, seeds, held_out, {}, advance)
+    with _loaded(root, target) as (pipe, load_s):
+        guard = pipe.manifest.guard
+        of_family = {"guard": "warn"} if guard else {}
+        of_strangers = {"guard": "fallback"} if guard and guard.policy == "fallback" else of_family
+        arguments = [of_family if i < held_out else of_strangers for i in range(len(prompts))]
+        outputs = list(_draw(pipe, Job(prompts, seeds, {}), advance, arguments))
+    return _told(pipe, outputs, outputs[:held_out], load_s)
 
 
-def run_program(
-    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], given: Mapping[str, Any],
-    advance: Advance,
-) -> dict[str, Any]:  # fmt: skip
-    """The same of a captured program, in its results' own shapes; `given`: what it takes besides, such as pictures."""
-    return _draw(root, target, prompts, seeds, len(prompts), given, advance)
+@dataclass(frozen=True)
+class Job:
+    """What a bundle is to draw: an image for each prompt and seed. `given`: arguments of every call."""
+
+    prompts: Sequence[str | None]
+    seeds: Sequence[int]
+    given: Mapping[str, Any]
 
 
-def _draw(
-    root: Path, target: str, prompts: Sequence[str | None], seeds: Sequence[int], held_out: int,
-    given: Mapping[str, Any], advance: Advance,
-) -> dict[str, Any]:  # fmt: skip
+def run_program(root: Path, target: str, jobs: Sequence[Job], advance: Advance) -> list[dict[str, Any]]:
+    """The same of a captured program, for each job; in its results' own shapes."""
+    made, done, total = [], 0, sum(len(job.seeds) for job in jobs)
+    with _loaded(root, target) as (pipe, load_s):
+        for job in jobs:
+            outputs = list(_draw(pipe, job, lambda i, _, done=done: advance(done + i, total)))  # type: ignore[misc]
+            made.append(_told(pipe, outputs, outputs, load_s))
+            done += len(job.seeds)
+    return made
+
+
+@contextmanager
+def _loaded(root: Path, target: str) -> Iterator[tuple[Any, float]]:
+    """The bundle, and the seconds that it took."""
     begin = time.perf_counter()
     from slipcast.run.load import load
 
     with load(root, target=target) as pipe:
-        load_s = time.perf_counter() - begin
-        pictures, seconds, distances = [], [], []
-        guard = getattr(pipe.manifest, "guard", None)  # which a captured program has not
-        of_family = {**given, **({"guard": "warn"} if guard else {})}
-        of_strangers = {**given, "guard": "fallback"} if guard and guard.policy == "fallback" else of_family
-        pipe(prompts[0], seed=seeds[0], output_type="np", **of_family)
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            advance(i, len(prompts))
-            output = pipe(prompt, seed=seed, output_type="np", **(of_family if i < held_out else of_strangers))
-            seconds += [output.seconds] if i < held_out else []
-            distances += [verdict.distance for verdict in output.guard]
-            pictures.append(output.images[0])
-        used = [name for name in pipe.manifest.components if name in seconds[0]]
-        components = {name: statistics.median(each[name] for each in seconds) for name in used}
+        yield pipe, time.perf_counter() - begin
+
+
+def _draw(pipe: Any, job: Job, advance: Advance, arguments: Sequence[Mapping[str, Any]] = ()) -> Iterator[Any]:
+    """What the pipeline returns of each image; the first is drawn once before, as warm-up. `arguments`: of each image
+    besides."""
+    own = arguments or [{}] * len(job.seeds)
+    pipe(job.prompts[0], seed=job.seeds[0], output_type="np", **job.given, **own[0])
+    for i, (prompt, seed, more) in enumerate(zip(job.prompts, job.seeds, own, strict=True)):
+        advance(i, len(job.seeds))
+        yield pipe(prompt, seed=seed, output_type="np", **job.given, **more)
+
+
+def _told(pipe: Any, outputs: Sequence[Any], timed: Sequence[Any], load_s: float) -> dict[str, Any]:
+    seconds = [output.seconds for output in timed]
+    used = [name for name in pipe.manifest.components if name in seconds[0]]
     return {
-        "images": np.stack(pictures), "seconds": [each["total"] for each in seconds], "load_s": load_s,
-        "components_s": components, "distances": distances,
-    }  # fmt: skip
+        "images": np.stack([output.images[0] for output in outputs]),
+        "seconds": [each["total"] for each in seconds],
+        "load_s": load_s,
+        "components_s": {name: statistics.median(each[name] for each in seconds) for name in used},
+        "distances": [verdict.distance for output in outputs for verdict in output.guard],
+    }
 
 
 def measure_memory(root: Path, target: str, component: str, advance: Advance) -> float:

@@ -25,9 +25,9 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.judge import bundled
-from slipcast_compiler.judge.evaluate import Judged, compare, not_runnable, performance
+from slipcast_compiler.judge.evaluate import Judged, not_runnable, performance
 from slipcast_compiler.judge.gate import apply_gate
-from slipcast_compiler.judge.metrics import Reference, intervals, psnr, summarise
+from slipcast_compiler.judge.metrics import Reference, Samples, intervals, psnr, summarise
 from slipcast_compiler.judge.originals import Run, read_run
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.recipe.recipe import GateTable
@@ -39,19 +39,24 @@ NUMBERS = ("audio", "array")  # what is no picture
 
 @dataclass(frozen=True)
 class PipelineDrawing:
-    """What a pipeline is to draw: pipe(**call) for each prompt and seed."""
+    """What a pipeline is to draw: for each prompt and seed pipe(**call), of the calls in turns."""
 
     root: Path
     pipeline: str | None
-    call: Mapping[str, Any]
+    calls: tuple[Mapping[str, Any], ...]
     prompts: Prompts
     seeds: tuple[int, ...]
 
+    def of(self, variant: int) -> tuple[Prompts, tuple[int, ...]]:
+        """The prompts and seeds of a call, by its place."""
+        count = len(self.calls)
+        return self.prompts[variant::count], self.seeds[variant::count]
+
 
 @dataclass(frozen=True)
-class PipelineOriginals:
-    """What it drew, and what that took. `run`: whose images are as the pipeline returned them, see laid. `pictures`: by
-    argument, what it was given, float32 [1, c, h, w]."""
+class VariantOriginals:
+    """What a pipeline drew by one of its calls, and what that took. `run`: whose images are as the pipeline returned
+    them, see laid. `pictures`: by argument, what it was given, float32 [1, c, h, w]."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
@@ -64,6 +69,17 @@ class PipelineOriginals:
         return images if kind in NUMBERS else np.moveaxis(images, -3, -1)
 
 
+PipelineOriginals = tuple[VariantOriginals, ...]  # by place among the calls, as Program.every has the variants
+
+
+@dataclass(frozen=True)
+class ProgramJudged(Judged):
+    """`runs` are of the default variant; `variants`: by target id, the runs of each, and how far they are from the
+    pipeline's."""
+
+    variants: Mapping[str, tuple[tuple[Run, Metrics], ...]]
+
+
 def draw_originals(
     drawing: PipelineDrawing, given: Mapping[str, Any], cache: Cache, advance: Advance
 ) -> PipelineOriginals:
@@ -71,54 +87,80 @@ def draw_originals(
 
     def build(folder: Path) -> None:
         made = run_isolated(draw, drawing, advance=advance)
-        read_run(made.result, made.peak_memory_mb).save(folder)
-        save_file(made.result["pictures"], folder / PICTURES)
+        for place, result in enumerate(made.result):
+            (own := folder / str(place)).mkdir()
+            read_run(result, made.peak_memory_mb).save(own)
+            save_file(result["pictures"], own / PICTURES)
 
     inputs = {**given, "images": [drawing.prompts, drawing.seeds], "machine": this_machine().model_dump()}
     entry = cache.get("pipeline", inputs, build)
-    return PipelineOriginals(drawing.prompts, drawing.seeds, Run.load(entry), load_file(entry / PICTURES))
+    folders = [entry / str(place) for place in range(len(drawing.calls))]
+    return tuple(
+        VariantOriginals(*drawing.of(place), Run.load(own), load_file(own / PICTURES))
+        for place, own in enumerate(folders)
+    )
 
 
 def judge_program(
     folder: Path, program: Program, targets: Sequence[Target], originals: PipelineOriginals, gate: GateTable,
     stages: Stages,
-) -> Judged:  # fmt: skip
-    """Draw the same with every target of the bundle in `folder`, each in a process of its own.
+) -> ProgramJudged:  # fmt: skip
+    """Draw the same with every target of the bundle in `folder`, each in a process of its own: each variant what the
+    pipeline drew by its call. Of all pictures together the gate is asked, and so of every variant; time is that of the
+    default one.
 
-    Of a video every frame is compared, of arrays the numbers: see compare_results. CheckFailed, with the target, where
+    Of a video every frame is compared, of arrays the numbers: see sample_results. CheckFailed, with the target, where
     a result is no number.
     """
     runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
+    variants = {}
+    arguments = arguments_of(program, originals)
+    jobs = [bundled.Job(each.prompts, each.seeds, given) for each, given in zip(originals, arguments, strict=True)]
     for target in (target for target in targets if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
-            prompts, seeds = originals.prompts, originals.seeds
-            arguments = (folder, target.id, prompts, seeds, originals.pictures)
             try:
-                made = run_isolated(bundled.run_program, *arguments, advance=advance)
+                made = run_isolated(bundled.run_program, folder, target.id, jobs, advance=advance)
             except NumericalError as error:
                 raise CheckFailed(
                     f"{target.id} gives what is no number, where the pipeline gives numbers; nothing was published",
                     got=error.message,
                     hint="a precision with more range, such as bf16 in place of fp16, or fp32",
                 ) from error
-        runs[target.id] = run = read_run(made.result, made.peak_memory_mb)
+        found = [read_run(result, made.peak_memory_mb) for result in made.result]
+        pairs = zip(originals, found, strict=True)
+        samples = [sample_results(each.laid(program.output), run.images, program.output) for each, run in pairs]
         floors: Any = {"precision": Metrics(), "seed": Metrics()}  # not measured
-        compared = compare_results(originals.laid(program.output), run.images, program.output)
-        quality = Quality(**compared, noise_floor=floors)
-        found = performance(originals.run, run, {})
-        judged[target.id] = target.model_copy(update={"quality": quality, "performance": found})
+        quality = Quality(**compare_results(samples), noise_floor=floors)
+        measured = performance(originals[0].run, found[0], {})
+        runs[target.id] = found[0]
+        variants[target.id] = tuple((run, summarise(each)) for run, each in zip(found, samples, strict=True))
+        judged[target.id] = target.model_copy(update={"quality": quality, "performance": measured})
         gates[target.id] = apply_gate(gate, quality)
-    return Judged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run)
+    return ProgramJudged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run, variants)
 
 
-def compare_results(originals: Floats, found: Floats, kind: Output) -> dict[str, Any]:
-    """The fields of a Comparison; of sounds and arrays the PSNR alone, whose peak is the original's largest number."""
+def arguments_of(program: Program, originals: PipelineOriginals) -> list[dict[str, Any]]:
+    """By variant, what a run is given besides a text: pictures, and what chooses the variant."""
+    return [
+        {**original.pictures, **{name: variant.fixed[name] for name in program.listed}}
+        for original, variant in zip(originals, program.every, strict=True)
+    ]
+
+
+def compare_results(samples: Sequence[Samples]) -> dict[str, Any]:
+    """The fields of a Comparison of all together; see sample_results."""
+    pooled = {name: np.concatenate([each[name] for each in samples]) for name in samples[0]}
+    own = {"images": len(pooled["psnr"]), "intervals": intervals(pooled)}
+    return summarise(pooled).model_dump() | own
+
+
+def sample_results(originals: Floats, found: Floats, kind: Output) -> Samples:
+    """Of each picture; of sounds and arrays the PSNR alone, whose peak is the originals' largest number."""
     if kind not in NUMBERS:
-        return compare(Reference(as_pictures(originals), ()), as_pictures(found))
+        return Reference(as_pictures(originals), ()).sample(as_pictures(found))
     scale = np.float32(np.abs(originals).max() or 1)
     pairs = zip(originals / scale, found.reshape(originals.shape) / scale, strict=True)
-    samples = {"psnr": np.array([psnr(a, b) for a, b in pairs])}
-    return summarise(samples).model_dump() | {"images": len(found), "intervals": intervals(samples)}
+    return {"psnr": np.array([psnr(a, b) for a, b in pairs])}
 
 
 def as_pictures(results: Floats) -> Floats:
@@ -127,32 +169,42 @@ def as_pictures(results: Floats) -> Floats:
     return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures
 
 
-def draw(drawing: PipelineDrawing, advance: Advance) -> dict[str, Any]:
-    """One result for each prompt and seed.
+def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
+    """By call, one result for each of its prompts and seeds.
 
-    Returns images (float32 [n, c, h, w] in [0, 1]; of a video [n, frames, c, h, w]; of anything else as it is), seconds
-    of each, load_s, and the pictures that it was given. ArtifactError where the pipeline itself gives no numbers.
+    Each has images (float32 [n, c, h, w] in [0, 1]; of a video [n, frames, c, h, w]; of anything else as it is),
+    seconds of each, load_s, and the pictures that it was given. ArtifactError where the pipeline itself gives no
+    numbers.
     """
     begin = time.perf_counter()
     pipe = open_with_weights(drawing.root, drawing.pipeline)
-    load_s, results, seconds = time.perf_counter() - begin, [], []
-    call: dict[str, Any] = {}
-    for i, (prompt, seed) in enumerate(zip(drawing.prompts, drawing.seeds, strict=True)):
-        advance(i, len(drawing.seeds))
-        begin = time.perf_counter()
-        call = make_call(pipe, drawing.call, prompt or "", seed)
-        with quiet():
-            result = pipe(**call)
-        seconds.append(time.perf_counter() - begin)
-        tensor = next(found for _, found in leaves(dict(result.items()) if hasattr(result, "items") else result))
-        array = tensor.float().numpy()[0]
-        if not np.isfinite(array).all():
-            raise ArtifactError(
-                f"{drawing.root}: the pipeline itself gives NaN or infinity, so that nothing can be judged by it",
-                expected="numbers, in fp32",
-                got=f"prompt {prompt!r}, seed {seed}" if prompt else f"seed {seed}",
-                hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
-            )
-        results.append(array)
-    pictures = {name: value.numpy() for name, value in call.items() if isinstance(value, torch.Tensor)}
-    return {"images": np.stack(results), "seconds": seconds, "load_s": load_s, "pictures": pictures}
+    load_s, done, made = time.perf_counter() - begin, 0, []
+    for place, given in enumerate(drawing.calls):
+        results, seconds, call = [], [], dict[str, Any]()
+        for prompt, seed in zip(*drawing.of(place), strict=True):
+            advance(done, len(drawing.seeds))
+            begin = time.perf_counter()
+            call = make_call(pipe, given, prompt or "", seed)
+            results.append(_result(pipe, call, drawing.root))
+            seconds.append(time.perf_counter() - begin)
+            done += 1
+        pictures = {name: value.numpy() for name, value in call.items() if isinstance(value, torch.Tensor)}
+        made.append({"images": np.stack(results), "seconds": seconds, "load_s": load_s, "pictures": pictures})
+    return made
+
+
+def _result(pipe: Any, call: Mapping[str, Any], root: Path) -> Any:
+    """Of one image; see draw."""
+    with quiet():
+        result = pipe(**call)
+    tensor = next(found for _, found in leaves(dict(result.items()) if hasattr(result, "items") else result))
+    array = tensor.float().numpy()[0]
+    if not np.isfinite(array).all():
+        prompt, seed = call.get("prompt"), call["generator"].initial_seed() if "generator" in call else None
+        raise ArtifactError(
+            f"{root}: the pipeline itself gives NaN or infinity, so that nothing can be judged by it",
+            expected="numbers, in fp32",
+            got=f"prompt {prompt!r}, seed {seed}" if prompt else f"seed {seed}",
+            hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
+        )
+    return array

@@ -46,7 +46,7 @@ METRICS = {
 }
 
 Picture = npt.NDArray[np.float32]  # [h, w, 3] in [0, 1]
-Pictures = npt.NDArray[np.float32]  # [n, h, w, 3] in [0, 1]
+Pictures = npt.NDArray[np.float32] | Sequence[Picture]  # of one size, [n, h, w, 3], or of several
 
 
 def common(fields: Mapping[str, Any], judged: Judged, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 from slipcast.bundle.program import Program
 from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
-from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, as_pictures
-from slipcast_compiler.judge.evaluate import Judged
+from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, ProgramJudged, as_pictures
 from slipcast_compiler.pages.evidence import (
     DIFFERENCE_GAIN,
     METRICS,
@@ -60,7 +59,7 @@ class ProgramEvidence:
     verified: float
     fields: Mapping[str, Any]
     originals: PipelineOriginals
-    judged: Judged
+    judged: ProgramJudged
     graphs: ProgramGraphs
     seconds: Mapping[str, float]
 
@@ -73,7 +72,7 @@ class ProgramEvidence:
 
 def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
     """What report.json holds; plain JSON."""
-    program, prompts = evidence.program, evidence.originals.prompts
+    program, originals = evidence.program, evidence.originals
     return {
         **common(evidence.fields, evidence.judged, evidence.seconds),
         "pipeline": program.pipeline,
@@ -81,7 +80,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         and {
             **evidence.fields["family"].model_dump(mode="json"),
             "calibration_examples": list(evidence.family.calibration[:SHOWN_PROMPTS]),
-            "held_out_prompts": list(prompts),
+            "held_out_prompts": list(dict.fromkeys(prompt for each in originals for prompt in each.prompts)),
         },
         "recipe": _resolve(evidence),
         "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
@@ -91,10 +90,27 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "limit": LIMIT,
         "texts": list(program.arguments),
         "pictures": list(program.images),
-        "fixed": dict(program.fixed),
+        "fixed": {name: value for name, value in program.fixed.items() if name not in program.listed},
+        "listed": {name: list(values) for name, values in program.listed.items()},
+        "variants": [_variant(evidence, place) for place in range(len(originals))],
         "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
         "mixed_precision": dict(evidence.graphs.casts),
         "gives": program.output,
+    }
+
+
+def _variant(evidence: ProgramEvidence, place: int) -> dict[str, Any]:
+    """What was judged of a variant."""
+    program, original = evidence.program, evidence.originals[place].run
+    found = {}
+    for target, judged in evidence.judged.variants.items():
+        run, metrics = judged[place]
+        found[target] = {"latency_s": round(run.latency_s, 4), **metrics.model_dump(exclude_none=True)}
+    return {
+        "chosen": {name: program.every[place].fixed[name] for name in program.listed},
+        "images": len(evidence.originals[place].seeds),
+        "latency_original_s": round(original.latency_s, 4),
+        "targets": found,
     }
 
 
@@ -103,7 +119,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     typed = typed_program_record(record)
     write_record(folder, typed)
     runs = evidence.judged.runs
-    natural = evidence.originals.run.images.shape[-1] if typed.gives not in NUMBERS else 1
+    natural = evidence.originals[0].run.images.shape[-1] if typed.gives not in NUMBERS else 1
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",
@@ -130,24 +146,28 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
 
 
 def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
-    """The first pictures; of a video its first frame and its last; of sounds and arrays none."""
-    if evidence.program.output in NUMBERS:
+    """The first pictures of each variant; of a video its first frame and its last; of sounds and arrays none."""
+    program, variants = evidence.program, evidence.judged.variants
+    if program.output in NUMBERS:
         return []
-    originals, runs = evidence.originals, evidence.judged.runs
-    video = evidence.program.output == "frames"
-    frames = (0, -1) if video else (Ellipsis,)
-    names = (", first frame", ", last frame") if video else ("",)
+    frames = {", first frame": 0, ", last frame": -1} if program.output == "frames" else {"": ...}
+    captions, seeds, pictures, runs = [], [], list[Any](), {name: list[Any]() for name in variants}
+    for place, at in islice(_in_turns([len(each.seeds) for each in evidence.originals]), SHOWN_PICTURES):
+        original = evidence.originals[place]
+        chosen = [f"{name} {program.every[place].fixed[name]}" for name in program.listed]
+        for name, frame in frames.items():
+            captions.append(", ".join([original.prompts[at] or "no prompt", *chosen]) + name)
+            seeds.append(original.seeds[at])
+            pictures.append(as_pictures(original.laid(program.output)[at][frame])[0])
+            for target, judged in variants.items():
+                runs[target].append(as_pictures(judged[place][0].images[at][frame])[0])
+    return picture_rows(captions, seeds, pictures, runs, range(len(captions)), width)
 
-    def flat(images: Any) -> Any:
-        return as_pictures(np.stack([image[frame] for image in images for frame in frames]))
 
-    count = min(len(originals.prompts), SHOWN_PICTURES)
-    captions = [f"{prompt or 'no prompt'}{name}" for prompt in originals.prompts[:count] for name in names]
-    seeds = [seed for seed in originals.seeds[:count] for _ in names]
-    found = {name: flat(run.images[:count]) for name, run in runs.items()}
-    return picture_rows(
-        captions, seeds, flat(originals.laid(evidence.program.output)[:count]), found, range(len(captions)), width
-    )
+def _in_turns(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(variant, image): the first image of each variant, then the second."""
+    for at in range(max(counts)):
+        yield from ((place, at) for place, count in enumerate(counts) if at < count)
 
 
 def _measured(record: ProgramRecord) -> dict[str, str]:

@@ -101,11 +101,22 @@ class PartRecord(Strict):
     constants: int
 
 
+class VariantRecord(Strict):
+    """What was judged of a variant: `chosen`, of what is listed, on so many `images`, and by target its seconds for one
+    and its metrics."""
+
+    chosen: Told
+    images: int
+    latency_original_s: float
+    targets: dict[str, Told]
+
+
 class ProgramRecord(BaseRecord):
     """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
     of its replay for another prompt and seed, and `limit` what it may be. `texts`, `pictures`,
-    `fixed`: the arguments that a run takes, and those that it cannot change. `quantized`: by component in INT8, and
-    `mixed_precision`, by target, as Record's."""
+    `listed`, `fixed`: the arguments that a run takes, those of which it may take one of some values, and those that it
+    cannot change. `variants`: of each combination of what is listed, the first of which is the default. `quantized`: by
+    component in INT8, and `mixed_precision`, by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
@@ -114,6 +125,8 @@ class ProgramRecord(BaseRecord):
     texts: tuple[str, ...]
     pictures: tuple[str, ...]
     fixed: Told
+    listed: dict[str, tuple[Any, ...]]
+    variants: tuple[VariantRecord, ...]
     quantized: dict[str, Told]
     mixed_precision: dict[str, Told]
     gives: Output

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from slipcast.bundle.program import Program
 from slipcast.progress import Advance, SilentStages, Stages
 from slipcast_compiler.engines.contents import PORTABLE
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
@@ -27,33 +28,38 @@ from slipcast_compiler.precision.quantize import quantize_component
 from slipcast_compiler.recipe.passes import Quantize
 from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
 
-Pictures = Mapping[str, npt.NDArray[np.float32]]
 
-
-def images_needed(options: Quantize | None, steps: int) -> int:
-    """How many images to record: see calibration_samples; for casts alone IMAGES."""
-    if not options:
-        return IMAGES
-    return min(options.samples, max(TRAJECTORIES, math.ceil(options.samples / max(steps, 1))))
+def images_needed(options: Quantize | None, program: Program) -> int:
+    """How many images to record: see calibration_samples; for casts alone IMAGES; one of each variant in any case."""
+    count, steps = IMAGES, len(program.steps)
+    if options:
+        count = min(options.samples, max(TRAJECTORIES, math.ceil(options.samples / max(steps, 1))))
+    return max(count, len(program.every))
 
 
 def record_calls(
-    graphs: ProgramGraphs, images: Images, pictures: Pictures, options: Quantize | None, cache: Cache, advance: Advance
-) -> Path:
+    graphs: ProgramGraphs, images: Images, given: Sequence[Mapping[str, Any]], options: Quantize | None, cache: Cache,
+    advance: Advance,
+) -> Path:  # fmt: skip
     """A directory with evaluations of each component in fp32, COMPONENT/0000.npz and so on, from the cache or made:
-    SAMPLES of each, or as many as INT8 is calibrated on. `pictures`: what each call takes besides a text."""
+    SAMPLES of each, or as many as INT8 is calibrated on. `given`: by variant, what its calls take besides a text."""
     count, components = options.samples if options else SAMPLES, tuple(graphs.contracts)
-    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in pictures.items()}
+    digests = [{name: _digest(value) for name, value in each.items()} for each in given]
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
             about = {"name": "calibration", "base_model": "calibration", "source_sha256": "0" * 64, "family": None}
             made = write_bundle(ProgramGraphs(graphs.entry), (PORTABLE,), about, Path(name), cache, SilentStages())
-            arguments = Path(name), made["targets"][0].id, components, images, dict(pictures), count, out
+            arguments = Path(name), made["targets"][0].id, components, images, tuple(map(dict, given)), count, out
             run_isolated(record_program, *arguments, advance=advance)
 
-    inputs = {"program": graphs.entry.name, "images": images, "pictures": digests, "count": count}
+    inputs = {"program": graphs.entry.name, "images": images, "given": digests, "count": count}
     return cache.get("calls", inputs, make)
+
+
+def _digest(value: Any) -> Any:
+    """Of a picture; others are what they are."""
+    return hashlib.sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else value
 
 
 def quantize_denoisers(

@@ -121,29 +121,21 @@ class ProgramCall(Strict):
     row: Count | None = None
 
 
-class Program(Strict):
-    """A pipeline's call, as it was captured.
+class Variant(Strict):
+    """A pipeline's call for one choice of what a bundle lists.
 
-    `pipeline`: the class that it was captured of, to be shown alone. `arguments`: texts that a run takes, by name.
-    `lengths`: how many tokens texts may have, by the names that shapes of sources have.
-    `sources`: where values enter: PromptSource, NoiseSource and ImageSource.
-    `fixed`: what the call had besides, which is part of this bundle. `table`: safetensors, each of its tensors
-    [rows, *shape of the input]. `steps`: a step is over after the call with this index. `results`: for "image"
-    float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
-    "audio" float32 [n, channels, samples] or [n, samples], for "array" any. `rate`: how many frames, or samples of a
+    `fixed`: what the call had besides texts and pictures. `lengths`: how many tokens texts may have, by the names that
+    shapes of sources have. `sources`: where values enter: PromptSource, NoiseSource and ImageSource. `steps`: a step is
+    over after the call with this index. `results`: see Program's `output`. `rate`: how many frames, or samples of a
     sound, a second has; a sound has one, a video where the pipeline says so.
     """
 
-    pipeline: Name
-    arguments: dict[ArgumentName, TextArgument] = Field(default_factory=dict)
     fixed: dict[ArgumentName, Fixed] = Field(default_factory=dict)
     lengths: dict[Name, LengthRange] = Field(default_factory=dict)
     sources: tuple[Source, ...]
     calls: Annotated[tuple[ProgramCall, ...], Field(min_length=1)]
-    table: BundlePath | None = None
     steps: tuple[Count, ...] = ()
     results: Annotated[tuple[Name, ...], Field(min_length=1)]
-    output: Output = "image"
     rate: Rate | None = None
 
     @property
@@ -166,16 +158,8 @@ class Program(Strict):
                     raise ValueError(f"calls[{place}] reads {name!r}, which nothing before it makes")
             for name in call.outputs.values():
                 _make(name, made, f"calls[{place}]")
-            if call.row is not None and self.table is None:
-                raise ValueError(f"calls[{place}] reads row {call.row} of a table, and there is none")
         if unmade := [name for name in self.results if name not in made]:
             raise ValueError(f"results: nothing makes {unmade[0]!r}")
-        return self
-
-    @model_validator(mode="after")
-    def _sounds_have_a_rate(self) -> Self:
-        if self.output == "audio" and self.rate is None:
-            raise ValueError("output is audio, and rate says nothing")
         return self
 
     @model_validator(mode="after")
@@ -192,13 +176,68 @@ class Program(Strict):
             raise ValueError(f"sources have {unknown[0]!r} tokens, which is not listed under lengths")
         return self
 
+
+class Program(Variant):
+    """A pipeline's call, as it was captured: by itself, that for the defaults.
+
+    `pipeline`: the class that it was captured of, to be shown alone. `arguments`: texts that a run takes, by name.
+    `table`: safetensors, each of its tensors [rows, *shape of the input]. `output`: what results are: for "image"
+    float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
+    "audio" float32 [n, channels, samples] or [n, samples], for "array" any. `variants`: the call for other values of
+    what is fixed, of which a run may ask: each has the same names under `fixed`.
+    """
+
+    pipeline: Name
+    arguments: dict[ArgumentName, TextArgument] = Field(default_factory=dict)
+    table: BundlePath | None = None
+    output: Output = "image"
+    variants: tuple[Variant, ...] = ()
+
+    @property
+    def every(self) -> tuple[Variant, ...]:
+        """All variants; the first is the default, the program itself."""
+        return self, *self.variants
+
+    @property
+    def listed(self) -> dict[str, tuple[Fixed, ...]]:
+        """By name of a fixed argument that has several values, these, in order."""
+        values = {name: tuple(dict.fromkeys(each.fixed[name] for each in self.every)) for name in self.fixed}
+        return {name: each for name, each in values.items() if len(each) > 1}
+
+    @model_validator(mode="after")
+    def _sounds_have_a_rate(self) -> Self:
+        if self.output == "audio" and any(variant.rate is None for variant in self.every):
+            raise ValueError("output is audio, and rate says nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_of_a_table(self) -> Self:
+        for variant in self.every:
+            for place, call in enumerate(variant.calls):
+                if call.row is not None and self.table is None:
+                    raise ValueError(f"calls[{place}] reads row {call.row} of a table, and there is none")
+        return self
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> Self:
+        seen: list[dict[str, Fixed]] = []
+        for place, variant in enumerate(self.every):
+            where = f"variants[{place - 1}].fixed"
+            if set(variant.fixed) != set(self.fixed):
+                raise ValueError(f"{where} has other names than the program's: {sorted(variant.fixed)}")
+            if variant.fixed in seen:
+                raise ValueError(f"{where} is another's")
+            seen.append(variant.fixed)
+        return self
+
     @model_validator(mode="after")
     def _arguments_are_known(self) -> Self:
-        named = [*RUN_ARGUMENTS, *self.arguments, *self.fixed, *self.images]
+        pictures = dict.fromkeys(name for variant in self.every for name in variant.images)
+        named = [*RUN_ARGUMENTS, *self.arguments, *self.fixed, *pictures]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise ValueError(f"the argument {twice[0]!r} means two things, or one of every run's")
-        read = {source.argument for source in self.sources if isinstance(source, PromptSource) and source.argument}
-        if unknown := sorted(read.difference(self.arguments)):
+        prompts = (source for variant in self.every for source in variant.sources if isinstance(source, PromptSource))
+        if unknown := sorted({each.argument for each in prompts if each.argument}.difference(self.arguments)):
             raise ValueError(f"sources read the argument {unknown[0]!r}, which is not listed under arguments")
         for name, argument in self.arguments.items():
             other = argument.same_as
@@ -222,11 +261,17 @@ class ProgramManifest(BaseManifest):
 
     @model_validator(mode="after")
     def _calls_fit_components(self) -> Self:
-        known: dict[str, tuple[str, Shape]] = {
-            source.value: (source.dtype, source.shape) for source in self.program.sources
-        }
-        for place, call in enumerate(self.program.calls):
-            where = f"program.calls[{place}]"
+        for place, variant in enumerate(self.program.every):
+            self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
+        called = {call.component for variant in self.program.every for call in variant.calls}
+        if unused := sorted(set(self.components).difference(called)):
+            raise ValueError(f"components.{unused[0]}: no call of the program needs it")
+        return self
+
+    def _check_calls(self, variant: Variant, name: str) -> None:
+        known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}
+        for place, call in enumerate(variant.calls):
+            where = f"{name}.calls[{place}]"
             if (component := self.components.get(call.component)) is None:
                 raise ValueError(f"{where}: no component {call.component!r}")
             _check_names(where, call, component)
@@ -235,11 +280,8 @@ class ProgramManifest(BaseManifest):
                     _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
             outputs = {spec.name: spec for spec in component.outputs}
             known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
-        if unused := sorted(set(self.components).difference(call.component for call in self.program.calls)):
-            raise ValueError(f"components.{unused[0]}: no call of the program needs it")
-        for value in self.program.results:
-            _check_result(value, known[value], self.program.output)
-        return self
+        for value in variant.results:
+            _check_result(f"{name}.results", value, known[value], self.program.output)
 
     @property
     def takes_prompt(self) -> bool:
@@ -250,14 +292,14 @@ class ProgramManifest(BaseManifest):
     @property
     def shared_files(self) -> list[str]:
         """What is read whatever the target: tokenizers and the table."""
-        tokenizers = [source.tokenizer for source in self.program.sources if isinstance(source, PromptSource)]
+        sources = (source for variant in self.program.every for source in variant.sources)
+        tokenizers = [source.tokenizer for source in sources if isinstance(source, PromptSource)]
         return [*dict.fromkeys(tokenizers), *([self.program.table] if self.program.table else [])]
 
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """By value that a call makes, what it is."""
+    def specs(self, variant: Variant) -> dict[str, TensorSpec]:
+        """By value that a call of a variant makes, what it is."""
         found: dict[str, TensorSpec] = {}
-        for call in self.program.calls:
+        for call in variant.calls:
             outputs = {spec.name: spec for spec in self.components[call.component].outputs}
             found |= {value: outputs[name] for name, value in call.outputs.items()}
         return found
@@ -307,12 +349,12 @@ def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
         raise ValueError(f"{where} takes {_shown(spec.dtype, spec.shape)}, and is given {_shown(dtype, shape)}")
 
 
-def _check_result(value: str, found: tuple[str, Shape], output: str) -> None:
+def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:
     dtype, shape = found
     ranks = {"image": (4,), "frames": (5,), "audio": (2, 3)}.get(output)
     fits = dtype == "float32" and ranks is not None and len(shape) in ranks
     if ranks and not (fits and (output == "audio" or shape[-3] in CHANNELS)):
-        raise ValueError(f"program.results: {value!r} is no {output}: {_shown(dtype, shape)}")
+        raise ValueError(f"{where}: {value!r} is no {output}: {_shown(dtype, shape)}")
 
 
 def _shown(dtype: str, shape: Shape) -> str:

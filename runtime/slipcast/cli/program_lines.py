@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from slipcast.bundle.program import ImageSource, NoiseSource, Program, ProgramManifest, PromptSource, Source
+from slipcast.bundle.program import (
+    ImageSource,
+    NoiseSource,
+    Program,
+    ProgramManifest,
+    PromptSource,
+    Source,
+    Variant,
+)
 
 SHOWN = 60  # characters of a template
 OUTPUTS = {"image": "pictures", "frames": "videos", "audio": "sounds", "array": "arrays"}
 
 
 def program_lines(manifest: ProgramManifest) -> list[str]:
-    """The program's arguments, what is fixed, its sources and its calls."""
-    program = manifest.program
+    """The program's arguments, what is listed and what is fixed, its sources and its calls, those of its defaults."""
+    program, listed = manifest.program, manifest.program.listed
     texts = [_argument(program, name) for name in program.arguments]
     pictures = [f"{name} ({_size(source)})" for name, source in program.images.items()]
     lengths = [f"{name} {each.minimum} to {each.maximum}" for name, each in program.lengths.items()]
-    fixed = [f"{name}={value!r}" for name, value in program.fixed.items()]
+    fixed = [f"{name}={value!r}" for name, value in program.fixed.items() if name not in listed]
     return [
         f"  program      {program.pipeline}: {len(program.calls)} calls, {len(program.steps)} steps",
         f"  arguments    {', '.join([*texts, *pictures]) or 'none'}",
+        *(f"  listed       {line}" for line in _choices(program)),
         f"  fixed        {', '.join(fixed) or 'nothing'}",
         f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.results)}",
         *([f"  tokens       {', '.join(lengths)}"] if lengths else []),
@@ -38,6 +48,14 @@ def _argument(program: Program, name: str) -> str:
     if argument.same_as is not None:
         return f"{name} (as {argument.same_as})"
     return f"{name} (to be given)" if argument.default is None else f"{name} ({argument.default!r})"
+
+
+def _choices(program: Program) -> list[str]:
+    """What a run may choose: each argument by itself, where all combinations are there."""
+    listed = program.listed
+    if math.prod(len(values) for values in listed.values()) == len(program.every):
+        return [f"{name}={', '.join(map(repr, values))}" for name, values in listed.items()]
+    return [", ".join(f"{name}={variant.fixed[name]!r}" for name in listed) for variant in program.every]
 
 
 def _source(source: Source) -> str:
@@ -65,9 +83,9 @@ def _size(source: ImageSource) -> str:
     return f"{width}x{height}, {'grey' if channels == 1 else 'RGB'}"
 
 
-def _runs(program: Program) -> Iterator[str]:
+def _runs(variant: Variant) -> Iterator[str]:
     """Components in the order of their calls; what is called in turns, as a loop does, on one line."""
-    names, place = [call.component for call in program.calls], 0
+    names, place = [call.component for call in variant.calls], 0
     while place < len(names):
         length, times = _longest_run(names, place)
         yield " ".join(names[place : place + length]) + (f"  {times} times" if times > 1 else "")

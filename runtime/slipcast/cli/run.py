@@ -14,7 +14,7 @@ from slipcast.cli.common import bundle_argument, emit, json_option, target_optio
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from slipcast.bundle.program import Program
+    from slipcast.bundle.program import Program, ProgramManifest, Variant
     from slipcast.progress import Advance
     from slipcast.run.base import PipelineOutput
     from slipcast.run.pipeline import Pipeline
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option("--num-images", type=int, default=1, show_default=True, help="More than one make a grid.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the bundle's]")
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
+@click.option("--height", type=int, help="Pixels.  [default: the bundle's]")
+@click.option("--width", type=int, help="Pixels.  [default: the bundle's]")
 @target_option
 @click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
 @unlisted_option
@@ -147,9 +149,15 @@ def _check_space(pipe: Pipeline | ProgramPipeline, images: int, output: Path | N
     from slipcast.run.program import ProgramPipeline
 
     if isinstance(pipe, ProgramPipeline):
-        shapes = [pipe.manifest.specs[value].shape for value in pipe.program.results if value in pipe.manifest.specs]
-        size = sum(4 * math.prod(each for each in shape if isinstance(each, int)) for shape in shapes)
+        size = max(_program_size(pipe.manifest, variant) for variant in pipe.program.every)
     else:
         size = pipe.manifest.image.width * pipe.manifest.image.height * 4
     count = images if isinstance(images, int) else 1
     check_space(output or Path(), max(count, 1) * (size + 65_536), "the pictures")
+
+
+def _program_size(manifest: ProgramManifest, variant: Variant) -> int:
+    """Bytes of the results, as far as their shapes are known."""
+    specs = manifest.specs(variant)
+    shapes = [specs[value].shape for value in variant.results if value in specs]
+    return sum(4 * math.prod(each for each in shape if isinstance(each, int)) for shape in shapes)

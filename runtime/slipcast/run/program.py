@@ -10,20 +10,18 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Target
-from slipcast.bundle.program import ProgramCall, ProgramManifest, PromptSource, tabled
+from slipcast.bundle.program import ProgramManifest, PromptSource
 from slipcast.bundle.reader import ProgramBundle
-from slipcast.bundle.tensorfile import DTYPES, read_header, read_tensor
 from slipcast.engines import Array, Instrument, as_it_is
 from slipcast.engines.resources import out_of_memory
-from slipcast.errors import ArtifactError
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.loop import check_finite, timed
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
 from slipcast.run.residency import InUse, Policy
-from slipcast.run.texts import ProgramTexts
 from slipcast.run.tokenizer import OnLongPrompt
-from slipcast.run.values import NOISE, Values, dependence, droppable
+from slipcast.run.values import NOISE, Values
+from slipcast.run.variants import Ready, read_variants
 
 logger = logging.getLogger("slipcast")
 
@@ -43,12 +41,10 @@ class ProgramPipeline(BasePipeline):
         self, bundle: ProgramBundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
     ) -> None:
         super().__init__(bundle, target, instrument)
-        self.program = program = self.manifest.program
-        self._texts = ProgramTexts(bundle, program)
-        self._rows = _read_table(bundle) if program.table else [{} for _ in program.calls]
-        self._depends, self._droppable = dependence(program), droppable(program)
-        self._last_call = {call.component: place for place, call in enumerate(program.calls)}
-        self._open_engines(residency)
+        self.program = self.manifest.program
+        self._variants = read_variants(bundle)
+        # What only other variants call is opened when one of them is first asked for.
+        self._open_engines(residency, self.manifest.components.keys() - self._variants[0].last_call.keys())
 
     def __call__(
         self,
@@ -65,8 +61,9 @@ class ProgramPipeline(BasePipeline):
 
         Texts (`prompt`, `negative_prompt`, ...) are strings or lists of them, one for each prompt. Pictures (`image`,
         ...) are PIL images, which are resized, or arrays [h, w, c] or [1, c, h, w] in [0, 1]; all images are given the
-        same. What is fixed in the bundle can be asked for as it is. `seed`: image i gets seed + i, or the i-th of a
-        list; its noise is that of `torch.Generator("cpu")` with this seed, whatever else is drawn.
+        same. What is fixed in the bundle can be asked for as it is; what it lists (`num_inference_steps=8`) chooses,
+        and what is not given then is the first that goes with it. `seed`: image i gets seed + i, or the i-th of a list;
+        its noise is that of `torch.Generator("cpu")` with this seed, whatever else is drawn.
 
         Images advance together, call by call, and what they share is computed once.
         `callback_on_step_end(pipeline, step, steps)` is called when all have ended a step, counted from 0, and may
@@ -93,31 +90,32 @@ class ProgramPipeline(BasePipeline):
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
-        values = self._enter_sources(request)
-        steps = {place: step for step, place in enumerate(self.program.steps)}
+        ready = self._variants[request.variant]
+        values, calls = self._enter_sources(request, ready), ready.variant.calls
+        steps = {place: step for step, place in enumerate(ready.variant.steps)}
         with InUse(self.residency) as engines:
-            for place, call in enumerate(self.program.calls):
+            for place, call in enumerate(calls):
                 for image in values.images(next(iter(call.outputs.values()))):
-                    self._evaluate(place, call, engines, values, image, seconds)
-                values.drop(self._droppable[place])
-                if self._last_call[call.component] == place:
+                    self._evaluate(place, ready, engines, values, image, seconds)
+                values.drop(ready.droppable[place])
+                if ready.last_call[call.component] == place:
                     engines.done(call.component)
                 if callback and place in steps:
                     callback(self, steps[place], len(steps))
-        results = [values.get(value, image) for image in range(len(request.seeds)) for value in self.program.results]
+        results = [values.get(value, image) for image in range(len(request.seeds)) for value in ready.variant.results]
         images = self._finish(results, request.output_type)
         seconds["total"] = time.perf_counter() - clock
         counts = (len(steps),) * len(request.seeds)
-        kind, rate = self.program.output, self.program.rate
+        kind, rate = self.program.output, ready.variant.rate
         return PipelineOutput(images, request.seeds, self.target, seconds, steps=counts, kind=kind, rate=rate)
 
-    def _enter_sources(self, request: ProgramRequest) -> Values:
+    def _enter_sources(self, request: ProgramRequest, ready: Ready) -> Values:
         """The values that texts and pictures become; noise is drawn when it is first read."""
         sealed = self._target.device != "cpu"
-        values = Values(self.program, self._depends, request.texts, request.seeds, sealed=sealed)
+        values = Values(ready.variant, ready.depends, request.texts, request.seeds, sealed=sealed)
         # All texts are cut into tokens, and refused where they do not fit, before the first engine runs.
-        tokens = self._texts(request.texts, request.on_long_prompt)
-        for source in self.program.sources:
+        tokens = ready.texts(request.texts, request.on_long_prompt)
+        for source in ready.variant.sources:
             if isinstance(source, PromptSource):
                 for image in values.images(source.value):
                     text = request.texts[image][source.argument] if source.argument else ""
@@ -127,10 +125,11 @@ class ProgramPipeline(BasePipeline):
         return values
 
     def _evaluate(
-        self, place: int, call: ProgramCall, engines: InUse, values: Values, image: int, seconds: dict[str, float]
+        self, place: int, ready: Ready, engines: InUse, values: Values, image: int, seconds: dict[str, float]
     ) -> None:
         """One call, for an image and all that share what it gives."""
-        inputs = self._rows[place] | {name: values.get(value, image) for name, value in call.inputs.items()}
+        call = ready.variant.calls[place]
+        inputs = ready.rows[place] | {name: values.get(value, image) for name, value in call.inputs.items()}
         try:
             outputs = timed(engines(call.component), inputs, seconds, call.component)
         except Exception as error:
@@ -142,8 +141,8 @@ class ProgramPipeline(BasePipeline):
         for name, value in call.outputs.items():
             if (array := outputs[name]).dtype.kind == "f":
                 # What depends on texts alone may be a mask for attention, with -inf for what is masked.
-                checked = array if NOISE in self._depends[value] else np.maximum(array, 0)
-                where = f"call {place + 1} of {len(self.program.calls)}"
+                checked = array if NOISE in ready.depends[value] else np.maximum(array, 0)
+                where = f"call {place + 1} of {len(ready.variant.calls)}"
                 check_finite(checked, f"{call.component}: {name} is not finite in {where}")
             values.put(value, image, array)
 
@@ -157,30 +156,3 @@ class ProgramPipeline(BasePipeline):
         if output_type == "pil":
             return [as_pil(each) for each in levels]
         return np.stack(levels) if len({each.shape for each in levels}) == 1 else levels
-
-
-def _read_table(bundle: ProgramBundle) -> list[dict[str, Array]]:
-    """By call, the inputs that its row of the table gives; ArtifactError where the table is not the manifest's."""
-    manifest, program = bundle.manifest, bundle.manifest.program
-    path = bundle.path(program.table or "")
-    entries = read_header(path)
-    needed: dict[str, tuple[str, tuple[int | str, ...], int]] = {}
-    for call in program.calls:
-        for name, spec in tabled(call, manifest.components[call.component]):
-            rows = max(call.row or 0, needed[name][2] - 1 if name in needed else 0) + 1
-            needed[name] = (spec.dtype, spec.shape, rows)
-    for name, (dtype, shape, rows) in needed.items():
-        entry = entries.get(name)
-        fits = entry and (np.dtype(DTYPES[entry.dtype][1]).name, entry.shape[1:]) == (dtype, shape)
-        if not entry or not fits or entry.shape[:1] < (rows,):
-            raise ArtifactError(
-                f"{program.table}: not the table of the manifest",
-                expected=f"{name}, {dtype} {[f'{rows} rows or more', *shape]}",
-                got=f"{entry.dtype} {list(entry.shape)}" if entry else "no such tensor",
-                hint="compile the bundle again",
-            )
-    columns = {name: read_tensor(path, entries[name]) for name in needed}
-    return [
-        {spec.name: columns[name][call.row, ...] for name, spec in tabled(call, manifest.components[call.component])}
-        for call in program.calls
-    ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Program
+from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Program, Variant
 from slipcast.errors import RequestError
 from slipcast.run.pictures import Floats, read_picture
 from slipcast.run.request import check_integer, choose_seeds
@@ -18,8 +18,10 @@ ProgramOutputType = Literal["pil", "np"]
 
 @dataclass(frozen=True)
 class ProgramRequest:
-    """A call's arguments, checked and resolved. `texts`: of each image, by argument. `pictures`: by source's value."""
+    """A call's arguments, checked and resolved. `variant`: its place in Program.every. `texts`: of each image, by
+    argument. `pictures`: by source's value."""
 
+    variant: int
     texts: list[dict[str, str]]
     pictures: dict[str, Floats]
     seeds: tuple[int, ...]
@@ -46,29 +48,53 @@ def check_program_request(
         if value not in legal:
             raise RequestError(f"{name} is not usable", expected=" or ".join(legal), got=repr(value)[:SHOWN])
     given = {name: value for name, value in arguments.items() if value is not None}
-    for name, value in given.items():
-        _check_argument(program, name, value)
+    place = _choose(program, given)
     texts = [text for text in _texts(program, given) for _ in range(num_images_per_prompt)]
     seeds = choose_seeds(seed, len(texts))
-    return ProgramRequest(texts, _pictures(program, given), seeds, output_type, on_long_prompt)
+    pictures = _pictures(program.every[place], given)
+    return ProgramRequest(place, texts, pictures, seeds, output_type, on_long_prompt)
 
 
-def _check_argument(program: Program, name: str, value: object) -> None:
-    """RequestError where the program has no such argument, or has it fixed at another value."""
-    if name in program.arguments or name in program.images:
-        return
-    if name not in program.fixed:
-        legal = [*program.arguments, *program.images, *program.fixed, *RUN_ARGUMENTS]
-        raise RequestError(f"this bundle has no argument {name!r}", expected=", ".join(legal), got=name)
-    fixed = program.fixed[name]
+def _choose(program: Program, given: Mapping[str, object]) -> int:
+    """The first variant that is as it is asked for; RequestError where there is none, with what is legal."""
+    pictures = dict.fromkeys(name for variant in program.every for name in variant.images)
+    asked = {name: value for name, value in given.items() if name not in program.arguments and name not in pictures}
+    for name, value in asked.items():
+        if name not in program.fixed:
+            legal = [*program.arguments, *pictures, *program.fixed, *RUN_ARGUMENTS]
+            raise RequestError(f"this bundle has no argument {name!r}", expected=", ".join(legal), got=name)
+        if not any(_is_same(value, variant.fixed[name]) for variant in program.every):
+            listed = program.listed.get(name, (program.fixed[name],))
+            raise RequestError(
+                f"{name} is {'one of a few' if len(listed) > 1 else 'fixed'} in this bundle",
+                expected=_either([repr(each) for each in listed]),
+                got=repr(value)[:SHOWN],
+                hint=f"leave it out, or compile a bundle for another {name}",
+            )
+    for place, variant in enumerate(program.every):
+        if all(_is_same(value, variant.fixed[name]) for name, value in asked.items()):
+            return place
+    names = [name for name in program.listed if name in asked]
+    together = dict.fromkeys(_told(variant, names) for variant in program.every)
+    raise RequestError(
+        f"{' and '.join(names)} do not go together in this bundle",
+        expected=_either(list(together)),
+        got=", ".join(f"{name}={asked[name]!r}" for name in names)[:SHOWN],
+        hint="give one of them, or compile a bundle for both",
+    )
+
+
+def _is_same(value: object, fixed: object) -> bool:
     same_kind = isinstance(value, bool) == isinstance(fixed, bool)  # 1 == True in Python
-    if not same_kind or not isinstance(value, numbers.Real | str) or value != fixed:
-        raise RequestError(
-            f"{name} is fixed in this bundle",
-            expected=repr(fixed),
-            got=repr(value)[:SHOWN],
-            hint=f"leave it out, or compile a bundle for another {name}",
-        )
+    return same_kind and isinstance(value, numbers.Real | str) and value == fixed
+
+
+def _told(variant: Variant, names: Sequence[str]) -> str:
+    return " with ".join(f"{name}={variant.fixed[name]!r}" for name in names)
+
+
+def _either(values: Sequence[str]) -> str:
+    return ", ".join(values[:-1]) + " or " * (len(values) > 1) + values[-1]
 
 
 def _texts(program: Program, given: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -96,9 +122,9 @@ def _texts(program: Program, given: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _pictures(program: Program, given: Mapping[str, object]) -> dict[str, Floats]:
+def _pictures(variant: Variant, given: Mapping[str, object]) -> dict[str, Floats]:
     found = {}
-    for source in program.sources:
+    for source in variant.sources:
         if isinstance(source, ImageSource):
             if source.argument not in given:
                 expected = f"an array {list(source.shape)}"

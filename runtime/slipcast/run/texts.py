@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.program import LengthRange, Program, PromptSource
-from slipcast.bundle.reader import BaseBundle
+from slipcast.bundle.program import LengthRange, PromptSource, Variant
 from slipcast.errors import ArtifactError, RequestError
-from slipcast.run.tokenizer import OnLongPrompt, read_tokenizer, shorten
+from slipcast.run.tokenizer import OnLongPrompt, shorten
 
 logger = logging.getLogger("slipcast")
 
@@ -22,15 +21,13 @@ Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 class ProgramTexts:
-    """The prompt sources of a program, with their tokenizers, which pad and truncate as the pipeline does."""
+    """The prompt sources of a variant, with their tokenizers, which pad and truncate as the pipeline does."""
 
-    def __init__(self, bundle: BaseBundle, program: Program) -> None:
-        """ArtifactError where a file is no tokenizer, or pads to more than a source takes."""
-        self._sources = [source for source in program.sources if isinstance(source, PromptSource)]
-        self._lengths = program.lengths
-        self._ranges = {source.value: _range(source, program) for source in self._sources}
-        files = dict.fromkeys(source.tokenizer for source in self._sources)
-        self._tokenizers = {name: read_tokenizer(bundle.file(name)) for name in files}
+    def __init__(self, tokenizers: Mapping[str, Any], variant: Variant) -> None:
+        """`tokenizers`: by file. ArtifactError where one pads to more than a source takes."""
+        self._sources = [source for source in variant.sources if isinstance(source, PromptSource)]
+        self._lengths, self._tokenizers = variant.lengths, tokenizers
+        self._ranges = {source.value: _range(source, variant) for source in self._sources}
         for source in self._sources:
             padding = self._tokenizers[source.tokenizer].padding or {}
             least = max(padding.get("length") or 0, padding.get("pad_to_multiple_of") or 0)
@@ -104,9 +101,9 @@ def _check_length(source: PromptSource, text: str, length: int, legal: LengthRan
     )
 
 
-def _range(source: PromptSource, program: Program) -> LengthRange:
+def _range(source: PromptSource, variant: Variant) -> LengthRange:
     size = source.shape[1]
-    return program.lengths[size] if isinstance(size, str) else LengthRange(minimum=size, maximum=size)
+    return variant.lengths[size] if isinstance(size, str) else LengthRange(minimum=size, maximum=size)
 
 
 def _dropped(encoding: Any, whole: str, direction: str) -> str:

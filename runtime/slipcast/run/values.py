@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from slipcast.bundle.program import NoiseSource, Program, PromptSource
+from slipcast.bundle.program import NoiseSource, PromptSource, Variant
 from slipcast.engines import Array
 from slipcast.sampling.seeds import TorchGenerator
 
@@ -12,32 +12,32 @@ NOISE = ""  # among arguments, what an image has of its own
 Key = tuple[str | int, ...]
 
 
-def dependence(program: Program) -> dict[str, frozenset[str]]:
+def dependence(variant: Variant) -> dict[str, frozenset[str]]:
     """By value, the arguments of text that it depends on, NOISE among them where it depends on noise.
 
     Pictures are not among them: all images of a call are given the same.
     """
     depends: dict[str, frozenset[str]] = {}
-    for source in program.sources:
+    for source in variant.sources:
         if isinstance(source, PromptSource):
             depends[source.value] = frozenset([source.argument] if source.argument else [])
         else:
             depends[source.value] = frozenset([NOISE] if isinstance(source, NoiseSource) else [])
-    for call in program.calls:
+    for call in variant.calls:
         read = frozenset[str]().union(*(depends[value] for value in call.inputs.values()))
         depends |= dict.fromkeys(call.outputs.values(), read)
     return depends
 
 
-def droppable(program: Program) -> list[tuple[str, ...]]:
+def droppable(variant: Variant) -> list[tuple[str, ...]]:
     """By call, the values that nothing needs after it."""
-    last = dict.fromkeys((source.value for source in program.sources), 0)
-    for place, call in enumerate(program.calls):
+    last = dict.fromkeys((source.value for source in variant.sources), 0)
+    for place, call in enumerate(variant.calls):
         last |= dict.fromkeys([*call.inputs.values(), *call.outputs.values()], place)
-    kept = set(program.results)
+    kept = set(variant.results)
     return [
         tuple(value for value, at in last.items() if at == place and value not in kept)
-        for place in range(len(program.calls))
+        for place in range(len(variant.calls))
     ]
 
 
@@ -64,7 +64,7 @@ class Values:
 
     def __init__(
         self,
-        program: Program,
+        variant: Variant,
         depends: Mapping[str, frozenset[str]],
         texts: Sequence[Mapping[str, str]],
         seeds: Sequence[int],
@@ -74,7 +74,7 @@ class Values:
         """`texts` and `seeds`: of each image. `sealed`: what images share is marked as unchanging, for engines that
         send such arrays to a device once."""
         self._depends, self._texts, self._sealed = depends, texts, sealed
-        noise = [source for source in program.sources if isinstance(source, NoiseSource)]
+        noise = [source for source in variant.sources if isinstance(source, NoiseSource)]
         self._noise = [Noise(noise, seed) for seed in seeds]
         self._from_noise = {source.value for source in noise}
         self._held: dict[str, dict[Key, Array]] = {}

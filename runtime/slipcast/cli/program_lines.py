@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from itertools import chain
 
 from slipcast.bundle.program import (
     ImageSource,
@@ -50,12 +50,21 @@ def _argument(program: Program, name: str) -> str:
     return f"{name} (to be given)" if argument.default is None else f"{name} ({argument.default!r})"
 
 
-def _choices(program: Program) -> list[str]:
-    """What a run may choose: each argument by itself, where all combinations are there."""
-    listed = program.listed
-    if math.prod(len(values) for values in listed.values()) == len(program.every):
-        return [f"{name}={', '.join(map(repr, values))}" for name, values in listed.items()]
-    return [", ".join(f"{name}={variant.fixed[name]!r}" for name in listed) for variant in program.every]
+def _choices(program: Program) -> Iterator[str]:
+    """What a run may choose, each argument by itself; those of which not all combinations are there, together."""
+    groups: list[list[str]] = []
+    for name in program.listed:
+        bound = [group for group in groups if any(_depend(program, name, other) for other in group)]
+        groups = [group for group in groups if group not in bound] + [[*chain(*bound), name]]
+    for group in groups:
+        values = dict.fromkeys(tuple(variant.fixed[name] for name in group) for variant in program.every)
+        yield f"{', '.join(group)} = {' or '.join(', '.join(map(repr, each)) for each in values)}"
+
+
+def _depend(program: Program, one: str, other: str) -> bool:
+    """Whether not all combinations of two arguments are there."""
+    pairs = {(variant.fixed[one], variant.fixed[other]) for variant in program.every}
+    return len(pairs) < len(program.listed[one]) * len(program.listed[other])
 
 
 def _source(source: Source) -> str:

@@ -196,16 +196,13 @@ def power(value: Any) -> str:
 
 
 def told(table: Table) -> tuple[dict[str, str], str]:
-    """Words by key, and what else the docstring says, as a paragraph."""
+    """Words by key, those of a base's keys too, and what else the docstring says, as a paragraph."""
     names = [name for name, *_ in keys_of(table)]
-    words, text = comments(table), inspect.cleandoc(table.__doc__ or "")
+    words, text = comments(table), ""
+    for base in reversed(table.__mro__):
+        if base is table or (issubclass(base, BaseModel) and base.__module__.startswith("slipcast")):
+            text = take_phrases(inspect.cleandoc(base.__doc__ or ""), names, words)
     for name in names:
-        # A phrase "`key`: ..." ends with its sentence, or where that of another key begins.
-        phrase = re.search(rf"`{name}`:\s+(.*?)(?:\.(?=\s|$)|;(?=\s+`)|$)\s*", text, re.DOTALL)
-        if phrase:
-            words[name] = " ".join(phrase[1].split())
-            before, after = text[: phrase.start()], text[phrase.end() :]
-            text = (re.sub(r";\s*$", ". ", before) if after[:1].isupper() else before) + after
         if description := getattr(getattr(table, "model_fields", {}).get(name), "description", None):
             words[name] = description
     text = re.sub(r"^\[[a-z_.]+\]: ", "", text.strip())
@@ -213,6 +210,18 @@ def told(table: Table) -> tuple[dict[str, str], str]:
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
     said = "\n".join(paragraph(sentence(part)) for part in paragraphs if part)
     return {name: escaped(word) for name, word in words.items()}, said
+
+
+def take_phrases(text: str, names: list[str], words: dict[str, str]) -> str:
+    """Put what a docstring says of keys beside the other words; what is left of it."""
+    for name in names:
+        # A phrase "`key`: ..." ends with its sentence, or where that of another key begins.
+        phrase = re.search(rf"`{name}`:\s+(.*?)(?:\.(?=\s|$)|;(?=\s+`)|$)\s*", text, re.DOTALL)
+        if phrase:
+            words[name] = " ".join(phrase[1].split())
+            before, after = text[: phrase.start()], text[phrase.end() :]
+            text = (re.sub(r";\s*$", ". ", before) if after[:1].isupper() else before) + after
+    return text
 
 
 def sentence(text: str) -> str:

@@ -41,7 +41,7 @@ height = {height}
 """
 CALL = """
 [call]
-# Arguments of {pipeline}, which are fixed in the bundle; these are its own defaults.
+# Arguments of {pipeline}, fixed in the bundle; of a number a list means all of these. Its own defaults:
 {arguments}
 """
 EVALUATE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import PIPELINES, call_of, open_pipeline
 
-from slipcast_compiler.model.layers import layers_of
-from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, write_tensors
+from slipcast_compiler.model.layers import layers_of, linear_layers
+from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, load, write_tensors
 from slipcast_compiler.passes.units import keep_units
 
 NAMES = tuple(name for name in PIPELINES if name != "kolors")  # which needs sentencepiece, and has SDXL's U-Net
@@ -106,6 +107,30 @@ def test_what_is_removed_is_what_was_masked(name: str, tmp_path: Path) -> None:
     for before, after in ((found.attention, left.attention), (found.feed_forward, left.feed_forward)):
         assert [layer.name for layer in before] == [layer.name for layer in after]
         assert all(a.units == b.units - -(-b.units // 3) or b.units == 1 for b, a in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", _marked(NAMES))
+def test_every_linear_layer_that_is_called_may_have_factors(name: str, tmp_path: Path) -> None:
+    """Exact ones here: the matrix, after one that changes nothing."""
+    module, args, kwargs = _denoiser(name)
+    called: list[Any] = []
+    with contextlib.ExitStack() as hooks:
+        for layer in linear_layers(module):
+            hook = module.get_submodule(layer.name).register_forward_pre_hook
+            hooks.callback(hook(lambda *_, layer=layer: called.append(layer)).remove)
+        wanted = _prediction(module, args, kwargs)
+    tensors = {}
+    for layer in called:
+        linear: Any = module.get_submodule(layer.name)
+        tail = (1, 1) if layer.convolution else ()
+        tensors[f"{layer.name}.0.weight"] = torch.eye(layer.inputs).reshape(layer.inputs, layer.inputs, *tail).numpy()
+        tensors |= {f"{layer.name}.1.{kind}": value.numpy() for kind, value in linear.named_parameters()}
+    rewrite = write_tensors(tensors, UNCHANGED, tmp_path / "factors")
+    load(factorised := copy.deepcopy(module), rewrite.weights())
+    found = _prediction(factorised, args, kwargs)
+    assert called and (found - wanted).norm() < 1e-5 * wanted.norm()
+    assert layers_of(factorised).attention == layers_of(module).attention
+    assert layers_of(factorised).unknown_attention == layers_of(module).unknown_attention
 
 
 @pytest.mark.parametrize("name", _marked(NAMES))

@@ -25,6 +25,7 @@ from slipcast_compiler.model.feed_forward import set_neurons
 from slipcast_compiler.model.layers import Layers, layers_of
 from slipcast_compiler.model.units import (
     AttentionLayer,
+    Factors,
     FeedForwardLayer,
     empty_layer,
     is_pointwise,
@@ -112,7 +113,7 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if f"{name}.1.weight" in shapes:
             first, second = shapes[f"{name}.0.weight"], shapes[f"{name}.1.weight"]
             factors = (empty_layer(layer, first, bias=False), empty_layer(layer, second, bias))
-            replace_layer(module, name, nn.Sequential(*factors))
+            replace_layer(module, name, Factors(*factors))
         elif (shape := shapes.get(f"{name}.weight")) is not None and shape != tuple(layer.weight.shape):
             replace_layer(module, name, empty_layer(layer, shape, bias))
     for attention in before.attention:
@@ -142,9 +143,8 @@ def _left(module: nn.Module, attention: AttentionLayer, beside: FeedForwardLayer
 
 def load(module: nn.Module, weights: Mapping[str, Weight]) -> None:
     """Fit a module that holds the checkpoint's weights to the changed ones, and give it those."""
-    before = module.state_dict()
+    before, like = module.state_dict(), next(module.parameters())
     fit(module, {name: tuple(weight.entry.shape) for name, weight in weights.items()})
-    like = next(p for p in module.parameters() if p.device.type != "meta")
     # The bias of a layer that was made anew is in no file of changes where only its matrix changed.
     state = {name: before[name] for name, p in module.named_parameters() if p.device.type == "meta" and name in before}
     state |= {name: torch.from_numpy(weight.read()).to(like) for name, weight in weights.items()}

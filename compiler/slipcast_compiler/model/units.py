@@ -73,15 +73,25 @@ class FeedForwardLayer:
         return len(self.rows) > 1
 
 
+class Factors(nn.Sequential):  # type: ignore[misc]
+    """Two linear layers in place of one."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The second one's: some models ask a layer for its weight's type before they call it."""
+        weight: torch.Tensor = self[1].weight
+        return weight
+
+
 def matrix_size(layer: Any) -> tuple[int, int] | None:
     """(rows, columns) of a linear layer, of a 1x1 convolution, or of one that has factors in its place; else None."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
     if is_pointwise(layer):
         return layer.out_channels, layer.in_channels
-    if type(layer) is nn.Sequential and len(layer) == 2:
+    if isinstance(layer, Factors):
         first, second = (matrix_size(each) for each in layer)
-        return (second[0], first[1]) if first and second and first[0] == second[1] else None
+        return (second[0], first[1]) if first and second else None
     return None
 
 

@@ -27,6 +27,17 @@ class Task:
     guided: bool
     batch: int
 
+    def evaluate(self, module: Any) -> None:
+        """Call the denoiser once, for one image; `module` is on the meta device, and so is what it is given."""
+        import torch
+
+        original = self.calibration.original
+        sizes = {**original.sizes, "batch": 2 if self.guided else 1}
+        source = original.checkpoint.architecture.components["denoiser"]
+        shapes = [[d if isinstance(d, int) else sizes[d] for d in spec.shape] for spec in source.inputs]
+        with torch.no_grad():
+            source.call(module, *(torch.empty(shape, device="meta") for shape in shapes))
+
 
 @dataclass(frozen=True)
 class Context:

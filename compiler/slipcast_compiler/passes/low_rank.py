@@ -54,7 +54,7 @@ def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:
         return Result(report=report)
     layers = denoiser.layers.linear
     _check_protected(layers, options)
-    shapes = input_shapes(context.task, denoiser.module)
+    shapes = input_shapes(denoiser.module, context.task.evaluate)
     tensors: dict[str, Floats] = {}
     timed: dict[tuple[Any, ...], Gain] = {}  # layers of the same sizes cost the same
     for done, layer in enumerate(layers):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from slipcast.bundle.manifest import Component, TensorSpec
 
 if TYPE_CHECKING:
     from slipcast.engines import Engine
-    from slipcast_compiler.passes.context import Task
+    from slipcast_compiler.model.layers import LinearLayer
     from slipcast_compiler.recipe.targets import TargetTable
 
 Floats = npt.NDArray[np.float32]
@@ -45,37 +45,28 @@ class Gain:
         return asdict(self)
 
 
-def input_shapes(task: Task, module: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every linear layer's input in one evaluation for one image; `module` is on the meta device.
+def input_shapes(module: Any, evaluate: Callable[[Any], None]) -> dict[str, tuple[int, ...]]:
+    """The shape of every linear layer's input while `evaluate` calls the module: a convolution's has four dimensions,
+    all others have three at the most.
 
-    Layers that an evaluation does not run are not in it.
+    Layers that it does not call are not in it, those included whose weights alone are read.
     """
-    import torch
-
     from slipcast_compiler.model.layers import linear_layers
 
-    original = task.calibration.original
-    sizes = {**original.sizes, "batch": 2 if task.guided else 1}
-    source = original.checkpoint.architecture.components["denoiser"]
-    examples = [
-        torch.empty([d if isinstance(d, int) else sizes[d] for d in spec.shape], device="meta")
-        for spec in source.inputs
-    ]
     found: dict[str, tuple[int, ...]] = {}
 
-    def hook_for(name: str) -> Any:
+    def hook_for(layer: LinearLayer) -> Any:
         def hook(_: Any, args: tuple[Any, ...]) -> None:
-            found[name] = tuple(args[0].shape)
+            x = args[0]
+            found[layer.name] = tuple(x.shape if layer.convolution or x.ndim < 4 else x.flatten(1, -2).shape)
 
         return hook
 
     handles = [
-        module.get_submodule(layer.name).register_forward_pre_hook(hook_for(layer.name))
-        for layer in linear_layers(module)
+        module.get_submodule(layer.name).register_forward_pre_hook(hook_for(layer)) for layer in linear_layers(module)
     ]
     try:
-        with torch.no_grad():
-            source.call(module, *examples)
+        evaluate(module)
     finally:
         for handle in handles:
             handle.remove()

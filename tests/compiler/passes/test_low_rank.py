@@ -110,7 +110,7 @@ def test_row_33_a_decomposition_that_does_not_converge_names_the_layer(monkeypat
 
 
 def test_shapes_are_those_of_one_image(bench: Bench) -> None:
-    shapes = input_shapes(bench.task, bench.denoiser.module)
+    shapes = input_shapes(bench.denoiser.module, bench.task.evaluate)
     here = "down_blocks.0.attentions.0"
     assert shapes[f"{here}.proj_in"] == (2, 32, 8, 8)  # guided: two rows
     assert shapes[f"{here}.transformer_blocks.0.attn1.to_q"] == (2, 64, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slipcast_compiler.graph import qdq
 from slipcast_compiler.graph import weights as module
 from slipcast_compiler.graph.casting import cast_graph
 from slipcast_compiler.graph.cut import extract
-from slipcast_compiler.graph.weights import load, read_tensor, save_sharing
+from slipcast_compiler.graph.weights import load, read_tensor, save_sharing, share_with
 from slipcast_compiler.host import files
 from slipcast_compiler.host.cache import Cache
 
@@ -208,6 +209,59 @@ def test_a_bundle_has_the_weights_of_all_parts_once(parts: Path, tmp_path: Path)
         _check(pool.folder, each)
     assert all(file.stat().st_nlink == 1 for file in pool.folder.rglob("*.*"))  # nobody may write to the cache's
     assert [pool.add(*engine, "another") for engine in engines] == placed
+
+
+def _saved(folder: Path, name: str, model: ir.Model) -> Path:
+    folder.mkdir()
+    ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    return folder / f"{name}.onnx"
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
+def test_engines_of_one_component_share_what_has_the_same_bytes(tmp_path: Path, library: str) -> None:
+    """As those of a denoiser for two sizes, of which one may have more; other weights are in a file of their own."""
+    more, x = _chain(), np.random.default_rng(1).standard_normal((3, WIDTH), np.float32)
+    more.graph.initializers["y.weight"].const_value = _chain(7).graph.initializers["y.weight"].const_value
+    graphs = [
+        _saved(tmp_path / str(at), f"{name}", model)
+        for at, (name, model) in enumerate(
+            {"denoiser": _chain(), "denoiser_2": _chain(), "denoiser_3": more, "denoiser_4": _chain(8)}.items()
+        )
+    ]
+    cache, pool = Cache(tmp_path / "cache"), Pool(tmp_path / "bundle")
+    pool.folder.mkdir()
+    placed = []
+    for graph in graphs:
+        made = list[EngineFiles]()
+
+        def make(folder: Path, graph: Path = graph, made: list[EngineFiles] = made) -> None:
+            made.append(BUILDERS[library](graph, "fp32", folder))
+
+        placed.append(pool.add(cache.get("engine", {"graph": str(graph)}, make), made[0], "t"))
+    assert [Path(each.weights or "").stem.partition(".")[0] for each in placed] == [*["denoiser"] * 3, "denoiser_4"]
+    weights = {pool.folder / (each.weights or "") for each in placed}
+    assert sum(file.stat().st_size for file in weights) == ALL + ALL // 2 + ALL
+    for graph, each in zip(graphs, placed, strict=True):
+        weights_file = pool.folder / (each.weights or "") if library == "openvino" else None
+        with importlib.import_module(f"slipcast.engines.{library}").open_engine(
+            pool.folder / each.model, weights_file, "fp32"
+        ) as engine:
+            np.testing.assert_allclose(engine({"x": x})["y"], _run(graph, x=x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_reads_what_another_one_has_under_the_same_names(tmp_path: Path) -> None:
+    folder, x = tmp_path / "graphs", np.random.default_rng(1).standard_normal((3, WIDTH), np.float32)
+    folder.mkdir()
+    other, more = _chain(), _chain()
+    more.graph.initializers["y.weight"].const_value = _chain(7).graph.initializers["y.weight"].const_value
+    for name, model in (("one", _chain()), ("same", other), ("more", more), ("others", _chain(8))):
+        ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    wanted = {name: _run(folder / f"{name}.onnx", x=x) for name in ("same", "more", "others")}
+    shared = {name: share_with(folder / f"{name}.onnx", folder / "one.onnx") for name in wanted}
+    assert shared == {"same": True, "more": True, "others": False}
+    assert sorted(file.name for file in folder.glob("*.data")) == ["one.onnx.data", "others.onnx.data"]
+    for name, found in wanted.items():
+        np.testing.assert_array_equal(_run(folder / f"{name}.onnx", x=x), found)
 
 
 def test_what_is_not_shipped_is_not_in_the_bundle(parts: Path, tmp_path: Path) -> None:

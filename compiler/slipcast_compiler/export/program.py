@@ -41,6 +41,7 @@ from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, carried
 from slipcast_compiler.export.results import output_of
 from slipcast_compiler.export.symbols import symbols_kept
+from slipcast_compiler.graph.weights import share_with
 from slipcast_compiler.host.quiet import quiet
 
 TABLE, PROGRAM = "table.safetensors", "program.json"
@@ -59,6 +60,7 @@ def export_program(variants: Sequence[Found], pipe: Any, folder: Path, advance: 
     for done, part in enumerate(parts.values()):
         advance(done, len(parts))
         _export_part(part, components, folder)
+        _share(part.name, [name for name in parts if (folder / f"{name}.onnx.data").is_file()], folder)
     tables = {
         _row_name(part, at, True): carried(rows) for part in parts.values() for at, (_, rows) in enumerate(part.table)
     }
@@ -162,6 +164,16 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], folder: Path) 
     _name_dimensions(exported.model, part)
     ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
     (folder / f"{part.name}.json").write_text(contract_of(exported.model).model_dump_json())
+
+
+def _share(name: str, exported: Sequence[str], folder: Path) -> None:
+    """Weights that a part has in common with one that was exported before, such as of the same model for another size,
+    are on the disk once."""
+    kind = name.partition("_")[0]
+    for other in exported:
+        alike = name in exported and other != name and other.partition("_")[0] == kind
+        if alike and share_with(folder / f"{name}.onnx", folder / f"{other}.onnx"):
+            return
 
 
 def _sizes(shape: tuple[int | Affine, ...], lengths: Mapping[str, int]) -> list[int]:

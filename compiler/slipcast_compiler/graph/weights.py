@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from slipcast_compiler.host.files import link
@@ -57,6 +58,36 @@ def save_sharing(model: ir.Model, path: Path) -> None:
     for value, tensor in placed:
         value.const_value = _at(tensor, Path(Path(tensor.path).name), path.parent)
     ir.save(model, path)
+
+
+def share_with(path: Path, other: Path) -> bool:
+    """Have a graph read what lies in another graph's one file of weights under the same names, where that is the same;
+    what else it reads becomes part of the graph, and its own file goes. False, and nothing done, if that is much."""
+    model = ir.load(path)
+    own = _placed(model)
+    theirs = {str(value.name): tensor for value, tensor in _placed(ir.load(other))}
+    shared = {str(value.name) for value, tensor in own if _is_same(tensor, theirs.get(str(value.name)))}
+    rest = sum(tensor.nbytes for value, tensor in own if value.name not in shared)
+    if not shared or rest > INLINE or len({theirs[name].path for name in shared}) > 1:
+        return False
+    files = {Path(tensor.path) for _, tensor in own}
+    for value, tensor in own:
+        if (name := str(value.name)) in shared:
+            value.const_value = _at(theirs[name], Path(Path(theirs[name].path).name), path.parent)
+        else:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=tensor.name)
+    ir.save(model, path)
+    for file in files:
+        file.unlink()
+    return True
+
+
+def _is_same(one: ir.ExternalTensor, other: ir.ExternalTensor | None) -> bool:
+    return (
+        other is not None
+        and (one.dtype, one.shape, one.nbytes) == (other.dtype, other.shape, other.nbytes)
+        and np.array_equal(one.numpy().reshape(-1).view(np.uint8), other.numpy().reshape(-1).view(np.uint8))
+    )
 
 
 def move_weights(source: Path, target: Path, location: str, place: Callable[[int, int], int]) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 CHUNK = 1 << 24
+ALIGNED = 64  # bytes: engines may read numbers, or vectors of them, where they are
 
 
 def link(source: Path, target: Path) -> None:
@@ -35,9 +36,10 @@ def copy(source: Path, target: Path) -> None:
 
 
 def append(source: Path, begin: int, length: int, target: Path) -> int:
-    """Add a range of bytes to the end of a file; returns where it lies there."""
+    """Add a range of bytes to the end of a file, at a multiple of ALIGNED; returns where it lies there."""
     with source.open("rb") as reader, target.open("ab") as writer:
-        place, left = writer.seek(0, os.SEEK_END), length
+        writer.write(bytes(-writer.seek(0, os.SEEK_END) % ALIGNED))
+        place, left = writer.tell(), length
         reader.seek(begin)
         while left:
             if not (piece := reader.read(min(left, CHUNK))):

@@ -181,6 +181,35 @@ class TestRun:
         assert cli("run", root, "--image", tmp_path / "bad.png", "-o", tmp_path / "x.png") == 2
         assert "no picture that can be read" in cli.err
 
+    def test_pictures_of_a_list_and_arrays(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
+        changes = with_picture()
+        changes["components"]["mixer"] = {
+            "inputs": [fakes.spec(name, *PICTURE) for name in ("a", "b")], "outputs": [fakes.spec("picture", *PICTURE)],
+        }  # fmt: skip
+        program = changes["program"]
+        program["sources"] = [
+            *({"kind": "image", "value": f"image{at}", "argument": "image", "place": at, "shape": list(PICTURE)} for at in (1, 0)),
+            program["sources"][1],
+        ]  # fmt: skip
+        program["calls"].insert(0, programs.call("mixer", {"a": "image0", "b": "image1"}, {"picture": "image"}))
+        program["steps"] = [2]
+        engines.functions["mixer"] = lambda arrays: {"picture": arrays["a"] - arrays["b"] / 2}
+        engines.functions["encoder"] = lambda arrays: {"latent": np.repeat(arrays["picture"][:, :1, ::2, ::2], 4, 1)}
+        root = write_program(tmp_path / "b", **changes)
+        np.save(tmp_path / "one.npy", np.ones(PICTURE, np.float32))
+        Image.new("L", (5, 5), 51).save(tmp_path / "two.png")
+        given = ("--image", tmp_path / "one.npy", "--seed", "1", "-o", tmp_path / "x.png")
+        assert cli("run", root, *given, "--image", f"image={tmp_path / 'two.png'}") == 0
+        (mixed,) = [arrays for name, arrays in engines.calls if name == "mixer"]
+        assert (mixed.a == 1).all()
+        np.testing.assert_allclose(mixed.b, 0.2)
+        assert cli("run", root, *given) == 2
+        assert "image is a list in this bundle\n  expected: a list of 2, the first a picture, 16x16" in cli.err
+        assert cli("run", root, "--image", f"imag={tmp_path / 'two.png'}") == 2
+        assert "give ARGUMENT=FILE, of image" in cli.err
+        assert cli("inspect", root) == 0
+        assert "arguments    image (16x16, RGB; 16x16, RGB)" in cli.out
+
     def test_a_video(self, cli: Cli, engines: Fakes, tmp_path: Path) -> None:
         moving = write_moving(tmp_path / "m", engines, rate=24)
         given = ("--prompt", "a", "--seed", "1", "-o")

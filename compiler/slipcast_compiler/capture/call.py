@@ -6,17 +6,21 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from slipcast.errors import RecipeError
+from slipcast.errors import RecipeError, RequestError
+from slipcast.run.pictures import fit_picture, open_array, open_picture
 
 PROMPT = "a picture of a small thing"
 STEPS = 3  # show a loop and its constants
 SIDE = 512  # pixels of an image that is asked for, where the call says nothing
+
+
+Sizes = Mapping[str, tuple[int, int]]  # (width, height), by the names that pictures_of gives
 
 
 def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: int = 0) -> dict[str, Any]:
@@ -36,10 +40,7 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
                 hint=f"did you mean {near[0]}?" if near else None,
             )
     usual = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "pt"}
-    call = {name: value for name, value in usual.items() if name in known} | dict(given)
-    for name, value in given.items():
-        if isinstance(value, str) and is_picture(parameters[name]):
-            call[name] = _read_picture(name, Path(value), call)
+    call = {name: value for name, value in usual.items() if name in known} | read_pictures(pipe, given)
     for name in known:
         if name not in call and parameters[name].default is inspect.Parameter.empty:
             call[name] = _image(name, parameters[name], call)
@@ -51,12 +52,32 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
 def pictures_from(pipe: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is given, with the files of pictures found from `folder` on."""
     parameters = inspect.signature(type(pipe).__call__).parameters
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(each) for each in value]
+        return str(folder / value) if isinstance(value, str) else value
+
     return {
-        name: str(folder / value)
-        if isinstance(value, str) and name in parameters and is_picture(parameters[name])
-        else value
+        name: found(value) if name in parameters and is_picture(parameters[name]) else value
         for name, value in given.items()
     }
+
+
+def read_pictures(pipe: Any, given: Mapping[str, Any], sizes: Sizes = MappingProxyType({})) -> dict[str, Any]:
+    """What is given, with tensors in place of files of pictures, and of lists of them.
+
+    `sizes`: of pictures that are neither to be as large as the call nor as they are. RecipeError for what is none.
+    """
+    parameters, read = inspect.signature(type(pipe).__call__).parameters, dict(given)
+    for name, value in given.items():
+        if not is_picture(parameters[name]):
+            continue
+        if isinstance(value, str):
+            read[name] = _read(name, name, value, given, sizes)
+        elif isinstance(value, list) and value and all(isinstance(file, str) for file in value):
+            read[name] = [_read(name, f"{name}[{at}]", file, given, sizes) for at, file in enumerate(value)]
+    return read
 
 
 def is_picture(parameter: inspect.Parameter) -> bool:
@@ -64,19 +85,37 @@ def is_picture(parameter: inspect.Parameter) -> bool:
     return "image" in parameter.name.lower() or "image" in str(parameter.annotation).lower()
 
 
-def _read_picture(name: str, file: Path, call: Mapping[str, Any]) -> torch.Tensor:
-    """float32 [1, 3, height, width] in [0, 1], of a mask [1, 1, height, width]; of the size of the call, if it has one.
+def missing_pictures(pipe: Any, call: Mapping[str, Any]) -> list[str]:
+    """The arguments of a pipeline that are pictures, by their type, and that a call has not."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    typed = [name for name, each in parameters.items() if "image" in str(each.annotation).lower()]
+    return [name for name in typed if call.get(name) is None]
 
-    RecipeError for what is no picture.
+
+def pictures_of(call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The pictures and arrays of a call by name, such as image, or, of a list, image[1]."""
+    found = dict[str, torch.Tensor]()
+    for name, value in call.items():
+        several = {f"{name}[{at}]": each for at, each in enumerate(value)} if isinstance(value, list) else {name: value}
+        found |= {key: each for key, each in several.items() if isinstance(each, torch.Tensor)}
+    return found
+
+
+def _read(argument: str, name: str, file: str, call: Mapping[str, Any], sizes: Sizes) -> torch.Tensor:
+    """A picture, float32 [1, 3, height, width] in [0, 1], of a mask [1, 1, height, width]; or an array of a .npy file.
+
+    RecipeError for what is neither.
     """
     try:
-        with Image.open(file) as opened:
-            picture = opened.convert("L" if "mask" in name else "RGB")
-    except OSError as error:
-        raise RecipeError(f"call.{name}: cannot be read", expected="the file of a picture", got=str(error)) from None
-    size = call.get("width", picture.width), call.get("height", picture.height)
-    array = np.asarray(picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS))
-    return torch.from_numpy(array.reshape(1, size[1], size[0], -1).transpose(0, 3, 1, 2).astype(np.float32) / 255)
+        if file.lower().endswith(".npy"):
+            return torch.from_numpy(open_array(Path(file)).astype(np.float32))
+        picture = open_picture(Path(file))
+        size = sizes.get(name) or (call.get("width") or picture.width, call.get("height") or picture.height)
+        fitted = fit_picture(name, picture, "L" if "mask" in argument else "RGB", size)
+    except RequestError as error:
+        raise RecipeError(f"call.{name}: {error.message}", expected=error.expected, got=error.got) from None
+    levels = np.asarray(fitted).reshape(1, size[1], size[0], -1).transpose(0, 3, 1, 2)
+    return torch.from_numpy(levels.astype(np.float32) / 255)
 
 
 def _image(name: str, parameter: inspect.Parameter, call: Mapping[str, Any]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut_together
+from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.generalise import generalise, is_of_one_length
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
@@ -35,7 +36,8 @@ def find(pipe: Any, given: Mapping[str, Any]) -> Found:
 
 def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> tuple[Found, ...]:
     """The same of several calls, such as for other numbers of steps, which have parts in common."""
-    return find_for(pipe, [lambda prompt, given=given: make_call(pipe, given, prompt) for given in calls])  # type: ignore[misc]
+    read = [with_pictures(pipe, given) for given in calls]
+    return find_for(pipe, [lambda prompt, given=given: make_call(pipe, given, prompt) for given in read])  # type: ignore[misc]
 
 
 def find_for(pipe: Any, calls: Sequence[Callable[[str], Mapping[str, Any]]]) -> tuple[Found, ...]:

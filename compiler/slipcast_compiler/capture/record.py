@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
+from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.program import (
     Call,
@@ -62,7 +63,7 @@ def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
         with recorder.watching(), torch.no_grad(), recorder:
             result = pipe(**call)
     except Exception as error:  # the pipeline's own code, which may fail in any way
-        raise recorder.refusal(error) from error
+        raise recorder.refusal(error, missing_pictures(pipe, call)) from error
     program = recorder.program(result)
     if not any(isinstance(found, Ref) for _, found in program.results):
         raise RecipeError(
@@ -140,8 +141,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     stack.enter_context(self._texts_watched(name, part))
             yield
 
-    def refusal(self, error: Exception) -> SlipcastError:
-        """Of a call that failed with this error, in words of its user."""
+    def refusal(self, error: Exception, pictures: Sequence[str] = ()) -> SlipcastError:
+        """Of a call that failed with this error, in words of its user; `pictures`: arguments that it was not given."""
         problem, place = f"{type(self._pipe).__name__} cannot be captured", raised_at(error)
         if self._failed and self._failed[1] is error:
             problem += f": its component {self._failed[0]} fails"
@@ -152,7 +153,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             f"{problem} with these arguments",
             expected="a call that runs to its end",
             got=f"{type(error).__name__} at {place}: {error}".splitlines()[0],
-            hint="give what it needs under [call], or with --set; `slipcast --debug capture ...` shows where it failed",
+            hint="give what it needs under [call], or with --set"
+            + (f"; pictures that it was not given: {', '.join(pictures)}" if pictures else "")
+            + "; `slipcast --debug capture ...` shows where it failed",
         )
 
     # --- values ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from slipcast.errors import ArtifactError, CheckFailed
 from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.find import find_each
+from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_others
@@ -34,6 +35,7 @@ def export_pipeline(
     program is not the pipeline; ArtifactError for a weight that is no number."""
     pipe = open_with_weights(root, pipeline)
     _check_weights(pipe, root)
+    calls = [with_pictures(pipe, given) for given in calls]
     variants = find_each(pipe, calls)
     errors = []
     for found, given in zip(variants, calls, strict=True):
@@ -67,9 +69,10 @@ def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str
 
 
 def digests(call: Mapping[str, Any]) -> dict[str, str]:
-    """By argument, SHA-256 of the files, of pictures, that a call names."""
-    files = {name: Path(value) for name, value in call.items() if isinstance(value, str)}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+    """SHA-256 of the files, of pictures, that a call names."""
+    given = [(name, each) for name, value in call.items() for each in (value if isinstance(value, list) else [value])]
+    files = [(f"{name}[{at}]", Path(each)) for at, (name, each) in enumerate(given) if isinstance(each, str)]
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files if file.is_file()}
 
 
 def digest(root: Path, pipeline: str | None) -> str:

@@ -227,9 +227,11 @@ def _source(
             raise _unknown("a draw", f"torch.randn in float32 by {CALLS}", f"{what} in {dtype}")
         return NoiseSource(value=name, shape=shape)
     if source.kind == "image":
-        if len(source.detail) != 1 or dtype != torch.float32:
+        argument, *places = source.detail
+        listed = len(places) == 1 and isinstance(places[0], int)
+        if (places and not listed) or dtype != torch.float32:
             raise _unknown(f"the array {what}", "an argument of the call, in float32", f"{dtype} {list(shape)}")
-        return ImageSource(value=name, argument=what, shape=shape)
+        return ImageSource(value=name, argument=argument, place=places[0] if places else None, shape=shape)
     tokenizer, field = source.detail[0], source.detail[-1]
     if field not in FIELDS or len(shape) != 2 or shape[0] != 1:
         raise _unknown(f"what {what} gives", f"{', '.join(FIELDS)} of one text", f"{what} {list(shape)}")

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.manifest import Metrics, Quality, Target
 from slipcast.bundle.program import Output, Program
 from slipcast.errors import ArtifactError, CheckFailed, NumericalError
 from slipcast.progress import Advance, Stages
-from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.capture.call import make_call, pictures_of
+from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.host.cache import Cache
@@ -56,12 +56,24 @@ class PipelineDrawing:
 @dataclass(frozen=True)
 class VariantOriginals:
     """What a pipeline drew by one of its calls, and what that took. `run`: whose images are as the pipeline returned
-    them, see laid. `pictures`: by argument, what it was given, float32 [1, c, h, w]."""
+    them, see laid. `pictures`: what it was given, by the names of pictures_of, float32 [1, c, h, w]."""
 
     prompts: Prompts
     seeds: tuple[int, ...]
     run: Run
     pictures: Mapping[str, Floats]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The pictures by argument, as a run takes them."""
+        found: dict[str, Any] = {}
+        for name in sorted(self.pictures, key=lambda name: (len(name), name)):
+            argument, listed, _ = name.partition("[")
+            if listed:
+                found.setdefault(argument, []).append(self.pictures[name])
+            else:
+                found[argument] = self.pictures[name]
+        return found
 
     def laid(self, kind: Output) -> Floats:
         """As a bundle gives them: [n, h, w, c] or, of videos, [n, frames, h, w, c]; of sounds and arrays [n, ...]."""
@@ -142,7 +154,7 @@ def judge_program(
 def arguments_of(program: Program, originals: PipelineOriginals) -> list[dict[str, Any]]:
     """By variant, what a run is given besides a text: pictures, and what chooses the variant."""
     return [
-        {**original.pictures, **{name: variant.fixed[name] for name in program.listed}}
+        {**original.given, **{name: variant.fixed[name] for name in program.listed}}
         for original, variant in zip(originals, program.every, strict=True)
     ]
 
@@ -181,6 +193,7 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
     load_s, done, made = time.perf_counter() - begin, 0, []
     for place, given in enumerate(drawing.calls):
         results, seconds, call = [], [], dict[str, Any]()
+        given = with_pictures(pipe, given)
         for prompt, seed in zip(*drawing.of(place), strict=True):
             advance(done, len(drawing.seeds))
             begin = time.perf_counter()
@@ -188,7 +201,7 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
             results.append(_result(pipe, call, drawing.root))
             seconds.append(time.perf_counter() - begin)
             done += 1
-        pictures = {name: value.numpy() for name, value in call.items() if isinstance(value, torch.Tensor)}
+        pictures = {name: value.numpy() for name, value in pictures_of(call).items()}
         made.append({"images": np.stack(results), "seconds": seconds, "load_s": load_s, "pictures": pictures})
     return made
 

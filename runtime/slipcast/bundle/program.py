@@ -63,13 +63,20 @@ class NoiseSource(Strict):
 
 class ImageSource(Strict):
     """An array that a run is given. Of the shape [1, 1 or 3, height, width] it is a picture, in [0, 1]: PIL images are
-    converted and resized to it. Others, such as embeddings, are given as they are."""
+    converted and resized to it. Others, such as embeddings, are given as they are. `place`: in the list that the
+    argument is; of an argument that is no list there is none."""
 
     kind: Literal["image"] = "image"
     value: Name
     argument: ArgumentName
+    place: Count | None = None
     dtype: Literal["float32"] = "float32"
     shape: tuple[Positive, ...]
+
+    @property
+    def name(self) -> str:
+        """What to call it: image, or, in a list, image[1]."""
+        return self.argument if self.place is None else f"{self.argument}[{self.place}]"
 
     @property
     def size(self) -> tuple[int, int, int] | None:
@@ -139,13 +146,21 @@ class Variant(Strict):
     rate: Rate | None = None
 
     @property
-    def images(self) -> dict[str, ImageSource]:
-        """By argument, the first source that reads it: all of them have to be given."""
-        found: dict[str, ImageSource] = {}
+    def images(self) -> dict[str, tuple[ImageSource, ...]]:
+        """By argument, the sources that read it: one, or those of a list, in its order. All have to be given."""
+        found: dict[str, tuple[ImageSource, ...]] = {}
         for source in self.sources:
             if isinstance(source, ImageSource):
-                found.setdefault(source.argument, source)
-        return found
+                found[source.argument] = (*found.get(source.argument, ()), source)
+        return {name: tuple(sorted(each, key=lambda source: source.place or 0)) for name, each in found.items()}
+
+    @model_validator(mode="after")
+    def _lists_are_whole(self) -> Self:
+        for name, sources in self.images.items():
+            places = [source.place for source in sources]
+            if places not in ([None] * len(places), list(range(len(places)))):
+                raise ValueError(f"sources: {name} is a list of which places are missing, or twice")
+        return self
 
     @model_validator(mode="after")
     def _values_flow(self) -> Self:

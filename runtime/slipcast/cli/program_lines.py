@@ -23,7 +23,7 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
     """The program's arguments, what is listed and what is fixed, its sources and its calls, those of its defaults."""
     program, listed = manifest.program, manifest.program.listed
     texts = [_argument(program, name) for name in program.arguments]
-    pictures = [f"{name} ({_size(source)})" for name, source in program.images.items()]
+    pictures = [f"{name} ({'; '.join(map(_size, sources))})" for name, sources in program.images.items()]
     lengths = [f"{name} {each.minimum} to {each.maximum}" for name, each in program.lengths.items()]
     fixed = [f"{name}={value!r}" for name, value in program.fixed.items() if name not in listed]
     return [
@@ -77,7 +77,7 @@ def _source(source: Source) -> str:
         case NoiseSource():
             return f"{kind}: noise"
         case ImageSource():
-            return f"{kind}: {source.argument}"
+            return f"{kind}: {source.name}"
 
 
 def _quoted(text: str) -> str:

@@ -12,8 +12,6 @@ import click
 from slipcast.cli.common import bundle_argument, emit, json_option, target_option, unlisted_option
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from slipcast.bundle.program import Program, ProgramManifest, Variant
     from slipcast.progress import Advance
     from slipcast.run.base import PipelineOutput
@@ -25,7 +23,13 @@ if TYPE_CHECKING:
 @bundle_argument
 @click.option("--prompt", help="What to draw; not for unconditional bundles.")
 @click.option("--negative-prompt", help="What to stay away from.")
-@click.option("--image", "images", multiple=True, metavar="[ARGUMENT=]FILE", help="A picture that the bundle takes.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="[ARGUMENT=]FILE",
+    help="A picture that the bundle takes, or an array (.npy); of a list, in its order.",
+)
 @click.option("--text", "texts", multiple=True, metavar="ARGUMENT=TEXT", help="Another text that the bundle takes.")
 @click.option("--seed", type=int, help="Image i gets seed + i.  [default: random, and said]")
 @click.option("--num-images", type=int, default=1, show_default=True, help="More than one make a grid.")
@@ -111,36 +115,38 @@ def _run_program(pipe: ProgramPipeline, request: dict[str, Any], advance: Advanc
 
 def _further(program: Program | None, images: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
     """The arguments that only programs have: pictures, and texts by the names that they give them."""
+    from slipcast.run.pictures import open_array, open_picture
+
     found: dict[str, Any] = {}
     for given in texts:
         name, equals, text = given.partition("=")
         if not program or name not in program.arguments or not equals:
             raise click.UsageError(f"--text {given}: {_names('ARGUMENT=TEXT', program.arguments if program else ())}")
         found[name] = text
+    taken, files = program.images if program else {}, dict[str, list[Path]]()
     for given in images:
-        taken = [name for name, each in program.images.items() if each.size] if program else []
-        name, equals, file = given.partition("=")
-        if not equals or name not in taken:  # a path may hold an equals sign
-            name, file = "image" if "image" in taken or len(taken) != 1 else taken[0], given
-        if name not in taken:
-            raise click.UsageError(f"--image {given}: {_names('ARGUMENT=FILE', taken)}")
-        found[name] = _read_image(Path(file))
+        name, file = _of_argument(taken, given)
+        files.setdefault(name, []).append(file)
+    for name, several in files.items():
+        read = [open_array(file) if file.suffix.lower() == ".npy" else open_picture(file) for file in several]
+        is_list = len(read) > 1 or taken[name][0].place is not None
+        found[name] = read if is_list else read[0]
     return found
+
+
+def _of_argument(taken: Collection[str], given: str) -> tuple[str, Path]:
+    """The argument that a picture is for, and its file: the one that is named, else "image", or the only one."""
+    name, equals, file = given.partition("=")
+    if equals and name in taken:
+        return name, Path(file)
+    usual = "image" if "image" in taken or len(taken) != 1 else next(iter(taken))
+    if usual not in taken or (equals and not Path(given).exists()):  # a path may hold an equals sign
+        raise click.UsageError(f"--image {given}: {_names('ARGUMENT=FILE', taken)}")
+    return usual, Path(given)
 
 
 def _names(form: str, names: Collection[str]) -> str:
     return f"give {form}, of {', '.join(names)}" if names else "this bundle takes none"
-
-
-def _read_image(file: Path) -> Image:
-    """UsageError where it is no picture."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).copy()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise click.UsageError(f"{file} is no picture that can be read: {error}") from None
 
 
 def _check_space(pipe: Pipeline | ProgramPipeline, images: int, output: Path | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slipcast.bundle.program import ImageSource
 from slipcast.errors import RequestError
@@ -15,6 +16,36 @@ from slipcast.run.base import to_pil
 
 Floats = npt.NDArray[np.float32]
 MODES = {1: "L", 3: "RGB"}
+DEEP = ("I", "F")  # how modes begin that have more than 8 bits a channel, of which a conversion would clip most
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture as diffusers' load_image reads it: turned as its EXIF says. RequestError where it is none."""
+    try:
+        with Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).copy()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{file} is no picture that can be read", got=str(error)) from None
+
+
+def open_array(file: Path) -> npt.NDArray[Any]:
+    """An array of a .npy file. RequestError where it is none."""
+    try:
+        array: npt.NDArray[Any] = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RequestError(f"{file} is no array that can be read", expected=".npy", got=str(error)) from None
+    return array
+
+
+def fit_picture(name: str, picture: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
+    """A picture in a mode and of a size (width, height), as diffusers' image processor makes it: what is transparent is
+    dropped, and Lanczos's filter resizes. RequestError for one of more than 8 bits."""
+    if picture.mode.startswith(DEEP):
+        raise RequestError(
+            f"{name} is not usable", expected="a picture of 8 bits a channel", got=f"mode {picture.mode}"
+        )
+    converted = picture.convert(mode)
+    return converted if converted.size == size else converted.resize(size, Image.Resampling.LANCZOS)
 
 
 def read_picture(source: ImageSource, given: object) -> Floats:
@@ -24,10 +55,7 @@ def read_picture(source: ImageSource, given: object) -> Floats:
         return _read_array(source, given)
     channels, height, width = source.size
     if isinstance(given, Image.Image):
-        picture = given.convert(MODES[channels])
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        given = np.asarray(picture)
+        given = np.asarray(fit_picture(source.name, given, MODES[channels], (width, height)))
     array = given if isinstance(given, np.ndarray) else None
     if array is not None and array.ndim == 2:
         array = array[..., None]
@@ -57,7 +85,7 @@ def _refuse(source: ImageSource, got: str) -> RequestError:
     if source.size:
         channels, height, width = source.size
         expected = f"a PIL image, or an array [{height}, {width}, {channels}] or {list(source.shape)} in [0, 1]"
-    return RequestError(f"{source.argument} is not usable", expected=expected, got=got.strip())
+    return RequestError(f"{source.name} is not usable", expected=expected, got=got.strip())
 
 
 def as_levels(arrays: Sequence[Any]) -> list[Floats]:

@@ -123,13 +123,23 @@ def _texts(program: Program, given: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _pictures(variant: Variant, given: Mapping[str, object]) -> dict[str, Floats]:
+    """By source's value."""
     found = {}
-    for source in variant.sources:
-        if isinstance(source, ImageSource):
-            if source.argument not in given:
-                expected = f"an array {list(source.shape)}"
-                if source.size:
-                    expected = f"a picture, {source.size[2]}x{source.size[1]} or to be resized to it"
-                raise RequestError(f"{source.argument} is missing", expected=expected, got="None")
-            found[source.value] = read_picture(source, given[source.argument])
+    for name, sources in variant.images.items():
+        if name not in given:
+            raise RequestError(f"{name} is missing", expected=_wanted(sources), got="None")
+        value: Any = given[name]
+        if sources[0].place is not None and not (isinstance(value, list | tuple) and len(value) == len(sources)):
+            got = f"a list of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
+            raise RequestError(f"{name} is a list in this bundle", expected=_wanted(sources), got=got)
+        for source in sources:
+            found[source.value] = read_picture(source, value if source.place is None else value[source.place])
     return found
+
+
+def _wanted(sources: Sequence[ImageSource]) -> str:
+    """What an argument takes."""
+    each = f"an array {list(sources[0].shape)}"
+    if size := sources[0].size:
+        each = f"a picture, {size[2]}x{size[1]} or to be resized to it"
+    return each if sources[0].place is None else f"a list of {len(sources)}, the first {each}"

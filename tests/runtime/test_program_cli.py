@@ -188,7 +188,7 @@ class TestRun:
         }  # fmt: skip
         program = changes["program"]
         program["sources"] = [
-            *({"kind": "image", "value": f"image{at}", "argument": "image", "place": at, "shape": list(PICTURE)} for at in (1, 0)),
+            *({**program["sources"][0], "value": f"image{at}", "place": at} for at in (1, 0)),
             program["sources"][1],
         ]  # fmt: skip
         program["calls"].insert(0, programs.call("mixer", {"a": "image0", "b": "image1"}, {"picture": "image"}))

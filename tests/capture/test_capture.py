@@ -22,7 +22,7 @@ from slipcast_compiler.capture.replay import replay
 from slipcast_compiler.capture.roll import roll
 from slipcast_compiler.capture.run import capture_model
 from slipcast_compiler.capture.shapes import META, run_for_shapes
-from slipcast_compiler.capture.summary import render
+from slipcast_compiler.capture.summary import render, summarise
 
 SHAPES = Path(__file__).parents[2] / "recipes" / "models" / "shapes"
 ONE, OTHER = "a small red circle on white", "a large blue star on a black background"
@@ -103,6 +103,8 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
         "decoder",
         "decoder",
     ]
+    layers = unet["layers"]
+    assert layers == {"heads": 160, "attention": 20, "neurons": 5376, "feed_forward": 10, "left_alone": {}}
     json.dumps(summary)
 
 
@@ -112,6 +114,16 @@ def test_the_reference_model_is_captured_and_verified() -> None:
     assert summary["loop"]["phases"][0]["guidance"] == "u + 3 (c - u)" and summary["loop"]["steps"] == 4
     text = render(summary)
     assert "loop: 4 steps of one form" in text and "verified: another prompt and seed" in text
+
+
+def test_what_passes_leave_alone_is_said_with_the_reason() -> None:
+    pipe = open_pipeline("wan")
+    summary = summarise(capture(pipe, call_of("wan", "a small red circle", 1)), pipe)
+    assert summary["components"]["text_encoder"]["layers"] is None  # passes are for the denoiser
+    text = render(summary)
+    assert "    0 heads in 0 attention layers, 64 neurons in 2 feed-forward layers" in text
+    why = "its norm_q spans all heads, so that each depends on the others"
+    assert f"    passes leave blocks.0.attn1 and 3 more alone: {why}" in text
 
 
 @pytest.mark.parametrize(

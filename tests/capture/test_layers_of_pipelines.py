@@ -23,20 +23,15 @@ FAST = (
     "hunyuan_dit", "aura_flow", "chroma", "ovis_image", "wan", "ltx",
 )  # fmt: skip
 SPANS = "its norm_q spans all heads, so that each depends on the others"
-CONVOLVES = "conv_depth.weight is a parameter of unknown use"
 # What is left alone, and why: of attention, and of feed-forward modules.
 LEFT_ALONE: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "wan": ({f"blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
     "ltx": ({f"transformer_blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
-    "sana": ({}, {f"transformer_blocks.{i}.ff": CONVOLVES for i in (0, 1)}),
-    "sana_sprint": (
-        {f"transformer_blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)},
-        {f"transformer_blocks.{i}.ff": CONVOLVES for i in (0, 1)},
-    ),
+    "sana_sprint": ({f"transformer_blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
     "hunyuan_dit": ({"time_extra_emb.pooler": "positional_embedding is a parameter of unknown use"}, {}),
 }
 LEFT_ALONE["wan_2_2"] = LEFT_ALONE["wan"]
-NOTHING = ("kandinsky_2_2", "sana_sprint")  # can be removed
+NOTHING = ("kandinsky_2_2",)  # can be removed
 ADDED = "the text's keys and values are added to its own, without queries"
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from slipcast_compiler.capture.program import Call, Op, Program, Source, outputs_of
 from slipcast_compiler.capture.roll import Loop, Phase, roll
 from slipcast_compiler.capture.verify import Verdict
+from slipcast_compiler.model.layers import layers_of
 
 
 def summarise(program: Program, pipe: Any, verdict: Verdict | None = None) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def render(summary: dict[str, Any]) -> str:
     for name, part in summary["components"].items():
         size = f"{part['parameters'] / 1e6:.1f} M" if part["parameters"] else ""
         lines.append(f"  {name:<34} {size:>10}  called {part['calls']} times, in the {part['part']}")
+        lines += _layer_lines(part["layers"]) if part["layers"] else []
     lines += ["", *_loop_lines(summary["loop"])]
     if summary["guards"]:
         lines += ["", "read into Python, where the program cannot follow"]
@@ -72,18 +74,37 @@ def _components(program: Program, pipe: Any, loop: Loop | None, needed: Iterable
         if isinstance(event, Call):
             after = place_of[outputs_of(event)] >= last
             part = "denoiser" if event.module in looped else "decoder" if after else "conditioning"
-            known = found.setdefault(
-                event.module, {"parameters": count_parameters(pipe, event.module), "calls": 0, "part": part}
-            )
-            known["calls"] += 1
+            if event.module not in found:
+                layers = _layers(module_of(pipe, event.module)) if part == "denoiser" else None
+                found[event.module] = {
+                    "parameters": count_parameters(pipe, event.module), "calls": 0, "part": part, "layers": layers,
+                }  # fmt: skip
+            found[event.module]["calls"] += 1
     return found
+
+
+def _layers(module: nn.Module) -> dict[str, Any]:
+    """What passes could rewrite in it, and by name why they leave other layers alone."""
+    found = layers_of(module)
+    return {
+        "heads": sum(layer.heads for layer in found.attention),
+        "attention": len(found.attention),
+        "neurons": sum(layer.neurons for layer in found.feed_forward),
+        "feed_forward": len(found.feed_forward),
+        "left_alone": {**found.unknown_attention, **found.unknown_feed_forward},
+    }
+
+
+def module_of(pipe: Any, name: str) -> nn.Module:
+    """A module, by the name that calls have."""
+    component, _, path = name.partition(".")
+    module: nn.Module = pipe.components[component].get_submodule(path)
+    return module
 
 
 def count_parameters(pipe: Any, name: str) -> int:
     """Of a module, by the name that calls have."""
-    component, _, path = name.partition(".")
-    module: nn.Module = pipe.components[component].get_submodule(path)
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in module_of(pipe, name).parameters())
 
 
 def _loop(program: Program, loop: Loop) -> dict[str, Any]:
@@ -102,6 +123,20 @@ def _phase(program: Program, phase: Phase) -> dict[str, Any]:
         "guidance": phase.guidance,
         "ending": phase.ending,
     }
+
+
+def _layer_lines(layers: dict[str, Any]) -> list[str]:
+    lines = [
+        f"    {layers['heads']} heads in {layers['attention']} attention layers, {layers['neurons']} neurons in "
+        f"{layers['feed_forward']} feed-forward layers"
+    ]
+    named: dict[str, list[str]] = {}
+    for name, why in layers["left_alone"].items():
+        named.setdefault(why, []).append(name)
+    for why, names in named.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"    passes leave {names[0]}{more} alone: {why}")
+    return lines
 
 
 def _loop_lines(loop: dict[str, Any] | None) -> list[str]:

@@ -1,4 +1,7 @@
-"""Perceptrons of two layers, gated or not, by shapes; that neurons can be removed is tried on a small copy of each."""
+"""Perceptrons of two layers, gated or not, by shapes; that neurons can be removed is tried on a small copy of each.
+
+Between the layers there may be a convolution of every neuron by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast_compiler.model.units import FeedForwardLayer, Slice, empty_layer, matrices, replace_layer
+from slipcast_compiler.model.units import FeedForwardLayer, Slice, empty_layer, is_depthwise, matrices, replace_layer
 
 Sizes = dict[str, tuple[int, int]]
 WIDTH, NEURONS, REMOVED = 3, 5, 1  # of the copy; the neuron is neither the first nor the last
@@ -31,9 +34,10 @@ class _Form:
     ups: tuple[str, ...]
     down: str
     halves: int
+    between: tuple[str, ...] = ()
 
-    def rows(self, neurons: int) -> tuple[Slice, ...]:
-        return tuple(Slice(up, 1, half * neurons) for up in self.ups for half in range(self.halves))
+    def rows(self, names: tuple[str, ...], neurons: int) -> tuple[Slice, ...]:
+        return tuple(Slice(name, 1, half * neurons) for name in names for half in range(self.halves))
 
 
 def find_feed_forward(module: nn.Module, attention: Iterable[str]) -> FeedForwards:
@@ -49,7 +53,7 @@ def find_feed_forward(module: nn.Module, attention: Iterable[str]) -> FeedForwar
         if name not in below or not apart or inside or isinstance(candidate, nn.ModuleList):
             continue
         sizes = matrices(candidate)
-        if forms := list(_forms(sizes)):
+        if forms := list(_forms(candidate, sizes)):
             why = _why_not(candidate, sizes, forms)
             if isinstance(why, _Form):
                 found.layers[name] = _layer(name, why, sizes)
@@ -67,21 +71,27 @@ def set_neurons(module: nn.Module, neurons: int) -> None:
         module.mlp_hidden_dim = neurons
 
 
-def _forms(sizes: Sizes) -> Iterable[_Form]:
-    """What two or three matrices may be to one another: d -> neurons (and gates) -> d."""
-    if len(sizes) not in (2, 3):
+def _forms(module: nn.Module, sizes: Sizes) -> Iterable[_Form]:
+    """What two or three matrices may be to one another: d -> neurons (and gates) -> d.
+
+    None where it has a convolution that mixes pixels and channels: that is no perceptron.
+    """
+    convolutions = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.modules.conv._ConvNd)}
+    between = tuple(name for name, layer in convolutions.items() if is_depthwise(layer))
+    if len(sizes) not in (2, 3) or any(layer.groups == 1 and name not in sizes for name, layer in convolutions.items()):
         return
     for down, (rows, columns) in sizes.items():
         ups = tuple(name for name in sizes if name != down)
         for halves in (1, 2) if len(ups) == 1 else (1,):
             if all(sizes[up] == (halves * columns, rows) for up in ups):
-                yield _Form(ups, down, halves)
+                widths = {name: convolutions[name].out_channels for name in between}
+                yield _Form(ups, down, halves, tuple(name for name in between if widths[name] == halves * columns))
 
 
 def _why_not(module: nn.Module, sizes: Sizes, forms: list[_Form]) -> _Form | str:
     """The form that it has, or why it has none."""
     for name, _ in module.named_parameters():
-        if not any(name.startswith(f"{linear}.") for linear in sizes):
+        if not any(name.startswith(f"{linear}.") for linear in (*sizes, *forms[0].between)):
             return f"{name} is a parameter of unknown use"
     why = ""
     for form in forms:
@@ -103,7 +113,7 @@ def _neurons_are_apart(module: nn.Module, form: _Form) -> bool:
     without = _resized(module, form, NEURONS - 1)
     kept = [neuron for neuron in range(NEURONS) if neuron != REMOVED]
     state = whole.state_dict()
-    for up in form.ups:
+    for up in (*form.ups, *form.between):
         places = [half * NEURONS + neuron for half in range(form.halves) for neuron in kept]
         state |= {name: state[name][places] for name in (f"{up}.weight", f"{up}.bias") if name in state}
     without.load_state_dict(state | {f"{form.down}.weight": state[f"{form.down}.weight"][:, kept]})
@@ -120,7 +130,8 @@ def _neurons_are_apart(module: nn.Module, form: _Form) -> bool:
 def _resized(module: nn.Module, form: _Form, neurons: int) -> Any:
     """A copy of other sizes, of which no hook is told; the original's parameters are not copied."""
     made = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-    sizes = dict.fromkeys(form.ups, (form.halves * neurons, WIDTH)) | {form.down: (WIDTH, neurons)}
+    wide = dict.fromkeys((*form.ups, *form.between), (form.halves * neurons, WIDTH))
+    sizes = wide | {form.down: (WIDTH, neurons)}
     for name, shape in sizes.items():
         layer: Any = module.get_submodule(name)
         bias = any(each.endswith("bias") for each, _ in layer.named_parameters())
@@ -133,5 +144,8 @@ def _resized(module: nn.Module, form: _Form, neurons: int) -> Any:
 
 def _layer(name: str, form: _Form, sizes: Sizes) -> FeedForwardLayer:
     neurons, prefix = sizes[form.down][1], f"{name}." if name else ""
-    rows = tuple(Slice(f"{prefix}{each.linear}", 1, each.start) for each in form.rows(neurons))
-    return FeedForwardLayer(name, neurons, rows, (Slice(f"{prefix}{form.down}", 1),))
+    rows, between = (
+        tuple(Slice(f"{prefix}{each.linear}", 1, each.start) for each in form.rows(names, neurons))
+        for names in (form.ups, form.between)
+    )
+    return FeedForwardLayer(name, neurons, (*rows, *between), (Slice(f"{prefix}{form.down}", 1),), between)

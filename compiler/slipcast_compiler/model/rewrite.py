@@ -28,6 +28,7 @@ from slipcast_compiler.model.units import (
     Factors,
     FeedForwardLayer,
     empty_layer,
+    is_depthwise,
     is_pointwise,
     matrix_size,
     replace_layer,
@@ -107,7 +108,7 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         return
     before = layers_of(module)
     for name, layer in list(module.named_modules()):
-        if not (isinstance(layer, nn.Linear) or is_pointwise(layer)):
+        if not (isinstance(layer, nn.Linear) or is_pointwise(layer) or is_depthwise(layer)):
             continue
         bias = layer.bias is not None
         if f"{name}.1.weight" in shapes:

@@ -55,12 +55,16 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class FeedForwardLayer:
-    """`neurons` of a two-layer perceptron: rows of what leads to them (a gate's too), and columns of what follows."""
+    """`neurons` of a two-layer perceptron: rows of what leads to them (a gate's too), and columns of what follows.
+
+    `between`: rows of convolutions of every neuron by itself, which are among `rows` too.
+    """
 
     name: str
     neurons: int
     rows: tuple[Slice, ...]
     columns: tuple[Slice, ...]
+    between: tuple[Slice, ...] = ()
 
     @property
     def units(self) -> int:
@@ -70,7 +74,12 @@ class FeedForwardLayer:
     @property
     def gated(self) -> bool:
         """Whether each neuron is multiplied by another (GEGLU, SwiGLU)."""
-        return len(self.rows) > 1
+        return len(self.inputs) > 1
+
+    @property
+    def inputs(self) -> tuple[Slice, ...]:
+        """The rows that read what the perceptron is given."""
+        return tuple(place for place in self.rows if place not in self.between)
 
 
 class Factors(nn.Sequential):  # type: ignore[misc]
@@ -100,6 +109,11 @@ def is_pointwise(layer: object) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
 
 
+def is_depthwise(layer: object) -> bool:
+    """Whether it is a convolution of every channel by itself."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
+
+
 def matrices(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(rows, columns) of all that `matrix_size` knows in a module, by name, in its order; factors are not listed."""
     found: dict[str, tuple[int, int]] = {}
@@ -109,10 +123,16 @@ def matrices(module: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def empty_layer(like: nn.Module, shape: tuple[int, ...], bias: bool) -> nn.Module:
-    """A linear layer, or a 1x1 convolution if `like` is one, for a matrix of this shape, on the meta device."""
+def empty_layer(like: Any, shape: tuple[int, ...], bias: bool) -> nn.Module:
+    """A layer of the kind of `like` for a weight of this shape, on the meta device.
+
+    `like`: a linear layer, a 1x1 convolution or one of every channel by itself.
+    """
     rows, columns = shape[:2]
     with torch.device("meta"):
+        if is_depthwise(like):
+            kernel = like.kernel_size, like.stride, like.padding, like.dilation
+            return nn.Conv2d(rows, rows, *kernel, groups=rows, bias=bias, padding_mode=like.padding_mode)
         if isinstance(like, nn.Conv2d):
             return nn.Conv2d(columns, rows, 1, bias=bias)
         return nn.Linear(columns, rows, bias=bias)

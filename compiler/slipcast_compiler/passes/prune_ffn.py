@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slipcast_compiler.passes.context import Context, Floats, Result
-from slipcast_compiler.passes.units import damped, keep_units, moment_of, select
+from slipcast_compiler.passes.units import damped, keep_units, matrix, moment_of, select
 from slipcast_compiler.recipe.passes import PruneFFN
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def _scores(denoiser: Denoiser, context: Context, options: PruneFFN, layer: Feed
         digest = np.frombuffer(layer.name.encode(), np.uint8)
         return np.random.default_rng([options.seed, *digest]).random(layer.neurons, np.float32)
     (down,), every = layer.columns, range(layer.neurons)
-    weight = denoiser.weight(f"{down.linear}.weight")[:, down.places(every)]
+    weight = matrix(denoiser, down.linear)[:, down.places(every)]
     if options.criterion == "magnitude":
-        up = np.stack([denoiser.weight(f"{place.linear}.weight")[place.places(every)] for place in layer.rows])
+        up = np.stack([matrix(denoiser, place.linear)[place.places(every)] for place in layer.inputs])
         norms: Floats = np.sqrt((weight**2).mean(0) + (up**2).mean((0, 2))).astype(np.float32)
         return norms
     if options.criterion == "second_order":

@@ -139,6 +139,12 @@ def moment_of(measured: Profile, layer: Layer, place: Slice) -> Floats:
     return moment[-count:, -count:] if place.start else moment[:count, :count]
 
 
+def matrix(denoiser: Denoiser, linear: str) -> Floats:
+    """The weight of a linear layer or of a 1x1 convolution, [out, in]."""
+    weight = denoiser.weight(f"{linear}.weight")
+    return weight.reshape(weight.shape[0], -1)
+
+
 def keep_units(denoiser: Denoiser, layer: Layer, kept: Sequence[int], measured: Profile | None) -> dict[str, Floats]:
     """The layer's parameters with these units alone; corrected by the second moments of `measured`, where given."""
     gone = [unit for unit in range(layer.units) if unit not in set(kept)]
@@ -149,13 +155,15 @@ def keep_units(denoiser: Denoiser, layer: Layer, kept: Sequence[int], measured: 
             if denoiser.has(name):
                 tensors[name] = np.delete(denoiser.weight(name), removed, axis=0)
     for place in layer.columns:
-        weight, chosen = denoiser.weight(f"{place.linear}.weight"), columns(kept, place.size)
+        weight, chosen = matrix(denoiser, place.linear), columns(kept, place.size)
         first, end = place.start, place.start + layer.units * place.size
         own = weight[:, first:end]
         narrowed = own[:, chosen] if measured is None else (
             corrected(own, moment_of(measured, layer, place), chosen, layer.name)
         )  # fmt: skip
-        tensors[f"{place.linear}.weight"] = np.concatenate([weight[:, :first], narrowed, weight[:, end:]], axis=1)
+        whole = np.concatenate([weight[:, :first], narrowed, weight[:, end:]], axis=1)
+        tail = denoiser.weight(f"{place.linear}.weight").shape[2:]
+        tensors[f"{place.linear}.weight"] = whole.reshape(*whole.shape, *tail)
     return tensors
 
 

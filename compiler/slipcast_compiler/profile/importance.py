@@ -189,7 +189,7 @@ def magnitude(module: nn.Module) -> dict[str, Floats]:
         squares = (output * value).sum((1, 2))
         found[f"head.magnitude/{attention.name}"] = squares.clamp_min(0).sqrt().numpy()
     for layer in feed_forward_layers(module):
-        up = torch.stack([_rows(module, layer, place)[:, 0] for place in layer.rows]).square().sum((0, 2)).sqrt()
+        up = torch.stack([_rows(module, layer, place)[:, 0] for place in layer.inputs]).square().sum((0, 2)).sqrt()
         down = torch.stack([unit_columns(module, layer, place)[..., 0].norm(dim=0) for place in layer.columns]).sum(0)
         found[f"neuron.magnitude/{layer.name}"] = (up * down).numpy()
     return found

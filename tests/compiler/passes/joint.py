@@ -36,7 +36,17 @@ def flux() -> torch.nn.Module:
     )  # fmt: skip
 
 
-MODELS = {"stable_diffusion_3": stable_diffusion_3, "flux": flux}
+def sana() -> torch.nn.Module:
+    """Linear attention, and neurons that are convolved one by one."""
+    return _seeded(
+        diffusers.SanaTransformer2DModel, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=4,
+        attention_head_dim=8, sample_size=4, num_cross_attention_heads=4, cross_attention_head_dim=8,
+        cross_attention_dim=32, caption_channels=24,
+    )  # fmt: skip
+
+
+JOINT = {"stable_diffusion_3": stable_diffusion_3, "flux": flux}
+MODELS = JOINT | {"sana": sana}
 
 
 def _seeded(kind: Any, **config: Any) -> torch.nn.Module:
@@ -49,7 +59,10 @@ def inputs(name: str, seed: int, rows: int = 2, device: str = "cpu") -> dict[str
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
     timestep = torch.rand(rows, generator=generator).to(device)
-    found = {"encoder_hidden_states": draw(rows, WORDS, 24), "pooled_projections": draw(rows, 16)}
+    found = {"encoder_hidden_states": draw(rows, WORDS, 24)}
+    if name == "sana":
+        return found | {"hidden_states": draw(rows, 4, 4, 4), "timestep": 1000 * timestep}
+    found["pooled_projections"] = draw(rows, 16)
     if name == "stable_diffusion_3":
         return found | {"hidden_states": draw(rows, 4, 4, 4), "timestep": 1000 * timestep}
     places = torch.stack(torch.meshgrid(*(torch.arange(n) for n in (1, 4, 4)), indexing="ij"), -1).reshape(TOKENS, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from compiler.passes.joint import MODELS, Measured, denoiser, inputs, predict
+from compiler.passes.joint import JOINT, MODELS, Measured, denoiser, inputs, predict
 from slipcast.progress import silent
 from slipcast_compiler.model.layers import AttentionLayer, layers_of
 from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, write_tensors
@@ -57,20 +58,29 @@ class Bench:
         return float(np.mean([(found - wanted).norm() / wanted.norm() for wanted, found in pairs]))
 
 
+@cache
+def _bench(name: str) -> tuple[torch.nn.Module, Measured]:
+    return (module := MODELS[name]()), Measured(module, name)
+
+
 @pytest.fixture(scope="module", params=list(MODELS))
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    module = MODELS[request.param]()
-    return Bench(request.param, module, Measured(module, request.param), tmp_path_factory.mktemp(request.param))
+    return Bench(request.param, *_bench(request.param), tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=list(JOINT))
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(request.param, *_bench(request.param), tmp_path_factory.mktemp(request.param))
 
 
 def _joint(module: torch.nn.Module) -> AttentionLayer:
     return next(layer for layer in layers_of(module).attention if len(layer.columns) == 2)
 
 
-def test_a_head_of_joint_attention_is_in_both_streams(bench: Bench) -> None:
-    layer = _joint(bench.module)
+def test_a_head_of_joint_attention_is_in_both_streams(joint: Bench) -> None:
+    layer = _joint(joint.module)
     assert [place.linear.rpartition(".attn.")[2] for place in layer.columns] == ["to_out.0", "to_add_out"]
-    tensors = keep_units(bench.denoiser(), layer, (0, 1, 3), None)
+    tensors = keep_units(joint.denoiser(), layer, (0, 1, 3), None)
     assert {name for name in tensors if name.endswith("weight")} == {
         f"{layer.name}.{part}.weight"
         for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
@@ -94,8 +104,8 @@ def test_leave_one_out_is_what_is_lost_by_removing_a_head(bench: Bench) -> None:
         assert np.mean(errors) > 1e-5
 
 
-def test_activation_energy_is_the_norm_of_what_a_head_adds_to_both_streams(bench: Bench) -> None:
-    layer, module, given = _joint(bench.module), bench.module, dict[str, list[torch.Tensor]]()
+def test_activation_energy_is_the_norm_of_what_a_head_adds_to_both_streams(joint: Bench) -> None:
+    layer, module, given = _joint(joint.module), joint.module, dict[str, list[torch.Tensor]]()
     handles = [
         module.get_submodule(place.linear).register_forward_pre_hook(
             lambda _, args, name=place.linear: given.setdefault(name, []).append(args[0])
@@ -104,7 +114,7 @@ def test_activation_energy_is_the_norm_of_what_a_head_adds_to_both_streams(bench
     ]
     with torch.no_grad():
         for seed in range(Measured.STATES):
-            predict(module, bench.name, seed)
+            predict(module, joint.name, seed)
     for handle in handles:
         handle.remove()
     head = 2
@@ -114,16 +124,16 @@ def test_activation_energy_is_the_norm_of_what_a_head_adds_to_both_streams(bench
         added = torch.cat(given[place.linear])[..., part] @ module.get_submodule(place.linear).weight[:, part].T
         squares += added.flatten(1).square().sum(1)
     wanted = np.percentile(squares.sqrt().numpy(), PERCENTILE)
-    assert bench.measured.heads("activation_energy_percentile")[layer.name][head] == pytest.approx(wanted, rel=1e-3)
+    assert joint.measured.heads("activation_energy_percentile")[layer.name][head] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_magnitude_is_the_norm_over_all_streams(bench: Bench) -> None:
-    layer = _joint(bench.module)
+def test_magnitude_is_the_norm_over_all_streams(joint: Bench) -> None:
+    layer = _joint(joint.module)
     part = slice(layer.head_dim, 2 * layer.head_dim)
-    weight = lambda name: bench.module.get_submodule(f"{layer.name}.{name}").weight  # noqa: E731
+    weight = lambda name: joint.module.get_submodule(f"{layer.name}.{name}").weight  # noqa: E731
     output = torch.cat([weight("to_out.0")[:, part], weight("to_add_out")[:, part]])
     value = torch.cat([weight("to_v")[part], weight("add_v_proj")[part]], 1)
-    assert bench.measured.heads("magnitude")[layer.name][1] == pytest.approx(float((output @ value).norm()), rel=1e-4)
+    assert joint.measured.heads("magnitude")[layer.name][1] == pytest.approx(float((output @ value).norm()), rel=1e-4)
 
 
 def test_taylor_is_the_slope_of_the_loss(bench: Bench) -> None:
@@ -188,13 +198,13 @@ def test_the_correction_brings_the_prediction_nearer(bench: Bench, criterion: st
     assert bench.error(fitted) < 0.95 * bench.error(plain)
 
 
-def test_the_correction_of_each_stream_is_least_squares(bench: Bench) -> None:
-    layer, kept = _joint(bench.module), (0, 3)
-    profile: Any = bench.measured
-    tensors = keep_units(bench.denoiser(), layer, kept, profile)
+def test_the_correction_of_each_stream_is_least_squares(joint: Bench) -> None:
+    layer, kept = _joint(joint.module), (0, 3)
+    profile: Any = joint.measured
+    tensors = keep_units(joint.denoiser(), layer, kept, profile)
     for place in layer.columns:
         moment = moment_of(profile, layer, place).astype(np.float64)
-        weight = bench.module.get_submodule(place.linear).weight.numpy().astype(np.float64)
+        weight = joint.module.get_submodule(place.linear).weight.numpy().astype(np.float64)
         chosen = place.places(kept)
         wanted = weight @ moment[:, chosen] @ np.linalg.inv(moment[np.ix_(chosen, chosen)])
         found = tensors[f"{place.linear}.weight"]

@@ -43,7 +43,8 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         source = digest(checkpoint, pipeline)
 
         def export(folder: Path) -> None:
-            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, folder, advance=advance)
+            whole = plan.precision == "fp32"
+            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, whole, folder, advance=advance)
 
         given = {"source": source, "pipeline": pipeline, "calls": plan.calls, "files": digests(plan.call)}
         entry = cache.get("program", given, export)
@@ -80,7 +81,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        verified = json.loads((entry / VERIFIED).read_text())["error"]
+        verified = json.loads((entry / VERIFIED).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged, graphs,
             stages.seconds,

@@ -7,11 +7,10 @@ from typing import Any
 
 from slipcast.bundle.manifest import FALLBACK
 from slipcast.engines import ENGINES
+from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.recipe.targets import BYTES, REST, TargetTable
+from slipcast_compiler.recipe.targets import BYTES
 from slipcast_compiler.search.space import Space
-
-LIBRARIES_BYTES = 600_000_000  # torch, diffusers and what they import, resident
 
 
 def summarise(plan: Plan) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def prompt_table_bytes(plan: Plan) -> int:
 def bundle_bytes(plan: Plan, parameters: dict[str, int]) -> int:
     """Of the published bundle, without its report."""
     shipped = {name: count for name, count in parameters.items() if name not in plan.not_shipped}
-    engines = sum(count * _bytes_of(table, name) for table in plan.recipe.targets for name, count in shipped.items())
+    engines = sum(count * table.bytes_of(name) for table in plan.recipe.targets for name, count in shipped.items())
     return engines + prompt_table_bytes(plan)
 
 
@@ -85,7 +84,7 @@ def cache_bytes(plan: Plan, parameters: dict[str, int]) -> int:
     """Of the cache's new entries: the exported weights once in fp32, and the engines that are not those files."""
     exported = sum(parameters.values()) * BYTES["fp32"]
     engines = sum(
-        count * _bytes_of(table, name)
+        count * table.bytes_of(name)
         for table in plan.recipe.targets
         if (table.engine, table.precision) != ("onnxruntime", "fp32")
         for name, count in parameters.items()
@@ -97,9 +96,3 @@ def cache_bytes(plan: Plan, parameters: dict[str, int]) -> int:
 def memory_bytes(parameters: dict[str, int]) -> int:
     """Of the process that needs most: the one that exports, or that draws with the original, both in fp32."""
     return LIBRARIES_BYTES + sum(parameters.values()) * BYTES["fp32"] * 2
-
-
-def _bytes_of(table: TargetTable, component: str) -> int:
-    """Of one weight; OpenVINO keeps fp16 whatever it computes in but fp32."""
-    precision = table.precision if table.precision != "int8" or component == "denoiser" else REST[table.engine]
-    return BYTES[precision]

@@ -10,14 +10,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from slipcast.errors import RecipeError
+from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.call import pictures_from
 from slipcast_compiler.capture.cut import Cut
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.listed import combinations
-from slipcast_compiler.capture.open import open_without_weights
 from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import count_parameters, summarise
+from slipcast_compiler.estimate_program import Needs, Precision, check_targets_fit, choose_precision, estimate
+from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.original import Images, Prompts, calibration_images
@@ -42,7 +46,8 @@ UNUSED = (
 class ProgramPlan:
     """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
     the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
-    that one; `parts`: those of the bundle, as PartRecord has them."""
+    that one; `parts`: those of the bundle, as PartRecord has them; `precision`: in what the pipeline itself is run
+    here."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -51,6 +56,8 @@ class ProgramPlan:
     family: Family | None
     summary: Mapping[str, Any]
     parts: Mapping[str, Any]
+    needs: Needs
+    precision: Precision
 
     @property
     def drawing(self) -> PipelineDrawing:
@@ -58,8 +65,8 @@ class ProgramPlan:
         table, family = self.recipe.evaluate, self.family
         prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
         turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
-        seeds = GATE.take(len(turns), table.seed)
-        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, self.calls, turns, seeds)
+        seeds, root = GATE.take(len(turns), table.seed), self.checkpoint.root
+        return PipelineDrawing(root, self.recipe.model.pipeline, self.calls, turns, seeds, self.precision)
 
     def calibration(self, count: int) -> Images:
         """So many images of calibration prompts."""
@@ -78,21 +85,25 @@ class ProgramPlan:
             "variants": len(self.calls),
             "parts": dict(self.parts),
             "targets": [table.name for table in self.recipe.targets],
+            "original_precision": self.precision,
+            "disk_bytes": dict(self.needs.disk),
+            "memory_bytes": self.needs.memory(self.precision),
             **self.summary,
         }
 
 
 def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
-    """Capture the pipeline of a recipe, from its configs alone (seconds for each combination of what it lists).
+    """Capture the pipeline of a recipe, without reading its weights (seconds for each combination of what it lists).
 
-    RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed.
+    RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed; ArtifactError
+    where weights do not go with their config; ResourceError where this machine has too little memory.
     """
     _check_tables(recipe)
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
     root, name = locate(recipe.model, folder)
     checkpoint = Checkpoint(root, name, recipe.model.variant)
-    pipe = open_without_weights(root, recipe.model.pipeline)
+    pipe = open_streamed(root, recipe.model.pipeline).pipe
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
     calls = combinations(pipe, call)
     variants = find_each(pipe, calls)
@@ -100,7 +111,12 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
     parts = _parts([found.cut for found in variants], pipe)
-    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts)
+    modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
+    live_bytes = max(found.program.live_bytes for found in variants)
+    needs, available = estimate(modules, parts, live_bytes, recipe.targets), available_mb() * 1e6
+    precision = choose_precision(needs, available)
+    check_targets_fit(needs, available)
+    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision)
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slipcast.errors import ArtifactError, HostError, RecipeError
+from slipcast.errors import ArtifactError, HostError, RecipeError, SlipcastError
 from slipcast_compiler.capture.shapes import META, is_pure, run_on_meta
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.checkpoint import Checkpoint
@@ -29,10 +29,15 @@ def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
 
     RecipeError for code that comes with a checkpoint, which never runs; ArtifactError where a part cannot be made.
     """
+    return open_parts(root, pipeline, _empty)
+
+
+def open_parts(root: Path, pipeline: str | None, make: Callable[[Any, Path], nn.Module]) -> Any:
+    """The same pipeline of modules that make(class, folder) makes."""
     index = Checkpoint(root, str(root)).index
     with quiet():
         kind = find_pipeline(pipeline or str(index.get("_class_name")))
-        parts = {name: _part(root, name, given, kind) for name, given in index.items() if name[0] != "_"}
+        parts = {name: _part(root, name, given, kind, make) for name, given in index.items() if name[0] != "_"}
     expected = inspect.signature(kind.__init__).parameters
     try:
         with quiet():
@@ -43,12 +48,12 @@ def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
     return pipe
 
 
-def open_with_weights(root: Path, pipeline: str | None = None) -> Any:
-    """The same pipeline with its weights, in fp32, for inference. HostError where they cannot be loaded."""
+def open_with_weights(root: Path, pipeline: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The same pipeline with its weights, for inference. HostError where they cannot be loaded."""
     kind = find_pipeline(pipeline or str(Checkpoint(root, str(root)).index.get("_class_name")))
     try:
         with quiet():
-            pipe = kind.from_pretrained(root, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True)
+            pipe = kind.from_pretrained(root, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     except Exception as error:  # of diffusers, transformers, safetensors: each has its own
         raise HostError(f"{root}: its weights cannot be loaded", got=error) from error
     pipe.set_progress_bar_config(disable=True)
@@ -75,7 +80,7 @@ def find_pipeline(name: str) -> Any:
     return found
 
 
-def _part(root: Path, name: str, given: Any, kind: Any) -> Any:
+def _part(root: Path, name: str, given: Any, kind: Any, make: Callable[[Any, Path], nn.Module]) -> Any:
     """A component, or a plain value of the pipeline's config."""
     if not (isinstance(given, list) and len(given) == 2):
         return given
@@ -91,9 +96,11 @@ def _part(root: Path, name: str, given: Any, kind: Any) -> Any:
         )
     try:
         if issubclass(found, nn.Module):
-            return _empty(found, str(library), root / name)
+            return make(found, root / name)
         trust = {"trust_remote_code": False} if library == "transformers" else {}  # it would ask the user
         return found.from_pretrained(root / name, local_files_only=True, **trust)
+    except SlipcastError:
+        raise
     except Exception as error:  # every library has errors of its own for a missing file, or one that it cannot read
         raise _unusable(f"{root / name}: no {class_name} can be made of it", error) from error
 
@@ -110,12 +117,12 @@ def _class_of(library: str, name: str, kind: Any) -> Any:
     return getattr(getattr(pipelines, library, None), name, None) if library.isidentifier() else None
 
 
-def _empty(found: Any, library: str, folder: Path) -> nn.Module:
+def _empty(found: Any, folder: Path) -> nn.Module:
     """A module for inference, without weights."""
     with without_weights():
-        if library == "transformers":
+        if hasattr(found, "config_class"):  # of transformers
             config = found.config_class.from_pretrained(folder, local_files_only=True)
-            module = found._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            module = found._from_config(config, dtype=torch.float32)
         else:
             module = found.from_config(found.load_config(folder, local_files_only=True))
     return module.eval()

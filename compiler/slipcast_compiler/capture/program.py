@@ -167,7 +167,8 @@ class Guard:
 class Program:
     """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
     returned, a Ref or a constant tensor. `specs`: by value. `lengths`: that arguments and shapes follow; those of a
-    program as it was captured are numbers."""
+    program as it was captured are numbers. `live_bytes`: what a component's values take at once, beside its weights, at
+    the most."""
 
     pipeline: str
     sources: tuple[Source, ...]
@@ -178,6 +179,7 @@ class Program:
     results: tuple[tuple[Path, Any], ...]
     specs: Mapping[int, Spec]
     lengths: tuple[Length, ...] = ()
+    live_bytes: int = 0
 
     @property
     def needed(self) -> frozenset[int]:

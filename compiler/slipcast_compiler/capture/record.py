@@ -115,6 +115,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             dict(self._memory),
             results,
             dict(self._specs),
+            live_bytes=self._shapes.live.peak,
         )
 
     def enter(

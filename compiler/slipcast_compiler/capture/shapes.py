@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.live import FusedAttention, LiveBytes
 from slipcast_compiler.capture.program import Path, leaves, rebuild
 from slipcast_compiler.capture.where import here
 
@@ -26,10 +27,12 @@ _PLAIN = (torch.Tensor, int, float, str, bool, torch.dtype, torch.device, type(N
 
 
 class ShapeRunner:
-    """Runs modules, each once for arguments of the same shapes: a denoiser has the same at every step."""
+    """Runs modules, each once for arguments of the same shapes: a denoiser has the same at every step. `live`: what
+    their values took."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
+        self.live = LiveBytes()
 
     def run(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[Path, Any]]:
         """What the module returns, with tensors on meta in place of those that need its weights; and, by path in (args,
@@ -38,8 +41,8 @@ class ShapeRunner:
         if key in self._known:
             return rebuild(self._known[key], torch.empty_like), {}
         used = tree_map(_to_meta, (args, kwargs))
-        before, mode = tree_map(lambda leaf: leaf, used), _Shapes()
-        with _left_as_it_was(module), torch.no_grad(), mode:
+        before, mode = tree_map(lambda leaf: leaf, used), _Shapes(self.live)
+        with _left_as_it_was(module), torch.no_grad(), FusedAttention(), mode:
             out = module(*used[0], **used[1])
         written = dict(_written(before, used))
         found = [tensor for _, tensor in leaves(out)]
@@ -106,9 +109,9 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
     `values_decide`: whether a shape, or what Python does, came from the value of an integer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, live: LiveBytes) -> None:
         super().__init__()
-        self.values_decide = False
+        self.values_decide, self._live = False, live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,7 +134,9 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
             args, kwargs = tree_map(_all_to_meta, (args, kwargs))
         if "device" in kwargs:
             kwargs["device"] = META
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        self._live.note(made)
+        return made
 
     def _as_places(self, indices: Any) -> list[Any]:
         """Masks as the places where they are true, of which there are as many as the real mask says."""

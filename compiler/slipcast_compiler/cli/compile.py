@@ -77,10 +77,14 @@ def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, 
         summary = {**plan.told, "output": str(output)}
         emit(summary, _program_text(summary), as_json)
         return
+    from slipcast.engines.resources import check_space
     from slipcast.progress import Stages
     from slipcast_compiler.compile_program import compile_program
     from slipcast_compiler.host.cache import Cache
 
+    made_before = cache.is_dir() and any(cache.iterdir())  # as above
+    needed = plan.needs.disk["bundle"] + (0 if made_before else plan.needs.disk["cache"])
+    check_space(output, needed, f"{output} and the cache")
     _tell(compile_program(plan, output, Cache(cache), Stages()), output, as_json)
 
 
@@ -103,6 +107,8 @@ def _program_text(summary: dict[str, Any]) -> str:
             for name, part in summary["parts"].items()
         ),
         *(f"  target     {target}" for target in summary["targets"]),
+        *(["  originals  in bf16, in which alone they fit here"] * (summary["original_precision"] == "bf16")),
+        *_resources_text(summary),
         "",
         render(summary),
     ]
@@ -155,8 +161,14 @@ def _plan_text(summary: dict[str, Any]) -> str:
         *([f"             {table['bytes'] / 1e6:.1f} MB"] if table["prompts"] else []),
         *(f"  target     {target}" for target in summary["targets"]),
         *(_search_text(summary["search"]) if summary["search"] else []),
+        *_resources_text(summary),
+    ]
+    return "\n".join(lines)
+
+
+def _resources_text(summary: dict[str, Any]) -> list[str]:
+    return [
         f"  disk       about {summary['disk_bytes']['bundle'] / 1e6:.0f} MB for the bundle, "
         f"{summary['disk_bytes']['cache'] / 1e6:.0f} MB for the cache",
         f"  memory     about {summary['memory_bytes'] / 1e9:.1f} GB at the most, in one process",
     ]
-    return "\n".join(lines)

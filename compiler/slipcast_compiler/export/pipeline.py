@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import inspect
@@ -24,27 +25,43 @@ from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_o
 from slipcast_compiler.capture.verify import LIMIT, verify
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
+from slipcast_compiler.export.standin import open_at_random
+from slipcast_compiler.export.streamed import open_streamed
 
 VERIFIED = "verified.json"
 
 
 def export_pipeline(
-    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], folder: Path, advance: Advance
+    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool, folder: Path, advance: Advance
 ) -> dict[str, Any]:
-    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. CheckFailed where a
-    program is not the pipeline; ArtifactError for a weight that is no number."""
-    pipe = open_with_weights(root, pipeline)
-    _check_weights(pipe, root)
-    calls = [with_pictures(pipe, given) for given in calls]
-    variants = find_each(pipe, calls)
-    errors = []
-    for found, given in zip(variants, calls, strict=True):
-        prompts = (AWKWARD, OTHER_PROMPT) if found.program.lengths else (AWKWARD,)  # the other's length is another
-        errors += [_verified(found.program, pipe, given, prompt) for prompt in prompts]
-    export_program(variants, pipe, folder, advance)
+    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `whole`: programs are
+    verified with all of the checkpoint's weights in memory; else with random ones that take little.
+
+    CheckFailed where a program is not the pipeline; ArtifactError for a weight that is missing, or no number.
+    """
+    streamed = open_streamed(root, pipeline)
+    calls = [with_pictures(streamed.pipe, given) for given in calls]
+    variants = find_each(streamed.pipe, calls)
+    error = _verify([found.program for found in variants], root, pipeline, calls, whole)
+    gc.collect()  # of what was loaded, much refers to itself
+    export_program(variants, streamed.pipe, folder, advance, streamed.weights)
     leave_loop(folder)
-    (folder / VERIFIED).write_text(json.dumps({"error": max(errors)}))
+    (folder / VERIFIED).write_text(json.dumps({"error": error, "weights": "checkpoint" if whole else "random"}))
     return {}
+
+
+def _verify(
+    programs: Sequence[Program], root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool
+) -> float:
+    """The error of the worst, for any prompt."""
+    pipe = open_with_weights(root, pipeline) if whole else open_at_random(root, pipeline)
+    if whole:
+        _check_weights(pipe, root)
+    errors = []
+    for program, given in zip(programs, calls, strict=True):
+        prompts = (AWKWARD, OTHER_PROMPT) if program.lengths else (AWKWARD,)  # the other's length is another
+        errors += [_verified(program, pipe, given, prompt) for prompt in prompts]
+    return max(errors)
 
 
 def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str) -> float:

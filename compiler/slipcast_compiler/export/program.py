@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
@@ -40,6 +39,7 @@ from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, carried
 from slipcast_compiler.export.results import output_of
+from slipcast_compiler.export.streamed import NOTHING, Weights, attach
 from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.graph.weights import share_with
 from slipcast_compiler.host.quiet import quiet
@@ -48,18 +48,21 @@ TABLE, PROGRAM = "table.safetensors", "program.json"
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def export_program(variants: Sequence[Found], pipe: Any, folder: Path, advance: Advance) -> Record:
+def export_program(
+    variants: Sequence[Found], pipe: Any, folder: Path, advance: Advance, weights: Weights = NOTHING
+) -> Record:
     """Write into `folder` NAME.onnx, NAME.onnx.data and NAME.json (the contract) of each part, tokenizers, the table of
     constants, and program.json, the record, which is returned too.
 
-    `variants`: what was found of the pipeline together, of which the first is the default; `pipe` has its weights.
-    RecipeError for what no runtime could repeat.
+    `variants`: what was found of the pipeline together, of which the first is the default; `weights`: by component and
+    name, those that `pipe` has not, which are read one by one as they are written.
+    RecipeError for what no runtime could repeat; ArtifactError where a weight is not there, or no number.
     """
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     parts = {part.name: part for found in variants for part in found.cut.parts}
     for done, part in enumerate(parts.values()):
         advance(done, len(parts))
-        _export_part(part, components, folder)
+        _export_part(part, components, weights, folder)
         _share(part.name, [name for name in parts if (folder / f"{name}.onnx.data").is_file()], folder)
     tables = {
         _row_name(part, at, True): carried(rows) for part in parts.values() for at, (_, rows) in enumerate(part.table)
@@ -132,7 +135,7 @@ def _row_name(part: Part, at: int, full: bool = False) -> str:
     return f"{part.name}.row_{at}" if full else f"row_{at}"
 
 
-def _export_part(part: Part, components: Mapping[str, nn.Module], folder: Path) -> None:
+def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weights, folder: Path) -> None:
     """Writes the part's graph and contract."""
     program = part.program
     module = Replayed(part, components, program.specs).eval()
@@ -159,7 +162,8 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], folder: Path) 
             hint="`slipcast --debug compile ...` shows where; the pipeline's code or a newer torch may avoid it",
         ) from error
     assert exported is not None
-    _attach(exported.model.graph, dict(module.named_parameters()) | dict(module.named_buffers()))
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    attach(exported.model.graph, own, {f"components.{name}": each for name, each in weights.items()})
     settle(exported.model)
     _name_dimensions(exported.model, part)
     ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
@@ -191,21 +195,6 @@ def _name_dimensions(model: ir.Model, part: Part) -> None:
     for value, number in pairs:
         shape = part.program.specs[number][0]
         value.shape = ir.Shape([str(size) if isinstance(size, Affine) else size for size in shape])
-
-
-def _attach(graph: ir.Graph, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Weights are read when they are written, one at a time; those that no node uses are dropped."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
-        elif name in tensors:
-            tensor = tensors[name].detach()
-
-            def read(tensor: torch.Tensor = tensor, name: str = name) -> ir.Tensor:
-                return ir.Tensor(np.ascontiguousarray(tensor.numpy()), name=name)
-
-            dtype, shape = value.const_value.dtype, ir.Shape(tuple(tensor.shape))
-            value.const_value = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

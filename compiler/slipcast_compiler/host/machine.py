@@ -31,6 +31,7 @@ class Processor(Strict):
     caches: dict[str, str]
 
 
+LIBRARIES_BYTES = 600_000_000  # torch, diffusers and what they import, resident
 INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 

@@ -35,6 +35,7 @@ from slipcast_compiler.recipe.recipe import GateTable
 Floats = npt.NDArray[np.float32]
 PICTURES = "pictures.safetensors"
 NUMBERS = ("audio", "array")  # what is no picture
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class PipelineDrawing:
     calls: tuple[Mapping[str, Any], ...]
     prompts: Prompts
     seeds: tuple[int, ...]
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def of(self, variant: int) -> tuple[Prompts, tuple[int, ...]]:
         """The prompts and seeds of a call, by its place."""
@@ -60,6 +62,7 @@ class VariantOriginals:
 
     prompts: Prompts
     seeds: tuple[int, ...]
+    precision: Literal["fp32", "bf16"]
     run: Run
     pictures: Mapping[str, Floats]
 
@@ -95,7 +98,7 @@ class ProgramJudged(Judged):
 def draw_originals(
     drawing: PipelineDrawing, given: Mapping[str, Any], cache: Cache, advance: Advance
 ) -> PipelineOriginals:
-    """In fp32, in a process of its own, or from the cache; `given`: what the pipeline is, for the cache's key."""
+    """In a process of its own, or from the cache; `given`: what the pipeline is, for the cache's key."""
 
     def build(folder: Path) -> None:
         made = run_isolated(draw, drawing, advance=advance)
@@ -104,11 +107,12 @@ def draw_originals(
             read_run(result, made.peak_memory_mb).save(own)
             save_file(result["pictures"], own / PICTURES)
 
-    inputs = {**given, "images": [drawing.prompts, drawing.seeds], "machine": this_machine().model_dump()}
+    drawn = {"images": [drawing.prompts, drawing.seeds], "precision": drawing.precision}
+    inputs = {**given, **drawn, "machine": this_machine().model_dump()}
     entry = cache.get("pipeline", inputs, build)
     folders = [entry / str(place) for place in range(len(drawing.calls))]
     return tuple(
-        VariantOriginals(*drawing.of(place), Run.load(own), load_file(own / PICTURES))
+        VariantOriginals(*drawing.of(place), drawing.precision, Run.load(own), load_file(own / PICTURES))
         for place, own in enumerate(folders)
     )
 
@@ -189,7 +193,7 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
     numbers.
     """
     begin = time.perf_counter()
-    pipe = open_with_weights(drawing.root, drawing.pipeline)
+    pipe = open_with_weights(drawing.root, drawing.pipeline, DTYPES[drawing.precision])
     load_s, done, made = time.perf_counter() - begin, 0, []
     for place, given in enumerate(drawing.calls):
         results, seconds, call = [], [], dict[str, Any]()
@@ -216,7 +220,7 @@ def _result(pipe: Any, call: Mapping[str, Any], root: Path) -> Any:
         prompt, seed = call.get("prompt"), call["generator"].initial_seed() if "generator" in call else None
         raise ArtifactError(
             f"{root}: the pipeline itself gives NaN or infinity, so that nothing can be judged by it",
-            expected="numbers, in fp32",
+            expected="numbers",
             got=f"prompt {prompt!r}, seed {seed}" if prompt else f"seed {seed}",
             hint="leave the prompt out of the family, or look at the checkpoint's weights and the recipe's [call]",
         )

@@ -48,15 +48,15 @@ WHEN = {
 @dataclass(frozen=True)
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
-    `verified`: the error of the replay; `fields`: the manifest's; `graphs`: what it is built from; `seconds`: by
-    stage."""
+    `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
+    from; `seconds`: by stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
     family: Family | None
     capture: Mapping[str, Any]
     parts: Mapping[str, Any]
-    verified: float
+    verified: Mapping[str, Any]
     fields: Mapping[str, Any]
     originals: PipelineOriginals
     judged: ProgramJudged
@@ -86,7 +86,9 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
         "capture": dict(evidence.capture),
         "parts": dict(evidence.parts),
-        "verified": evidence.verified,
+        "original_precision": evidence.originals[0].precision,
+        "verified": evidence.verified["error"],
+        "verified_with": evidence.verified["weights"],
         "limit": LIMIT,
         "texts": list(program.arguments),
         "pictures": list(program.images),

@@ -42,7 +42,7 @@ class FamilyRecord(Strict):
 
 class BaseRecord(Strict):
     """What every report says. Targets are the manifest's; `recipe` is the resolved one, `original` what drew the
-    pictures that the bundle is judged by. By target: `gate`, `not_run`, `host_notes`."""
+    pictures that the bundle is judged by, in `original_precision`. By target: `gate`, `not_run`, `host_notes`."""
 
     name: str
     compiled_at: str
@@ -58,6 +58,7 @@ class BaseRecord(Strict):
     stages_s: dict[str, float]
     recipe: Told
     original: str
+    original_precision: Literal["fp32", "bf16"] = "fp32"
     tools: dict[str, str]
 
     def plain(self) -> dict[str, Any]:
@@ -113,14 +114,15 @@ class VariantRecord(Strict):
 
 class ProgramRecord(BaseRecord):
     """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
-    of its replay for another prompt and seed, and `limit` what it may be. `texts`, `pictures`,
-    `listed`, `fixed`: the arguments that a run takes, those of which it may take one of some values, and those that it
-    cannot change. `variants`: of each combination of what is listed, the first of which is the default. `quantized`: by
-    component in INT8, and `mixed_precision`, by target, as Record's."""
+    of its replay for another prompt and seed, `verified_with` the weights that it was replayed with, and `limit` what
+    it may be. `texts`, `pictures`, `listed`, `fixed`: the arguments that a run takes, those of which it may take one of
+    some values, and those that it cannot change. `variants`: of each combination of what is listed, the first of which
+    is the default. `quantized`: by component in INT8, and `mixed_precision`, by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
     verified: float
+    verified_with: Literal["checkpoint", "random"]
     limit: float
     texts: tuple[str, ...]
     pictures: tuple[str, ...]

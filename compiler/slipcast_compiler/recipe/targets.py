@@ -63,6 +63,11 @@ class TargetTable(Strict):
         precision = REST[self.engine] if self.precision == "int8" else self.precision
         return precision if precision in ("fp16", "bf16") else None  # type: ignore[return-value]
 
+    def bytes_of(self, component: str) -> int:
+        """Of one weight of a component; OpenVINO keeps fp16 whatever it computes in but fp32."""
+        rest = self.precision == "int8" and not IN_INT8.fullmatch(component)
+        return BYTES[REST[self.engine] if rest else self.precision]
+
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:
         offered = ENGINES[self.engine].precisions

@@ -1,0 +1,88 @@
+"""What the compile of a captured pipeline will take, of its parts and their shapes alone: what --dry-run prints; and
+whether this machine has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from slipcast.engines import ENGINES
+from slipcast.errors import ResourceError
+from slipcast_compiler.host.machine import LIBRARIES_BYTES
+from slipcast_compiler.recipe.targets import BYTES, TargetTable
+
+GRAPH_BYTES = 400_000_000  # of a traced graph, and of what traces it
+RUNTIME_BYTES = 150_000_000  # an engine's library, resident
+WRITTEN = 3  # copies of the largest weight: as it was read, as it is cast, and as it is written
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. `original`: of the process that draws with the pipeline itself, by precision; `export`: of the one that
+    exports, where the program is not verified with all weights; `targets`: of those that draw with the bundle on this
+    machine's CPU. `disk`: of the published bundle, and of the cache's new entries."""
+
+    original: Mapping[Precision, int]
+    export: int
+    targets: Mapping[str, int]
+    disk: Mapping[str, int]
+
+    def memory(self, precision: Precision) -> int:
+        """Of the process that needs most."""
+        return max(self.original[precision], self.export, *self.targets.values())
+
+
+def estimate(
+    components: Iterable[nn.Module], parts: Mapping[str, Any], live_bytes: int, tables: tuple[TargetTable, ...]
+) -> Needs:
+    """Of all of a pipeline's modules, and of the parts of its bundle, as PartRecord has them; `live_bytes`: what values
+    take at once, beside weights."""
+    weights = [weight.numel() for module in components for weight in module.parameters()]
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    sizes = {name: part["parameters"] for name, part in parts.items()}
+    engines = {table.name: sum(size * table.bytes_of(name) for name, size in sizes.items()) for table in tables}
+    here = {table.name for table in tables if ENGINES[table.engine].device == "cpu"}
+    linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
+    return Needs(
+        original={each: LIBRARIES_BYTES + sum(weights) * BYTES[each] + live_bytes for each in precisions},
+        export=LIBRARIES_BYTES + GRAPH_BYTES + WRITTEN * max(weights, default=0) * BYTES["fp32"],
+        targets={name: RUNTIME_BYTES + 2 * size + live_bytes for name, size in engines.items() if name in here},
+        disk={
+            "bundle": sum(engines.values()),
+            "cache": sum(sizes.values()) * BYTES["fp32"] + sum(engines[name] for name in engines.keys() - linked),
+        },
+    )
+
+
+def choose_precision(needs: Needs, available: float) -> Precision:
+    """In what the pipeline itself is run here, of `available` bytes; in bf16 where fp32 takes more than there are.
+
+    ResourceError where both do.
+    """
+    for precision, needed in needs.original.items():
+        if needed <= available:
+            return precision
+    sizes = " or ".join(f"{needed / 1e9:.1f} GB in {precision}" for precision, needed in needs.original.items())
+    raise ResourceError(
+        "the pipeline itself, whose pictures a bundle is judged by, does not fit into memory",
+        expected=f"about {sizes}",
+        got=f"{available / 1e9:.1f} GB available",
+        hint="close other programs, or compile on a machine that has it; the bundle itself runs on smaller ones",
+    )
+
+
+def check_targets_fit(needs: Needs, available: float) -> None:
+    """ResourceError where an engine does not fit into `available` bytes here, where it is judged."""
+    for name, needed in needs.targets.items():
+        if needed > available:
+            raise ResourceError(
+                f"target {name} does not fit into memory here, where it is judged",
+                expected=f"about {needed / 1e9:.1f} GB",
+                got=f"{available / 1e9:.1f} GB available",
+                hint="another precision takes less, bf16 half of what fp32 does; or compile on a machine that has it",
+            )

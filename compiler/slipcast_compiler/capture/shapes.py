@@ -6,6 +6,7 @@ So no weight is read, and code that branches on integers (lengths, masks, positi
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,8 @@ from slipcast_compiler.capture.program import Path, leaves, rebuild
 from slipcast_compiler.capture.where import here
 
 META = torch.device("meta")
+MAPPED = 1 << 16  # bytes
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _VALUES_DECIDE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _PLAIN = (torch.Tensor, int, float, str, bool, torch.dtype, torch.device, type(None))
@@ -169,9 +172,10 @@ def zeros(tensor: Any) -> Any:
     """In place of a tensor on meta: memory that takes no room until it is written to (torch.zeros does)."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
         return tensor
-    size = tensor.untyped_storage().nbytes()
-    memory = torch.from_numpy(np.zeros(max(size, tensor.element_size()), np.uint8)).view(tensor.dtype)
-    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    size = max(tensor.untyped_storage().nbytes(), tensor.element_size())
+    # What the allocator gives may be used already, and is written to then: a mapping of its own never is.
+    room = np.frombuffer(mmap.mmap(-1, size, **_PRIVATE), np.uint8) if size >= MAPPED else np.zeros(size, np.uint8)
+    return torch.from_numpy(room).view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _is_shape(value: Any) -> bool:

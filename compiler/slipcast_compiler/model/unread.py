@@ -100,11 +100,16 @@ def _reader(file: Path, entry: TensorEntry) -> Callable[[], torch.Tensor]:
             raise ArtifactError(f"{file}: tensor {entry.name!r} is cut off", expected=f"{count} bytes", got=raw.size)
         dtype = _DTYPES[entry.dtype]
         tensor = torch.from_numpy(raw).view(dtype) if count else torch.empty(0, dtype=dtype)
-        if dtype.is_floating_point and not bool(tensor.float().isfinite().all()):
+        if dtype.is_floating_point and not bool(_comparable(tensor).isfinite().all()):
             raise ArtifactError(f"{file}: NaN or infinity in tensor {entry.name!r}", expected="finite numbers")
         return tensor.reshape(entry.shape)
 
     return read
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype that torch can compare: it knows those of eight bits for storage alone."""
+    return tensor if tensor.element_size() > 1 else tensor.half()
 
 
 @contextlib.contextmanager

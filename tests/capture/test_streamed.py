@@ -71,8 +71,8 @@ def test_streamed_weights_are_those_that_are_loaded(name: str, tmp_path: Path) -
 def exported(name: str, pipe: Any, weights: Weights, folder: Path) -> dict[str, bytes]:
     """By name, the files."""
     folder.mkdir()
-    found = find_for(pipe, lambda prompt: call_of(name, prompt, 1))
-    export_program(found.program, found.cut, pipe, found.templates, found.call, folder, silent, weights)
+    found = find_for(pipe, [lambda prompt: call_of(name, prompt, 1)])
+    export_program(found, pipe, folder, silent, weights)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -188,7 +188,7 @@ def test_nothing_is_written_into_an_unread_tensor() -> None:
 def test_a_pipeline_at_random_is_its_own_program(name: str, tmp_path: Path) -> None:
     root = save(name, tmp_path)
     program = (
-        find_for(open_streamed(root).pipe, lambda prompt: call_of(name, prompt, 1)).program
+        find_for(open_streamed(root).pipe, [lambda prompt: call_of(name, prompt, 1)])[0].program
         if name == "wan_2_2"
         else capture(open_streamed(root).pipe, call_of(name, ONE, 1))
     )

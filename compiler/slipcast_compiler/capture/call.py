@@ -71,7 +71,7 @@ def read_pictures(pipe: Any, given: Mapping[str, Any], sizes: Sizes = MappingPro
     """
     parameters, read = inspect.signature(type(pipe).__call__).parameters, dict(given)
     for name, value in given.items():
-        if not is_picture(parameters[name]):
+        if name not in parameters or not is_picture(parameters[name]):
             continue
         if isinstance(value, str):
             read[name] = _read(name, name, value, given, sizes)

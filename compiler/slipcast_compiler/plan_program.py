@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,12 +14,12 @@ from torch import nn
 
 from slipcast.errors import RecipeError
 from slipcast.timing.memory import available_mb
+from slipcast_compiler.capture.arguments import describe_arguments
 from slipcast_compiler.capture.call import pictures_from
-from slipcast_compiler.capture.cut import Cut
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.listed import combinations
-from slipcast_compiler.capture.program import Call
-from slipcast_compiler.capture.summary import count_parameters, summarise
+from slipcast_compiler.capture.parts import describe_parts
+from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.estimate_program import Needs, Precision, check_targets_fit, choose_precision, estimate
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.captured import PipelineDrawing
@@ -47,7 +47,7 @@ class ProgramPlan:
     """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
     the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
     that one; `parts`: those of the bundle, as PartRecord has them; `precision`: in what the pipeline itself is run
-    here."""
+    here; `arguments`: those of a run, see describe_arguments."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -58,6 +58,7 @@ class ProgramPlan:
     parts: Mapping[str, Any]
     needs: Needs
     precision: Precision
+    arguments: Mapping[str, Any]
 
     @property
     def drawing(self) -> PipelineDrawing:
@@ -84,6 +85,8 @@ class ProgramPlan:
             "call": dict(self.call),
             "variants": len(self.calls),
             "parts": dict(self.parts),
+            "arguments": dict(self.arguments),
+            "refused": None,
             "targets": [table.name for table in self.recipe.targets],
             "original_precision": self.precision,
             "disk_bytes": dict(self.needs.disk),
@@ -110,13 +113,14 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     _check_sources(variants[0], name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
-    parts = _parts([found.cut for found in variants], pipe)
+    parts = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
+    arguments = describe_arguments(pipe, variants[0], calls)
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
     live_bytes = max(found.program.live_bytes for found in variants)
     needs, available = estimate(modules, parts, live_bytes, recipe.targets), available_mb() * 1e6
     precision = choose_precision(needs, available)
     check_targets_fit(needs, available)
-    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision)
+    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments)
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,23 +128,6 @@ def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
     usual = {"num_inference_steps": parameter.default} if parameter and isinstance(parameter.default, int) else {}
     return {**usual, **given}
-
-
-def _parts(cuts: Sequence[Cut], pipe: Any) -> dict[str, Any]:
-    """By name, what a PartRecord says of it: its uses are those of the first variant that has it."""
-    found = dict[str, Any]()
-    for cut in cuts:
-        for part in cut.parts:
-            modules = [event.module for event in part.events if isinstance(event, Call)]
-            made = {
-                "modules": modules,
-                "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
-                "operators": len(part.events) - len(modules),
-                "uses": sum(use.part == part.name for use in cut.uses),
-                "constants": len(part.table),
-            }
-            found.setdefault(part.name, made)
-    return found
 
 
 def _check_sources(found: Found, name: str, recipe: Recipe) -> None:

@@ -20,7 +20,7 @@ from slipcast_compiler.capture.program import Call, Program
 from slipcast_compiler.capture.record import Recorder, capture
 from slipcast_compiler.capture.replay import replay
 from slipcast_compiler.capture.roll import roll
-from slipcast_compiler.capture.run import capture_model
+from slipcast_compiler.capture.run import capture_model, render_all
 from slipcast_compiler.capture.shapes import META, run_for_shapes
 from slipcast_compiler.capture.summary import render, summarise
 
@@ -221,3 +221,38 @@ def test_no_name_of_a_pipeline_or_model_stands_in_the_code() -> None:
     assert len(names) > 400
     for file in Path(room.__file__).parent.rglob("*.py"):
         assert not names.intersection(re.findall(r"\w+", file.read_text())), file
+
+
+def test_what_a_bundle_of_it_would_be(tmp_path: Path) -> None:
+    open_pipeline("flux").save_pretrained(tmp_path)
+    size = ["height=32", "width=32", "max_sequence_length=16", "num_inference_steps=[2, 3]"]
+    summary = capture_model(tmp_path, None, size, False)
+    parts, arguments = summary["parts"], summary["arguments"]
+    assert {name: part["uses"] for name, part in parts.items()} == {
+        "conditioning": 1, "start": 1, "denoiser": 2, "update": 2, "decoder": 1,
+    }  # fmt: skip
+    assert parts["denoiser"]["reads"] == {"noise": 1, "prompt": 2} and parts["denoiser"]["constants"] == 1
+    assert parts["denoiser"]["parameters"] == summary["components"]["transformer"]["parameters"] > 0
+    assert arguments["texts"] == {"prompt": None} and arguments["listed"] == {"num_inference_steps": [2, 3]}
+    assert arguments["fixed"]["height"] == 32 and arguments["gives"] == "image"
+    text = render_all(summary)
+    for line in (
+        "parts, of which each becomes an engine",
+        "runs 2 times: transformer, 0 operators",
+        "reads 1 of noise, 2 of texts, 1 constants of the step",
+        "free    seed, prompt (to be given)",
+        "listed  num_inference_steps: 2, 3",
+        "gives   image",
+    ):
+        assert line in text, text
+
+
+def test_what_can_be_no_bundle_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RecipeError("the length of a prompt decides what the pipeline does")
+
+    open_pipeline("ddim").save_pretrained(tmp_path)
+    monkeypatch.setattr("slipcast_compiler.capture.run.find_each", refuse)
+    summary = capture_model(tmp_path, None, [], False)
+    assert summary["loop"]["steps"] == 3 and not summary["parts"]
+    assert "no bundle can be made of it: the length of a prompt" in render_all(summary)

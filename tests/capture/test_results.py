@@ -6,7 +6,7 @@ import pytest
 from tiny import PIPELINES, call_of, open_pipeline
 
 from slipcast_compiler.capture.record import capture
-from slipcast_compiler.export.results import output_of
+from slipcast_compiler.capture.results import output_of
 
 GIVES = {
     "stable_diffusion": ("image", None),

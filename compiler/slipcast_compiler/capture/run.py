@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.arguments import describe_arguments, render_arguments
 from slipcast_compiler.capture.call import PROMPT, make_call
+from slipcast_compiler.capture.find import Found, find_each
+from slipcast_compiler.capture.fitting import with_pictures
+from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.open import open_with_weights, open_without_weights
+from slipcast_compiler.capture.parts import describe_parts, render_parts
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
-from slipcast_compiler.capture.summary import summarise
+from slipcast_compiler.capture.summary import render, summarise
 from slipcast_compiler.capture.texts import OTHER_PROMPT
 from slipcast_compiler.capture.verify import Verdict, verify
 from slipcast_compiler.host.quiet import quiet
@@ -30,16 +35,40 @@ def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], ch
     for override in overrides:
         parse_override(given, override)
     pipe = open_without_weights(root, pipeline)
-    with quiet():
-        program = capture(pipe, make_call(pipe, given))
-    verdict = _verify(program, root, pipeline, given) if check else None
-    return summarise(program, pipe, verdict)
+    calls = combinations(pipe, given)
+    try:
+        variants = find_each(pipe, calls)
+        program, found = variants[0].program, _describe(pipe, variants, calls)
+    except RecipeError as error:  # for prompts of several lengths; of one it can be said what it does
+        found = {"parts": {}, "arguments": None, "refused": str(error)}
+        with quiet():
+            program = capture(pipe, make_call(pipe, calls[0]))
+    verdict = _verify(program, root, pipeline, calls[0]) if check else None
+    return {**summarise(program, pipe, verdict), **found}
 
 
-def _verify(program: Program, root: Path, pipeline: str | None, given: dict[str, Any]) -> Verdict:
+def _describe(pipe: Any, variants: Sequence[Found], calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a bundle of it would be."""
+    parts = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
+    return {"parts": parts, "arguments": describe_arguments(pipe, variants[0], calls), "refused": None}
+
+
+def _verify(program: Program, root: Path, pipeline: str | None, given: Mapping[str, Any]) -> Verdict:
     pipe = open_with_weights(root, pipeline)
     prompt = given.get("prompt", PROMPT)
-    other = {name: value for name, value in given.items() if name != "prompt"}
+    other = with_pictures(pipe, {name: value for name, value in given.items() if name != "prompt"})
     calls = [make_call(pipe, other, OTHER_PROMPT if prompt != OTHER_PROMPT else PROMPT, seed=1) for _ in range(2)]
     with quiet():
         return verify(program, pipe, *calls)
+
+
+def render_all(summary: Mapping[str, Any]) -> str:
+    """What is known of a pipeline as text: what it does, what a bundle of it is made of, and what a run may choose."""
+    lines = [render(summary)]
+    if summary["parts"]:
+        lines += ["", *render_parts(summary["parts"])]
+    if summary["arguments"]:
+        lines += ["", *render_arguments(summary["arguments"], summary["lengths"])]
+    if summary["refused"]:
+        lines += ["", f"no bundle can be made of it: {summary['refused']}"]
+    return "\n".join(lines)

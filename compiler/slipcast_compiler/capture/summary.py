@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,7 +33,7 @@ def summarise(program: Program, pipe: Any, verdict: Verdict | None = None) -> di
     }
 
 
-def render(summary: dict[str, Any]) -> str:
+def render(summary: Mapping[str, Any]) -> str:
     """The same as text."""
     called, glue = len(summary["components"]), summary["glue"]
     lines = [f"{summary['pipeline']}: {called} modules are called, with {glue} operators between them"]

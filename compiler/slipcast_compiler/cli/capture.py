@@ -22,14 +22,14 @@ from slipcast.errors import CheckFailed
 def capture_command(model: Path, pipeline: str | None, overrides: tuple[str, ...], check: bool, as_json: bool) -> None:
     """Show what a diffusers pipeline does: its own code, run once without weights and recorded.
 
-    Sources, components, the sampling loop's form and guidance, and what the program cannot follow.
+    Sources, components, the sampling loop's form and guidance, what the program cannot follow; the parts that a bundle
+    of it has, and what a run of one may choose.
     """
-    from slipcast_compiler.capture.run import capture_model
-    from slipcast_compiler.capture.summary import render
+    from slipcast_compiler.capture.run import capture_model, render_all
 
     if pipeline and ":" in pipeline:
         sys.path.append(str(Path.cwd()))  # the user's own module may lie here; nothing that is installed gives way
     summary = capture_model(model, pipeline, overrides, check)
-    emit(summary, render(summary), as_json)
+    emit(summary, render_all(summary), as_json)
     if check and not summary["verified"]["holds"]:
         sys.exit(CheckFailed.exit_code)

@@ -89,7 +89,7 @@ def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, 
 
 
 def _program_text(summary: dict[str, Any]) -> str:
-    from slipcast_compiler.capture.summary import render
+    from slipcast_compiler.capture.run import render_all
 
     family = summary["family"]
     lines = [
@@ -101,16 +101,11 @@ def _program_text(summary: dict[str, Any]) -> str:
         f"  judged on  {summary['judged_on']} images",
         *([f"  variants   {summary['variants']}, by what the call lists"] * (summary["variants"] > 1)),
         f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
-        *(
-            f"  part       {name}: {', '.join(part['modules']) or 'no module'}, {part['operators']} operators, "
-            f"uses: {part['uses']}"
-            for name, part in summary["parts"].items()
-        ),
         *(f"  target     {target}" for target in summary["targets"]),
         *(["  originals  in bf16, in which alone they fit here"] * (summary["original_precision"] == "bf16")),
         *_resources_text(summary),
         "",
-        render(summary),
+        render_all(summary),
     ]
     return "\n".join(lines)
 

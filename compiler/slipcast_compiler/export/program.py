@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,28 +16,27 @@ from torch.export import Dim
 
 from slipcast.bundle.manifest import Component
 from slipcast.bundle.program import (
-    RUN_ARGUMENTS,
     ImageSource,
     LengthRange,
     NoiseSource,
     Output,
     ProgramCall,
     PromptSource,
-    TextArgument,
     Variant,
 )
 from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
+from slipcast_compiler.capture.arguments import fixed_arguments, text_arguments
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
-from slipcast_compiler.capture.texts import Template, texts_of
+from slipcast_compiler.capture.results import output_of
+from slipcast_compiler.capture.texts import Template
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, carried
-from slipcast_compiler.export.results import output_of
 from slipcast_compiler.export.streamed import NOTHING, Weights, attach
 from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.graph.weights import share_with
@@ -73,7 +71,7 @@ def export_program(
     record = Record(
         **dict(first),
         pipeline=variants[0].program.pipeline,
-        arguments={name: each for found in variants for name, each in _arguments(found.templates, found.call).items()},
+        arguments={n: each for found in variants for n, each in text_arguments(found.templates, found.call).items()},
         table=TABLE if tables else None,
         output=_output(variants, pipe),
         variants=tuple(others),
@@ -93,7 +91,7 @@ def _output(variants: Sequence[Found], pipe: Any) -> Output:
 
 
 def _variant(found: Found, pipe: Any, folder: Path) -> Variant:
-    program, fixed = found.program, _fixed(pipe, found.call)
+    program, fixed = found.program, fixed_arguments(pipe, found.call)
     return Variant(
         fixed=fixed,
         lengths={
@@ -276,25 +274,6 @@ def _padding(source: Source) -> dict[str, Any] | None:
         **(own or {}), "length": None, "pad_to_multiple_of": padding.multiple, "pad_id": padding.fill,
         "direction": "left" if padding.left else "right",
     }  # fmt: skip
-
-
-def _arguments(templates: Mapping[int, Template], call: Mapping[str, Any]) -> dict[str, TextArgument]:
-    """Texts that a run takes. Only the prompt has to be given; others are what they were, unless they are given."""
-    used = {template.argument for template in templates.values() if template.argument}
-    texts = {name: text for name, text in texts_of(call).items() if name in used}
-    return {name: TextArgument(default=None if name == "prompt" else text) for name, text in texts.items()}
-
-
-def _fixed(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """What the call had besides, that can be said in a word."""
-    usual = {
-        name: each.default
-        for name, each in inspect.signature(type(pipe).__call__).parameters.items()
-        if each.default is not inspect.Parameter.empty
-    }
-    given = usual | dict(call)
-    skipped = {"return_dict", *RUN_ARGUMENTS, *texts_of(call)}
-    return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}
 
 
 def _unknown(what: str, expected: str, got: str) -> RecipeError:

@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 
 from slipcast.bundle.program import Program
+from slipcast_compiler.capture.parts import when
 from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, ProgramJudged, as_pictures
@@ -34,15 +35,6 @@ from slipcast_compiler.pages.record import ProgramRecord, typed_program_record
 from slipcast_compiler.precision.quantize import read_report
 from slipcast_compiler.recipe.family import Family
 from slipcast_compiler.recipe.recipe import Recipe
-
-# When a part of a program runs, by the beginning of its name.
-WHEN = {
-    "conditioning": "once for the same texts, however many pictures",
-    "start": "once for a picture",
-    "denoiser": "in the loop",
-    "update": "in the loop",
-    "decoder": "once for a picture",
-}
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
         natural=natural,
         metrics=_measured(typed),
         gates=_asked(gate_rows(typed)),
-        when=_when(typed),
+        when={name: when(name) for name in typed.parts},
         recipe=tomli_w.dumps(typed.recipe),
     )
     (folder / "report.html").write_text(page, "utf-8")
@@ -182,8 +174,3 @@ def _asked(gates: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, A
     """Without the rows of what was neither run nor asked for."""
     nothing = ("not run", "none")
     return {target: [row for row in rows if (row["value"], row["limit"]) != nothing] for target, rows in gates.items()}
-
-
-def _when(record: ProgramRecord) -> dict[str, str]:
-    """By part, when it runs: denoiser_2 when denoiser does."""
-    return {name: WHEN.get(name.partition("_")[0], "") for name in record.parts}

@@ -93,13 +93,15 @@ class Record(BaseRecord):
 class PartRecord(Strict):
     """A part of a captured program, which is one component of the bundle: the `modules` that it calls, in order, with
     their `parameters`, and how many `operators` are between them. `uses`: how often a picture takes it; `constants`:
-    how many of its inputs are of the table, and differ from use to use."""
+    how many of its inputs are of the table, and differ from use to use; `reads`: how many others follow noise, pictures
+    and texts."""
 
     modules: tuple[str, ...]
     parameters: int
     operators: int
     uses: int
     constants: int
+    reads: dict[str, int]
 
 
 class VariantRecord(Strict):

@@ -1,0 +1,78 @@
+"""The parts of a program, for people and programs: what each calls, what it reads, and when it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slipcast_compiler.capture.cut import Cut, Part
+from slipcast_compiler.capture.program import Call, Program
+from slipcast_compiler.capture.summary import count_parameters
+
+# When a part of a program runs, by the beginning of its name.
+WHEN = {
+    "conditioning": "once for the same texts, however many pictures",
+    "start": "once for a picture",
+    "denoiser": "in the loop",
+    "update": "in the loop",
+    "decoder": "once for a picture",
+}
+READS = {"noise": "noise", "image": "pictures", "prompt": "texts"}  # the latest of these binds a value
+
+
+def when(part: str) -> str:
+    """When a part runs: denoiser_2 when denoiser does."""
+    return WHEN.get(part.partition("_")[0], "")
+
+
+def describe_parts(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any) -> dict[str, Any]:
+    """By name, what a PartRecord says of it: its uses are those of the first program that has it."""
+    found = dict[str, Any]()
+    for program, cut in zip(programs, cuts, strict=True):
+        for part in cut.parts:
+            modules = [event.module for event in part.events if isinstance(event, Call)]
+            made = {
+                "modules": modules,
+                "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
+                "operators": len(part.events) - len(modules),
+                "uses": sum(use.part == part.name for use in cut.uses),
+                "constants": len(part.table),
+                "reads": _reads(part, program),
+            }
+            found.setdefault(part.name, made)
+    return found
+
+
+def render_parts(parts: Mapping[str, Any]) -> list[str]:
+    """Lines that say of each part what it calls, when it runs, and what it reads."""
+    lines = ["parts, of which each becomes an engine"]
+    for name, part in parts.items():
+        size = f"{part['parameters'] / 1e6:.1f} M" if part["parameters"] else ""
+        uses = f"{part['uses']} times" if part["uses"] > 1 else "once"
+        calls = ", ".join(f"{module} {times} times" if times > 1 else module for module, times in _counted(part))
+        lines.append(f"  {name:<16} {size:>10}  runs {uses}: {calls or 'no module'}, {part['operators']} operators")
+        read = [f"{count} of {READS[kind]}" for kind, count in part["reads"].items()]
+        read += [f"{part['constants']} constants of the step"] * bool(part["constants"])
+        if read:
+            lines.append(f"  {'':<27}  reads {', '.join(read)}")
+    if mixed := [name for name, part in parts.items() if name.startswith("denoiser") and _mixes(part)]:
+        lines.append(
+            f"  of {' and '.join(mixed)}, what follows from texts, pictures and constants alone leaves the loop"
+        )
+    return lines
+
+
+def _counted(part: dict[str, Any]) -> list[tuple[str, int]]:
+    return list(Counter(part["modules"]).items())
+
+
+def _mixes(part: dict[str, Any]) -> bool:
+    return len(part["reads"]) > 1 or bool(part["constants"])
+
+
+def _reads(part: Part, program: Program) -> dict[str, int]:
+    """How many of its inputs are bound by noise, by pictures and by texts; the later binds."""
+    binding = program.binding
+    kinds = [next((kind for kind in READS if kind in binding[value]), "") for value in part.inputs]
+    return {kind: kinds.count(kind) for kind in READS if kind in kinds}

@@ -312,5 +312,19 @@ class TestOtherCommands:
     def test_what_is_for_others_says_so(self, cli: Cli, bundle: Path) -> None:
         assert cli("report", bundle) == 4
         assert "holds no report" in cli.err
-        assert cli("profile-run", bundle) == 2
-        assert "a captured program of FakePipeline" in cli.err
+
+    def test_profile_run(self, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("slipcast.timing.measure.measure_component", lambda *_: None)
+        monkeypatch.setattr("slipcast.timing.measure.MOST_RUNS", 1)
+        bundle, page = write_real(tmp_path / "b"), tmp_path / "page.html"
+        given = ("--prompt", "a star", "--text", "negative_prompt=blue", "-o", page)
+        assert cli("profile-run", bundle, *given, "--json") == 0
+        calls = {each["name"]: each["calls"] for each in cli.json["components"]}
+        assert calls == {"conditioning": 2, "denoiser": 2, "update": 2, "decoder": 1}
+        assert cli.json["sampler"] == "FakePipeline" and len(cli.json["steps"]) == 2
+        assert {layer["component"] for layer in cli.json["layers"]} <= set(calls)
+        total = sum(step["seconds"] for step in cli.json["steps"]) + cli.json["outside_steps_s"]
+        assert total == pytest.approx(cli.json["seconds"])
+        assert "2 steps of FakePipeline" in page.read_text("utf-8")
+        assert cli("profile-run", bundle, "--prompt", "a star", "--steps", "3", "-o", page) == 2
+        assert "num_inference_steps is fixed in this bundle" in cli.err

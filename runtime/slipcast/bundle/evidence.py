@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.manifest import Manifest
 from slipcast.bundle.quality import Comparison, Quality
-from slipcast.bundle.reader import Bundle
+from slipcast.bundle.reader import Bundle, ProgramBundle
 from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.validation import parse_json
 
@@ -19,22 +20,22 @@ def report_files(manifest: BaseManifest) -> list[str]:
     return [entry.path for entry in manifest.files if entry.path == REPORT]
 
 
-def held_out_prompts(bundle: Bundle) -> list[str]:
+def held_out_prompts(bundle: Bundle | ProgramBundle) -> list[str]:
     """The prompts that the bundle was judged on; another that it takes where none is known, and none where it takes
     no text. Its report, if it has one, has to be verified already."""
     return _prompts(bundle, "held_out_prompts")
 
 
-def calibration_prompts(bundle: Bundle) -> list[str]:
+def calibration_prompts(bundle: Bundle | ProgramBundle) -> list[str]:
     """As held_out_prompts, some of those that the bundle was made with."""
     return _prompts(bundle, "calibration_examples")
 
 
-def _prompts(bundle: Bundle, kind: str) -> list[str]:
+def _prompts(bundle: Bundle | ProgramBundle, kind: str) -> list[str]:
     manifest = bundle.manifest
     if not manifest.takes_prompt:
         return []
-    closed = manifest.prompts
+    closed = manifest.prompts if isinstance(manifest, Manifest) else None
     usual = next(prompt for prompt in closed.prompts if prompt) if closed else USUAL_PROMPT
     record: Any = {}
     if report_files(manifest):

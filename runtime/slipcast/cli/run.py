@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from slipcast.cli.common import bundle_argument, emit, json_option, target_option, unlisted_option
+from slipcast.cli.given import image_option, read_given, text_option
 
 if TYPE_CHECKING:
-    from slipcast.bundle.program import Program, ProgramManifest, Variant
+    from slipcast.bundle.program import ProgramManifest, Variant
     from slipcast.progress import Advance
     from slipcast.run.base import PipelineOutput
     from slipcast.run.pipeline import Pipeline
@@ -23,14 +23,8 @@ if TYPE_CHECKING:
 @bundle_argument
 @click.option("--prompt", help="What to draw; not for unconditional bundles.")
 @click.option("--negative-prompt", help="What to stay away from.")
-@click.option(
-    "--image",
-    "images",
-    multiple=True,
-    metavar="[ARGUMENT=]FILE",
-    help="A picture that the bundle takes, or an array (.npy); of a list, in its order.",
-)
-@click.option("--text", "texts", multiple=True, metavar="ARGUMENT=TEXT", help="Another text that the bundle takes.")
+@image_option
+@text_option
 @click.option("--seed", type=int, help="Image i gets seed + i.  [default: random, and said]")
 @click.option("--num-images", type=int, default=1, show_default=True, help="More than one make a grid.")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the bundle's]")
@@ -81,7 +75,7 @@ def run(
     if request["prompt"] is None and opened.manifest.takes_prompt:
         raise click.UsageError("--prompt is missing: this bundle draws what a text says")
     request |= {"num_images_per_prompt": num_images, "num_inference_steps": steps}
-    request |= _further(program, images, texts)
+    request |= read_given(program, images, texts)
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
@@ -111,42 +105,6 @@ def _sample(pipe: Pipeline, request: dict[str, Any], advance: Advance) -> Pipeli
 
 def _run_program(pipe: ProgramPipeline, request: dict[str, Any], advance: Advance) -> PipelineOutput:
     return pipe(**request, callback_on_step_end=lambda _, step, steps: advance(step + 1, steps))
-
-
-def _further(program: Program | None, images: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
-    """The arguments that only programs have: pictures, and texts by the names that they give them."""
-    from slipcast.run.pictures import open_array, open_picture
-
-    found: dict[str, Any] = {}
-    for given in texts:
-        name, equals, text = given.partition("=")
-        if not program or name not in program.arguments or not equals:
-            raise click.UsageError(f"--text {given}: {_names('ARGUMENT=TEXT', program.arguments if program else ())}")
-        found[name] = text
-    taken, files = program.images if program else {}, dict[str, list[Path]]()
-    for given in images:
-        name, file = _of_argument(taken, given)
-        files.setdefault(name, []).append(file)
-    for name, several in files.items():
-        read = [open_array(file) if file.suffix.lower() == ".npy" else open_picture(file) for file in several]
-        is_list = len(read) > 1 or taken[name][0].place is not None
-        found[name] = read if is_list else read[0]
-    return found
-
-
-def _of_argument(taken: Collection[str], given: str) -> tuple[str, Path]:
-    """The argument that a picture is for, and its file: the one that is named, else "image", or the only one."""
-    name, equals, file = given.partition("=")
-    if equals and name in taken:
-        return name, Path(file)
-    usual = "image" if "image" in taken or len(taken) != 1 else next(iter(taken))
-    if usual not in taken or (equals and not Path(given).exists()):  # a path may hold an equals sign
-        raise click.UsageError(f"--image {given}: {_names('ARGUMENT=FILE', taken)}")
-    return usual, Path(given)
-
-
-def _names(form: str, names: Collection[str]) -> str:
-    return f"give {form}, of {', '.join(names)}" if names else "this bundle takes none"
 
 
 def _check_space(pipe: Pipeline | ProgramPipeline, images: int, output: Path | None) -> None:

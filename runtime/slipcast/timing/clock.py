@@ -10,15 +10,17 @@ from typing import Any, cast
 
 from slipcast.engines import Array, Engine, EngineWrapper, ProfiledEngine
 from slipcast.run.pipeline import Pipeline
+from slipcast.run.program import ProgramPipeline
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run on the clock; seconds since it began. `calls`: component, begin, end; `steps`: timestep, end."""
+    """One run on the clock; seconds since it began. `calls`: component, begin, end; `steps`: timestep, end. Of a
+    captured program, whose timesteps lie in its table, those are None."""
 
     total: float
     calls: list[tuple[str, float, float]]
-    steps: list[tuple[float, float]]
+    steps: list[tuple[float | None, float]]
 
 
 class Clock:
@@ -42,12 +44,19 @@ class Clock:
         """The engine of a component that is open, of a clock that opens them with `profile`; its calls have no time."""
         return cast(ProfiledEngine, self._open[component][0])
 
-    def run(self, pipe: Pipeline, request: Mapping[str, Any]) -> Run:
+    def run(self, pipe: Pipeline | ProgramPipeline, request: Mapping[str, Any]) -> Run:
         """A run of a pipeline whose instrument this is."""
         self.calls.clear()
-        steps: list[tuple[float, float]] = []
+        steps: list[tuple[float | None, float]] = []
+
+        def ended(timestep: float | None) -> None:
+            steps.append((timestep, time.perf_counter() - begin))
+
         begin = time.perf_counter()
-        pipe(**request, callback_on_step_end=lambda _, __, t, ___: steps.append((t, time.perf_counter() - begin)))
+        if isinstance(pipe, ProgramPipeline):
+            pipe(**request, callback_on_step_end=lambda _, __, ___: ended(None))
+        else:
+            pipe(**request, callback_on_step_end=lambda _, __, timestep, ___: ended(timestep))
         total = time.perf_counter() - begin
         return Run(total, [(name, start - begin, end - begin) for name, start, end in self.calls], steps)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from slipcast.bundle.manifest import Component, Target
-from slipcast.bundle.reader import Bundle
+from slipcast.bundle.reader import BaseBundle
 from slipcast.engines import ENGINES, Array, open_engine
 from slipcast.timing.memory import peak_mb, resident_mb
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("slipcast")
 
 
 def measure_component(
-    bundle: Bundle, target: Target, component: str, inputs: Mapping[str, Array]
+    bundle: BaseBundle, target: Target, component: str, inputs: Mapping[str, Array]
 ) -> dict[str, float] | None:
     """`added_mb`: resident after opening the component and calling it once with inputs of these shapes, less before.
     `peak_mb`: the most that was resident on the way, less before. None, with a warning, where its process fails.

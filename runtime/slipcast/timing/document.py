@@ -10,6 +10,7 @@ from typing import Any
 
 import slipcast
 from slipcast.bundle.manifest import Manifest, Target
+from slipcast.bundle.program import ProgramManifest
 from slipcast.engines import ENGINES, LayerTime, cpu_threads
 from slipcast.timing.clock import Run
 
@@ -39,7 +40,9 @@ class Measured:
     memory: dict[str, dict[str, float] | None]
 
 
-def make_document(manifest: Manifest, target: Target, request: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def make_document(
+    manifest: Manifest | ProgramManifest, target: Target, request: dict[str, Any], measured: Measured
+) -> dict[str, Any]:
     """One JSON document. `seconds` = the components' + `host_s` = the steps' + `outside_steps_s`; a component's
     seconds = its layers' + `outside_layers_s`, and its layers' are also summed by kind in `operators`."""
     runs, count = measured.profiled, len(measured.profiled)
@@ -72,7 +75,7 @@ def make_document(manifest: Manifest, target: Target, request: dict[str, Any], m
         "prompt": request["prompt"],
         "seed": request["seed"],
         "num_images": request["num_images_per_prompt"],
-        "sampler": manifest.sampling.sampler,
+        "sampler": manifest.program.pipeline if isinstance(manifest, ProgramManifest) else manifest.sampling.sampler,
         "seconds": total,
         "first_run_s": measured.first_s,
         "without_profiler_s": statistics.median(plain),
@@ -114,9 +117,9 @@ def _component(
     }
 
 
-def _steps(calls: list[tuple[str, float, float]], ends: list[tuple[float, float]]) -> list[dict[str, Any]]:
+def _steps(calls: list[tuple[str, float, float]], ends: list[tuple[float | None, float]]) -> list[dict[str, Any]]:
     """The first step begins with the denoiser's first call, each other where the one before it ended."""
-    steps, begin = [], next(start for name, start, _ in calls if name == "denoiser")
+    steps, begin = [], next((start for name, start, _ in calls if name == "denoiser"), 0.0)
     for number, (timestep, end) in enumerate(ends, 1):
         parts: dict[str, float] = {}
         for name, start, stop in calls:
@@ -147,10 +150,9 @@ def _mean_calls(runs: Sequence[Run]) -> list[tuple[str, float, float]]:
     ]
 
 
-def _mean_steps(runs: Sequence[Run]) -> list[tuple[float, float]]:
-    return [
-        (float(same[0][0]), _mean([end for _, end in same])) for same in zip(*(run.steps for run in runs), strict=True)
-    ]
+def _mean_steps(runs: Sequence[Run]) -> list[tuple[float | None, float]]:
+    pairs = zip(*(run.steps for run in runs), strict=True)
+    return [(None if same[0][0] is None else float(same[0][0]), _mean([end for _, end in same])) for same in pairs]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from slipcast.bundle.evidence import held_out_prompts, report_files
 from slipcast.bundle.manifest import Target
-from slipcast.bundle.reader import open_bundle
+from slipcast.bundle.reader import ProgramBundle, open_any_bundle
 from slipcast.progress import Stages
-from slipcast.run.pipeline import Pipeline, load
+from slipcast.run.load import load
+from slipcast.run.pipeline import Pipeline
+from slipcast.run.program import ProgramPipeline
 from slipcast.timing.clock import Clock
 from slipcast.timing.component import measure_component
 from slipcast.timing.document import Measured, make_document
@@ -28,10 +32,12 @@ def profile_run(
     seed: int,
     allow_unlisted: bool,
     stages: Stages,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The document (see make_document) that says where a bundle's run spends its time and memory.
 
-    `prompt`: None is the first held-out prompt of the bundle's report. Raises what loading and running raise, and
+    `prompt`: None is the first held-out prompt of the bundle's report. `given`: what a captured program takes besides,
+    such as pictures. Raises what loading and running raise, and
     HostError where the target's engine has no profiler.
     """
     if prompt is None:
@@ -39,7 +45,8 @@ def profile_run(
     clock, before_mb = Clock(), resident_mb()
     with stages.stage("load"):
         pipe = load(path, target=target, instrument=clock, allow_unlisted=allow_unlisted)
-    request = {"prompt": prompt, "seed": seed, "num_images_per_prompt": num_images, "num_inference_steps": steps}
+    asked = {"prompt": prompt, "seed": seed, "num_images_per_prompt": num_images, "num_inference_steps": steps}
+    request = asked | dict(given)
     chosen = next(each for each in pipe.manifest.targets if each.id == pipe.target)
     with pipe:
         measured = _measure(pipe, chosen, clock, before_mb, request, stages)
@@ -48,12 +55,24 @@ def profile_run(
 
 def _report_prompt(path: Path, allow_unlisted: bool) -> str | None:
     """None for a bundle that takes no text."""
-    bundle = open_bundle(path, allow_unlisted=allow_unlisted, files=report_files)
+    bundle = open_any_bundle(path, allow_unlisted=allow_unlisted, files=report_files)
     return next(iter(held_out_prompts(bundle)), None)
 
 
+def _again(pipe: Pipeline | ProgramPipeline, target: Target, profiler: Clock) -> Pipeline | ProgramPipeline:
+    """The same bundle once more, with the profiler on."""
+    if isinstance(pipe.bundle, ProgramBundle):
+        return ProgramPipeline(pipe.bundle, target, instrument=profiler)
+    return Pipeline(pipe.bundle, target, instrument=profiler)
+
+
 def _measure(
-    pipe: Pipeline, target: Target, clock: Clock, before_mb: float, request: dict[str, Any], stages: Stages
+    pipe: Pipeline | ProgramPipeline,
+    target: Target,
+    clock: Clock,
+    before_mb: float,
+    request: dict[str, Any],
+    stages: Stages,
 ) -> Measured:
     """`clock`: the pipeline's instrument. `before_mb`: resident before it was loaded. Closes the pipeline."""
     with stages.stage(f"first run on {pipe.target}"):
@@ -66,7 +85,7 @@ def _measure(
         plain = [] if in_turn else [clock.run(pipe, request) for _ in range(count)]
         if not in_turn:
             pipe.close()
-        profiling = stack.enter_context(Pipeline(pipe.bundle, target, instrument=profiler))
+        stack.enter_context(profiling := _again(pipe, target, profiler))
         for component, arrays in clock.inputs.items():
             with profiling.residency.use(component) as engine:
                 engine(arrays)

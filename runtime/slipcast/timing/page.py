@@ -86,7 +86,7 @@ def _timeline(d: Mapping[str, Any]) -> Block:
         parts += _calls([call for call in calls if now <= call[1] < begin], now, begin, tones)
         if step:
             inside = _calls([call for call in calls if begin <= call[1] < end], begin, end, tones)
-            label, detail = str(step["step"]), f"timestep {step['timestep']:g}"
+            label, detail = str(step["step"]), "" if step["timestep"] is None else f"timestep {step['timestep']:g}"
             parts.append(Block(f"step {label}" if len(d["steps"]) < 20 else label, end - begin, "rest", detail, inside))
         now = end
     return Block(f"one run: {ms(d['seconds'])}", d["seconds"], "rest", "", tuple(parts))

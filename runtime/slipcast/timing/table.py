@@ -44,11 +44,10 @@ def headline(d: Mapping[str, Any]) -> list[str]:
         f"{ms(statistics.median(runs['with_profiler_s']))} with it ({d['profiler_overhead']:+.0%}, by pairs "
         f"{min(over):+.0%} to {max(over):+.0%}); the first run took {ms(d['first_run_s'])}",
     ]
-    seconds = [step["seconds"] for step in d["steps"]]
-    slowest = max(d["steps"], key=lambda step: step["seconds"])
-    lines.append(
-        f"a step: median {ms(statistics.median(seconds))}, slowest {ms(slowest['seconds'])} (step {slowest['step']})"
-    )
+    if seconds := [step["seconds"] for step in d["steps"]]:
+        slowest = max(d["steps"], key=lambda step: step["seconds"])
+        usual = ms(statistics.median(seconds))
+        lines.append(f"a step: median {usual}, slowest {ms(slowest['seconds'])} (step {slowest['step']})")
     lines.append(f"memory: peak {d['memory']['peak_mb']:.0f} MB, {d['memory']['before_mb']:.0f} MB before loading")
     return lines
 

@@ -296,7 +296,7 @@ def not_sampled(manifest: ProgramManifest) -> RequestError:
         f"{manifest.name}: this needs a bundle that samples with slipcast's samplers",
         expected="a bundle with a sampling schedule",
         got=f"a captured program of {manifest.program.pipeline}",
-        hint="such bundles are for slipcast.load, and `slipcast run`, inspect, verify, report and doctor",
+        hint="such bundles are for slipcast.load, `slipcast run`, profile-run, inspect, verify, report and doctor",
     )
 
 

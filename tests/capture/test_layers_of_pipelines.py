@@ -15,6 +15,7 @@ from tiny import PIPELINES, call_of, open_pipeline
 
 from slipcast_compiler.model.layers import layers_of, linear_layers
 from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, load, write_tensors
+from slipcast_compiler.passes.trial import tried_layers
 from slipcast_compiler.passes.units import keep_units
 
 NAMES = tuple(name for name in PIPELINES if name != "kolors")  # which needs sentencepiece, and has SDXL's U-Net
@@ -102,6 +103,12 @@ def test_what_is_removed_is_what_was_masked(name: str, tmp_path: Path) -> None:
     for before, after in ((found.attention, left.attention), (found.feed_forward, left.feed_forward)):
         assert [layer.name for layer in before] == [layer.name for layer in after]
         assert all(a.units == b.units - -(-b.units // 3) or b.units == 1 for b, a in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", _marked(NAMES))
+def test_one_call_finds_nothing_wrong(name: str) -> None:
+    module, args, kwargs = _denoiser(name)
+    assert tried_layers(module, lambda smaller: _prediction(smaller, args, kwargs)) == layers_of(module)
 
 
 @pytest.mark.parametrize("name", _marked(NAMES))

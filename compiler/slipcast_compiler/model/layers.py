@@ -5,6 +5,7 @@ Modules may be on the meta device. Sizes are those that the module has, so a pru
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,16 @@ class Layers:
     linear: tuple[LinearLayer, ...]
     unknown_attention: Mapping[str, str]
     unknown_feed_forward: Mapping[str, str]
+
+    def leave(self, attention: Mapping[str, str], feed_forward: Mapping[str, str]) -> Layers:
+        """The same, but for layers that are left alone besides, by name, and why."""
+        return dataclasses.replace(
+            self,
+            attention=tuple(layer for layer in self.attention if layer.name not in attention),
+            feed_forward=tuple(layer for layer in self.feed_forward if layer.name not in feed_forward),
+            unknown_attention={**self.unknown_attention, **attention},
+            unknown_feed_forward={**self.unknown_feed_forward, **feed_forward},
+        )
 
 
 def layers_of(module: nn.Module) -> Layers:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,11 +66,14 @@ class Denoiser:
     """A denoiser as earlier passes left it: its structure on the meta device, and its weights, read one at a time.
 
     `module` has the original's structure (it is changed); `weights`: the original's parameters by name, or by a name
-    that older checkpoints have for them.
+    that older checkpoints have for them; `known`: what passes may rewrite of the original, where that is less than its
+    structure says (see passes/trial.py).
     """
 
-    def __init__(self, module: nn.Module, weights: dict[str, Weight], rewrite: Rewrite) -> None:
-        self._original, self._changed = weights, rewrite.weights()
+    def __init__(
+        self, module: nn.Module, weights: dict[str, Weight], rewrite: Rewrite, known: Layers | None = None
+    ) -> None:
+        self._original, self._changed, self._known = weights, rewrite.weights(), known
         self.module = module
         fit(self.module, rewrite.shapes())
         self.module.to("meta")
@@ -77,7 +81,8 @@ class Denoiser:
     @cached_property
     def layers(self) -> Layers:
         """What passes can rewrite, as it is now."""
-        return layers_of(self.module)
+        found = layers_of(self.module)
+        return found.leave(self._known.unknown_attention, self._known.unknown_feed_forward) if self._known else found
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, rewrite: Rewrite) -> Denoiser:
@@ -144,11 +149,16 @@ def _left(module: nn.Module, attention: AttentionLayer, beside: FeedForwardLayer
 
 def load(module: nn.Module, weights: Mapping[str, Weight]) -> None:
     """Fit a module that holds the checkpoint's weights to the changed ones, and give it those."""
+    load_tensors(module, {name: weight.read() for name, weight in weights.items()})
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """The same, from memory."""
     before, like = module.state_dict(), next(module.parameters())
-    fit(module, {name: tuple(weight.entry.shape) for name, weight in weights.items()})
+    fit(module, {name: array.shape for name, array in tensors.items()})
     # The bias of a layer that was made anew is in no file of changes where only its matrix changed.
     state = {name: before[name] for name, p in module.named_parameters() if p.device.type == "meta" and name in before}
-    state |= {name: torch.from_numpy(weight.read()).to(like) for name, weight in weights.items()}
+    state |= {name: torch.from_numpy(array).to(like) for name, array in tensors.items()}
     module.load_state_dict(state, strict=False, assign=True)
     left = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
     assert not left, left

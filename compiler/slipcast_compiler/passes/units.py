@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from slipcast.errors import NumericalError, RecipeError
 from slipcast_compiler.recipe.passes import PruneFFN, PruneHeads
 
 if TYPE_CHECKING:
-    from slipcast_compiler.model.rewrite import Denoiser
     from slipcast_compiler.model.units import AttentionLayer, FeedForwardLayer, Slice
     from slipcast_compiler.profile.profile import Profile
 
@@ -139,13 +138,20 @@ def moment_of(measured: Profile, layer: Layer, place: Slice) -> Floats:
     return moment[-count:, -count:] if place.start else moment[:count, :count]
 
 
-def matrix(denoiser: Denoiser, linear: str) -> Floats:
+class Weights(Protocol):
+    """What a Denoiser says of parameters, which others may say too."""
+
+    def weight(self, name: str) -> Floats: ...
+    def has(self, name: str) -> bool: ...
+
+
+def matrix(denoiser: Weights, linear: str) -> Floats:
     """The weight of a linear layer or of a 1x1 convolution, [out, in]."""
     weight = denoiser.weight(f"{linear}.weight")
     return weight.reshape(weight.shape[0], -1)
 
 
-def keep_units(denoiser: Denoiser, layer: Layer, kept: Sequence[int], measured: Profile | None) -> dict[str, Floats]:
+def keep_units(denoiser: Weights, layer: Layer, kept: Sequence[int], measured: Profile | None) -> dict[str, Floats]:
     """The layer's parameters with these units alone; corrected by the second moments of `measured`, where given."""
     gone = [unit for unit in range(layer.units) if unit not in set(kept)]
     tensors: dict[str, Floats] = {}

@@ -1,0 +1,81 @@
+"""One call finds the layers of which nothing can be removed, whatever their structure says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
+
+from compiler.passes.joint import inputs, stable_diffusion_3
+from slipcast_compiler.model.layers import layers_of
+from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser
+from slipcast_compiler.passes.trial import tried_layers
+
+
+class AllHeads:
+    """A processor that wants all heads there."""
+
+    def __call__(self, attention: Any, x: torch.Tensor, **_: Any) -> torch.Tensor:
+        values: torch.Tensor = attention.to_v(x).reshape(*x.shape)
+        return attention.to_out[0](values)
+
+
+class Mixed:
+    """A processor in which heads depend on one another, which neither shapes nor parameters show."""
+
+    def __call__(self, attention: Any, x: torch.Tensor, **_: Any) -> torch.Tensor:
+        values: torch.Tensor = attention.to_v(x).unflatten(-1, (attention.heads, -1))
+        return attention.to_out[0]((values - values.mean(-2, keepdim=True)).flatten(-2))
+
+
+class Blocks(nn.Module):
+    def __init__(self, *processors: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([Attention(16, heads=4, dim_head=4, processor=each), FeedForward(16, activation_fn="gelu")])
+            for each in processors
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, feed_forward in self.blocks:
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [(AllHeads(), "it does not run"), (Mixed(), "removing a unit is not masking it: a relative error of 0.")],
+)
+def test_a_layer_that_is_not_what_it_seems(processor: Any, why: str) -> None:
+    module, x = Blocks(AttnProcessor2_0(), processor, AttnProcessor2_0()), torch.randn(2, 5, 16)
+    assert layers_of(module).unknown_attention == {}
+    found = tried_layers(module, lambda smaller: smaller(x))
+    assert [layer.name for layer in found.attention] == ["blocks.0.0", "blocks.2.0"]
+    assert list(found.unknown_attention) == ["blocks.1.0"] and why in found.unknown_attention["blocks.1.0"]
+    assert found.feed_forward == layers_of(module).feed_forward
+    assert Denoiser(module, {}, UNCHANGED, found).layers == found
+
+
+def test_on_the_meta_device_it_is_tried_that_it_runs() -> None:
+    module = Blocks(AttnProcessor2_0(), AllHeads(), Mixed()).to("meta")
+    found = tried_layers(module, lambda smaller: smaller(torch.empty(2, 5, 16, device="meta")))
+    assert list(found.unknown_attention) == ["blocks.1.0"]
+
+
+def test_joint_attention_runs_with_fewer_heads() -> None:
+    module, given = stable_diffusion_3().to("meta"), inputs("stable_diffusion_3", 0, device="meta")
+    assert tried_layers(module, lambda smaller: smaller(**given)[0]) == layers_of(module)
+
+
+def test_an_evaluation_that_fails_as_it_is_is_the_callers() -> None:
+    def fail(_: nn.Module) -> torch.Tensor:
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError, match="no such file"):
+        tried_layers(Blocks(AttnProcessor2_0()), fail)

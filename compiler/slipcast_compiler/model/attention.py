@@ -21,6 +21,7 @@ VALUES = ("to_v", "to_value", "v_proj", "add_v_proj")
 GATES = ("to_gate",)  # multiplies what the heads give
 # One layer in place of several: queries, keys and values follow one another, then what leads to neurons, if anything.
 FUSED = ("to_qkv", "to_added_qkv", "to_qkv_mlp_proj")
+FUSED_KEYS = ("to_kv",)  # keys and values
 OUTPUTS = ("to_out", "to_out.0", "out_layer", "o_proj", "to_add_out")
 # Of each head by itself. Where one spans all heads, no head is independent of the others.
 HEAD_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm", "q_norm", "k_norm")
@@ -51,7 +52,7 @@ def find_attention(module: nn.Module) -> Attentions:
             continue
         parent = modules[name.rpartition(".")[0]] if name else None
         try:
-            layer, beside = _read(name, modules[name], parent)
+            layer, beside = _Module(name, modules[name]).read(parent)
         except NotUnderstoodError as reason:
             found.unknown[name] = str(reason)
         else:
@@ -88,60 +89,88 @@ def _is_candidate(module: nn.Module) -> bool:
     return count_of(module, HEADS) is not None and bool(matrices(module) or list(module.parameters(recurse=False)))
 
 
-def _read(name: str, module: Any, parent: nn.Module | None) -> tuple[AttentionLayer, FeedForwardLayer | None]:
-    """The layer, and the perceptron that shares its output projection; NotUnderstoodError says what is in the way."""
-    sizes, heads = matrices(module), count_of(module, HEADS)
-    assert heads is not None
-    queries, keys, values, gates, fused, outputs = (
-        [each for each in names if each in sizes] for names in (QUERIES, KEYS, VALUES, GATES, FUSED, OUTPUTS)
-    )
-    if "add_k_proj" in keys and "add_q_proj" not in queries:
-        raise NotUnderstoodError("the text's keys and values are added to its own, without queries")
-    width, units = _width(module, sizes, queries, keys, fused, heads)
-    head_dim, group = width // heads, heads // units
+class _Module:
+    """One attention module, read; NotUnderstoodError says what is in the way."""
 
-    def rows_of(names: list[str], part: int) -> list[Slice]:
-        """Of separate layers, and the part of fused ones that is theirs."""
-        own = [Slice(f"{name}.{each}", _share(sizes[each][0], units, each)) for each in names]
-        return own + [Slice(f"{name}.{each}", head_dim, part * width) for each in fused]
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name, self._module, self._sizes = name, module, matrices(module)
+        self._queries, self._keys, self._values, self._gates, self._fused, self._pairs, self._outputs = (
+            [each for each in names if each in self._sizes]
+            for names in (QUERIES, KEYS, VALUES, GATES, FUSED, FUSED_KEYS, OUTPUTS)
+        )
+        if "add_k_proj" in self._keys and "add_q_proj" not in self._queries:
+            raise NotUnderstoodError("the text's keys and values are added to its own, without queries")
+        heads = count_of(module, HEADS) or 0
+        self._width = self._columns_of_heads()
+        self._head_dim = _share(self._width, heads, "its heads")
+        self._units = _share(self._sizes[self._keys[0]][0], self._head_dim, self._keys[0]) if self._keys else heads
+        self._group = _share(heads, self._units, "its query heads")
 
-    values_rows = rows_of(values, 2)
-    rows = (*rows_of(queries, 0), *rows_of(keys, 1), *values_rows, *rows_of(gates, 0)[: len(gates)])
-    _check_parameters(module, {*queries, *keys, *values, *gates, *fused, *outputs}, head_dim)
-    columns, beside = [], None
-    for each in outputs:
-        used = width if fused and sizes[each][1] > width else sizes[each][1]
-        columns.append(Slice(f"{name}.{each}", _share(used, units, each)))
-        if sizes[each][1] > used:
-            up = (fused[0], sizes[fused[0]][0] - 3 * width, 3 * width)
-            beside = _beside(name, up, each, sizes[each][1] - used, used)
-    if any(sizes[each][0] != 3 * width for each in fused) and not beside:
-        raise NotUnderstoodError(f"{', '.join(fused)}: more rows than queries, keys and values have, or fewer")
-    if not any(each != "to_add_out" for each in outputs):
-        beside, output = _single_stream(name.rpartition(".")[0], parent, width)
-        columns.append(Slice(output, width // units))
-    if any(place.size != value.size * group for place in columns for value in values_rows):
-        raise NotUnderstoodError("its outputs are of another width than its values")
-    cross = bool(getattr(module, "is_cross_attention", False))
-    return AttentionLayer(name, units, head_dim, rows, tuple(values_rows), tuple(columns), group, cross), beside
+    def read(self, parent: nn.Module | None) -> tuple[AttentionLayer, FeedForwardLayer | None]:
+        """The layer, and the perceptron that shares its output projection, if any."""
+        self._check_parameters()
+        columns, beside = self._columns()
+        if not any(each != "to_add_out" for each in self._outputs):
+            beside, output = _single_stream(self._name.rpartition(".")[0], parent, self._width)
+            columns.append(Slice(output, self._width // self._units))
+        lengths = dict.fromkeys(self._fused, 3) | dict.fromkeys(self._pairs, 2)
+        if any(self._sizes[each][0] != count * self._width for each, count in lengths.items()) and not beside:
+            raise NotUnderstoodError(f"{', '.join(lengths)}: other rows than those of queries, keys and values")
+        values = self._rows(self._values, 2)
+        if any(place.size != value.size * self._group for place in columns for value in values):
+            raise NotUnderstoodError("its outputs are of another width than its values")
+        gates = [Slice(f"{self._name}.{each}", _share(self._sizes[each][0], self._units, each)) for each in self._gates]
+        rows = (*self._rows(self._queries, 0), *self._rows(self._keys, 1), *values, *gates)
+        cross = bool(getattr(self._module, "is_cross_attention", False))
+        layer = AttentionLayer(
+            self._name, self._units, self._head_dim, rows, tuple(values), tuple(columns), self._group, cross
+        )
+        return layer, beside
 
+    def _columns_of_heads(self) -> int:
+        """How many columns all query heads have together."""
+        if self._queries:
+            return self._sizes[self._queries[0]][0]
+        width = count_of(self._module, ("inner_dim",))
+        if self._fused and width and self._sizes[self._fused[0]][0] >= 3 * width:
+            return width
+        raise NotUnderstoodError(f"no projection of queries among {', '.join(self._sizes) or 'its parameters'}")
 
-def _width(
-    module: Any, sizes: dict[str, tuple[int, int]], queries: list[str], keys: list[str], fused: list[str], heads: int
-) -> tuple[int, int]:  # fmt: skip
-    """(columns of all query heads together, heads that can be removed)."""
-    if queries:
-        width = sizes[queries[0]][0]
-        head_dim = _share(width, heads, queries[0])
-        units = _share(sizes[keys[0]][0], head_dim, keys[0]) if keys else heads
-        if heads % units:
-            raise NotUnderstoodError(f"{heads} query heads do not share {units} key heads evenly")
-        return width, units
-    inner = count_of(module, ("inner_dim",))
-    if fused and inner and sizes[fused[0]][0] >= 3 * inner:
-        _share(inner, heads, fused[0])
-        return inner, heads
-    raise NotUnderstoodError(f"no projection of queries among {', '.join(sizes) or 'its parameters'}")
+    def _rows(self, names: list[str], part: int) -> list[Slice]:
+        """Of separate layers, and the part of fused ones: 0 of queries, 1 of keys, 2 of values."""
+        prefix, width, head_dim = f"{self._name}.", self._width, self._head_dim
+        rows = [Slice(prefix + each, _share(self._sizes[each][0], self._units, each)) for each in names]
+        rows += [Slice(prefix + each, head_dim, part * width) for each in self._fused]
+        return rows + [Slice(prefix + each, head_dim, (part - 1) * width) for each in self._pairs if part]
+
+    def _columns(self) -> tuple[list[Slice], FeedForwardLayer | None]:
+        """Of its own output projections, and the neurons that one of them reads after the heads."""
+        columns, beside = [], None
+        for each in self._outputs:
+            count = self._sizes[each][1]
+            heads = self._width if self._fused and count > self._width else count
+            columns.append(Slice(f"{self._name}.{each}", _share(heads, self._units, each)))
+            if count > heads:
+                up = self._fused[0], self._sizes[self._fused[0]][0] - 3 * self._width, 3 * self._width
+                beside = _beside(self._name, up, each, count - heads, heads)
+        return columns, beside
+
+    def _check_parameters(self) -> None:
+        """Every parameter belongs to a projection, or to a norm that does not tie heads together."""
+        for name in HEAD_NORMS:
+            norm: Any = getattr(self._module, name, None)
+            if norm is None or isinstance(norm, nn.Identity):
+                continue
+            size = next((parameter.numel() for parameter in norm.parameters()), None) or _normalised(norm)
+            if size is None:
+                raise NotUnderstoodError(f"what its {name} is a norm of cannot be seen")
+            if size != self._head_dim:
+                raise NotUnderstoodError(f"its {name} spans all heads, so that each depends on the others")
+        own = (*self._queries, *self._keys, *self._values, *self._gates, *self._fused, *self._pairs, *self._outputs)
+        known = tuple(f"{each}." for each in (*own, *HEAD_NORMS, *INPUT_NORMS))
+        for name, _ in self._module.named_parameters():
+            if not name.startswith(known):
+                raise NotUnderstoodError(f"{name} is a parameter of unknown use")
 
 
 def _single_stream(name: str, parent: nn.Module | None, width: int) -> tuple[FeedForwardLayer | None, str]:
@@ -170,23 +199,6 @@ def _beside(name: str, up: tuple[str, int, int], down: str, neurons: int, start:
     prefix = f"{name}." if name else ""
     rows = tuple(Slice(f"{prefix}{linear}", 1, first + i * neurons) for i in range(count // neurons))
     return FeedForwardLayer(name, neurons, rows, (Slice(f"{prefix}{down}", 1, start),))
-
-
-def _check_parameters(module: nn.Module, understood: set[str], head_dim: int) -> None:
-    """Every parameter belongs to a projection, or to a norm that does not tie heads together."""
-    for name in HEAD_NORMS:
-        norm: Any = getattr(module, name, None)
-        if norm is None or isinstance(norm, nn.Identity):
-            continue
-        size = next((parameter.numel() for parameter in norm.parameters()), None) or _normalised(norm)
-        if size is None:
-            raise NotUnderstoodError(f"what its {name} is a norm of cannot be seen")
-        if size != head_dim:
-            raise NotUnderstoodError(f"its {name} spans all heads, so that each depends on the others")
-    known = (*understood, *HEAD_NORMS, *INPUT_NORMS)
-    for name, _ in module.named_parameters():
-        if not any(name.startswith(f"{each}.") for each in known):
-            raise NotUnderstoodError(f"{name} is a parameter of unknown use")
 
 
 def _normalised(norm: Any) -> int | None:

@@ -76,7 +76,7 @@ class Observer:
 
     def _block_hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            now = output if isinstance(output, torch.Tensor) else output[0]
+            now = main_tensor(output)
             if name in self._before:
                 self._change[name][self._evaluation - 1] += float(relative(now, self._before[name]).sum())
             self._before[name] = now
@@ -118,6 +118,13 @@ def blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
         elif name == "mid_block":
             found.append((name, child))
     return found
+
+
+def main_tensor(output: Any) -> torch.Tensor:
+    """What a block returns, or the largest of what it returns: the picture's stream rather than the text's."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return max((each for each in output if isinstance(each, torch.Tensor)), key=torch.Tensor.numel)
 
 
 def relative(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

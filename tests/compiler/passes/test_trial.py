@@ -10,7 +10,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
-from compiler.passes.joint import inputs, stable_diffusion_3
+from compiler.passes.joint import flux, inputs, stable_diffusion_3
 from slipcast_compiler.model.layers import layers_of
 from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser
 from slipcast_compiler.passes.trial import tried_layers
@@ -71,6 +71,21 @@ def test_on_the_meta_device_it_is_tried_that_it_runs() -> None:
 def test_joint_attention_runs_with_fewer_heads() -> None:
     module, given = stable_diffusion_3().to("meta"), inputs("stable_diffusion_3", 0, device="meta")
     assert tried_layers(module, lambda smaller: smaller(**given)[0]) == layers_of(module)
+
+
+def test_projections_that_diffusers_has_fused() -> None:
+    """Which it keeps beside those that they were made of."""
+    module, given = flux(), inputs("flux", 0)
+    for attention in [each for each in module.modules() if hasattr(each, "fuse_projections")]:
+        attention.fuse_projections()
+    found = tried_layers(module, lambda smaller: smaller(**given)[0])
+    assert found == layers_of(module) and len(found.attention) == 3
+    assert {place.linear.rpartition(".")[2] for place in found.attention[0].rows} >= {"to_qkv", "to_added_qkv"}
+    cross = Blocks(AttnProcessor2_0())
+    cross.blocks[0][0] = Attention(16, cross_attention_dim=16, heads=4, dim_head=4)
+    cross.blocks[0][0].fuse_projections()
+    (layer,) = layers_of(cross).attention
+    assert [(place.linear.rpartition(".")[2], place.start) for place in layer.rows if place.start] == [("to_kv", 16)]
 
 
 def test_an_evaluation_that_fails_as_it_is_is_the_callers() -> None:

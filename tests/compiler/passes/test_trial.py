@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import MochiTransformer3DModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
@@ -66,6 +67,22 @@ def test_on_the_meta_device_it_is_tried_that_it_runs() -> None:
     module = Blocks(AttnProcessor2_0(), AllHeads(), Mixed()).to("meta")
     found = tried_layers(module, lambda smaller: smaller(torch.empty(2, 5, 16, device="meta")))
     assert list(found.unknown_attention) == ["blocks.1.0"]
+
+
+def test_a_model_that_knows_the_number_of_heads_outside_of_attention() -> None:
+    """Mochi learns the frequencies of positions for each head, as a parameter of its own."""
+    torch.manual_seed(0)
+    module = MochiTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=1, pooled_projection_dim=16, in_channels=4,
+        text_embed_dim=16, time_embed_dim=4, max_sequence_length=8,
+    ).to("meta")  # fmt: skip
+    empty = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
+    given = {"hidden_states": empty(1, 4, 2, 8, 8), "encoder_hidden_states": empty(1, 8, 16), "timestep": empty(1)}
+    mask = torch.ones(1, 8, dtype=torch.bool, device="meta")
+    found = tried_layers(module, lambda smaller: smaller(**given, encoder_attention_mask=mask)[0])
+    assert [layer.name for layer in layers_of(module).attention] == ["transformer_blocks.0.attn1"]
+    assert "it does not run (The size of tensor" in found.unknown_attention["transformer_blocks.0.attn1"]
+    assert found.attention == () and found.feed_forward == layers_of(module).feed_forward
 
 
 def test_joint_attention_runs_with_fewer_heads() -> None:

@@ -75,11 +75,12 @@ def test_a_model_that_knows_the_number_of_heads_outside_of_attention() -> None:
     module = MochiTransformer3DModel(
         num_attention_heads=4, attention_head_dim=8, num_layers=1, pooled_projection_dim=16, in_channels=4,
         text_embed_dim=16, time_embed_dim=4, max_sequence_length=8,
-    ).to("meta")  # fmt: skip
-    empty = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
-    given = {"hidden_states": empty(1, 4, 2, 8, 8), "encoder_hidden_states": empty(1, 8, 16), "timestep": empty(1)}
-    mask = torch.ones(1, 8, dtype=torch.bool, device="meta")
-    found = tried_layers(module, lambda smaller: smaller(**given, encoder_attention_mask=mask)[0])
+    ).eval()  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(1, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(1, 8, 16),
+        "timestep": torch.rand(1), "encoder_attention_mask": torch.ones(1, 8, dtype=torch.bool),
+    }  # fmt: skip
+    found = tried_layers(module, lambda smaller: smaller(**given)[0])
     assert [layer.name for layer in layers_of(module).attention] == ["transformer_blocks.0.attn1"]
     assert "it does not run (The size of tensor" in found.unknown_attention["transformer_blocks.0.attn1"]
     assert found.attention == () and found.feed_forward == layers_of(module).feed_forward

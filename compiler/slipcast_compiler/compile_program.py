@@ -54,7 +54,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         originals = draw_originals(plan.drawing, given, cache, advance)
 
     # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
-    graphs = ProgramGraphs(entry)
+    graphs = ProgramGraphs(entry, plan.samplings)
     casts = None
     if needs_calls(recipe.targets, options := recipe.quantize_options):
         with stages.stage("record inputs") as advance:
@@ -84,7 +84,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         verified = json.loads((entry / VERIFIED).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged, graphs,
-            stages.seconds,
+            plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
@@ -19,6 +20,8 @@ from slipcast_compiler.capture.call import pictures_from
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.parts import describe_parts
+from slipcast_compiler.capture.record import find_scheduler
+from slipcast_compiler.capture.resampling import samplings_of
 from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.estimate_program import Needs, Precision, check_targets_fit, choose_precision, estimate
 from slipcast_compiler.export.streamed import open_streamed
@@ -32,7 +35,7 @@ from slipcast_compiler.recipe.seeds import GATE
 from slipcast_compiler.recipe.targets import TargetTable
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
-TABLES = frozenset({"name", "model", "call", "family", "passes", "evaluate", "gate", "targets"})
+TABLES = frozenset({"name", "model", "call", "family", "sampling", "passes", "evaluate", "gate", "targets"})
 UNUSED = (
     ("model", "variant"),
     ("evaluate", "scorer"),
@@ -47,7 +50,8 @@ class ProgramPlan:
     """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
     the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
     that one; `parts`: those of the bundle, as PartRecord has them; `precision`: in what the pipeline itself is run
-    here; `arguments`: those of a run, see describe_arguments."""
+    here; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the recipe asks for in place of
+    the pipeline's own."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -59,6 +63,7 @@ class ProgramPlan:
     needs: Needs
     precision: Precision
     arguments: Mapping[str, Any]
+    samplings: tuple[Sampling, ...]
 
     @property
     def drawing(self) -> PipelineDrawing:
@@ -87,6 +92,7 @@ class ProgramPlan:
             "parts": dict(self.parts),
             "arguments": dict(self.arguments),
             "refused": None,
+            "sampling": self.samplings[0].model_dump(mode="json", exclude_none=True) if self.samplings else None,
             "targets": [table.name for table in self.recipe.targets],
             "original_precision": self.precision,
             "disk_bytes": dict(self.needs.disk),
@@ -113,14 +119,17 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     _check_sources(variants[0], name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
-    parts = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
-    arguments = describe_arguments(pipe, variants[0], calls)
+    parts, arguments = describe_parts(variants, pipe), describe_arguments(pipe, variants, calls)
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
     live_bytes = max(found.program.live_bytes for found in variants)
     needs, available = estimate(modules, parts, live_bytes, recipe.targets), available_mb() * 1e6
     precision = choose_precision(needs, available)
     check_targets_fit(needs, available)
-    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments)
+    asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
+    samplings = samplings_of(variants, asked, find_scheduler(pipe))
+    return ProgramPlan(
+        recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings
+    )
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut_together
 from slipcast_compiler.capture.fitting import with_pictures
+from slipcast_compiler.capture.driving import check_form, not_driven
 from slipcast_compiler.capture.generalise import generalise, is_of_one_length
+from slipcast_compiler.capture.loop import GUIDANCE, STEPS, Captured, Loop, drive_together, other_steps
 from slipcast_compiler.capture.program import Program
-from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.texts import AWKWARD, SHORT, Template, find_templates, with_others
 from slipcast_compiler.host.quiet import quiet
 
@@ -21,12 +24,21 @@ WORDS = (500, 250, 120, 60)  # of the longest text: the first of these numbers t
 
 @dataclass(frozen=True)
 class Found:
-    """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source."""
+    """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source.
+
+    `loop`: how slipcast's samplers drive it, where they do: then its parts are without the scheduler's arithmetic.
+    `why_not`: where they do not.
+    """
 
     program: Program
     cut: Cut
     templates: Mapping[int, Template]
     call: Mapping[str, Any]
+    loop: Loop | None = None
+    why_not: str = ""
+
+
+Make = Callable[[str], Mapping[str, Any]]  # from a prompt to a call
 
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
@@ -35,19 +47,79 @@ def find(pipe: Any, given: Mapping[str, Any]) -> Found:
 
 
 def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> tuple[Found, ...]:
-    """The same of several calls, such as for other numbers of steps, which have parts in common."""
+    """The same of several calls, such as for other sizes, which have parts in common."""
     read = [with_pictures(pipe, given) for given in calls]
     return find_for(pipe, [lambda prompt, given=given: make_call(pipe, given, prompt) for given in read])  # type: ignore[misc]
 
 
-def find_for(pipe: Any, calls: Sequence[Callable[[str], Mapping[str, Any]]]) -> tuple[Found, ...]:
+def find_for(pipe: Any, calls: Sequence[Make]) -> tuple[Found, ...]:
     """The same of each call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what
-    the pipeline does, for a short and a long one too."""
+    the pipeline does, for a short and a long one too. Where slipcast's samplers can stand for the scheduler, for
+    another number of steps and another guidance too, as a run may choose them."""
     captured = [_capture(pipe, call) for call in calls]
-    cuts = cut_together([program for program, _, _ in captured])
+    programs = [program for program, _, _ in captured]
+    loops: Sequence[Loop | None]
+    try:
+        cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured)), strict=True)
+        why_not = ""
+    except RecipeError as error:
+        cuts, loops, why_not = cut_together(programs), [None] * len(programs), error.message
     return tuple(
-        Found(program, made, templates, call) for (program, templates, call), made in zip(captured, cuts, strict=True)
+        Found(program, cut, templates, call, loop, why_not)
+        for (program, templates, call), cut, loop in zip(captured, cuts, loops, strict=True)
     )
+
+
+def _drive(pipe: Any, captured: Sequence[Captured]) -> tuple[tuple[Cut, Loop], ...]:
+    """With steps and guidance, or with steps alone, that a run chooses; RecipeError where it chooses nothing."""
+    scheduler = find_scheduler(pipe)
+    try:
+        return drive_together(captured, scheduler)
+    except RecipeError:
+        if not any(each.guided for each in captured):
+            raise
+    return drive_together([replace(each, guided=None) for each in captured], scheduler)
+
+
+def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Any]) -> list[Captured]:
+    """Each program beside those for other steps and another guidance; RecipeError where a run cannot choose."""
+    found = []
+    for make, (program, _, call) in zip(calls, captured, strict=True):
+        steps = call.get(STEPS)
+        if not isinstance(steps, int) or len({each.get(STEPS) for _, _, each in captured}) > 1:
+            raise not_driven("its numbers of steps are listed", str(steps))
+        check_form(program)
+        again = other_steps(steps)
+        other = _capture_again(pipe, _with(make, STEPS, again), program)
+        found.append(Captured(program, steps, other, again, **_guided(pipe, make, program, captured)))
+    return found
+
+
+def _capture_again(pipe: Any, make: Make, program: Program) -> Program:
+    """What is the same as a program but for a number: for one prompt, unless that one follows the lengths of texts."""
+    if program.lengths:
+        return _capture(pipe, make)[0]
+    with quiet():
+        return capture(pipe, make(PROMPT))
+
+
+def _guided(pipe: Any, make: Make, program: Program, captured: Sequence[Any]) -> dict[str, Any]:
+    """The program for another guidance, and both scales; nothing where there is no other, or where it is listed."""
+    call = make(PROMPT)
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(GUIDANCE)
+    scale = call.get(GUIDANCE, parameter.default if parameter else None)
+    listed = len({each.get(GUIDANCE) for _, _, each in captured}) > 1
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 1 or listed:
+        return {}
+    try:
+        guided = _capture_again(pipe, _with(make, GUIDANCE, float(scale) + 1), program)
+    except RecipeError:
+        return {}
+    return {"guidance": float(scale), "guided": guided, "other_guidance": float(scale) + 1}
+
+
+def _with(make: Make, name: str, value: Any) -> Make:
+    return lambda prompt: {**make(prompt), name: value}
 
 
 def _capture(

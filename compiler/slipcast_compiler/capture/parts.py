@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slipcast_compiler.capture.cut import Cut, Part
+from slipcast_compiler.capture.cut import Part
+from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.program import Call, Program
 from slipcast_compiler.capture.summary import count_parameters
 
@@ -26,17 +27,19 @@ def when(part: str) -> str:
     return WHEN.get(part.partition("_")[0], "")
 
 
-def describe_parts(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any) -> dict[str, Any]:
-    """By name, what a PartRecord says of it: its uses are those of the first program that has it."""
+def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
+    """By name, what a PartRecord says of it: its uses are those of the first variant that has it."""
     found = dict[str, Any]()
-    for program, cut in zip(programs, cuts, strict=True):
-        for part in cut.parts:
+    for variant in variants:
+        program, loop = variant.program, variant.loop
+        inside = {loop.use.part: len(program.marks)} if loop else {}
+        for part in variant.cut.parts:
             modules = [event.module for event in part.events if isinstance(event, Call)]
             made = {
                 "modules": modules,
                 "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
                 "operators": len(part.events) - len(modules),
-                "uses": sum(use.part == part.name for use in cut.uses),
+                "uses": inside.get(part.name, 0) + sum(use.part == part.name for use in variant.cut.uses),
                 "constants": len(part.table),
                 "reads": _reads(part, program),
             }

@@ -166,9 +166,9 @@ class Guard:
 @dataclass(frozen=True)
 class Program:
     """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
-    returned, a Ref or a constant tensor. `specs`: by value. `lengths`: that arguments and shapes follow; those of a
-    program as it was captured are numbers. `live_bytes`: what a component's values take at once, beside its weights, at
-    the most."""
+    returned, a Ref or a constant tensor. `specs`: by value. `sigmas`: noise levels of its scheduler, if it has any.
+    `lengths`: that arguments and shapes follow; those of a program as it was captured are numbers. `live_bytes`: what a
+    component's values take at once, beside its weights, at the most."""
 
     pipeline: str
     sources: tuple[Source, ...]
@@ -178,6 +178,7 @@ class Program:
     memory: Mapping[int, int]
     results: tuple[tuple[Path, Any], ...]
     specs: Mapping[int, Spec]
+    sigmas: tuple[float, ...] = ()
     lengths: tuple[Length, ...] = ()
     live_bytes: int = 0
 

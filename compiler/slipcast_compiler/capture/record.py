@@ -115,8 +115,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             dict(self._memory),
             results,
             dict(self._specs),
+            self._sigmas(),
             live_bytes=self._shapes.live.peak,
         )
+
+    def _sigmas(self) -> tuple[float, ...]:
+        found = getattr(find_scheduler(self._pipe), "sigmas", None)
+        if not isinstance(found, torch.Tensor) or found.ndim != 1 or found.is_meta:
+            return ()
+        return tuple(map(float, found))
 
     def enter(
         self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...], tokenized: Tokenized | None = None
@@ -136,7 +143,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             for name, part in self._pipe.components.items():
                 if part is None or isinstance(part, nn.Module):
                     continue
-                if callable(getattr(part, "step", None)) and callable(getattr(part, "set_timesteps", None)):
+                if _is_scheduler(part):
                     stack.enter_context(self._steps_marked(part))
                 elif callable(getattr(part, "decode", None)) or "processor" in name or "extractor" in name:
                     stack.enter_context(self._texts_watched(name, part))
@@ -423,6 +430,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             yield
         finally:
             tokenizer.__class__ = own
+
+
+def find_scheduler(pipe: Any) -> Any:
+    """The pipeline's scheduler, by what it can do; None where there is none, or more than one."""
+    found = [part for part in pipe.components.values() if not isinstance(part, nn.Module) and _is_scheduler(part)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_scheduler(part: Any) -> bool:
+    return callable(getattr(part, "step", None)) and callable(getattr(part, "set_timesteps", None))
 
 
 def _tokenized(tokenizer: Any, texts: Any, kwargs: Mapping[str, Any]) -> Tokenized | None:

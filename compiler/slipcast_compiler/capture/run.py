@@ -49,8 +49,8 @@ def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], ch
 
 def _describe(pipe: Any, variants: Sequence[Found], calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a bundle of it would be."""
-    parts = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
-    return {"parts": parts, "arguments": describe_arguments(pipe, variants[0], calls), "refused": None}
+    arguments = describe_arguments(pipe, variants, calls)
+    return {"parts": describe_parts(variants, pipe), "arguments": arguments, "refused": None}
 
 
 def _verify(program: Program, root: Path, pipeline: str | None, given: Mapping[str, Any]) -> Verdict:

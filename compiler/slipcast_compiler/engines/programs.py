@@ -11,6 +11,7 @@ from typing import Any
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, Component
 from slipcast.bundle.program import PROGRAM, Program
+from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
 from slipcast_compiler.export.graphs import Quantized
@@ -23,16 +24,31 @@ from slipcast_compiler.recipe.targets import TargetTable
 @dataclass(frozen=True)
 class ProgramGraphs:
     """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
+    `samplings`: by variant, in place of its loop's;
     `quantized`: by component, what takes its place in INT8; `casts`: by target's name, see build_target."""
 
     entry: Path
+    samplings: tuple[Sampling, ...] = ()
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     casts: Mapping[str, Casts] = field(default_factory=dict)
 
     @property
     def record(self) -> Program:
         """The program."""
-        return read_record(self.entry)
+        record = read_record(self.entry)
+        if not self.samplings:
+            return record
+        own = [
+            {"loop": variant.loop and variant.loop.model_copy(update={"sampling": sampling})}
+            for variant, sampling in zip(record.every, self.samplings, strict=True)
+        ]
+        others = [each.model_copy(update=loop) for each, loop in zip(record.variants, own[1:], strict=True)]
+        return record.model_copy(update={**own[0], "variants": tuple(others)})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run of its graphs in fp32 depends on; plain JSON, for the cache's keys."""
+        return {"program": self.entry.name, "samplings": [each.model_dump(mode="json") for each in self.samplings]}
 
     @property
     def contracts(self) -> dict[str, Component]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
-from slipcast.bundle.program import NoiseSource, Program, ProgramCall, Variant
+from slipcast.bundle.driving import Column
+from slipcast.bundle.program import Loop, NoiseSource, Program, ProgramCall, Variant
 from slipcast.engines.onnxruntime import open_engine
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.export.program import PROGRAM, TABLE
@@ -32,11 +33,15 @@ WORTH = 0.01  # of a denoiser's parameters: what has to leave the loop, for more
 
 @dataclass
 class _Rewriting:
-    """`after`: by place of a call of before, that of the last one in its stead."""
+    """Calls before, within and after a loop of slipcast's samplers; without one all are before it. `places`: by place
+    of a call of before, that of the last one in its stead. `once`: what is called once, and its outputs' values."""
 
-    calls: list[ProgramCall] = field(default_factory=list)
-    after: dict[int, int] = field(default_factory=dict)
-    once: dict[Any, dict[str, str]] = field(default_factory=dict)  # what is called once, and its outputs' values
+    before: list[ProgramCall] = field(default_factory=list)
+    loop: list[ProgramCall] = field(default_factory=list)
+    after: list[ProgramCall] = field(default_factory=list)
+    places: dict[int, int] = field(default_factory=dict)
+    once: dict[Any, dict[str, str]] = field(default_factory=dict)
+    names: int = 0
 
 
 def leave_loop(folder: Path) -> Program:
@@ -44,12 +49,12 @@ def leave_loop(folder: Path) -> Program:
     Engines compute the same as before."""
     record = Program.model_validate_json((folder / PROGRAM).read_text())
     table: Arrays = load_file(folder / record.table) if record.table else {}
-    calls = [(call, late) for variant in record.every for late in [_late(variant)] for call in variant.calls]
+    calls = [(call, late) for variant in record.every for late in [_late(variant)] for call in variant.every_call]
     parts = dict[str, Parts]()
     for name in dict.fromkeys(call.component for call, _ in calls if call.component.startswith("denoiser")):
         if found := _cut(folder, name, [(call, late) for call, late in calls if call.component == name]):
             parts[name] = found
-            _write(folder, name, found, table)
+            _write(folder, name, found, table, driven=record.loop is not None)
     if not parts:
         return record
     first, *others = (_rewrite(variant, parts) for variant in record.every)
@@ -62,21 +67,46 @@ def leave_loop(folder: Path) -> Program:
 
 
 def _rewrite(variant: Variant, parts: Mapping[str, Parts]) -> dict[str, Any]:
-    """Its calls and steps, with the parts in place of the whole."""
-    made = _Rewriting()
+    """Its calls, steps and loop, with the parts in place of the whole."""
+    made, loop = _Rewriting(), variant.loop
     for place, call in enumerate(variant.calls):
         if call.component in parts:
-            _add(made, call, parts[call.component])
+            _add(made, call, parts[call.component], made.before)
         else:
-            made.calls.append(call)
-        made.after[place] = len(made.calls) - 1
-    return {"calls": tuple(made.calls), "steps": tuple(made.after[place] for place in variant.steps)}
+            (made.after if loop and place >= loop.at else made.before).append(call)
+        made.places[place] = len(made.before) - 1
+    for call in loop.calls if loop else ():
+        if call.component in parts:
+            _add(made, call, parts[call.component], made.loop)
+        else:
+            made.loop.append(call)
+    steps = tuple(made.places[place] for place in variant.steps)
+    changed = loop and loop.model_copy(
+        update={"at": len(made.before), "calls": tuple(made.loop), "columns": _columns(loop, parts)}
+    )
+    return {"calls": (*made.before, *made.after), "steps": steps, "loop": changed}
+
+
+def _columns(loop: Loop, parts: Mapping[str, Parts]) -> dict[str, Column]:
+    """By input of a part what was the whole's."""
+    found = {}
+    for name, column in loop.columns.items():
+        component, _, key = name.partition(".")
+        if component not in parts:
+            found[name] = column
+            continue
+        for part, model in parts[component].graphs.items():
+            if key in (str(value.name) for value in model.graph.inputs):
+                found[f"{_component(component, part)}.{key}"] = column
+    return found
 
 
 def _late(variant: Variant) -> set[str]:
     """The values that depend on noise."""
     late = {source.value for source in variant.sources if isinstance(source, NoiseSource)}
-    for call in variant.calls:
+    if variant.loop:
+        late.add(variant.loop.sample)
+    for call in variant.every_call:
         if late.intersection(call.inputs.values()):
             late.update(call.outputs.values())
     return late
@@ -100,21 +130,22 @@ def _cut(folder: Path, name: str, calls: Sequence[tuple[ProgramCall, set[str]]])
     return parts if left >= WORTH and all(value.dtype in DTYPES for value in crossing) else None
 
 
-def _write(folder: Path, name: str, parts: Parts, table: Arrays) -> None:
-    """Graphs and contracts in place of the denoiser's; the step's outputs, at every row, into the table."""
+def _write(folder: Path, name: str, parts: Parts, table: Arrays, driven: bool) -> None:
+    """Graphs and contracts in place of the denoiser's; the step's outputs, at every row, into the table. Where a run
+    chooses its steps (`driven`) what depends on them alone stays a component."""
     rows = {key.removeprefix(f"{name}."): table.pop(key) for key in list(table) if key.startswith(f"{name}.")}
     with tempfile.TemporaryDirectory(prefix=".parts-", dir=folder) as made:  # all read the weights of the whole
         scratch = Path(made)
         for part, model in parts.graphs.items():
             save_sharing(model, scratch / f"{_component(name, part)}.onnx")
-        if "step" in parts.graphs:
+        if "step" in parts.graphs and not driven:
             file = scratch / f"{_component(name, 'step')}.onnx"
             rows |= _evaluate(file, rows)
             file.unlink()
         for file in scratch.iterdir():
             file.replace(folder / file.name)
     for part, model in parts.graphs.items():
-        if part != "step":
+        if part != "step" or driven:
             component = _component(name, part)
             (folder / f"{component}.json").write_text(contract_of(model).model_dump_json())
             taken = (str(value.name) for value in model.graph.inputs)
@@ -134,11 +165,11 @@ def _evaluate(step: Path, rows: Arrays) -> Arrays:
     return {key: np.stack([each[key] for each in found]) for key in found[0]}
 
 
-def _add(made: _Rewriting, call: ProgramCall, parts: Parts) -> None:
-    """The calls in place of one of the whole."""
-    known = dict(call.inputs)
-    for part in ("prompt", "prompt+step", "denoise"):
-        if (model := parts.graphs.get(part)) is None:
+def _add(made: _Rewriting, call: ProgramCall, parts: Parts, into: list[ProgramCall]) -> None:
+    """The calls in place of one of the whole, which go `into` these; what prompts alone decide goes before the loop."""
+    known, driven = dict(call.inputs), into is made.loop
+    for part in ("step", "prompt", "prompt+step", "denoise"):
+        if (model := parts.graphs.get(part)) is None or (part == "step" and not driven):
             continue
         taken = [str(value.name) for value in model.graph.inputs]
         inputs = {key: known[key] for key in taken if key in known}
@@ -149,8 +180,9 @@ def _add(made: _Rewriting, call: ProgramCall, parts: Parts) -> None:
             if key in made.once:
                 known |= made.once[key]
                 continue
-            place = len(made.calls)
-            outputs = {str(value.name): f"c{place}_{at}" for at, value in enumerate(model.graph.outputs)}
+            outputs = {str(value.name): f"c{made.names}_{at}" for at, value in enumerate(model.graph.outputs)}
+            made.names += 1
             made.once[key] = outputs
             known |= outputs
-        made.calls.append(ProgramCall(component=component, inputs=inputs, outputs=outputs, row=row))
+        made_call = ProgramCall(component=component, inputs=inputs, outputs=outputs, row=row)
+        (made.before if part == "prompt" else into).append(made_call)

@@ -24,12 +24,14 @@ from slipcast.bundle.program import (
     PromptSource,
     Variant,
 )
+from slipcast.bundle.program import Loop as LoopRecord
 from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.arguments import fixed_arguments, text_arguments
-from slipcast_compiler.capture.cut import Part
+from slipcast_compiler.capture.cut import Part, Use
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.results import output_of
@@ -62,9 +64,12 @@ def export_program(
         advance(done, len(parts))
         _export_part(part, components, weights, folder)
         _share(part.name, [name for name in parts if (folder / f"{name}.onnx.data").is_file()], folder)
+    laws = {name for found in variants if found.loop for name in found.loop.columns}
     tables = {
-        _row_name(part, at, True): carried(rows) for part in parts.values() for at, (_, rows) in enumerate(part.table)
-    }
+        _row_name(part, at, True): carried(rows)
+        for part in parts.values() if part.name not in laws
+        for at, (_, rows) in enumerate(part.table)
+    }  # fmt: skip
     if tables:
         save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
     first, *others = (_variant(found, pipe, folder) for found in variants)
@@ -91,27 +96,46 @@ def _output(variants: Sequence[Found], pipe: Any) -> Output:
 
 
 def _variant(found: Found, pipe: Any, folder: Path) -> Variant:
-    program, fixed = found.program, fixed_arguments(pipe, found.call)
+    program, fixed = found.program, fixed_arguments(pipe, found.call, found.loop)
     return Variant(
         fixed=fixed,
         lengths={
             length.name: LengthRange(minimum=length.minimum, maximum=length.maximum)
             for length in program.lengths
         },
-        sources=tuple(_source(source, program, pipe, found.templates, folder) for source in _all_sources(program)),
-        calls=tuple(
-            ProgramCall(
-                component=use.part,
-                inputs={f"in_{at}": _value(value) for at, value in enumerate(use.inputs)},
-                outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
-                row=use.row,
-            )
-            for use in found.cut.uses
-        ),
+        sources=tuple(_source(source, program, pipe, found.templates, folder) for source in _all_sources(found)),
+        calls=tuple(_call(use, found.loop) for use in found.cut.uses),
         steps=found.cut.steps,
+        loop=_loop(found.loop) if found.loop else None,
         results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
         rate=output_of(program, pipe, fixed)[1],
     )  # fmt: skip
+
+
+def _call(use: Use, loop: Loop | None) -> ProgramCall:
+    return ProgramCall(
+        component=use.part,
+        inputs={f"in_{at}": _value(value) for at, value in enumerate(use.inputs)},
+        outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
+        row=None if loop and use.part in loop.columns else use.row,
+    )
+
+
+def _loop(loop: Loop) -> LoopRecord:
+    return LoopRecord(
+        at=loop.at,
+        calls=(_call(loop.use, loop),),
+        sample=_value(loop.sample),
+        output=_value(loop.output),
+        result=_value(loop.result),
+        vp=loop.vp,
+        columns={
+            f"{part}.row_{place}": column for part, each in loop.columns.items() for place, column in enumerate(each)
+        },
+        sampling=loop.sampling,
+        steps=loop.steps,
+        guidance=loop.guidance,
+    )
 
 
 def read_record(folder: Path) -> Record:
@@ -121,7 +145,7 @@ def read_record(folder: Path) -> Record:
 
 def contracts(folder: Path, record: Record) -> dict[str, Component]:
     """By component, in the order of their first call, what its engines take and return."""
-    names = dict.fromkeys(call.component for variant in record.every for call in variant.calls)
+    names = dict.fromkeys(call.component for variant in record.every for call in variant.every_call)
     return {name: Component.model_validate_json((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -198,10 +222,16 @@ def _name_dimensions(model: ir.Model, part: Part) -> None:
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def _all_sources(program: Program) -> list[Source]:
-    """Those that are needed, and every draw: the next one depends on it."""
-    needed = {source.id for source in program.needed_sources}
-    return [s for s in program.sources if (s.id in needed and s.kind != "weight") or CALLS in s.detail]
+def _all_sources(found: Found) -> list[Source]:
+    """Those that are needed, and every draw: the next one depends on it. What the scheduler draws is a sampler's own
+    affair, where one has its place."""
+    needed = {source.id for source in found.program.needed_sources}
+    every = [s for s in found.program.sources if (s.id in needed and s.kind != "weight") or CALLS in s.detail]
+    if not found.loop:
+        return every
+    read = {value for use in (*found.cut.uses, found.loop.use) for value in use.inputs} | {found.loop.sample}
+    last = max((place for place, source in enumerate(every) if source.id in read), default=-1)
+    return every[: last + 1]
 
 
 def _source(

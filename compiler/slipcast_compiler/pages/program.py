@@ -41,7 +41,7 @@ from slipcast_compiler.recipe.recipe import Recipe
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
     `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
-    from; `seconds`: by stage."""
+    from; `why_not`: a run cannot choose its steps, if it cannot; `seconds`: by stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
@@ -53,6 +53,7 @@ class ProgramEvidence:
     originals: PipelineOriginals
     judged: ProgramJudged
     graphs: ProgramGraphs
+    why_not: str
     seconds: Mapping[str, float]
 
     @property
@@ -87,6 +88,9 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "fixed": {name: value for name, value in program.fixed.items() if name not in program.listed},
         "listed": {name: list(values) for name, values in program.listed.items()},
         "variants": [_variant(evidence, place) for place in range(len(originals))],
+        "sampling": program.loop and program.loop.sampling.model_dump(mode="json", exclude_none=True),
+        "free": list(program.loop.free) if program.loop else [],
+        "not_free": evidence.why_not,
         "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
         "mixed_precision": dict(evidence.graphs.casts),
         "gives": program.output,

@@ -119,7 +119,9 @@ class ProgramRecord(BaseRecord):
     of its replay for another prompt and seed, `verified_with` the weights that it was replayed with, and `limit` what
     it may be. `texts`, `pictures`, `listed`, `fixed`: the arguments that a run takes, those of which it may take one of
     some values, and those that it cannot change. `variants`: of each combination of what is listed, the first of which
-    is the default. `quantized`: by component in INT8, and `mixed_precision`, by target, as Record's."""
+    is the default. `sampling`: of slipcast's samplers, where they take its steps, and `free`, the arguments by which a
+    run chooses them; else `not_free` says why. `quantized`: by component in INT8, and `mixed_precision`, by target, as
+    Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
@@ -131,6 +133,9 @@ class ProgramRecord(BaseRecord):
     fixed: Told
     listed: dict[str, tuple[Any, ...]]
     variants: tuple[VariantRecord, ...]
+    sampling: Told | None
+    free: tuple[str, ...]
+    not_free: str
     quantized: dict[str, Told]
     mixed_precision: dict[str, Told]
     gives: Output

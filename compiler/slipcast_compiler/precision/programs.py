@@ -31,7 +31,7 @@ from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
 
 def images_needed(options: Quantize | None, program: Program) -> int:
     """How many images to record: see calibration_samples; for casts alone IMAGES; one of each variant in any case."""
-    count, steps = IMAGES, len(program.steps)
+    count, steps = IMAGES, program.usual_steps
     if options:
         count = min(options.samples, max(TRAJECTORIES, math.ceil(options.samples / max(steps, 1))))
     return max(count, len(program.every))
@@ -49,11 +49,11 @@ def record_calls(
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
             about = {"name": "calibration", "base_model": "calibration", "source_sha256": "0" * 64, "family": None}
-            made = write_bundle(ProgramGraphs(graphs.entry), (PORTABLE,), about, Path(name), cache, SilentStages())
+            made = write_bundle(replace(graphs, quantized={}), (PORTABLE,), about, Path(name), cache, SilentStages())
             arguments = Path(name), made["targets"][0].id, components, images, tuple(map(dict, given)), count, out
             run_isolated(record_program, *arguments, advance=advance)
 
-    inputs = {"program": graphs.entry.name, "images": images, "given": digests, "count": count}
+    inputs = {**graphs.identity, "images": images, "given": digests, "count": count}
     return cache.get("calls", inputs, make)
 
 

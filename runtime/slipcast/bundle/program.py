@@ -8,14 +8,18 @@ lies within the components of the program.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Count, Name, Positive
 from slipcast.bundle.records import BaseManifest, Component, TensorSpec
+from slipcast.bundle.sampling import Sampling
 from slipcast.bundle.validation import BundlePath, Strict
 
+NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
 RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "callback_on_step_end")
 CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
@@ -128,13 +132,40 @@ class ProgramCall(Strict):
     row: Count | None = None
 
 
+class Loop(Strict):
+    """Steps of one of slipcast's samplers, before the call with index `at`, or after the last one.
+
+    They lead from the value `sample` to `result`. An evaluation of the model is `calls`, which read the latent as
+    `sample` and make `output`; `vp`: whether in variance-preserving coordinates. `columns`: by "<component>.<input>",
+    of these calls and of those before the loop, what is neither a value nor of the table. `sampling`: the bundle's;
+    `steps` and `guidance`: the arguments by which a run asks for another number of steps, and for another guidance.
+    """
+
+    at: Count
+    calls: Annotated[tuple[ProgramCall, ...], Field(min_length=1)]
+    sample: Name
+    output: Name
+    result: Name
+    vp: bool
+    columns: dict[Name, Column] = Field(default_factory=dict)
+    sampling: Sampling
+    steps: ArgumentName | None = None
+    guidance: ArgumentName | None = None
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The arguments by which a run chooses."""
+        return tuple(name for name in (self.steps, self.guidance) if name)
+
+
 class Variant(Strict):
     """A pipeline's call for one choice of what a bundle lists.
 
     `fixed`: what the call had besides texts and pictures. `lengths`: how many tokens texts may have, by the names that
     shapes of sources have. `sources`: where values enter: PromptSource, NoiseSource and ImageSource. `steps`: a step is
     over after the call with this index. `results`: see Program's `output`. `rate`: how many frames, or samples of a
-    sound, a second has; a sound has one, a video where the pipeline says so.
+    sound, a second has; a sound has one, a video where the pipeline says so. `loop`: the steps, where slipcast's
+    samplers take them; else they are among the calls.
     """
 
     fixed: dict[ArgumentName, Fixed] = Field(default_factory=dict)
@@ -144,6 +175,19 @@ class Variant(Strict):
     steps: tuple[Count, ...] = ()
     results: Annotated[tuple[Name, ...], Field(min_length=1)]
     rate: Rate | None = None
+    loop: Loop | None = None
+
+    @property
+    def every_call(self) -> tuple[ProgramCall, ...]:
+        """All calls, those of the loop once, in the order in which they run."""
+        if not self.loop:
+            return self.calls
+        return (*self.calls[: self.loop.at], *self.loop.calls, *self.calls[self.loop.at :])
+
+    @property
+    def usual_steps(self) -> int:
+        """How many steps it takes, where a run asks for no other number."""
+        return self.loop.sampling.steps if self.loop else len(self.steps)
 
     @property
     def images(self) -> dict[str, tuple[ImageSource, ...]]:
@@ -167,14 +211,25 @@ class Variant(Strict):
         made = set[str]()
         for value in (source.value for source in self.sources):
             _make(value, made, "sources")
+        loop = self.loop
+        if loop and loop.at > len(self.calls):
+            raise ValueError(f"loop.at is {loop.at}, and there are {len(self.calls)} calls")
         for place, call in enumerate(self.calls):
-            for name in call.inputs.values():
-                if name not in made:
-                    raise ValueError(f"calls[{place}] reads {name!r}, which nothing before it makes")
-            for name in call.outputs.values():
-                _make(name, made, f"calls[{place}]")
+            if loop and loop.at == place:
+                _flow_through(loop, made)
+            _flow(call, made, f"calls[{place}]")
+        if loop and loop.at == len(self.calls):
+            _flow_through(loop, made)
         if unmade := [name for name in self.results if name not in made]:
             raise ValueError(f"results: nothing makes {unmade[0]!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_loop_has_the_steps(self) -> Self:
+        if self.loop and self.steps:
+            raise ValueError("steps are among the calls, and in the loop")
+        if self.loop and (twice := [name for name in self.loop.free if name in self.fixed]):
+            raise ValueError(f"{twice[0]} is fixed, and a run chooses it")
         return self
 
     @model_validator(mode="after")
@@ -228,7 +283,7 @@ class Program(Variant):
     @model_validator(mode="after")
     def _rows_are_of_a_table(self) -> Self:
         for variant in self.every:
-            for place, call in enumerate(variant.calls):
+            for place, call in enumerate(variant.every_call):
                 if call.row is not None and self.table is None:
                     raise ValueError(f"calls[{place}] reads row {call.row} of a table, and there is none")
         return self
@@ -278,23 +333,26 @@ class ProgramManifest(BaseManifest):
     def _calls_fit_components(self) -> Self:
         for place, variant in enumerate(self.program.every):
             self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
-        called = {call.component for variant in self.program.every for call in variant.calls}
+        called = {call.component for variant in self.program.every for call in variant.every_call}
         if unused := sorted(set(self.components).difference(called)):
             raise ValueError(f"components.{unused[0]}: no call of the program needs it")
         return self
 
     def _check_calls(self, variant: Variant, name: str) -> None:
         known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}
-        for place, call in enumerate(variant.calls):
+        columns, loop = variant.loop.columns if variant.loop else {}, variant.loop
+        for place, call in enumerate(variant.every_call):
             where = f"{name}.calls[{place}]"
             if (component := self.components.get(call.component)) is None:
                 raise ValueError(f"{where}: no component {call.component!r}")
-            _check_names(where, call, component)
+            _check_names(where, call, component, columns)
             for spec in component.inputs:
                 if spec.name in call.inputs:
                     _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
             outputs = {spec.name: spec for spec in component.outputs}
             known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
+            if loop and loop.output in call.outputs.values():
+                _check_loop(f"{name}.loop", known, loop)
         for value in variant.results:
             _check_result(f"{name}.results", value, known[value], self.program.output)
 
@@ -314,17 +372,44 @@ class ProgramManifest(BaseManifest):
     def specs(self, variant: Variant) -> dict[str, TensorSpec]:
         """By value that a call of a variant makes, what it is."""
         found: dict[str, TensorSpec] = {}
-        for call in variant.calls:
+        for call in variant.every_call:
             outputs = {spec.name: spec for spec in self.components[call.component].outputs}
             found |= {value: outputs[name] for name, value in call.outputs.items()}
+        if variant.loop:
+            found[variant.loop.result] = found[variant.loop.output]
         return found
 
 
-def tabled(call: ProgramCall, component: Component) -> Iterator[tuple[str, TensorSpec]]:
-    """(name of the table's tensor, input) for what a call reads of the table."""
+def tabled(
+    call: ProgramCall, component: Component, columns: Mapping[str, Column] = NO_COLUMNS
+) -> Iterator[tuple[str, TensorSpec]]:
+    """(name of the table's tensor, input) for what a call reads of the table, as no value and no column gives it."""
     for spec in component.inputs:
-        if spec.name not in call.inputs:
-            yield f"{call.component}.{spec.name}", spec
+        if spec.name not in call.inputs and (name := f"{call.component}.{spec.name}") not in columns:
+            yield name, spec
+
+
+def _flow(call: ProgramCall, made: set[str], where: str) -> None:
+    """ValueError where a call reads what nothing before it makes, or makes what is there already."""
+    for name in call.inputs.values():
+        if name not in made:
+            raise ValueError(f"{where} reads {name!r}, which nothing before it makes")
+    for name in call.outputs.values():
+        _make(name, made, where)
+
+
+def _flow_through(loop: Loop, made: set[str]) -> None:
+    """The same of a loop, of which its result alone is seen."""
+    if loop.sample not in made:
+        raise ValueError(f"loop.sample is {loop.sample!r}, which nothing before it makes")
+    inside = set(made)
+    for place, call in enumerate(loop.calls):
+        if call.row is not None:
+            raise ValueError(f"loop.calls[{place}] reads a row of the table, which is another at each step")
+        _flow(call, inside, f"loop.calls[{place}]")
+    if loop.output not in inside - made:
+        raise ValueError(f"loop.output is {loop.output!r}, which none of its calls makes")
+    _make(loop.result, made, "loop")
 
 
 def _make(value: str, made: set[str], where: str) -> None:
@@ -333,11 +418,19 @@ def _make(value: str, made: set[str], where: str) -> None:
     made.add(value)
 
 
-def _check_names(where: str, call: ProgramCall, component: Component) -> None:
+def _check_loop(where: str, known: dict[str, tuple[str, Shape]], loop: Loop) -> None:
+    """The loop's result is known from here on; ValueError where an evaluation does not give what it reads."""
+    sample, output = known[loop.sample], known[loop.output]
+    if sample != output or sample[0] != "float32":
+        raise ValueError(f"{where}: sample is {_shown(*sample)}, and output {_shown(*output)}")
+    known[loop.result] = output
+
+
+def _check_names(where: str, call: ProgramCall, component: Component, columns: Mapping[str, Column]) -> None:
     """ValueError where a call gives what its component does not take, lacks what it takes, or names no output of it."""
     _check_known(f"{where}.inputs", call.inputs, component.inputs)
     _check_known(f"{where}.outputs", call.outputs, component.outputs)
-    missing = [spec for _, spec in tabled(call, component)]
+    missing = [spec for _, spec in tabled(call, component, columns)]
     if missing and call.row is None:
         raise ValueError(
             f"{where}: {call.component} needs {missing[0].name!r}, which is given neither by a value nor row"

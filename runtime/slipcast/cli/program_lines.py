@@ -7,6 +7,7 @@ from itertools import chain
 
 from slipcast.bundle.program import (
     ImageSource,
+    Loop,
     NoiseSource,
     Program,
     ProgramManifest,
@@ -27,8 +28,9 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
     lengths = [f"{name} {each.minimum} to {each.maximum}" for name, each in program.lengths.items()]
     fixed = [f"{name}={value!r}" for name, value in program.fixed.items() if name not in listed]
     return [
-        f"  program      {program.pipeline}: {len(program.calls)} calls, {len(program.steps)} steps",
+        f"  program      {program.pipeline}: {len(program.every_call)} calls, {program.usual_steps} steps",
         f"  arguments    {', '.join([*texts, *pictures]) or 'none'}",
+        *(_sampling(program.loop) if program.loop else ()),
         *(f"  listed       {line}" for line in _choices(program)),
         f"  fixed        {', '.join(fixed) or 'nothing'}",
         f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.results)}",
@@ -36,6 +38,14 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
     ]
+
+
+def _sampling(loop: Loop) -> Iterator[str]:
+    sampling = loop.sampling
+    yield f"  sampling     {sampling.sampler}, {sampling.schedule or 'an explicit list'}, {sampling.steps} steps"
+    usual = {loop.steps: sampling.steps, loop.guidance: sampling.guidance_scale}
+    if loop.free:
+        yield f"  free         {', '.join(f'{name} ({usual[name]:g})' for name in loop.free)}"
 
 
 def _rate(program: Program) -> str:
@@ -94,7 +104,17 @@ def _size(source: ImageSource) -> str:
 
 def _runs(variant: Variant) -> Iterator[str]:
     """Components in the order of their calls; what is called in turns, as a loop does, on one line."""
-    names, place = [call.component for call in variant.calls], 0
+    if variant.loop:
+        before, after = variant.calls[: variant.loop.at], variant.calls[variant.loop.at :]
+        yield from _turns([call.component for call in before])
+        yield " ".join(call.component for call in variant.loop.calls) + "  at each evaluation"
+        yield from _turns([call.component for call in after])
+        return
+    yield from _turns([call.component for call in variant.calls])
+
+
+def _turns(names: list[str]) -> Iterator[str]:
+    place = 0
     while place < len(names):
         length, times = _longest_run(names, place)
         yield " ".join(names[place : place + length]) + (f"  {times} times" if times > 1 else "")

@@ -13,14 +13,14 @@ from slipcast.bundle.manifest import Target
 from slipcast.bundle.program import ProgramManifest, PromptSource
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.engines import Array, Instrument, as_it_is
-from slipcast.engines.resources import out_of_memory
 from slipcast.run.base import BasePipeline, PipelineOutput
-from slipcast.run.loop import check_finite, timed
+from slipcast.run.calls import Calls
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
 from slipcast.run.residency import InUse, Policy
+from slipcast.run.sampled import Sampled
 from slipcast.run.tokenizer import OnLongPrompt
-from slipcast.run.values import NOISE, Values
+from slipcast.run.values import Values
 from slipcast.run.variants import Ready, read_variants
 
 logger = logging.getLogger("slipcast")
@@ -44,7 +44,8 @@ class ProgramPipeline(BasePipeline):
         self.program = self.manifest.program
         self._variants = read_variants(bundle)
         # What only other variants call is opened when one of them is first asked for.
-        self._open_engines(residency, self.manifest.components.keys() - self._variants[0].last_call.keys())
+        own = {call.component for call in self.program.every_call}
+        self._open_engines(residency, self.manifest.components.keys() - own)
 
     def __call__(
         self,
@@ -90,24 +91,37 @@ class ProgramPipeline(BasePipeline):
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
-        ready = self._variants[request.variant]
-        values, calls = self._enter_sources(request, ready), ready.variant.calls
-        steps = {place: step for step, place in enumerate(ready.variant.steps)}
+        ready, images = self._variants[request.variant], len(request.seeds)
+        values, loop = self._enter_sources(request, ready), ready.variant.loop
+        sampled = Sampled(loop, request.schedule, request.guidance, self.manifest.components) if loop else None
+        ends = {place: step for step, place in enumerate(ready.variant.steps)}
+        steps = len(request.schedule.timesteps) if loop else len(ends)
         with InUse(self.residency) as engines:
-            for place, call in enumerate(calls):
-                for image in values.images(next(iter(call.outputs.values()))):
-                    self._evaluate(place, ready, engines, values, image, seconds)
+            calls = Calls(values, ready.depends, engines, seconds)
+            for place, call in enumerate(ready.variant.calls):
+                if sampled and sampled.loop.at == place:
+                    self._take_steps(sampled, calls, images, callback)
+                rows = ready.rows[place] | (sampled.before(call) if sampled else {})
+                calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
                 values.drop(ready.droppable[place])
                 if ready.last_call[call.component] == place:
                     engines.done(call.component)
-                if callback and place in steps:
-                    callback(self, steps[place], len(steps))
-        results = [values.get(value, image) for image in range(len(request.seeds)) for value in ready.variant.results]
-        images = self._finish(results, request.output_type)
+                if callback and place in ends:
+                    callback(self, ends[place], steps)
+            if sampled and sampled.loop.at == len(ready.variant.calls):
+                self._take_steps(sampled, calls, images, callback)
+        results = [values.get(value, image) for image in range(images) for value in ready.variant.results]
+        found = self._finish(results, request.output_type)
         seconds["total"] = time.perf_counter() - clock
-        counts = (len(steps),) * len(request.seeds)
         kind, rate = self.program.output, ready.variant.rate
-        return PipelineOutput(images, request.seeds, self.target, seconds, steps=counts, kind=kind, rate=rate)
+        return PipelineOutput(found, request.seeds, self.target, seconds, steps=(steps,) * images, kind=kind, rate=rate)
+
+    def _take_steps(self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None) -> None:
+        for step in sampled.steps(calls, images):
+            if callback:
+                callback(self, step, len(sampled.schedule.timesteps))
+        for component in dict.fromkeys(call.component for call in sampled.loop.calls):
+            calls.done(component)
 
     def _enter_sources(self, request: ProgramRequest, ready: Ready) -> Values:
         """The values that texts and pictures become; noise is drawn when it is first read."""
@@ -123,28 +137,6 @@ class ProgramPipeline(BasePipeline):
             elif source.value in request.pictures:
                 values.put(source.value, 0, request.pictures[source.value])
         return values
-
-    def _evaluate(
-        self, place: int, ready: Ready, engines: InUse, values: Values, image: int, seconds: dict[str, float]
-    ) -> None:
-        """One call, for an image and all that share what it gives."""
-        call = ready.variant.calls[place]
-        inputs = ready.rows[place] | {name: values.get(value, image) for name, value in call.inputs.items()}
-        try:
-            outputs = timed(engines(call.component), inputs, seconds, call.component)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            logger.warning("memory ran out in %s: trying again without other engines in memory", call.component)
-            engines.free_others(call.component)
-            outputs = timed(engines(call.component), inputs, seconds, call.component)
-        for name, value in call.outputs.items():
-            if (array := outputs[name]).dtype.kind == "f":
-                # What depends on texts alone may be a mask for attention, with -inf for what is masked.
-                checked = array if NOISE in ready.depends[value] else np.maximum(array, 0)
-                where = f"call {place + 1} of {len(ready.variant.calls)}"
-                check_finite(checked, f"{call.component}: {name} is not finite in {where}")
-            values.put(value, image, array)
 
     def _finish(self, results: list[Array], output_type: ProgramOutputType) -> Any:
         """The results as they are asked for; see __call__."""

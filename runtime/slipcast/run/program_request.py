@@ -7,21 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Program, Variant
+import numpy as np
+
+from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Loop, Program, Variant
 from slipcast.errors import RequestError
 from slipcast.run.pictures import Floats, read_picture
-from slipcast.run.request import check_integer, choose_seeds
+from slipcast.run.request import check_integer, choose_seeds, lay_steps
 from slipcast.run.tokenizer import SHOWN, OnLongPrompt, check_prompts
+from slipcast.sampling.schedules import NoiseProcess, Schedule
 
+MOST_GUIDANCE = 1000
 ProgramOutputType = Literal["pil", "np"]
 
 
 @dataclass(frozen=True)
 class ProgramRequest:
-    """A call's arguments, checked and resolved. `variant`: its place in Program.every. `texts`: of each image, by
-    argument. `pictures`: by source's value."""
+    """A call's arguments, checked and resolved. `variant`: its place in Program.every. `schedule` and `guidance`: of
+    its loop, if it has one. `texts`: of each image, by argument. `pictures`: by source's value."""
 
     variant: int
+    schedule: Schedule
+    guidance: float
     texts: list[dict[str, str]]
     pictures: dict[str, Floats]
     seeds: tuple[int, ...]
@@ -52,16 +58,40 @@ def check_program_request(
     texts = [text for text in _texts(program, given) for _ in range(num_images_per_prompt)]
     seeds = choose_seeds(seed, len(texts))
     pictures = _pictures(program.every[place], given)
-    return ProgramRequest(place, texts, pictures, seeds, output_type, on_long_prompt)
+    schedule, guidance = _sampling(program.every[place].loop, given)
+    return ProgramRequest(place, schedule, guidance, texts, pictures, seeds, output_type, on_long_prompt)
+
+
+NO_STEPS = Schedule((), (), NoiseProcess())
+
+
+def _sampling(loop: Loop | None, given: Mapping[str, Any]) -> tuple[Schedule, float]:
+    """The schedule and the guidance that are asked for; RequestError with what is legal."""
+    if not loop:
+        return NO_STEPS, 1.0
+    schedule = lay_steps(loop.sampling, given.get(loop.steps or ""))
+    scale = given.get(loop.guidance or "", loop.sampling.guidance_scale)
+    if loop.guidance in given and (
+        isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not 1 < scale <= MOST_GUIDANCE
+    ):
+        raise RequestError(
+            f"{loop.guidance} is not usable in this bundle",
+            expected=f"a number above 1, to {MOST_GUIDANCE}",
+            got=repr(scale)[:SHOWN],
+            hint=f"leave it out, or compile a bundle for this {loop.guidance}: without guidance it is another program",
+        )
+    return schedule, float(scale)
 
 
 def _choose(program: Program, given: Mapping[str, object]) -> int:
     """The first variant that is as it is asked for; RequestError where there is none, with what is legal."""
     pictures = dict.fromkeys(name for variant in program.every for name in variant.images)
-    asked = {name: value for name, value in given.items() if name not in program.arguments and name not in pictures}
+    free = program.loop.free if program.loop else ()
+    known = {*program.arguments, *pictures, *free}
+    asked = {name: value for name, value in given.items() if name not in known}
     for name, value in asked.items():
         if name not in program.fixed:
-            legal = [*program.arguments, *pictures, *program.fixed, *RUN_ARGUMENTS]
+            legal = [*program.arguments, *pictures, *free, *program.fixed, *RUN_ARGUMENTS]
             raise RequestError(f"this bundle has no argument {name!r}", expected=", ".join(legal), got=name)
         if not any(_is_same(value, variant.fixed[name]) for variant in program.every):
             listed = program.listed.get(name, (program.fixed[name],))

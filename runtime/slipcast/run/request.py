@@ -141,7 +141,7 @@ def _unspecialised(request: Request, manifest: Manifest, steps: int | None, scal
         request,
         component=FALLBACK,
         sampling=settings,
-        schedule=_lay_steps(settings, steps),
+        schedule=lay_steps(settings, steps),
         guidance_scale=settings.guidance_scale if scale is None else request.guidance_scale,
     )
 
@@ -159,7 +159,7 @@ def _check_size(image: ImageGeometry, width: int | None, height: int | None) -> 
 
 def _lay(manifest: Manifest, steps: int | None) -> Schedule:
     settings, cut = manifest.sampling, manifest.cut
-    schedule = _lay_steps(settings, steps)
+    schedule = lay_steps(settings, steps)
     if cut and "denoiser_step" not in manifest.components:
         known = [told(timestep) for timestep in cut.timesteps]
         asked = evaluated_timesteps(settings, schedule)
@@ -173,7 +173,7 @@ def _lay(manifest: Manifest, steps: int | None) -> Schedule:
     return schedule
 
 
-def _lay_steps(settings: Sampling, steps: int | None) -> Schedule:
+def lay_steps(settings: Sampling, steps: int | None) -> Schedule:
     """The schedule; RequestError with the numbers of steps that it can have, where this is none of them."""
     if steps is None or settings.timesteps or settings.sigmas:
         return settings.lay(steps)

@@ -23,9 +23,11 @@ def dependence(variant: Variant) -> dict[str, frozenset[str]]:
             depends[source.value] = frozenset([source.argument] if source.argument else [])
         else:
             depends[source.value] = frozenset([NOISE] if isinstance(source, NoiseSource) else [])
-    for call in variant.calls:
+    for call in variant.every_call:
         read = frozenset[str]().union(*(depends[value] for value in call.inputs.values()))
         depends |= dict.fromkeys(call.outputs.values(), read)
+        if variant.loop and variant.loop.output in call.outputs.values():
+            depends[variant.loop.result] = read | {NOISE}
     return depends
 
 
@@ -35,6 +37,9 @@ def droppable(variant: Variant) -> list[tuple[str, ...]]:
     for place, call in enumerate(variant.calls):
         last |= dict.fromkeys([*call.inputs.values(), *call.outputs.values()], place)
     kept = set(variant.results)
+    if loop := variant.loop:
+        read = {loop.sample, *(value for call in loop.calls for value in call.inputs.values())}
+        last |= {value: max(last.get(value, 0), loop.at) for value in read}
     return [
         tuple(value for value, at in last.items() if at == place and value not in kept)
         for place in range(len(variant.calls))
@@ -54,6 +59,13 @@ class Noise:
             source = self._left.pop(0)
             self._drawn[source.value] = self._generator.randn(source.shape)
         return self._drawn.pop(value)
+
+    def more(self, shape: tuple[int, ...]) -> Array:
+        """What follows all that the sources draw."""
+        for source in self._left:
+            self._drawn[source.value] = self._generator.randn(source.shape)
+        self._left.clear()
+        return self._generator.randn(shape)
 
 
 class Values:
@@ -98,6 +110,10 @@ class Values:
         if self._sealed and NOISE not in self._depends[value]:
             array.setflags(write=False)
         self._held.setdefault(value, {})[self._key(value, image)] = array
+
+    def more_noise(self, image: int, shape: tuple[int, ...]) -> Array:
+        """For an image, after all that the sources draw."""
+        return self._noise[image].more(shape)
 
     def drop(self, values: Iterable[str]) -> None:
         """Forget what is no longer needed."""

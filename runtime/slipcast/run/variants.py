@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slipcast.bundle.program import PromptSource, Variant, tabled
+from slipcast.bundle.program import NO_COLUMNS, PromptSource, Variant, tabled
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.bundle.tensorfile import DTYPES, read_header, read_tensor
 from slipcast.engines import Array
@@ -51,9 +51,9 @@ def read_variants(bundle: ProgramBundle) -> tuple[Ready, ...]:
 
 
 def _rows(bundle: ProgramBundle, variant: Variant, columns: Mapping[str, Array]) -> list[dict[str, Array]]:
-    known = bundle.manifest.components
+    known, laws = bundle.manifest.components, variant.loop.columns if variant.loop else NO_COLUMNS
     return [
-        {spec.name: columns[name][call.row, ...] for name, spec in tabled(call, known[call.component])}
+        {spec.name: columns[name][call.row, ...] for name, spec in tabled(call, known[call.component], laws)}
         for call in variant.calls
     ]
 
@@ -64,8 +64,9 @@ def _read_table(bundle: ProgramBundle) -> dict[str, Array]:
     path = bundle.path(program.table or "")
     entries = read_header(path)
     needed: dict[str, tuple[str, tuple[int | str, ...], int]] = {}
-    for call in (call for variant in program.every for call in variant.calls):
-        for name, spec in tabled(call, manifest.components[call.component]):
+    calls = [(call, variant.loop) for variant in program.every for call in variant.calls]
+    for call, loop in calls:
+        for name, spec in tabled(call, manifest.components[call.component], loop.columns if loop else NO_COLUMNS):
             rows = max(call.row or 0, needed[name][2] - 1 if name in needed else 0) + 1
             needed[name] = (spec.dtype, spec.shape, rows)
     for name, (dtype, shape, rows) in needed.items():

@@ -1,0 +1,151 @@
+"""The loop of a program that slipcast's samplers drive, with numbers of steps and guidance that a run chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slipcast.bundle.driving import Column
+from slipcast.bundle.sampling import Sampling
+from slipcast.errors import RecipeError
+from slipcast.sampling.samplers import find_sampler
+from slipcast_compiler.capture.columns import evaluations, find_columns
+from slipcast_compiler.capture.cut import Cut, Use, cut_together
+from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
+from slipcast_compiler.capture.program import Program
+
+STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
+DENOISER, START = "denoiser", "start"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """`use`: an evaluation of the model, between the uses of the cut before `at` and those from there on. It leads from
+    the value `sample` to `output`; the sampler, from `sample` to `result`. `vp`: whether `sample` is in
+    variance-preserving coordinates. `columns`: by part, what its table's numbers are. `steps`, `guidance`: the
+    arguments that a run chooses by; None where it cannot."""
+
+    sampling: Sampling
+    use: Use
+    at: int
+    sample: int
+    output: int
+    result: int
+    vp: bool
+    columns: Mapping[str, tuple[Column, ...]]
+    steps: str | None
+    guidance: str | None
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The arguments by which a run chooses."""
+        return tuple(name for name in (self.steps, self.guidance) if name)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program with those of the same call for other numbers of steps, and for another guidance, if that could be
+    captured; and what they were captured with."""
+
+    program: Program
+    steps: int
+    other: Program
+    other_steps: int
+    guidance: float = 1.0
+    guided: Program | None = None
+    other_guidance: float = 1.0
+
+    @property
+    def programs(self) -> list[Program]:
+        """All of them."""
+        return [self.program, self.other, *([self.guided] if self.guided else [])]
+
+
+def other_steps(steps: int) -> int:
+    """A number of steps of which a schedule has other noise levels."""
+    return steps + 2
+
+
+def drive_together(captured: Sequence[Captured], scheduler: Any) -> tuple[tuple[Cut, Loop], ...]:
+    """Each program's cut, without the scheduler's arithmetic, and its loop; parts are shared as by cut_together.
+
+    RecipeError where one of them is not driven.
+    """
+    cuts = iter(cut_together([program for each in captured for program in each.programs]))
+    found = []
+    for each in captured:
+        own = [next(cuts) for _ in each.programs]
+        found.append(_drive(each, own, scheduler))
+    return tuple(found)
+
+
+def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut, Loop]:
+    driven = drive(captured.program, scheduler, captured.steps)
+    at = [evaluations(driven, captured.guidance)]
+    free = True
+    try:
+        other = drive_again(captured.other, driven, captured.other_steps)
+    except RecipeError:  # a run can choose its guidance all the same
+        free, other = False, drive(captured.other, scheduler, captured.other_steps)
+    at.append(evaluations(other, captured.guidance))
+    if captured.guided:
+        at.append(evaluations(driven, captured.other_guidance))
+    _check_shared(cuts)
+    columns = {}
+    for part in cuts[0].parts:
+        if part.table and part.name in (DENOISER, START):
+            laws = find_columns(part.name, cuts, at)
+            if laws is None:
+                raise not_driven("its numbers by step are none that slipcast knows", part.name)
+            columns[part.name] = laws
+        elif part.table and not part.name.startswith("update"):
+            raise not_driven("its numbers of steps, or its guidance, are seen outside of the loop", part.name)
+    cut, loop = _without_steps(captured.program, cuts[0], driven)
+    return cut, replace(
+        loop,
+        sampling=loop.sampling.model_copy(update={"guidance_scale": captured.guidance}),
+        columns=columns,
+        steps=STEPS if free else None,
+        guidance=GUIDANCE if captured.guided else None,
+    )
+
+
+def _check_shared(cuts: Sequence[Cut]) -> None:
+    """RecipeError where other numbers of steps, or another guidance, need other parts than the scheduler's."""
+    names = [{part.name for part in cut.parts if not part.name.startswith("update")} for cut in cuts]
+    if any(each != names[0] for each in names[1:]):
+        others = set().union(*names) - names[0]
+        raise not_driven("another number of steps, or guidance, is another program", ", ".join(sorted(others)) or "one")
+    if [name for name in names[0] if name.startswith(DENOISER)] != [DENOISER]:
+        raise not_driven("its steps are not of one form", ", ".join(sorted(names[0])))
+
+
+def _without_steps(program: Program, cut: Cut, driven: Driven) -> tuple[Cut, Loop]:
+    """The cut with one evaluation in place of the steps; RecipeError where they are tied to the rest otherwise."""
+    marks = program.marks
+    places = [place for place, use in enumerate(cut.uses) if use.part == DENOISER]
+    inside = [place for place, use in enumerate(cut.uses) if use.part == DENOISER or use.part.startswith("update")]
+    before, after = cut.uses[: places[0]], cut.uses[inside[-1] + 1 :]
+    if len(places) != len(marks) or inside != list(range(places[0], inside[-1] + 1)):
+        raise not_driven("its steps are not one evaluation each", f"{len(places)} evaluations, {len(marks)} steps")
+    uses = [cut.uses[place] for place in places]
+    for use, mark in zip(uses, marks, strict=True):
+        if use.outputs != (mark.output.id,):
+            raise not_driven("its scheduler reads more than a prediction", str(len(use.outputs)))
+        given = tuple(-1 if value == mark.sample.id else value for value in use.inputs)
+        if -1 not in given or given != tuple(-1 if v == marks[0].sample.id else v for v in uses[0].inputs):
+            raise not_driven("its evaluations read more of a step before than its latent", use.part)
+    made = {value for place in inside for value in cut.uses[place].outputs}
+    result = marks[-1].result.id
+    read = {value for use in after for value in use.inputs} | {
+        found.id for _, found in program.results if hasattr(found, "id")
+    }
+    if read & made - {result}:
+        raise not_driven("more than the last latent is read after its steps", str(len(read & made)))
+    vp = find_sampler(driven.sampling.sampler).grid.start == "vp"
+    loop = Loop(
+        driven.sampling, uses[0], len(before), marks[0].sample.id, marks[0].output.id, result, vp, {}, None, None
+    )
+    parts = tuple(part for part in cut.parts if not part.name.startswith("update"))
+    return Cut(parts, (*before, *after), ()), loop

@@ -31,7 +31,7 @@ def test_a_program_is_the_pipeline_for_another_prompt_and_seed(name: str) -> Non
         pytest.importorskip("sentencepiece")
     pipe = open_pipeline(name)
     if name in LENGTHS:
-        program = find_for(pipe, lambda prompt: call_of(name, prompt, 1)).program
+        program = find_for(pipe, [lambda prompt: call_of(name, prompt, 1)])[0].program
     else:
         program = capture(pipe, call_of(name, ONE, 1))
     verdict = verify(program, pipe, call_of(name, OTHER, 7), call_of(name, OTHER, 7))

@@ -98,11 +98,13 @@ def test_what_the_report_says(made: Made) -> None:
     assert record.passed and record.verified <= record.limit
     assert [target["id"] for target in record.targets] == ["onnxruntime-cpu-fp32", "openvino-cpu-fp32"]
     assert all(target["quality"]["psnr_worst"] >= 60 for target in record.targets)
-    assert list(record.parts) == ["conditioning", "start", "denoiser", "update", "decoder"]
+    assert list(record.parts) == ["conditioning", "start", "denoiser", "decoder"]
     assert (record.parts["conditioning"].uses, record.parts["denoiser"].uses) == (1, 2)
     assert record.parts["conditioning"].modules == ("text_encoder", "text_encoder_2")
     assert record.family and len(record.family.held_out_prompts) == HELD_OUT
-    assert (record.texts, record.gives, record.fixed["num_inference_steps"]) == (("prompt",), "image", 2)
+    assert (record.texts, record.gives, record.fixed["height"]) == (("prompt",), "image", 32)
+    assert record.sampling and (record.sampling["sampler"], record.sampling["steps"]) == ("euler", 2)
+    assert record.free == ("num_inference_steps", "guidance_scale")
     recipe = parse_recipe((made.folder / "tiny.toml").read_text(), "tiny.toml")
     assert record.recipe["call"] == recipe.call
     assert call_cli("report", str(made.bundle), cwd=made.folder).returncode == 0
@@ -167,7 +169,10 @@ REFUSED = {
     "generator": (replaced("[family]", "generator = 1\n[family]"), "call.generator"),
     "images": (replaced("[family]", "num_images_per_prompt = 2\n[family]"), "one by one"),
     "steps": (replaced("num_inference_steps = 2", "num_inference_steps = 0"), "depends on no prompt"),
-    "sampling": (RECIPE + "[sampling]\nsteps = 3\n", "goes under [call]"),
+    "sampling": (RECIPE + "[sampling]\nwidth = 64\n", "goes under [call]"),
+    "noise": (RECIPE + '[sampling]\nschedule = "trailing"\n', "begins at another noise level"),
+    "schedule": (RECIPE + '[sampling]\nschedule = "flow"\n', "not a schedule for epsilon"),
+    "guidance": (RECIPE + "[sampling]\nguidance_scale = 1.0\n", "another program"),
     "closed": (replaced("held_out", "closed = true\nheld_out"), "family.closed"),
     "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
@@ -275,6 +280,20 @@ def test_a_picture_that_is_not_there_is_refused_in_the_dry_run(place: Path) -> N
     done = call_cli("compile", "tiny.toml", *options, cwd=place)
     assert done.returncode == 2
     assert "call.ip_adapter_image: none.png is no picture that can be read" in done.stderr
+
+
+def test_a_recipe_chooses_the_sampler(made: Made) -> None:
+    """In the dry run; what such a bundle draws is seen in tests/capture/test_driving.py."""
+    text = (
+        made.folder / "tiny.toml"
+    ).read_text() + '[sampling]\nsampler = "dpmpp_2m"\nschedule = "karras"\nsteps = 4\n'
+    (made.folder / "sampled.toml").write_text(text)
+    done = call_cli("compile", "sampled.toml", "--dry-run", "--json", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    chosen = {name: summary["sampling"][name] for name in ("sampler", "schedule", "steps", "guidance_scale")}
+    assert chosen == {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 4, "guidance_scale": 5.0}
+    assert summary["free"] == ["num_inference_steps", "guidance_scale"]
 
 
 @pytest.mark.slow

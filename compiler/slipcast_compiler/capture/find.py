@@ -10,8 +10,8 @@ from typing import Any
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut_together
-from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.driving import check_form, not_driven
+from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.generalise import generalise, is_of_one_length
 from slipcast_compiler.capture.loop import GUIDANCE, STEPS, Captured, Loop, drive_together, other_steps
 from slipcast_compiler.capture.program import Program

@@ -50,8 +50,8 @@ class ProgramPlan:
     """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
     the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
     that one; `parts`: those of the bundle, as PartRecord has them; `precision`: in what the pipeline itself is run
-    here; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the recipe asks for in place of
-    the pipeline's own."""
+    here; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the recipe asks for in place
+    of the pipeline's own."""
 
     recipe: Recipe
     checkpoint: Checkpoint
@@ -127,9 +127,7 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     check_targets_fit(needs, available)
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
     samplings = samplings_of(variants, asked, find_scheduler(pipe))
-    return ProgramPlan(
-        recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings
-    )
+    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings)
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:

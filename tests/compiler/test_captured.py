@@ -293,7 +293,7 @@ def test_a_recipe_chooses_the_sampler(made: Made) -> None:
     summary = json.loads(done.stdout)
     chosen = {name: summary["sampling"][name] for name in ("sampler", "schedule", "steps", "guidance_scale")}
     assert chosen == {"sampler": "dpmpp_2m", "schedule": "karras", "steps": 4, "guidance_scale": 5.0}
-    assert summary["free"] == ["num_inference_steps", "guidance_scale"]
+    assert summary["arguments"]["numbers"] == {"num_inference_steps": 2, "guidance_scale": 5.0}
 
 
 @pytest.mark.slow

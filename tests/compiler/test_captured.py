@@ -170,7 +170,7 @@ REFUSED = {
     "images": (replaced("[family]", "num_images_per_prompt = 2\n[family]"), "one by one"),
     "steps": (replaced("num_inference_steps = 2", "num_inference_steps = 0"), "depends on no prompt"),
     "sampling": (RECIPE + "[sampling]\nwidth = 64\n", "goes under [call]"),
-    "noise": (RECIPE + '[sampling]\nschedule = "trailing"\n', "begins at another noise level"),
+    "noise": (RECIPE + '[sampling]\nschedule = "leading"\n', "begins at another noise level"),
     "schedule": (RECIPE + '[sampling]\nschedule = "flow"\n', "not a schedule for epsilon"),
     "guidance": (RECIPE + "[sampling]\nguidance_scale = 1.0\n", "another program"),
     "closed": (replaced("held_out", "closed = true\nheld_out"), "family.closed"),

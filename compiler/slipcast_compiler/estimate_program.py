@@ -14,8 +14,8 @@ from slipcast.errors import ResourceError
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.recipe.targets import BYTES, TargetTable
 
-GRAPH_BYTES = 400_000_000  # of a traced graph, and of what traces it
-RUNTIME_BYTES = 150_000_000  # an engine's library, resident
+GRAPH_BYTES = 100_000_000  # of a traced graph, and of what traces it
+RUNTIME_BYTES = {"onnxruntime": 110_000_000, "openvino": 200_000_000}  # the runtime with an engine's library, resident
 WRITTEN = 3  # copies of the largest weight: as it was read, as it is cast, and as it is written
 
 Precision = Literal["fp32", "bf16"]
@@ -46,12 +46,18 @@ def estimate(
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     sizes = {name: part["parameters"] for name, part in parts.items()}
     engines = {table.name: sum(size * table.bytes_of(name) for name, size in sizes.items()) for table in tables}
-    here = {table.name for table in tables if ENGINES[table.engine].device == "cpu"}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
-        original={each: LIBRARIES_BYTES + sum(weights) * BYTES[each] + live_bytes for each in precisions},
+        original={
+            each: LIBRARIES_BYTES + (sum(weights) * BYTES["fp32"] + live_bytes) * BYTES[each] // BYTES["fp32"]
+            for each in precisions
+        },
         export=LIBRARIES_BYTES + GRAPH_BYTES + WRITTEN * max(weights, default=0) * BYTES["fp32"],
-        targets={name: RUNTIME_BYTES + 2 * size + live_bytes for name, size in engines.items() if name in here},
+        targets={  # an engine maps its file, and has what it made of it besides
+            table.name: RUNTIME_BYTES[table.engine] + 2 * engines[table.name] + live_bytes
+            for table in tables
+            if ENGINES[table.engine].device == "cpu"
+        },
         disk={
             "bundle": sum(engines.values()),
             "cache": sum(sizes.values()) * BYTES["fp32"] + sum(engines[name] for name in engines.keys() - linked),

@@ -19,7 +19,7 @@ class LiveBytes:
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def note(self, made: Any) -> None:
-        """What an operator gave. Views of what is alive take nothing."""
+        """What an operator gave of its own."""
         for tensor in tree_leaves(made):
             if not isinstance(tensor, torch.Tensor) or not tensor.is_meta:
                 continue

@@ -138,7 +138,8 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
         if "device" in kwargs:
             kwargs["device"] = META
         made = func(*args, **kwargs)
-        self._live.note(made)
+        if not any(each.alias_info for each in func._schema.returns):  # views, of weights among others, take nothing
+            self._live.note(made)
         return made
 
     def _as_places(self, indices: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
-from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
+from slipcast_compiler.engines.programs import ProgramGraphs, tabulate_prompts, write_bundle
 from slipcast_compiler.export.pipeline import VERIFIED, digest, digests, export_pipeline
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
@@ -53,8 +53,13 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     with stages.stage("originals") as advance:
         originals = draw_originals(plan.drawing, given, cache, advance)
 
-    # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
+    # All prompts of a closed family are known: a table takes the place of what computes them.
     graphs = ProgramGraphs(entry, plan.samplings)
+    if plan.closed_prompts:
+        with stages.stage("tabulate prompts") as advance:
+            graphs = tabulate_prompts(graphs, plan.closed_prompts, cache, advance)
+
+    # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
     casts = None
     if needs_calls(recipe.targets, options := recipe.quantize_options):
         with stages.stage("record inputs") as advance:

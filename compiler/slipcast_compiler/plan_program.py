@@ -74,6 +74,13 @@ class ProgramPlan:
         seeds, root = GATE.take(len(turns), table.seed), self.checkpoint.root
         return PipelineDrawing(root, self.recipe.model.pipeline, self.calls, turns, seeds, self.precision)
 
+    @property
+    def closed_prompts(self) -> tuple[str, ...]:
+        """All prompts that the bundle takes; none of an open family, which takes any."""
+        if not (self.family and self.family.closed):
+            return ()
+        return tuple(dict.fromkeys((*self.family.calibration, *self.family.held_out)))
+
     def calibration(self, count: int) -> Images:
         """So many images of calibration prompts."""
         return calibration_images(self.family.calibration if self.family else (None,), count)
@@ -155,8 +162,6 @@ def _check_tables(recipe: Recipe) -> None:
             got=", ".join(others),
             hint="what the pipeline is called with goes under [call], by the names of its own arguments",
         )
-    if recipe.family and recipe.family.closed:
-        raise RecipeError("family.closed is not for a captured pipeline yet", expected="an open family", got="closed")
     if others := [name for name, _ in recipe.passes.chosen()]:
         raise RecipeError(
             f"passes.{others[0]} is not for a captured pipeline yet", expected="passes.quantize", got=", ".join(others)

@@ -173,7 +173,6 @@ REFUSED = {
     "noise": (RECIPE + '[sampling]\nschedule = "leading"\n', "begins at another noise level"),
     "schedule": (RECIPE + '[sampling]\nschedule = "flow"\n', "not a schedule for epsilon"),
     "guidance": (RECIPE + "[sampling]\nguidance_scale = 1.0\n", "another program"),
-    "closed": (replaced("held_out", "closed = true\nheld_out"), "family.closed"),
     "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
     "pass": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "passes.low_rank is not for a captured pipeline yet"),

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import slipcast
-from slipcast.bundle.manifest import SCHEMA_VERSION, Component
+from slipcast.bundle.manifest import SCHEMA_VERSION, Component, Target
 from slipcast.bundle.program import PROGRAM, Program
 from slipcast.bundle.sampling import Sampling
-from slipcast.progress import Stages
+from slipcast.progress import Advance, SilentStages, Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
+from slipcast_compiler.engines.contents import PORTABLE
+from slipcast_compiler.export.closed import PROMPT_TABLE, close, tabulate
 from slipcast_compiler.export.graphs import Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.recipe.targets import TargetTable
 
 
 @dataclass(frozen=True)
 class ProgramGraphs:
     """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
-    `samplings`: by variant, in place of its loop's;
+    `samplings`: by variant, in place of its loop's; `closed`: all prompts of a closed family, and the table of them;
     `quantized`: by component, what takes its place in INT8; `casts`: by target's name, see build_target."""
 
     entry: Path
     samplings: tuple[Sampling, ...] = ()
+    closed: tuple[tuple[str, ...], Path] | None = None
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     casts: Mapping[str, Casts] = field(default_factory=dict)
 
@@ -36,6 +41,8 @@ class ProgramGraphs:
     def record(self) -> Program:
         """The program."""
         record = read_record(self.entry)
+        if self.closed:
+            record = close(record, self.closed[0], contracts(self.entry, record))
         if not self.samplings:
             return record
         own = [
@@ -48,7 +55,12 @@ class ProgramGraphs:
     @property
     def identity(self) -> dict[str, Any]:
         """What a run of its graphs in fp32 depends on; plain JSON, for the cache's keys."""
-        return {"program": self.entry.name, "samplings": [each.model_dump(mode="json") for each in self.samplings]}
+        table = self.closed and self.closed[1].name
+        return {
+            "program": self.entry.name,
+            "table": table,
+            "samplings": [each.model_dump(mode="json") for each in self.samplings],
+        }
 
     @property
     def contracts(self) -> dict[str, Component]:
@@ -67,6 +79,27 @@ class ProgramGraphs:
         return Sources(found, sizes, {name: each.check for name, each in quantized.items()})
 
 
+def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cache, advance: Advance) -> ProgramGraphs:
+    """With a table of these prompts, all that the bundle takes, in place of what computes it of texts: evaluated in
+    fp32 by ONNX Runtime, or from the cache."""
+
+    def make(out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".closed-", dir=out.parent) as name:
+            target = write_portable(graphs, Path(name), cache)
+            run_isolated(tabulate, Path(name), target.id, prompts, out, advance=advance)
+
+    entry = cache.get("closed", {**graphs.identity, "prompts": prompts}, make)
+    return replace(graphs, closed=(prompts, entry))
+
+
+def write_portable(graphs: ProgramGraphs, folder: Path, cache: Cache) -> Target:
+    """A bundle for ONNX Runtime in fp32, without evidence: what is measured with while a compile goes on."""
+    about = {"name": "portable", "base_model": "portable", "source_sha256": "0" * 64, "family": None}
+    made = write_bundle(replace(graphs, quantized={}, casts={}), (PORTABLE,), about, folder, cache, SilentStages())
+    target: Target = made["targets"][0]
+    return target
+
+
 def write_bundle(
     graphs: ProgramGraphs, tables: tuple[TargetTable, ...], fields: Mapping[str, Any], folder: Path, cache: Cache,
     stages: Stages,
@@ -79,6 +112,8 @@ def write_bundle(
     tokenizers = {each.tokenizer for variant in record.every for each in variant.sources if each.kind == "prompt"}
     for name in (*sorted(tokenizers), *([TABLE] if record.table else [])):
         shutil.copyfile(graphs.entry / name, folder / name)
+    if graphs.closed:
+        shutil.copyfile(graphs.closed[1] / PROMPT_TABLE, folder / PROMPT_TABLE)
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
         "requires": (PROGRAM,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from slipcast.bundle.program import Program
 from slipcast_compiler.capture.parts import when
 from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
+from slipcast_compiler.export.closed import PROMPT_TABLE
 from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, ProgramJudged, as_pictures
 from slipcast_compiler.pages.evidence import (
     DIFFERENCE_GAIN,
@@ -74,6 +75,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
             **evidence.fields["family"].model_dump(mode="json"),
             "calibration_examples": list(evidence.family.calibration[:SHOWN_PROMPTS]),
             "held_out_prompts": list(dict.fromkeys(prompt for each in originals for prompt in each.prompts)),
+            **_not_shipped(evidence.graphs),
         },
         "recipe": _resolve(evidence),
         "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
@@ -110,6 +112,14 @@ def _variant(evidence: ProgramEvidence, place: int) -> dict[str, Any]:
         "latency_original_s": round(original.latency_s, 4),
         "targets": found,
     }
+
+
+def _not_shipped(graphs: ProgramGraphs) -> dict[str, Any]:
+    """What a closed family's bundle does without, and how large the table in its place is."""
+    if not graphs.closed:
+        return {}
+    left = [name for name in replace(graphs, closed=None).contracts if name not in graphs.contracts]
+    return {"not_shipped": left, "prompt_table_bytes": (graphs.closed[1] / PROMPT_TABLE).stat().st_size}
 
 
 def write_program_report(folder: Path, record: dict[str, Any], evidence: ProgramEvidence) -> None:

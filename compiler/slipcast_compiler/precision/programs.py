@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.program import Program
-from slipcast.progress import Advance, SilentStages, Stages
-from slipcast_compiler.engines.contents import PORTABLE
-from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
+from slipcast.progress import Advance, Stages
+from slipcast_compiler.engines.programs import ProgramGraphs, write_portable
 from slipcast_compiler.engines.recording import record_program
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -48,9 +47,8 @@ def record_calls(
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
-            about = {"name": "calibration", "base_model": "calibration", "source_sha256": "0" * 64, "family": None}
-            made = write_bundle(replace(graphs, quantized={}), (PORTABLE,), about, Path(name), cache, SilentStages())
-            arguments = Path(name), made["targets"][0].id, components, images, tuple(map(dict, given)), count, out
+            target = write_portable(graphs, Path(name), cache)
+            arguments = Path(name), target.id, components, images, tuple(map(dict, given)), count, out
             run_isolated(record_program, *arguments, advance=advance)
 
     inputs = {**graphs.identity, "images": images, "given": digests, "count": count}

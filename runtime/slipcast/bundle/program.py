@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Count, Name, Positive
@@ -90,7 +90,37 @@ class ImageSource(Strict):
         return self.shape[1], self.shape[2], self.shape[3]
 
 
-Source = Annotated[PromptSource | NoiseSource | ImageSource, Field(discriminator="kind")]
+class TableSource(Strict):
+    """What a prompt of a closed family becomes: a tensor of its table, "<tensor>.<place>" by the prompt's place among
+    them; or "<tensor>" alone, where no text that a run gives decides it."""
+
+    kind: Literal["table"] = "table"
+    value: Name
+    argument: ArgumentName | None
+    tensor: Name
+    dtype: Literal["float32", "int64", "int32"]
+    shape: Shape
+
+    def name_at(self, place: int) -> str:
+        """The tensor's, for a prompt."""
+        return f"{self.tensor}.{place}" if self.argument else self.tensor
+
+
+class ClosedTexts(Strict):
+    """All prompts that a bundle of a closed family takes, and what they become: safetensors, see TableSource."""
+
+    table: BundlePath
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @field_validator("prompts")
+    @classmethod
+    def _distinct(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(prompts)) != len(prompts):
+            raise ValueError("a prompt is listed twice")
+        return prompts
+
+
+Source = Annotated[PromptSource | NoiseSource | ImageSource | TableSource, Field(discriminator="kind")]
 
 
 class TextArgument(Strict):
@@ -162,7 +192,7 @@ class Variant(Strict):
     """A pipeline's call for one choice of what a bundle lists.
 
     `fixed`: what the call had besides texts and pictures. `lengths`: how many tokens texts may have, by the names that
-    shapes of sources have. `sources`: where values enter: PromptSource, NoiseSource and ImageSource. `steps`: a step is
+    shapes of sources have. `sources`: where values enter: one of four kinds. `steps`: a step is
     over after the call with this index. `results`: see Program's `output`. `rate`: how many frames, or samples of a
     sound, a second has; a sound has one, a video where the pipeline says so. `loop`: the steps, where slipcast's
     samplers take them; else they are among the calls.
@@ -261,6 +291,7 @@ class Program(Variant):
     arguments: dict[ArgumentName, TextArgument] = Field(default_factory=dict)
     table: BundlePath | None = None
     output: Output = "image"
+    closed: ClosedTexts | None = None
     variants: tuple[Variant, ...] = ()
 
     @property
@@ -273,6 +304,12 @@ class Program(Variant):
         """By name of a fixed argument that has several values, these, in order."""
         values = {name: tuple(dict.fromkeys(each.fixed[name] for each in self.every)) for name in self.fixed}
         return {name: each for name, each in values.items() if len(each) > 1}
+
+    @model_validator(mode="after")
+    def _a_table_is_closed(self) -> Self:
+        if not self.closed and any(isinstance(each, TableSource) for variant in self.every for each in variant.sources):
+            raise ValueError("sources read the table of a closed family, and there is none")
+        return self
 
     @model_validator(mode="after")
     def _sounds_have_a_rate(self) -> Self:
@@ -306,7 +343,8 @@ class Program(Variant):
         named = [*RUN_ARGUMENTS, *self.arguments, *self.fixed, *pictures]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             raise ValueError(f"the argument {twice[0]!r} means two things, or one of every run's")
-        prompts = (source for variant in self.every for source in variant.sources if isinstance(source, PromptSource))
+        of_text = PromptSource | TableSource
+        prompts = (source for variant in self.every for source in variant.sources if isinstance(source, of_text))
         if unknown := sorted({each.argument for each in prompts if each.argument}.difference(self.arguments)):
             raise ValueError(f"sources read the argument {unknown[0]!r}, which is not listed under arguments")
         for name, argument in self.arguments.items():
@@ -367,7 +405,8 @@ class ProgramManifest(BaseManifest):
         """What is read whatever the target: tokenizers and the table."""
         sources = (source for variant in self.program.every for source in variant.sources)
         tokenizers = [source.tokenizer for source in sources if isinstance(source, PromptSource)]
-        return [*dict.fromkeys(tokenizers), *([self.program.table] if self.program.table else [])]
+        tables = [self.program.table, self.program.closed and self.program.closed.table]
+        return [*dict.fromkeys(tokenizers), *(table for table in tables if table)]
 
     def specs(self, variant: Variant) -> dict[str, TensorSpec]:
         """By value that a call of a variant makes, what it is."""

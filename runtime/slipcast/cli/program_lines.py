@@ -13,6 +13,7 @@ from slipcast.bundle.program import (
     ProgramManifest,
     PromptSource,
     Source,
+    TableSource,
     Variant,
 )
 
@@ -88,6 +89,8 @@ def _source(source: Source) -> str:
             return f"{kind}: noise"
         case ImageSource():
             return f"{kind}: {source.name}"
+        case TableSource():
+            return f"{kind}: of {source.argument or 'every prompt'}, by the table of a closed family"
 
 
 def _quoted(text: str) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Target
-from slipcast.bundle.program import ProgramManifest, PromptSource
+from slipcast.bundle.program import ProgramManifest, PromptSource, TableSource
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.engines import Array, Instrument, as_it_is
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.calls import Calls
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
+from slipcast.run.prompt_table import ClosedTable
 from slipcast.run.residency import InUse, Policy
 from slipcast.run.sampled import Sampled
 from slipcast.run.tokenizer import OnLongPrompt
@@ -43,6 +44,8 @@ class ProgramPipeline(BasePipeline):
         super().__init__(bundle, target, instrument)
         self.program = self.manifest.program
         self._variants = read_variants(bundle)
+        closed = self.program.closed
+        self._closed = ClosedTable(bundle.path(closed.table), self.program) if closed else None
         # What only other variants call is opened when one of them is first asked for.
         own = {call.component for call in self.program.every_call}
         self._open_engines(residency, self.manifest.components.keys() - own)
@@ -130,7 +133,12 @@ class ProgramPipeline(BasePipeline):
         # All texts are cut into tokens, and refused where they do not fit, before the first engine runs.
         tokens = ready.texts(request.texts, request.on_long_prompt)
         for source in ready.variant.sources:
-            if isinstance(source, PromptSource):
+            if isinstance(source, TableSource):
+                assert self._closed
+                for image in values.images(source.value):
+                    text = request.texts[image][source.argument] if source.argument else ""
+                    values.put(source.value, image, self._closed(source, text))
+            elif isinstance(source, PromptSource):
                 for image in values.images(source.value):
                     text = request.texts[image][source.argument] if source.argument else ""
                     values.put(source.value, image, tokens[source.value][text])

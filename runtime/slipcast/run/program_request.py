@@ -12,6 +12,7 @@ import numpy as np
 from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Loop, Program, Variant
 from slipcast.errors import RequestError
 from slipcast.run.pictures import Floats, read_picture
+from slipcast.run.prompt_table import check_listed
 from slipcast.run.request import check_integer, choose_seeds, lay_steps
 from slipcast.run.tokenizer import SHOWN, OnLongPrompt, check_prompts
 from slipcast.sampling.schedules import NoiseProcess, Schedule
@@ -130,6 +131,8 @@ def _either(values: Sequence[str]) -> str:
 def _texts(program: Program, given: Mapping[str, Any]) -> list[dict[str, str]]:
     """By argument, for each prompt: one text goes with all, a list has one for each."""
     lists = {name: check_prompts(name, given[name]) for name in program.arguments if name in given}
+    if program.closed and "prompt" in lists:
+        check_listed("prompt", lists["prompt"], program.closed.prompts)
     longest = max(lists, key=lambda name: len(lists[name]), default=None)
     count = len(lists[longest]) if longest else 1
     for name, texts in lists.items():

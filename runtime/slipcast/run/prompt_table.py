@@ -1,16 +1,21 @@
-"""The prompts of a closed family: conditioning from a table, in place of tokenizers and text encoders."""
+"""The prompts of a closed family: conditioning from a table, in place of tokenizers and text encoders.
+
+A bundle that samples has a row of each tensor for each prompt; one of a captured program, a tensor.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import ClosedPrompts
-from slipcast.bundle.tensorfile import read_header, read_tensor
+from slipcast.bundle.program import Program, TableSource
+from slipcast.bundle.tensorfile import DTYPES, TensorEntry, read_header, read_tensor
 from slipcast.errors import ArtifactError, RequestError
 
 COMPARED = 500  # characters of a refused prompt that are compared with the listed ones
@@ -36,14 +41,50 @@ class PromptTable:
 
     def check(self, name: str, prompts: Sequence[str]) -> None:
         """RequestError, with the nearest listed prompts, for the first that is not listed."""
-        for prompt in prompts:
-            if prompt not in self._rows:
-                listed = [each for each in self._rows if each]
-                near = difflib.get_close_matches(prompt[:COMPARED], listed, n=NEAREST)
-                some = f"the nearest: {', '.join(map(repr, near))}" if near else f"such as {listed[0]!r}"
-                raise RequestError(
-                    f"{name} is not of this bundle's closed family",
-                    expected=f"one of {len(listed)} prompts, {some}" + (", or none" if name != "prompt" else ""),
-                    got=repr(prompt[:COMPARED]),
-                    hint="compile a bundle with --set family.closed=false",
-                )
+        check_listed(name, prompts, self._rows)
+
+
+def check_listed(name: str, prompts: Sequence[str], closed: Collection[str]) -> None:
+    """RequestError, with the nearest prompts of a closed family, for the first that is none of them."""
+    for prompt in prompts:
+        if prompt not in closed:
+            listed = [each for each in closed if each]
+            near = difflib.get_close_matches(prompt[:COMPARED], listed, n=NEAREST)
+            some = f"the nearest: {', '.join(map(repr, near))}" if near else f"such as {listed[0]!r}"
+            raise RequestError(
+                f"{name} is not of this bundle's closed family",
+                expected=f"one of {len(listed)} prompts, {some}" + (", or none" if name != "prompt" else ""),
+                got=repr(prompt[:COMPARED]),
+                hint="compile a bundle with --set family.closed=false",
+            )
+
+
+class ClosedTable:
+    """The table of a captured program's closed family; ArtifactError where it is not the manifest's."""
+
+    def __init__(self, path: Path, program: Program) -> None:
+        assert program.closed
+        self._path, self._entries = path, read_header(path)
+        self._places = {prompt: place for place, prompt in enumerate(program.closed.prompts)}
+        for source in (each for variant in program.every for each in variant.sources if isinstance(each, TableSource)):
+            for place in self._places.values() if source.argument else (0,):
+                _check_entry(path, source, source.name_at(place), self._entries.get(source.name_at(place)))
+
+    def __call__(self, source: TableSource, text: str) -> npt.NDArray[Any]:
+        """What a text becomes, read when it is asked for."""
+        name = source.name_at(self._places[text] if source.argument else 0)
+        return read_tensor(self._path, self._entries[name], allow_nonfinite=True)  # a mask may have -inf
+
+
+def _check_entry(path: Path, source: TableSource, name: str, entry: TensorEntry | None) -> None:
+    fits = (
+        entry is not None
+        and np.dtype(DTYPES[entry.dtype][1]).name == source.dtype
+        and len(entry.shape) == len(source.shape)
+        and all(isinstance(b, str) or a == b for a, b in zip(entry.shape, source.shape, strict=True))
+    )
+    if not fits:
+        raise ArtifactError(
+            f"{path}: not the table of the manifest", expected=f"{name}, {source.dtype} {list(source.shape)}",
+            got=f"{entry.dtype} {list(entry.shape)}" if entry else "no such tensor", hint="compile the bundle again",
+        )  # fmt: skip

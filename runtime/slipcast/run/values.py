@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from slipcast.bundle.program import NoiseSource, PromptSource, Variant
+from slipcast.bundle.program import NoiseSource, PromptSource, TableSource, Variant
 from slipcast.engines import Array
 from slipcast.sampling.seeds import TorchGenerator
 
@@ -19,7 +19,7 @@ def dependence(variant: Variant) -> dict[str, frozenset[str]]:
     """
     depends: dict[str, frozenset[str]] = {}
     for source in variant.sources:
-        if isinstance(source, PromptSource):
+        if isinstance(source, PromptSource | TableSource):
             depends[source.value] = frozenset([source.argument] if source.argument else [])
         else:
             depends[source.value] = frozenset([NOISE] if isinstance(source, NoiseSource) else [])

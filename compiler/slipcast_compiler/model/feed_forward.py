@@ -98,7 +98,7 @@ def _why_not(module: nn.Module, sizes: Sizes, forms: list[_Form]) -> _Form | str
         try:
             if _neurons_are_apart(module, form):
                 return form
-            why = why or "removing a neuron changes the others"
+            why = "removing a neuron changes the others"
         except Exception as error:  # whatever a module raises that was not made for these sizes
             why = why or f"it does not run by itself at another size ({' '.join(str(error).split())[:80]})"
     return why

@@ -1,4 +1,4 @@
-"""What is a layer and what is none, on modules made for it; of real models see tests/capture/test_layers_of_pipelines.py."""
+"""What is a layer and what is none, on modules made for it; tests/capture/test_layers_of_pipelines.py has real models."""
 
 from __future__ import annotations
 
@@ -149,17 +149,19 @@ def test_fit_counts_heads_and_neurons_of_one_projection() -> None:
     module.heads, module.head_dim, module.inner_dim, module.mlp_hidden_dim = 4, 4, 16, 40
     module.to_qkv_mlp_proj, module.to_out = nn.Linear(16, 48 + 80), nn.Linear(16 + 40, 16)
     root = _blocks(module)
-    assert [layer.units for layer in (*layers_of(root).attention, *layers_of(root).feed_forward)] == [4, 40]
+
+    def units() -> list[int]:
+        found = layers_of(root)
+        return [layer.units for layer in (*found.attention, *found.feed_forward)]
+
+    assert units() == [4, 40]
     for heads, neurons in ((3, 40), (4, 24), (2, 9)):
         fit(root, {
             "blocks.0.to_qkv_mlp_proj.weight": (12 * heads + 2 * neurons, 16),
             "blocks.0.to_out.weight": (16, 4 * heads + neurons),
         })  # fmt: skip
         assert (module.heads, module.inner_dim, module.mlp_hidden_dim) == (heads, 4 * heads, neurons)
-        assert [layer.units for layer in (*layers_of(root).attention, *layers_of(root).feed_forward)] == [
-            heads,
-            neurons,
-        ]
+        assert units() == [heads, neurons]
 
 
 def test_a_factorised_layer_is_as_large_as_what_it_stands_for() -> None:

@@ -1,4 +1,4 @@
-"""What is a layer and what is none, on modules made for it; tests/capture/test_layers_of_pipelines.py has real models."""
+"""What is a layer and what is none, on modules made for it; tests/capture/test_layers_of_pipelines.py has models."""
 
 from __future__ import annotations
 

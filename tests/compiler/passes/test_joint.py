@@ -221,12 +221,11 @@ def test_neurons_after_heads_of_the_same_projection(bench: Bench) -> None:
     plain, _ = bench.run("prune_ffn", heads, ratio=0.5, criterion="second_order", correct=False)
     assert report["left_alone"] == {} and report["retention"] == pytest.approx(0.5, abs=0.1)
     assert fitted.shapes() == plain.shapes()
-    profile: Any = bench.measured
     before, denoisers = bench.denoiser(heads), [bench.denoiser(rewrite) for rewrite in (fitted, plain)]
     for layer in before.layers.feed_forward:
         (place,) = layer.columns
-        start, moment = place.start, moment_of(profile, layer, place).astype(np.float64)
-        whole, *narrow = (matrix(each, place.linear)[:, start:] for each in (before, *denoisers))
+        moment = bench.measured.second_moment(place.linear)[-layer.neurons :, -layer.neurons :].astype(np.float64)
+        whole, *narrow = (matrix(each, place.linear)[:, place.start :] for each in (before, *denoisers))
         if narrow[1].shape == whole.shape:
             continue
         kept = [next(i for i in range(whole.shape[1]) if np.array_equal(whole[:, i], column)) for column in narrow[1].T]

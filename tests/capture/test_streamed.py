@@ -124,6 +124,28 @@ def test_names_of_old_checkpoints(tmp_path: Path) -> None:
     assert compare(root).weights["vae.decoder.mid_block.attentions.0.to_q.weight"] is not None
 
 
+def test_large_buffers_are_streamed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as SD3's positions, which its checkpoint has."""
+    monkeypatch.setattr("slipcast_compiler.export.streamed.LARGE", 10)
+    root = save("stable_diffusion_3", tmp_path)
+    assert isinstance(compare(root).weights["transformer.pos_embed.pos_embed"], Unread)
+    wanted = open_with_weights(root).transformer.pos_embed.pos_embed
+    torch.testing.assert_close(open_at_random(root).transformer.pos_embed.pos_embed, wanted, rtol=0, atol=0)
+
+
+def test_weights_of_a_variant_alone_are_refused(tmp_path: Path) -> None:
+    root = save("stable_diffusion", tmp_path)
+    for component, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
+        file = root / component / f"{stem}.safetensors"
+        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
+        with pytest.raises(ArtifactError, match="of its weights there is the variant fp16 alone"):
+            open_streamed(root)
+        (root / component / f"{stem}.fp16.safetensors").rename(file)
+    file.unlink()
+    with pytest.raises(ArtifactError, match="no weights"):
+        open_streamed(root)
+
+
 def test_a_weight_that_is_missing_is_refused_where_it_is_used(tmp_path: Path) -> None:
     root = save("ddpm", tmp_path / "model")
     file = root / "unet" / "diffusion_pytorch_model.safetensors"

@@ -71,12 +71,22 @@ def load_unread(kind: Any, folder: Path) -> tuple[nn.Module, set[str]]:
     """A component of a class of diffusers or transformers, with weights that are not read: in fp32, for inference; and
     the names of parameters that its checkpoint has no tensor for.
 
-    Of the libraries' errors, whichever they have, nothing is caught.
+    ArtifactError where there are no files that the libraries load without being told which. Of their own errors,
+    whichever they have, nothing is caught.
     """
     options = {"local_files_only": True, "output_loading_info": True}
-    if hasattr(kind, "config_class"):  # of transformers, which take what is in no file, too
+    library = "transformers" if hasattr(kind, "config_class") else "diffusers"
+    chosen = find_weight_files(folder, library, None, read_json)
+    if chosen.variant:
+        raise ArtifactError(
+            f"{folder}: of its weights there is the variant {chosen.variant} alone",
+            expected="files without a variant in their names",
+            got=", ".join(file.name for file in chosen.files),
+            hint=f"call the files, and those that an index names, without .{chosen.variant}",
+        )
+    if library == "transformers":  # which take what is in no file, too
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        state = _open_files(find_weight_files(folder, "transformers", None, read_json).files)
+        state = _open_files(chosen.files)
         made, told = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
     else:
         with _files_unread():

@@ -55,8 +55,9 @@ def plan_program(path: Path, options: Options) -> BenchPlan:
     reference = next((side for side in sides if side.name == REFERENCE), None)
     if reference is None and root:
         reference = _pipeline_side(REFERENCE, bundle, record, root, options.steps)
-    guidance = program.fixed.get("guidance_scale", "as it is captured")
-    told = {"sampler": program.pipeline, "steps": len(program.steps), "guidance_scale": guidance}
+    guidance = program.loop.sampling.guidance_scale if program.loop else program.fixed.get("guidance_scale", "none")
+    steps = options.steps or program.usual_steps
+    told = {"sampler": program.pipeline, "steps": steps, "guidance_scale": guidance}
     family = record.get("family")
     return BenchPlan(
         path, bundle, record, options, None, tuple(sides), missing, None, reference,
@@ -75,10 +76,13 @@ def _open(path: Path) -> tuple[ProgramBundle, dict[str, Any]]:
 
 
 def _check_steps(bundle: ProgramBundle, steps: int | None) -> None:
-    legal = bundle.manifest.program.fixed.get("num_inference_steps")
-    if steps is not None and steps != legal:
-        expected = "none" if legal is None else str(legal)
-        raise RequestError("--steps: a captured pipeline is measured as it was captured", expected=expected, got=steps)
+    """RequestError where a run of it cannot take so many."""
+    program = bundle.manifest.program
+    if program.loop and program.loop.steps:
+        program.loop.sampling.lay(steps)
+    elif steps not in (None, program.usual_steps):
+        expected = str(program.usual_steps)
+        raise RequestError("--steps: this bundle is measured as it was captured", expected=expected, got=steps)
 
 
 def _missing(options: Options) -> dict[str, dict[str, str | None]]:
@@ -139,9 +143,11 @@ def _bundle_side(
 
 def _pipeline_side(name: str, bundle: ProgramBundle, record: dict[str, Any], root: Path, steps: int | None) -> Side:
     peer, program = PEERS[name], bundle.manifest.program
+    asked = {program.loop.steps: steps} if steps and program.loop and program.loop.steps else {}
     job = {
         "side": "pipeline.py", "model": str(root), "pipeline": _pipeline(record), "kind": program.output,
-        "call": record["recipe"]["call"], "steps": len(program.steps), "threads": cpu_threads(), **peer.options,
+        "call": {**record["recipe"]["call"], **asked}, "steps": steps or program.usual_steps, "threads": cpu_threads(),
+        **peer.options,
     }  # fmt: skip
     disk = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     return Side(name, peer.title, sys.executable, job, pixels=program.output == "image", disk_bytes=disk)

@@ -13,8 +13,8 @@ def open_side(job: dict[str, Any]) -> Any:
     import slipcast
 
     pipe: Any = slipcast.load(job["bundle"], target=job["target"])
-    program = getattr(pipe, "program", None)  # of a captured pipeline, whose steps are fixed
-    steps = len(program.steps) if program else job["steps"] or pipe.manifest.sampling.steps
+    program = getattr(pipe, "program", None)  # of a captured pipeline
+    steps = job["steps"] or (program.usual_steps if program else pipe.manifest.sampling.steps)
     # What is measured is the specialised denoiser, also where the guard takes a prompt for a stranger.
     given = _read(job["pictures"]) if program else {"guard": "warn"}
     _about.update(target=pipe.target, slipcast=slipcast.__version__, steps=steps)

@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, call_cli, compile_here
-from slipcast.errors import ArtifactError, CheckFailed, NumericalError
+from slipcast.errors import ArtifactError, CheckFailed, HostError, NumericalError, RequestError
+from slipcast_compiler.bench.plan import Options
+from slipcast_compiler.bench.plan_program import plan_program
 from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw, sample_results
 from slipcast_compiler.pages.program import write_program_report
 from slipcast_compiler.pages.record import typed_program_record
@@ -142,6 +144,49 @@ def test_a_page_without_pictures_or_a_loop(made: Made, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert re.search(text, plain), text
     assert "<img" not in page and "Held-out prompts" not in page
+
+
+@pytest.mark.slow
+def test_bench_against_the_pipeline_itself(made: Made) -> None:
+    options = (
+        "--against",
+        "diffusers,openvino-genai",
+        "--model",
+        "model",
+        "--images",
+        "2",
+        "-o",
+        "bench.json",
+        "--json",
+    )
+    done = call_cli("bench", str(made.bundle), *options, cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert list(document["sides"]) == ["bundle", "diffusers"]
+    assert document["sides"]["bundle"]["quality"]["psnr_mean"]["value"] > 60
+    assert document["ratios"]["diffusers"]["pairs"] == 2
+    assert document["settings"]["image"] == "32x32"
+    assert document["settings"]["sampling"] == {
+        "sampler": "StableDiffusionXLPipeline", "steps": 2, "guidance_scale": 5.0,
+    }  # fmt: skip
+    assert document["missing"]["openvino-genai"]["reason"] == "does not know captured pipelines"
+
+
+def test_what_bench_refuses_of_a_captured_pipeline(made: Made, tmp_path: Path) -> None:
+    model = made.folder / "model"
+    for options, error, says in (
+        (Options(("difusers",)), RequestError, "unknown peer 'difusers'"),
+        (Options(("openvino-genai",)), HostError, "does not know captured pipelines"),
+        (Options(("diffusers",), tmp_path / "nowhere"), RequestError, "name it with --model DIR"),
+        (Options(("diffusers",), made.folder), ArtifactError, "not the model that the bundle was compiled from"),
+        (Options((), model, steps=5000), RequestError, "steps"),
+    ):
+        with pytest.raises(error, match=says):
+            plan_program(made.bundle, options)
+    plan = plan_program(made.bundle, Options(("diffusers-bf16",), model))
+    assert [side.name for side in plan.sides] == ["bundle", "diffusers-bf16"]
+    assert plan.reference and plan.reference.job["dtype"] == "float32"
+    assert plan.requests(0, 3) == ([*plan.prompts, plan.prompts[0]][:3], [1000, 1001, 1002])
 
 
 def test_a_second_compile_exports_nothing(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

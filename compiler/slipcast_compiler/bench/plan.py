@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.evidence import REPORT, report_files
 from slipcast.bundle.manifest import Sampling
-from slipcast.bundle.reader import Bundle, open_bundle
+from slipcast.bundle.reader import Bundle, ProgramBundle, open_bundle
 from slipcast.bundle.validation import parse_json
 from slipcast.engines import cpu_threads, cuda
 from slipcast.engines.targets import choose_target
@@ -20,6 +21,7 @@ from slipcast_compiler.bench.peers import PEERS, Peer, how_to_install, interpret
 from slipcast_compiler.bench.venvs import VENVS
 from slipcast_compiler.model import original
 from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.recipe.recipe import EvaluateTable
 
 BUNDLE = "bundle"  # the name of the side that all others are divided by
 REFERENCE = "diffusers"  # the side whose pictures are the original's
@@ -59,25 +61,27 @@ class Options:
 class BenchPlan:
     """`path`: as the bundle was named, which is `sides[0]`. `reference` draws the original's pictures where no side
     does, and is not measured; None, with `no_quality` saying why, where that cannot be. `missing`: peer -> reason and
-    install command."""
+    install command. `sampling`: None of a captured pipeline; `told`: what is said of it; `image`: the size."""
 
     path: Path
-    bundle: Bundle
+    bundle: Bundle | ProgramBundle
     record: dict[str, Any]
     options: Options
-    sampling: Sampling
+    sampling: Sampling | None
     sides: tuple[Side, ...]
     missing: dict[str, dict[str, str | None]]
     checkpoint: Checkpoint | None
     reference: Side | None
     no_quality: str | None
-    _prompts: tuple[str | None, ...] = field(repr=False, default=(None,))
+    prompts: tuple[str | None, ...] = field(repr=False)
+    image: str
+    told: Mapping[str, Any]
 
     def requests(self, start: int, count: int) -> tuple[list[str | None], list[int]]:
         """Prompts and seeds of images start to start + count: held-out prompts, again with new seeds after the last."""
         places = range(start, start + count)
-        first = self.record["recipe"]["evaluate"]["seed"]
-        return [self._prompts[i % len(self._prompts)] for i in places], [first + i for i in places]
+        first = self.record["recipe"].get("evaluate", {}).get("seed", EvaluateTable().seed)
+        return [self.prompts[i % len(self.prompts)] for i in places], [first + i for i in places]
 
 
 def make_plan(path: Path, options: Options) -> BenchPlan:
@@ -105,21 +109,28 @@ def make_plan(path: Path, options: Options) -> BenchPlan:
             sides.append(_other_bundle(name, bundle, options))
     reference, why = _reference(sides, bundle, checkpoint, sampling, options)
     prompts = tuple(record["family"]["held_out_prompts"]) if manifest.family else (None,)
+    told = sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
     return BenchPlan(
-        path, bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts
-    )
+        path, bundle, record, options, sampling, tuple(sides), missing, checkpoint, reference, why, prompts,
+        f"{manifest.image.width}x{manifest.image.height}", told,
+    )  # fmt: skip
 
 
 def _open(path: Path) -> tuple[Bundle, dict[str, Any]]:
-    bundle = open_bundle(path, files=lambda manifest: [f.path for f in manifest.files if f.path == "report.json"])
+    bundle = open_bundle(path, files=report_files)
+    return bundle, read_report(path, bundle)
+
+
+def read_report(path: Path, bundle: Bundle | ProgramBundle) -> dict[str, Any]:
+    """What a bundle's report.json holds; ArtifactError where it has none."""
     try:
-        record = parse_json(bundle.path("report.json").read_bytes(), "report.json")
+        record = parse_json(bundle.path(REPORT).read_bytes(), REPORT)
     except ArtifactError as error:
         raise ArtifactError(
             f"{path}: holds no report, which has the prompts to measure with", hint="compile the bundle again"
         ) from error
     assert isinstance(record, dict)
-    return bundle, record
+    return record
 
 
 def check_names(against: Sequence[str]) -> None:
@@ -186,10 +197,10 @@ def _checkpoint(bundle: Bundle, model: Path | None, *, needed: bool) -> Checkpoi
 
 def _bundle_side(name: str, title: str, bundle: Bundle, record: dict[str, Any], target: str, steps: int | None) -> Side:
     job = {"side": "bundle.py", "bundle": str(bundle.root), "target": target, "steps": steps}
-    return Side(name, title, sys.executable, job, disk_bytes=_bytes_to_run(bundle, target), cost=record.get("cost"))
+    return Side(name, title, sys.executable, job, disk_bytes=bytes_to_run(bundle, target), cost=record.get("cost"))
 
 
-def _bytes_to_run(bundle: Bundle, target: str) -> int:
+def bytes_to_run(bundle: Bundle | ProgramBundle, target: str) -> int:
     """Manifest, tokenizers, tables and one target's engines: what a host needs of the bundle."""
     manifest = bundle.manifest
     engines = next(t for t in manifest.targets if t.id == target).components.values()

@@ -57,7 +57,7 @@ def components(document: BenchDocument) -> Markup | None:
         ]
         steps = side.about["steps"]
         assert isinstance(steps, int)
-        rows.append(Bar(name, pieces, f"{parts.get('denoiser', 0.0) / steps * 1e3:.1f} ms a step"))
+        rows.append(Bar(name, pieces, f"{parts.get('denoiser', 0.0) / max(steps, 1) * 1e3:.1f} ms a step"))
     return bars(rows, "time by component") if rows else None
 
 

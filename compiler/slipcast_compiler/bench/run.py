@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from slipcast.bundle.reader import open_bundle
+from slipcast.bundle.reader import ProgramBundle, open_any_bundle
 from slipcast.errors import RequestError
 from slipcast.progress import Stages
 from slipcast_compiler.bench.document import BenchDocument
 from slipcast_compiler.bench.measure import measure
 from slipcast_compiler.bench.peaks import measure_peaks
 from slipcast_compiler.bench.plan import Options, check_names, make_plan, venvs, wanted_venvs
+from slipcast_compiler.bench.plan_program import plan_program
 from slipcast_compiler.bench.summary import make_document
 from slipcast_compiler.bench.venvs import VENVS, make
 from slipcast_compiler.host.isolate import run_isolated
@@ -29,12 +30,13 @@ def run_bench(bundle: Path, options: Options, output: Path | None, make_venvs: b
     if output:
         _check(output)
     if make_venvs:
-        open_bundle(bundle)  # environments take minutes: what is wrong is said before
+        open_any_bundle(bundle)  # environments take minutes: what is wrong is said before
         check_names(options.against)
         for name in wanted_venvs(options):
             with stages.stage(f"environment {name}"):
                 make(VENVS[name], venvs(options) / name)
-    plan = make_plan(bundle, options)
+    captured = isinstance(open_any_bundle(bundle), ProgramBundle)
+    plan = plan_program(bundle, options) if captured else make_plan(bundle, options)
     peaks = None
     if find_spec("torch"):
         with stages.stage("peaks of the host"):

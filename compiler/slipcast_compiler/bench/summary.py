@@ -73,15 +73,15 @@ def make_document(
 
 
 def _settings(plan: BenchPlan) -> Settings:
-    image, (prompts, seeds) = plan.bundle.manifest.image, plan.requests(0, plan.options.images)
+    prompts, seeds = plan.requests(0, plan.options.images)
     return Settings(
         images=plan.options.images,
         batches=plan.options.batches,
         threads=cpu_threads(),
         prompts=tuple(prompts),
         seeds=tuple(seeds),
-        image=f"{image.width}x{image.height}",
-        sampling=plan.sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True),
+        image=plan.image,
+        sampling=dict(plan.told),
     )
 
 
@@ -161,7 +161,7 @@ def _batch_ratios(peer: Measured, bundle: Measured) -> dict[str, Ratios]:
 def _extrapolated(plan: BenchPlan, sides: Mapping[str, SideFigures]) -> dict[str, Extrapolated]:
     """What DDPM's 1000 evaluations would take where that is too long to run: from the time of each in `diffusers`."""
     reference = sides.get(REFERENCE)
-    if "ddpm1000" in sides or not (reference and reference.components_s):
+    if "ddpm1000" in sides or not (reference and reference.components_s and plan.sampling):
         return {}
     sampling, denoising = plan.sampling, reference.components_s["denoiser"]
     # PNDM evaluates its second level twice.
@@ -197,7 +197,7 @@ def _qualities(plan: BenchPlan, results: Results, scorer: Scorer | None) -> dict
 
 def _scorer(plan: BenchPlan) -> tuple[Scorer | None, str | None]:
     """The recipe's scorer, where its directory is found beside the checkpoint or here; a hub id is not downloaded."""
-    path = plan.record["recipe"]["evaluate"].get("scorer")
+    path = plan.record["recipe"].get("evaluate", {}).get("scorer")
     if plan.reference is None or not path:
         return None, None
     folders = [Path(".")]

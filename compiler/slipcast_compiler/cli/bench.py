@@ -36,7 +36,8 @@ def bench_command(
     """Compare a bundle with what else could make its pictures here.
 
     Every side runs in a process of its own, with the same threads, prompts, seeds and sampling, image by image in turn.
-    A peer that is not installed is named with its install command; where all are missing, the exit code is 3.
+    A captured pipeline is compared with itself in diffusers, called as it was captured. A peer that is not installed is
+    named with its install command; where all are missing, the exit code is 3.
     """
     from slipcast.progress import Stages
     from slipcast_compiler.bench.plan import Options

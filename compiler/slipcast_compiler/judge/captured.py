@@ -203,7 +203,7 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
             advance(done, len(drawing.seeds))
             begin = time.perf_counter()
             call = make_call(pipe, given, prompt or "", seed)
-            results.append(_result(pipe, call, drawing.root))
+            results.append(draw_one(pipe, call, drawing.root))
             seconds.append(time.perf_counter() - begin)
             done += 1
         pictures = {name: value.numpy() for name, value in pictures_of(call).items()}
@@ -211,8 +211,8 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
     return made
 
 
-def _result(pipe: Any, call: Mapping[str, Any], root: Path) -> Any:
-    """Of one image; see draw."""
+def draw_one(pipe: Any, call: Mapping[str, Any], root: Path) -> Any:
+    """What a pipeline returns for one image, as it lays it, in fp32; see draw."""
     with quiet():
         result = pipe(**call)
     tensor = next(found for _, found in leaves(dict(result.items()) if hasattr(result, "items") else result))

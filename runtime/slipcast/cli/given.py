@@ -25,7 +25,7 @@ text_option: Callable[[Any], Any] = click.option(
 
 def read_given(program: Program | None, images: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
     """The arguments that only programs have: pictures, and texts by the names that they give them."""
-    from slipcast.run.pictures import open_array, open_picture
+    from slipcast.run.pictures import open_given
 
     found: dict[str, Any] = {}
     for given in texts:
@@ -38,7 +38,7 @@ def read_given(program: Program | None, images: Sequence[str], texts: Sequence[s
         name, file = _of_argument(taken, given)
         files.setdefault(name, []).append(file)
     for name, several in files.items():
-        read = [open_array(file) if file.suffix.lower() == ".npy" else open_picture(file) for file in several]
+        read = [open_given(file) for file in several]
         is_list = len(read) > 1 or taken[name][0].place is not None
         found[name] = read if is_list else read[0]
     return found

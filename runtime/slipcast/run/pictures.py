@@ -37,6 +37,11 @@ def open_array(file: Path) -> npt.NDArray[Any]:
     return array
 
 
+def open_given(file: Path) -> Any:
+    """A picture, or the array of a .npy file."""
+    return open_array(file) if file.suffix.lower() == ".npy" else open_picture(file)
+
+
 def fit_picture(name: str, picture: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
     """A picture in a mode and of a size (width, height), as diffusers' image processor makes it: what is transparent is
     dropped, and Lanczos's filter resizes. RequestError for one of more than 8 bits."""

@@ -12,6 +12,7 @@ from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
 from slipcast_compiler.engines.programs import ProgramGraphs, tabulate_prompts, write_bundle
 from slipcast_compiler.export.pipeline import VERIFIED, digest, digests, export_pipeline
+from slipcast_compiler.export.program import PARTS
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -86,9 +87,9 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
-        verified = json.loads((entry / VERIFIED).read_text())
+        verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
-            recipe, plan.call, plan.family, plan.summary, plan.parts, verified, fields, originals, judged, graphs,
+            recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
             plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)

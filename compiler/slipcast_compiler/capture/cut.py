@@ -9,15 +9,28 @@ a pipeline does for other numbers of steps, or sizes, has parts in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.program import Affine, Call, Length, Op, Program, Ref, outputs_of, rebuild, refs
+from slipcast_compiler.capture.program import (
+    Affine,
+    Call,
+    Length,
+    Op,
+    Program,
+    Ref,
+    measure,
+    outputs_of,
+    rebuild,
+    refs,
+)
 from slipcast_compiler.capture.roll import predict
+from slipcast_compiler.capture.sizes import Quantity, Shape, Sizes, find_sizes
 
 Event = Op | Call
 
@@ -26,7 +39,8 @@ Event = Op | Call
 class Part:
     """`inputs` and `outputs`: values, as its `events` number them, and as they are in `program`. `weights`: values that
     are a component's, by name. `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ
-    from use to use. `lengths`: those that its events follow, as its inputs tell them."""
+    from use to use. `lengths`: those that its events follow, and what else its sizes do, as its inputs tell them.
+    `sizes`: by name, an example of each."""
 
     name: str
     program: Program
@@ -35,7 +49,14 @@ class Part:
     outputs: tuple[int, ...]
     weights: tuple[tuple[int, str], ...]
     table: tuple[tuple[int, torch.Tensor], ...]
-    lengths: tuple[Length, ...] = ()
+    lengths: tuple[Length, ...]
+    sizes: Mapping[str, int]
+
+    @property
+    def free(self) -> tuple[Length, ...]:
+        """What its sizes follow besides texts."""
+        texts = {length.name for length in self.program.lengths}
+        return tuple(length for length in self.lengths if length.name not in texts)
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,8 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Events that run together. `form`: what is the same of two pieces that one engine can run."""
+    """Events that run together. `form`: what is the same of two pieces that one engine can run, but for sizes;
+    `integers`: of their arguments."""
 
     name: str
     program: Program
@@ -70,6 +92,16 @@ class _Piece:
     inputs: tuple[int, ...]  # places among the values
     outputs: frozenset[int]  # places among the values
     constants: tuple[Any, ...]
+    integers: tuple[int, ...]
+
+    def shape(self, place: int) -> Shape:
+        """Of a value, by its place."""
+        return self.program.specs[self.values[place]][0]
+
+    @property
+    def sizes(self) -> Any:
+        """Hashable: what has to be the same besides, if no dimension is free."""
+        return self.integers, tuple(map(_shape, self.constants)), tuple(map(self.shape, self.inputs))
 
 
 def cut(program: Program) -> Cut:
@@ -77,28 +109,61 @@ def cut(program: Program) -> Cut:
     return cut_together([program])[0]
 
 
-def cut_together(programs: Sequence[Program]) -> tuple[Cut, ...]:
-    """The same of several programs: what has one form is one part, whichever of them it is of."""
+def cut_together(programs: Sequence[Program], apart: Collection[str] = ()) -> tuple[Cut, ...]:
+    """The same of several programs: what has one form is one part, whichever of them it is of; so is what has one form
+    but for its sizes, unless it is called as one of `apart`."""
     divided = [_divide(program) for program in programs]
-    groups: dict[Any, list[_Piece]] = {}
-    for pieces, _ in divided:
-        for piece in pieces:
-            groups.setdefault((piece.name, piece.form), []).append(piece)
-    names = _names(groups)
-    parts, firsts, rows = dict[Any, Part](), dict[str, _Piece](), dict[_Piece, int | None]()
-    for key, group in groups.items():
+    families = _families([pieces for pieces, _ in divided], apart)
+    names = _names(family[0][0].name for family in families)
+    parts, firsts, rows = dict[_Piece, Part](), dict[str, _Piece](), dict[_Piece, int | None]()
+    for name, family in zip(names, families, strict=True):
+        group = list(chain(*family))
         distinct, of_group = _rows(group)
-        outputs = frozenset[int]().union(*(piece.outputs for piece in group))
-        parts[key] = _part(names[key], distinct, sorted(outputs))
-        firsts[names[key]] = distinct[0]
+        sizes = _sizes(family, name) if len(family) > 1 else None
+        parts |= dict.fromkeys(group, _part(name, distinct, _outputs(group), sizes))
+        firsts[name] = distinct[0]
         rows |= of_group
     cuts = []
     for pieces, steps in divided:
-        own = [parts[piece.name, piece.form] for piece in pieces]
+        own = [parts[piece] for piece in pieces]
         pairs = zip(pieces, own, strict=True)
         uses = tuple(_use(piece, part, firsts[part.name], rows[piece]) for piece, part in pairs)
         cuts.append(Cut(tuple({part.name: part for part in own}.values()), uses, steps))
     return tuple(cuts)
+
+
+def _families(divided: Sequence[Sequence[_Piece]], apart: Collection[str]) -> list[list[list[_Piece]]]:
+    """Pieces that are of one part, by their sizes, in the order of their first use."""
+    alike: dict[Any, dict[Any, list[_Piece]]] = {}  # by name and form, and then by sizes
+    for piece in chain(*divided):
+        alike.setdefault((piece.name, piece.form), {}).setdefault(piece.sizes, []).append(piece)
+    families = []
+    for (name, _), by_size in alike.items():
+        groups = list(by_size.values())
+        programs = [program for group in groups for program in {id(piece.program) for piece in group}]
+        of_one_size = len(set(programs)) == len(programs)  # each program
+        is_one = len(groups) > 1 and of_one_size and name not in apart and _sizes(groups, name)
+        families += [groups] if is_one else [[group] for group in groups]
+    order = {piece: place for place, piece in enumerate(chain(*divided))}
+    return sorted(families, key=lambda family: order[family[0][0]])
+
+
+def _sizes(family: Sequence[Sequence[_Piece]], name: str) -> Sizes | None:
+    """What the sizes of groups follow that have one form; None where constants differ in theirs, or nothing is it."""
+    firsts, outputs = [group[0] for group in family], _outputs([*chain(*family)])
+    if len({tuple(map(_shape, piece.constants)) for piece in firsts}) > 1:
+        return None
+    return find_sizes(
+        f"{name}_size",
+        [piece.integers for piece in firsts],
+        [[piece.shape(place) for place in piece.inputs] for piece in firsts],
+        [[piece.shape(place) for place in outputs] for piece in firsts],
+    )
+
+
+def _outputs(group: Sequence[_Piece]) -> list[int]:
+    """The places of values that any of them hands on."""
+    return sorted(frozenset[int]().union(*(piece.outputs for piece in group)))
 
 
 def _divide(program: Program) -> tuple[list[_Piece], tuple[int, ...]]:
@@ -115,6 +180,11 @@ def _divide(program: Program) -> tuple[list[_Piece], tuple[int, ...]]:
 
 
 # --- which part an event is of: 0 conditioning, 1 start, then denoiser and update of each step, and the decoder -------
+
+
+def kind_of(part: str) -> str:
+    """What a part is called without its number: that of denoiser_2 is denoiser."""
+    return part.partition("_")[0]
 
 
 def _last(program: Program) -> int:
@@ -204,51 +274,62 @@ def _read_elsewhere(program: Program, labels: dict[int, int]) -> frozenset[int]:
 
 def _piece(name: str, program: Program, events: tuple[Event, ...], read: frozenset[int]) -> _Piece:
     numbers: dict[int, int] = {}
-    constants, form = list[Any](), list[Any]()
+    constants, integers, form = list[Any](), list[int](), list[Any]()
     made = {value for event in events for value in outputs_of(event)}
 
     def number(value: int) -> int:
         return numbers.setdefault(value, len(numbers))
 
     for event in events:
-        form.append((_operator(event), _formed(event, number, constants)))
+        form.append((_operator(event), _formed(event, number, constants, integers)))
         for value in outputs_of(event):
             number(value)
     inputs = tuple(place for value, place in numbers.items() if value not in made)
     outputs = frozenset(numbers[value] for value in made & read)
     values, weights = tuple(numbers), _weights(program)
     form += [(weights.get(values[place], ""), _spec(program, values[place])) for place in inputs]
-    return _Piece(name, program, events, tuple(form), values, inputs, outputs, tuple(constants))
+    return _Piece(name, program, events, tuple(form), values, inputs, outputs, tuple(constants), tuple(integers))
 
 
 def _spec(program: Program, value: int) -> tuple[str, ...]:
-    """Of an input: the same operators on another size are another engine."""
+    """Of an input, but for its sizes."""
     shape, dtype = program.specs[value]
-    return str(dtype), *map(str, shape)
+    return str(dtype), *("size" if isinstance(size, int) else str(size) for size in shape)
+
+
+def _shape(constant: Any) -> tuple[int, ...]:
+    return tuple(getattr(constant, "shape", ()))
 
 
 def _operator(event: Event) -> str:
     return str(event.function) if isinstance(event, Op) else event.module
 
 
-def _formed(event: Event, number: Any, constants: list[Any]) -> Any:
-    """Hashable: the event's arguments, with what may come from a table among the constants."""
+def _formed(event: Event, number: Any, constants: list[Any], integers: list[int]) -> Any:
+    """Hashable: the event's arguments, with what may come from a table among the constants, and without integers."""
 
     def literal(value: Any, tabled: bool) -> Any:
         if isinstance(value, Ref):
             return "value", number(value.id)
         if isinstance(value, torch.Tensor) or (tabled and isinstance(value, float)):
             constants.append(value)
-            return "constant", str(getattr(value, "dtype", "float")), tuple(getattr(value, "shape", ()))
+            return "constant", str(getattr(value, "dtype", "float")), len(_shape(value))
+        if _is_integer(value):
+            integers.append(value)
+            return "integer"
         if isinstance(value, dict):
             return tuple((key, literal(inner, tabled)) for key, inner in value.items())
         if isinstance(value, list | tuple):
             return tuple(literal(inner, tabled) for inner in value)
-        return value if isinstance(value, int | float | str | bool | None) else repr(value)
+        return value if isinstance(value, float | str | bool | None) else repr(value)
 
     tabled = _takes_tensor(event)
     args = tuple(literal(arg, tabled(place)) for place, arg in enumerate(event.args))
     return args, tuple((key, literal(arg, tabled(key))) for key, arg in event.kwargs.items())
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _takes_tensor(event: Event) -> Any:
@@ -261,13 +342,13 @@ def _takes_tensor(event: Event) -> Any:
     return lambda key: known.get(names[key] if isinstance(key, int) else key, False)
 
 
-def _names(groups: Iterable[tuple[str, Any]]) -> dict[tuple[str, Any], str]:
+def _names(kinds: Iterable[str]) -> list[str]:
     """denoiser, denoiser_2, ...: by the order of their first use."""
     counts: dict[str, int] = {}
-    found = {}
-    for key in groups:
-        counts[key[0]] = counts.get(key[0], 0) + 1
-        found[key] = key[0] if counts[key[0]] == 1 else f"{key[0]}_{counts[key[0]]}"
+    found = []
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+        found.append(kind if counts[kind] == 1 else f"{kind}_{counts[kind]}")
     return found
 
 
@@ -289,21 +370,24 @@ def _rows(group: Sequence[_Piece]) -> tuple[list[_Piece], dict[_Piece, int | Non
     return distinct, rows
 
 
-def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int]) -> Part:
+def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int], sizes: Sizes | None) -> Part:
     """`group`: pieces of one form, a row of the table each; `outputs`: places among their values."""
     first = group[0]
-    program, weights = first.program, _weights(first.program)
+    program, weights = _of_any_size(first, outputs, sizes), _weights(first.program)
     tables = {place: -1 - at for at, place in enumerate(_differing(group))}
-    count = iter(range(len(first.constants)))
+    count, integers = iter(range(len(first.constants))), iter(sizes.integers if sizes else first.integers)
 
     def placed(value: Any, tabled: bool) -> Any:
         if isinstance(value, torch.Tensor) or (tabled and isinstance(value, float)):
             place = next(count)
             return Ref(tables[place]) if place in tables else value
+        if _is_integer(value):
+            return next(integers)
         if isinstance(value, dict):
             return {key: placed(inner, tabled) for key, inner in value.items()}
-        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-            return type(value)(placed(inner, tabled) for inner in value)
+        if isinstance(value, list | tuple):
+            parts = [placed(inner, tabled) for inner in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         return value
 
     events = []
@@ -326,8 +410,28 @@ def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int]) -> Part:
             if first.values[place] in weights
         ),
         tuple((number, _stacked([piece.constants[place] for piece in group])) for place, number in tables.items()),
-        lengths,
+        (*lengths, *(_length(each, first) for each in (sizes.quantities if sizes else ()))),
+        {
+            **measure(program.lengths, {source.id: source.value for source in program.sources}),
+            **{each.name: max(each.counts) for each in (sizes.quantities if sizes else ())},
+        },
     )
+
+
+def _of_any_size(first: _Piece, outputs: Sequence[int], sizes: Sizes | None) -> Program:
+    """The program of a piece, in which the values that it is given, and gives, have the shapes of all sizes."""
+    if not sizes:
+        return first.program
+    shapes = {*zip(first.inputs, sizes.inputs, strict=True), *zip(outputs, sizes.outputs, strict=True)}
+    values = {first.values[place]: shape for place, shape in shapes}
+    specs = first.program.specs
+    return replace(first.program, specs={**specs, **{each: (values[each], specs[each][1]) for each in values}})
+
+
+def _length(quantity: Quantity, first: _Piece) -> Length:
+    value = first.values[first.inputs[quantity.place]]
+    ends = min(quantity.counts), max(quantity.counts)
+    return Length(quantity.name, *ends, value, quantity.dim, quantity.offset, quantity.scale)
 
 
 def _followed(program: Program, events: Iterable[Event]) -> list[Length]:

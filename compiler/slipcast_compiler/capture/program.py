@@ -47,8 +47,9 @@ Spec = tuple[tuple[int | Affine, ...], torch.dtype]  # what a value is: its shap
 
 @dataclass(frozen=True)
 class Length:
-    """How many tokens a text has, from `minimum` to `maximum`. The tensor `value` tells it: by its size in `dim`, which
-    is length + `offset`; or, where there is no `dim`, by how many of its entries are 1."""
+    """How many tokens a text has, or what else sizes follow, from `minimum` to `maximum`. The tensor `value` tells it:
+    by its size in `dim`, which is `scale` * length + `offset`; or, where there is no `dim`, by how many of its entries
+    are 1."""
 
     name: str
     minimum: int
@@ -56,11 +57,12 @@ class Length:
     value: int
     dim: int | None
     offset: int = 0
+    scale: int = 1
 
     def of(self, tensor: torch.Tensor) -> Any:
         """What a tensor tells: an integer, or a symbol while it is traced."""
         if self.dim is not None:
-            return tensor.shape[self.dim] - self.offset
+            return (tensor.shape[self.dim] - self.offset) // self.scale
         found = tensor.sum().item()
         torch._check(found >= self.minimum)
         torch._check(found <= self.maximum)

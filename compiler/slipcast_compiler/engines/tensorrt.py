@@ -139,7 +139,8 @@ def _of_lengths(component: str, sizes: Lengths) -> Ranges:
             law = _LAW.fullmatch(name)
             assert law, name
             scale, offset = int(law["scale"] or 1), int(law["offset"] or 0)
-            ranges = [each.lengths[law["length"]] for each in sizes.program.every if law["length"] in each.lengths]
+            known = [each.lengths for each in sizes.program.every] + [sizes.program.sizes]
+            ranges = [each[law["length"]] for each in known if law["length"] in each]
             ends = min(each.minimum for each in ranges), max(each.maximum for each in ranges)
             least, most = (scale * each + offset for each in ends)
             found[name] = (least, most, most)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.arguments import fixed_arguments, text_arguments
-from slipcast_compiler.capture.cut import Part, Use
+from slipcast_compiler.capture.cut import Part, Use, kind_of
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.loop import Loop
-from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec, measure
+from slipcast_compiler.capture.parts import describe_parts
+from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.results import output_of
 from slipcast_compiler.capture.texts import Template
@@ -44,7 +47,9 @@ from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.graph.weights import share_with
 from slipcast_compiler.host.quiet import quiet
 
-TABLE, PROGRAM = "table.safetensors", "program.json"
+logger = logging.getLogger("slipcast")
+
+TABLE, PROGRAM, PARTS = "table.safetensors", "program.json", "parts.json"
 FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -59,11 +64,7 @@ def export_program(
     RecipeError for what no runtime could repeat; ArtifactError where a weight is not there, or no number.
     """
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    parts = {part.name: part for found in variants for part in found.cut.parts}
-    for done, part in enumerate(parts.values()):
-        advance(done, len(parts))
-        _export_part(part, components, weights, folder)
-        _share(part.name, [name for name in parts if (folder / f"{name}.onnx.data").is_file()], folder)
+    variants, parts = _export_parts(variants, components, weights, folder, advance)
     laws = {name for found in variants if found.loop for name in found.loop.columns}
     tables = {
         _row_name(part, at, True): carried(rows)
@@ -79,10 +80,44 @@ def export_program(
         arguments={n: each for found in variants for n, each in text_arguments(found.templates, found.call).items()},
         table=TABLE if tables else None,
         output=_output(variants, pipe),
+        sizes={
+            each.name: LengthRange(minimum=each.minimum, maximum=each.maximum)
+            for part in parts.values()
+            for each in part.free
+        },
         variants=tuple(others),
     )
     (folder / PROGRAM).write_text(record.model_dump_json())
+    parted = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
+    (folder / PARTS).write_text(json.dumps(parted))
     return record
+
+
+def _export_parts(
+    variants: Sequence[Found], components: Mapping[str, nn.Module], weights: Weights, folder: Path, advance: Advance
+) -> tuple[Sequence[Found], dict[str, Part]]:
+    """All parts by name, exported; and what was found, in which parts that cannot be traced with free sizes are others
+    for each size."""
+    done, apart = dict[str, Part](), set[str]()
+    while True:
+        parts = {part.name: part for found in variants for part in found.cut.parts}
+        part = next((part for part in parts.values() if part.name not in done), None)
+        if part is None:
+            return variants, done
+        advance(len(done), len(parts))
+        try:
+            _export_part(part, components, weights, folder)
+        except RecipeError as error:
+            if not part.free:
+                raise
+            logger.info("%s: an engine for each size: %s", part.name, error.got)
+            apart.add(kind_of(part.name))
+            done = {name: each for name, each in done.items() if kind_of(name) not in apart}
+            cuts = cut_together([found.program for found in variants], apart)
+            variants = [replace(found, cut=cut) for found, cut in zip(variants, cuts, strict=True)]
+            continue
+        _share(part.name, [name for name in done if (folder / f"{name}.onnx.data").is_file()], folder)
+        done[part.name] = part
 
 
 def _output(variants: Sequence[Found], pipe: Any) -> Output:
@@ -161,15 +196,14 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weigh
     """Writes the part's graph and contract."""
     program = part.program
     module = Replayed(part, components, program.specs).eval()
-    lengths = measure(program.lengths, {source.id: source.value for source in program.sources})
     given = [program.specs[value] for value in part.inputs]
     given += [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
-    examples = tuple(carried(torch.zeros(_sizes(shape, lengths), dtype=dtype)) for shape, dtype in given)
+    examples = tuple(carried(torch.zeros(_sizes(shape, part.sizes), dtype=dtype)) for shape, dtype in given)
     inputs = [f"in_{at}" for at in range(len(part.inputs))] + [_row_name(part, at) for at in range(len(part.table))]
     outputs = [f"out_{at}" for at in range(len(part.outputs))]
     try:
         with torch.no_grad(), quiet(), symbols_kept(module):
-            traced = as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(given),)))
+            traced = as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(part, given),)))
             exported = torch.onnx.export(
                 traced, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=inputs,
                 output_names=outputs,
@@ -195,20 +229,27 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weigh
 def _share(name: str, exported: Sequence[str], folder: Path) -> None:
     """Weights that a part has in common with one that was exported before, such as of the same model for another size,
     are on the disk once."""
-    kind = name.partition("_")[0]
-    for other in exported:
-        alike = name in exported and other != name and other.partition("_")[0] == kind
-        if alike and share_with(folder / f"{name}.onnx", folder / f"{other}.onnx"):
-            return
+    graph, alike = folder / f"{name}.onnx", [other for other in exported if kind_of(other) == kind_of(name)]
+    if graph.with_suffix(".onnx.data").is_file():
+        any(share_with(graph, folder / f"{other}.onnx") for other in alike)
 
 
 def _sizes(shape: tuple[int | Affine, ...], lengths: Mapping[str, int]) -> list[int]:
     return [size.at(lengths) if isinstance(size, Affine) else size for size in shape]
 
 
-def _free(given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
-    """By input, its dimensions that follow a length. How they hang together the tracer finds, as it meets them."""
-    return tuple({dim: Dim.DYNAMIC for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given)
+def _free(part: Part, given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
+    """By input, its dimensions that follow something. How those of texts hang together the tracer finds, as it meets
+    them; of sizes it is told."""
+    known = {each.name: Dim(each.name, min=each.minimum, max=each.maximum) for each in part.free}
+
+    def free(size: Affine) -> Any:
+        if size.length not in known:
+            return Dim.DYNAMIC
+        scaled = known[size.length] * size.scale if size.scale != 1 else known[size.length]
+        return scaled + size.offset if size.offset else scaled
+
+    return tuple({dim: free(size) for dim, size in enumerate(shape) if isinstance(size, Affine)} for shape, _ in given)
 
 
 def _name_dimensions(model: ir.Model, part: Part) -> None:

@@ -40,7 +40,7 @@ class Part:
     """`inputs` and `outputs`: values, as its `events` number them, and as they are in `program`. `weights`: values that
     are a component's, by name. `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ
     from use to use. `lengths`: those that its events follow, and what else its sizes do, as its inputs tell them.
-    `sizes`: by name, an example of each."""
+    `sizes`: by name, what these are for each size that was captured."""
 
     name: str
     program: Program
@@ -50,7 +50,7 @@ class Part:
     weights: tuple[tuple[int, str], ...]
     table: tuple[tuple[int, torch.Tensor], ...]
     lengths: tuple[Length, ...]
-    sizes: Mapping[str, int]
+    sizes: tuple[Mapping[str, int], ...]
 
     @property
     def free(self) -> tuple[Length, ...]:
@@ -411,11 +411,18 @@ def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int], sizes: Siz
         ),
         tuple((number, _stacked([piece.constants[place] for piece in group])) for place, number in tables.items()),
         (*lengths, *(_length(each, first) for each in (sizes.quantities if sizes else ()))),
-        {
-            **measure(program.lengths, {source.id: source.value for source in program.sources}),
-            **{each.name: max(each.counts) for each in (sizes.quantities if sizes else ())},
-        },
+        _examples(program, sizes),
     )
+
+
+def _examples(program: Program, sizes: Sizes | None) -> tuple[dict[str, int], ...]:
+    """Of the quantities; lengths of texts are as they were captured."""
+    texts = measure(program.lengths, {source.id: source.value for source in program.sources})
+    if not sizes:
+        return (texts,)
+    names = [each.name for each in sizes.quantities]
+    counts = zip(*(each.counts for each in sizes.quantities), strict=True)
+    return tuple({**texts, **dict(zip(names, each, strict=True))} for each in counts)
 
 
 def _of_any_size(first: _Piece, outputs: Sequence[int], sizes: Sizes | None) -> Program:

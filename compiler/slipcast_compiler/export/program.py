@@ -198,12 +198,15 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weigh
     module = Replayed(part, components, program.specs).eval()
     given = [program.specs[value] for value in part.inputs]
     given += [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
-    examples = tuple(carried(torch.zeros(_sizes(shape, part.sizes), dtype=dtype)) for shape, dtype in given)
+    largest = {name: max(sizes[name] for sizes in part.sizes) for name in part.sizes[0]}
+    examples = _examples(given, largest, torch.device("cpu"))
     inputs = [f"in_{at}" for at in range(len(part.inputs))] + [_row_name(part, at) for at in range(len(part.table))]
     outputs = [f"out_{at}" for at in range(len(part.outputs))]
     try:
         with torch.no_grad(), quiet(), symbols_kept(module):
-            traced = as_pairs(torch.export.export(module, examples, dynamic_shapes=(_free(part, given),)))
+            traced = torch.export.export(module, examples, dynamic_shapes=(_free(part, given),))
+            _check_sizes(part, traced, given)
+            traced = as_pairs(traced)
             exported = torch.onnx.export(
                 traced, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=inputs,
                 output_names=outputs,
@@ -232,6 +235,18 @@ def _share(name: str, exported: Sequence[str], folder: Path) -> None:
     graph, alike = folder / f"{name}.onnx", [other for other in exported if kind_of(other) == kind_of(name)]
     if graph.with_suffix(".onnx.data").is_file():
         any(share_with(graph, folder / f"{other}.onnx") for other in alike)
+
+
+def _check_sizes(part: Part, traced: torch.export.ExportedProgram, given: Sequence[Spec]) -> None:
+    """AssertionError where what was traced is not for all sizes: a branch that one of them takes is the graph's."""
+    guards = [each for name, each in traced.module().named_children() if name == "_guards_fn"]  # that torch puts there
+    for sizes in part.sizes if part.free else ():
+        for each in guards:
+            each(*_examples(given, sizes, torch.device("meta")))
+
+
+def _examples(given: Sequence[Spec], sizes: Mapping[str, int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(carried(torch.zeros(_sizes(shape, sizes), dtype=dtype, device=device)) for shape, dtype in given)
 
 
 def _sizes(shape: tuple[int | Affine, ...], lengths: Mapping[str, int]) -> list[int]:

@@ -3,7 +3,7 @@ whether this machine has it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,14 +38,23 @@ class Needs:
 
 
 def estimate(
-    components: Iterable[nn.Module], parts: Mapping[str, Any], live_bytes: int, tables: tuple[TargetTable, ...]
-) -> Needs:
-    """Of all of a pipeline's modules, and of the parts of its bundle, as PartRecord has them; `live_bytes`: what values
-    take at once, beside weights."""
+    components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]], live_bytes: int,
+    tables: tuple[TargetTable, ...],
+) -> Needs:  # fmt: skip
+    """Of all of a pipeline's modules, and of the parts of its bundle, as PartRecord has them; `variants`: those that
+    are in memory at once; `live_bytes`: what values take at once, beside weights."""
     weights = [weight.numel() for module in components for weight in module.parameters()]
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     sizes = {name: part["parameters"] for name, part in parts.items()}
-    engines = {table.name: sum(size * table.bytes_of(name) for name, size in sizes.items()) for table in tables}
+    # Of parts that call the same modules, such as those for other sizes, weights are on the disk once.
+    held = {
+        (name.partition("_")[0], tuple(part["modules"])): name for name, part in reversed(list(parts.items()))
+    }.values()
+    resident = {
+        table.name: max(sum(sizes[name] * table.bytes_of(name) for name in names) for names in variants)
+        for table in tables
+    }
+    engines = {table.name: sum(sizes[name] * table.bytes_of(name) for name in held) for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
         original={
@@ -54,13 +63,14 @@ def estimate(
         },
         export=LIBRARIES_BYTES + GRAPH_BYTES + WRITTEN * max(weights, default=0) * BYTES["fp32"],
         targets={  # an engine maps its file, and has what it made of it besides
-            table.name: RUNTIME_BYTES[table.engine] + 2 * engines[table.name] + live_bytes
+            table.name: RUNTIME_BYTES[table.engine] + 2 * resident[table.name] + live_bytes
             for table in tables
             if ENGINES[table.engine].device == "cpu"
         },
         disk={
             "bundle": sum(engines.values()),
-            "cache": sum(sizes.values()) * BYTES["fp32"] + sum(engines[name] for name in engines.keys() - linked),
+            "cache": sum(sizes[name] for name in held) * BYTES["fp32"]
+            + sum(engines[name] for name in engines.keys() - linked),
         },
     )
 

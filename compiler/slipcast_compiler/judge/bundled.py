@@ -55,6 +55,7 @@ def run_program(root: Path, target: str, jobs: Sequence[Job], advance: Advance) 
             outputs = list(_draw(pipe, job, lambda i, _, done=done: advance(done + i, total)))  # type: ignore[misc]
             made.append(_told(pipe, outputs, outputs, load_s))
             done += len(job.seeds)
+            pipe.residency.free_others("")  # what the next one has in common is opened again
     return made
 
 

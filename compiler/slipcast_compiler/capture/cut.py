@@ -9,7 +9,7 @@ a pipeline does for other numbers of steps, or sizes, has parts in common.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -35,12 +35,13 @@ from slipcast_compiler.capture.sizes import Quantity, Shape, Sizes, find_sizes
 Event = Op | Call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """`inputs` and `outputs`: values, as its `events` number them, and as they are in `program`. `weights`: values that
     are a component's, by name. `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ
     from use to use. `lengths`: those that its events follow, and what else its sizes do, as its inputs tell them.
-    `sizes`: by name, what these are for each size that was captured."""
+    `sizes`: by name, what these are for each size that was captured; where it is for several, `apart` has what it would
+    be for that of each program alone."""
 
     name: str
     program: Program
@@ -51,6 +52,7 @@ class Part:
     table: tuple[tuple[int, torch.Tensor], ...]
     lengths: tuple[Length, ...]
     sizes: tuple[Mapping[str, int], ...]
+    apart: tuple[tuple[Program, Part], ...] = ()
 
     @property
     def free(self) -> tuple[Length, ...]:
@@ -109,19 +111,18 @@ def cut(program: Program) -> Cut:
     return cut_together([program])[0]
 
 
-def cut_together(programs: Sequence[Program], apart: Collection[str] = ()) -> tuple[Cut, ...]:
+def cut_together(programs: Sequence[Program]) -> tuple[Cut, ...]:
     """The same of several programs: what has one form is one part, whichever of them it is of; so is what has one form
-    but for its sizes, unless it is called as one of `apart`."""
+    but for its sizes."""
     divided = [_divide(program) for program in programs]
-    families = _families([pieces for pieces, _ in divided], apart)
+    families = _families([pieces for pieces, _ in divided])
     names = _names(family[0][0].name for family in families)
     parts, firsts, rows = dict[_Piece, Part](), dict[str, _Piece](), dict[_Piece, int | None]()
     for name, family in zip(names, families, strict=True):
         group = list(chain(*family))
         distinct, of_group = _rows(group)
-        sizes = _sizes(family, name) if len(family) > 1 else None
-        parts |= dict.fromkeys(group, _part(name, distinct, _outputs(group), sizes))
-        firsts[name] = distinct[0]
+        parts |= dict.fromkeys(group, _part_of(name, family, distinct))
+        firsts[name] = group[0]
         rows |= of_group
     cuts = []
     for pieces, steps in divided:
@@ -132,7 +133,7 @@ def cut_together(programs: Sequence[Program], apart: Collection[str] = ()) -> tu
     return tuple(cuts)
 
 
-def _families(divided: Sequence[Sequence[_Piece]], apart: Collection[str]) -> list[list[list[_Piece]]]:
+def _families(divided: Sequence[Sequence[_Piece]]) -> list[list[list[_Piece]]]:
     """Pieces that are of one part, by their sizes, in the order of their first use."""
     alike: dict[Any, dict[Any, list[_Piece]]] = {}  # by name and form, and then by sizes
     for piece in chain(*divided):
@@ -142,7 +143,7 @@ def _families(divided: Sequence[Sequence[_Piece]], apart: Collection[str]) -> li
         groups = list(by_size.values())
         programs = [program for group in groups for program in {id(piece.program) for piece in group}]
         of_one_size = len(set(programs)) == len(programs)  # each program
-        is_one = len(groups) > 1 and of_one_size and name not in apart and _sizes(groups, name)
+        is_one = len(groups) > 1 and of_one_size and _sizes(groups, name)
         families += [groups] if is_one else [[group] for group in groups]
     order = {piece: place for place, piece in enumerate(chain(*divided))}
     return sorted(families, key=lambda family: order[family[0][0]])
@@ -370,9 +371,22 @@ def _rows(group: Sequence[_Piece]) -> tuple[list[_Piece], dict[_Piece, int | Non
     return distinct, rows
 
 
-def _part(name: str, group: Sequence[_Piece], outputs: Sequence[int], sizes: Sizes | None) -> Part:
-    """`group`: pieces of one form, a row of the table each; `outputs`: places among their values."""
-    first = group[0]
+def _part_of(name: str, family: Sequence[Sequence[_Piece]], distinct: Sequence[_Piece]) -> Part:
+    """Of pieces by their sizes; `distinct`: those of them that are rows of its table."""
+    outputs = _outputs([*chain(*family)])
+    if len(family) == 1:
+        return _part(name, family[0][0], distinct, outputs, None)
+    apart: list[tuple[Program, Part]] = []
+    for group in family:
+        own = _part(name, group[0], distinct, outputs, None)
+        apart += [(program, own) for program in {id(piece.program): piece.program for piece in group}.values()]
+    whole = _part(name, family[0][0], distinct, outputs, _sizes(family, name))
+    return replace(whole, apart=tuple(apart))
+
+
+def _part(name: str, first: _Piece, group: Sequence[_Piece], outputs: Sequence[int], sizes: Sizes | None) -> Part:
+    """As the first piece has it. `group`: pieces of one form, a row of the table each; `outputs`: places among their
+    values."""
     program, weights = _of_any_size(first, outputs, sizes), _weights(first.program)
     tables = {place: -1 - at for at, place in enumerate(_differing(group))}
     count, integers = iter(range(len(first.constants))), iter(sizes.integers if sizes else first.integers)

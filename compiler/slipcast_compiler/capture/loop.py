@@ -11,7 +11,7 @@ from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.sampling.samplers import find_sampler
 from slipcast_compiler.capture.columns import evaluations, find_columns
-from slipcast_compiler.capture.cut import Cut, Use, cut_together
+from slipcast_compiler.capture.cut import Cut, Use, cut_together, kind_of
 from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
 from slipcast_compiler.capture.program import Program
 
@@ -94,7 +94,7 @@ def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut
     _check_shared(cuts)
     columns = {}
     for part in cuts[0].parts:
-        if part.table and part.name in (DENOISER, START):
+        if part.table and kind_of(part.name) in (DENOISER, START):
             laws = find_columns(part.name, cuts, at)
             if laws is None:
                 raise not_driven("its numbers by step are none that slipcast knows", part.name)
@@ -117,15 +117,15 @@ def _check_shared(cuts: Sequence[Cut]) -> None:
     if any(each != names[0] for each in names[1:]):
         others = set().union(*names) - names[0]
         raise not_driven("another number of steps, or guidance, is another program", ", ".join(sorted(others)) or "one")
-    if [name for name in names[0] if name.startswith(DENOISER)] != [DENOISER]:
+    if len([name for name in names[0] if kind_of(name) == DENOISER]) != 1:
         raise not_driven("its steps are not of one form", ", ".join(sorted(names[0])))
 
 
 def _without_steps(program: Program, cut: Cut, driven: Driven) -> tuple[Cut, Loop]:
     """The cut with one evaluation in place of the steps; RecipeError where they are tied to the rest otherwise."""
     marks = program.marks
-    places = [place for place, use in enumerate(cut.uses) if use.part == DENOISER]
-    inside = [place for place, use in enumerate(cut.uses) if use.part == DENOISER or use.part.startswith("update")]
+    places = [place for place, use in enumerate(cut.uses) if kind_of(use.part) == DENOISER]
+    inside = [place for place, use in enumerate(cut.uses) if kind_of(use.part) in (DENOISER, "update")]
     before, after = cut.uses[: places[0]], cut.uses[inside[-1] + 1 :]
     if len(places) != len(marks) or inside != list(range(places[0], inside[-1] + 1)):
         raise not_driven("its steps are not one evaluation each", f"{len(places)} evaluations, {len(marks)} steps")

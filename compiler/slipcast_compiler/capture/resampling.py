@@ -8,6 +8,7 @@ from typing import Any
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.sampling.samplers import base_name
+from slipcast_compiler.capture.cut import kind_of
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.loop import START, Loop
 from slipcast_compiler.model.scheduler import read_process, with_options
@@ -78,7 +79,12 @@ def resample(sampling: Sampling, scheduler: Any, asked: ReferenceTable) -> Sampl
 def _check_start(loop: Loop, made: Sampling) -> None:
     """RecipeError where noise would begin at another level than the pipeline scales it to."""
     before, after = loop.sampling.lay().sigmas[0], made.lay().sigmas[0]
-    if loop.vp or loop.sampling.noise.prediction == "flow" or START in loop.columns or before == after:
+    if (
+        loop.vp
+        or loop.sampling.noise.prediction == "flow"
+        or any(kind_of(name) == START for name in loop.columns)
+        or before == after
+    ):
         return
     raise RecipeError(
         "[sampling] begins at another noise level than the pipeline's own schedule, to which its noise is scaled",

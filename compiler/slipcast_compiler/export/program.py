@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from slipcast_compiler.capture.parts import describe_parts
 from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.results import output_of
+from slipcast_compiler.capture.splitting import split
 from slipcast_compiler.capture.texts import Template
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.pairs import as_pairs
@@ -88,8 +88,7 @@ def export_program(
         variants=tuple(others),
     )
     (folder / PROGRAM).write_text(record.model_dump_json())
-    parted = describe_parts([found.program for found in variants], [found.cut for found in variants], pipe)
-    (folder / PARTS).write_text(json.dumps(parted))
+    (folder / PARTS).write_text(json.dumps(describe_parts(variants, pipe)))
     return record
 
 
@@ -98,23 +97,20 @@ def _export_parts(
 ) -> tuple[Sequence[Found], dict[str, Part]]:
     """All parts by name, exported; and what was found, in which parts that cannot be traced with free sizes are others
     for each size."""
-    done, apart = dict[str, Part](), set[str]()
+    done: dict[str, Part] = {}
     while True:
         parts = {part.name: part for found in variants for part in found.cut.parts}
         part = next((part for part in parts.values() if part.name not in done), None)
         if part is None:
-            return variants, done
+            return variants, parts
         advance(len(done), len(parts))
         try:
             _export_part(part, components, weights, folder)
         except RecipeError as error:
-            if not part.free:
+            if not part.apart:
                 raise
             logger.info("%s: an engine for each size: %s", part.name, error.got)
-            apart.add(kind_of(part.name))
-            done = {name: each for name, each in done.items() if kind_of(name) not in apart}
-            cuts = cut_together([found.program for found in variants], apart)
-            variants = [replace(found, cut=cut) for found, cut in zip(variants, cuts, strict=True)]
+            variants = split(part, variants)
             continue
         _share(part.name, [name for name in done if (folder / f"{name}.onnx.data").is_file()], folder)
         done[part.name] = part

@@ -462,7 +462,7 @@ def _make(value: str, made: set[str], where: str) -> None:
 def _check_loop(where: str, known: dict[str, tuple[str, Shape]], loop: Loop) -> None:
     """The loop's result is known from here on; ValueError where an evaluation does not give what it reads."""
     sample, output = known[loop.sample], known[loop.output]
-    if sample != output or sample[0] != "float32":
+    if (sample[0], output[0]) != ("float32", "float32") or not _may_be_same(sample[1], output[1]):
         raise ValueError(f"{where}: sample is {_shown(*sample)}, and output {_shown(*output)}")
     known[loop.result] = output
 
@@ -490,12 +490,14 @@ def _check_known(where: str, named: Mapping[str, str], specs: tuple[TensorSpec, 
 def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
     """ValueError where a value is none that the input takes; a free dimension takes any size."""
     dtype, shape = value
-    fits = len(shape) == len(spec.shape) and all(
-        isinstance(have, str) or isinstance(want, str) or have == want
-        for have, want in zip(shape, spec.shape, strict=True)
-    )
-    if dtype != spec.dtype or not fits:
+    if dtype != spec.dtype or not _may_be_same(shape, spec.shape):
         raise ValueError(f"{where} takes {_shown(spec.dtype, spec.shape)}, and is given {_shown(dtype, shape)}")
+
+
+def _may_be_same(one: Shape, other: Shape) -> bool:
+    """Whether they are, but for free dimensions."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
 
 
 def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:

@@ -97,7 +97,7 @@ def test_what_is_no_perceptron_is_not_spoken_of(module: nn.Module) -> None:
 def test_trying_a_perceptron_leaves_it_as_it_was() -> None:
     """No hook of it is called, no random number of the process drawn, and no parameter touched."""
     module, called = Perceptron(nn.GELU()), list[int]()
-    module.inner.register_forward_hook(lambda *_: called.append(1))
+    module.between.register_forward_hook(lambda *_: called.append(1))
     before = {name: value.clone() for name, value in module.state_dict().items()}
     torch.manual_seed(3)
     wanted = torch.rand(1)

@@ -234,6 +234,7 @@ def test_neurons_after_heads_of_the_same_projection(bench: Bench) -> None:
             each[:, kept] -= weight
         lost = [np.einsum("oi,ij,oj->", each, moment, each) for each in missing]
         assert lost[0] < 0.95 * lost[1], layer.name
+    assert bench.error(fitted) < 0.1
     left = layers_of(bench.load(fitted))
     assert [layer.heads for layer in left.attention] == [
         layer.heads for layer in layers_of(bench.load(heads)).attention

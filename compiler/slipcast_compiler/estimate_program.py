@@ -39,22 +39,24 @@ class Needs:
 
 def estimate(
     components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]], live_bytes: int,
-    tables: tuple[TargetTable, ...],
+    tables: tuple[TargetTable, ...], closed: bool = False,
 ) -> Needs:  # fmt: skip
-    """Of all of a pipeline's modules, and of the parts of its bundle, as PartRecord has them; `variants`: those that
-    are in memory at once; `live_bytes`: what values take at once, beside weights."""
+    """Of all of a pipeline's modules, and of its program's parts, as PartRecord has them; `variants`: those that are in
+    memory at once; `live_bytes`: what values take at once, beside weights; `closed`: a table takes the place of parts
+    that read texts alone."""
     weights = [weight.numel() for module in components for weight in module.parameters()]
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     sizes = {name: part["parameters"] for name, part in parts.items()}
+    shipped = {name: 0 if closed and [*parts[name]["reads"]] == ["prompt"] else size for name, size in sizes.items()}
     # Of parts that call the same modules, such as those for other sizes, weights are on the disk once.
     held = {
         (name.partition("_")[0], tuple(part["modules"])): name for name, part in reversed(list(parts.items()))
     }.values()
     resident = {
-        table.name: max(sum(sizes[name] * table.bytes_of(name) for name in names) for names in variants)
+        table.name: max(sum(shipped[name] * table.bytes_of(name) for name in names) for names in variants)
         for table in tables
     }
-    engines = {table.name: sum(sizes[name] * table.bytes_of(name) for name in held) for table in tables}
+    engines = {table.name: sum(shipped[name] * table.bytes_of(name) for name in held) for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
         original={

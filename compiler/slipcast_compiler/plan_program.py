@@ -130,7 +130,8 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
     live_bytes = max(found.program.live_bytes for found in variants)
     together = [[part.name for part in found.cut.parts] for found in variants]
-    needs, available = estimate(modules, parts, together, live_bytes, recipe.targets), available_mb() * 1e6
+    closed, available = bool(family and family.closed), available_mb() * 1e6
+    needs = estimate(modules, parts, together, live_bytes, recipe.targets, closed)
     precision = choose_precision(needs, available)
     check_targets_fit(needs, available)
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None

@@ -71,6 +71,16 @@ def test_what_does_not_fit_is_refused_in_the_plan(place: Path, monkeypatch: pyte
         assert said in done.stderr
 
 
+def test_a_closed_family_takes_less(place: Path) -> None:
+    said = [
+        json.loads(call_cli("compile", "tiny.toml", "--dry-run", "--json", *options, cwd=place).stdout)
+        for options in ((), ("--set", "family.closed=true"))
+    ]
+    bundles = [each["disk_bytes"]["bundle"] for each in said]
+    assert bundles[1] == bundles[0] - 4 * said[0]["parts"]["conditioning"]["parameters"]
+    assert said[0]["disk_bytes"]["cache"] == said[1]["disk_bytes"]["cache"]
+
+
 def needs(fp32: int, bf16: int, target: int) -> Needs:
     return Needs({"fp32": fp32, "bf16": bf16}, 1, {"openvino-fp32": target}, {"bundle": 1, "cache": 1})
 

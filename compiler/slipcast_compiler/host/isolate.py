@@ -52,7 +52,8 @@ def run_isolated(function: Callable[[*Ts, Advance], Any], *arguments: *Ts, advan
         process.join()
         raise ResourceError(
             f"{function.__name__}: its process died", expected="exit code 0", got=f"exit code {process.exitcode}",
-            hint="exit code -9 means that memory ran out: close other programs, or compile on a larger machine",
+            hint="-9 means that memory ran out: close other programs, or take a larger machine; -11 that a library "
+            "crashed, such as an engine's: another engine, or another version of it, may not",
         ) from None  # fmt: skip
     finally:
         process.kill()

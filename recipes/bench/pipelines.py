@@ -31,7 +31,7 @@ ONE, SAME_LENGTH, OTHER = (
     "a large blue star on a black background",
 )
 SHORTER = "red"
-COLUMNS = ("pipeline", "loop", "guidance", "replay's error", "other lengths", "bundle")
+COLUMNS = ("pipeline", "loop", "guidance", "replay's error", "other lengths", "a run chooses", "bundle", "other steps")
 
 
 def examine(name: str, _: Advance) -> dict[str, Any]:
@@ -45,9 +45,10 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
     with quiet():
         pipe = open_pipeline(name)
         try:
-            program = find_for(pipe, lambda prompt: call_of(name, prompt, 1)).program
+            (found,) = find_for(pipe, [lambda prompt: call_of(name, prompt, 1)])
+            program, chosen, why_not = found.program, found.loop.free if found.loop else (), found.why_not
         except SlipcastError:  # of which the bundle says more
-            program = capture(pipe, call_of(name, ONE, 1))
+            program, chosen, why_not = capture(pipe, call_of(name, ONE, 1)), (), ""
         loop = roll(program)
         other = verify(program, pipe, call_of(name, OTHER, 7), call_of(name, OTHER, 7))
         same = other
@@ -67,6 +68,8 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
         "difference": same.difference,
         "other_length": None if other.holds else other.difference,
         "lengths": {length.name: [length.minimum, length.maximum] for length in program.lengths},
+        "chosen": list(chosen),
+        "why_not": why_not,
         "bundle": bundle,
         "guards": sorted({f"{guard.operator} at {guard.where}" for guard in program.guards}),
     }
@@ -75,14 +78,21 @@ def examine(name: str, _: Advance) -> dict[str, Any]:
 def row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
     """What the table says of a pipeline."""
     if "refused" in found:
-        return name, "refused", "", "", found["refused"], ""
+        return name, "refused", "", "", found["refused"], "", "", ""
     loop = " + ".join(f"{phase['steps']} x {phase['events']}" for phase in found["loop"]) or "none"
     loop += "" if found["carried"] else ", and more between steps"
     error = "not comparable" if found["error"] is None else f"{found['error']:.2g}"
     ranges = ", ".join(f"{least} to {most}" for least, most in found["lengths"].values()) or "the same"
     guidance, lengths = ", ".join(dict.fromkeys(found["guidance"])), found["other_length"] or ranges
-    bundle = found["bundle"]
-    return name, loop, guidance, error, lengths, bundle if isinstance(bundle, str) else f"{bundle['psnr']:.0f} dB"
+    bundle, chosen = found["bundle"], ", ".join(found["chosen"]) or found["why_not"]
+    decibels = (
+        [bundle, ""] if isinstance(bundle, str) else [_decibels(bundle.get(key)) for key in ("psnr", "psnr_steps")]
+    )
+    return name, loop, guidance, error, lengths, chosen, *decibels
+
+
+def _decibels(number: float | None) -> str:
+    return "" if number is None else f"{number:.0f} dB"
 
 
 def main() -> None:

@@ -18,8 +18,10 @@ from slipcast_compiler.capture.find import Found, find_for
 from slipcast_compiler.capture.program import Program, leaves
 from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.resampling import resample
+from slipcast_compiler.engines.recording import Recording
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.recipe.sampling import SamplingTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 STEPS = 3
 # pipeline -> sampler, schedule, and what the numbers are that differ from step to step
@@ -129,3 +131,20 @@ def test_a_run_chooses_steps_and_guidance(name: str, tmp_path: Any) -> None:
         for wrong in ({"num_inference_steps": 0}, {"num_inference_steps": 2.5}, {"guidance_scale": 1.0}):
             with pytest.raises(RequestError, match=next(iter(wrong))):
                 loaded("a star", **wrong)
+
+
+def test_what_steps_alone_decide_is_exact_in_half_precision(tmp_path: Any) -> None:
+    """bf16 has 8 bits, and a timestep 10: its embedding would be another's."""
+    tables = (TargetTable(engine="onnxruntime"), TargetTable(engine="openvino", precision="bf16"))
+    bundle = make_bundle(open_pipeline("stable_diffusion_xl"), "stable_diffusion_xl", tmp_path, *tables)
+    found = {}
+    for engine in ("onnxruntime", "openvino"):
+        recording = Recording(["denoiser_step"])
+        with slipcast.load(bundle, target=engine, instrument=recording) as loaded:
+            assert loaded.program.exact == {"denoiser_step"}
+            loaded("a star", seed=1, output_type="np")
+        found[engine] = recording.evaluations("denoiser_step")
+    assert len(found["openvino"]) == STEPS
+    for exact, rounded in zip(*found.values(), strict=True):
+        for name, array in exact.items():
+            assert np.abs(rounded[name] - array).max() <= 1e-4 * np.abs(array).max(), name

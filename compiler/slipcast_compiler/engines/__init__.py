@@ -50,11 +50,13 @@ class Source:
 @dataclass(frozen=True)
 class Sources:
     """What a target is built from. `sizes`: what those of engines with profiles follow from. `int8`: by component whose
-    graph is in INT8, what sees whether an engine reads it right, where there is one."""
+    graph is in INT8, what sees whether an engine reads it right, where there is one. `exact`: what is in fp32 whatever
+    the target."""
 
     components: Mapping[str, Source]
     sizes: tensorrt.Sizes
     int8: Mapping[str, Check | None] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset()
 
 
 def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
@@ -112,6 +114,7 @@ def build_target(
         advance(done, len(sources.components))
         rest = table.precision == "int8" and name not in sources.int8
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
+        own = table.model_copy(update={"precision": "fp32"}) if name in sources.exact else own
         entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
         files = EngineFiles.model_validate_json((entry / "files.json").read_text())
         engines[name] = pool.add(entry, files, table.name)

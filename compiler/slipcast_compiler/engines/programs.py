@@ -76,7 +76,7 @@ class ProgramGraphs:
             for folder in [quantized[name].folder if name in quantized else self.entry]
         }
         sizes = tensorrt.Lengths(self.record, self.contracts)
-        return Sources(found, sizes, {name: each.check for name, each in quantized.items()})
+        return Sources(found, sizes, {name: each.check for name, each in quantized.items()}, self.record.exact)
 
 
 def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cache, advance: Advance) -> ProgramGraphs:

@@ -80,7 +80,9 @@ def measure_program_casts(
     graphs: ProgramGraphs, inputs: Path, tables: tuple[TargetTable, ...], cache: Cache, stages: Stages
 ) -> Casts:
     """casts.measure_casts, on what record_calls recorded."""
-    return measure_on(inputs, graphs.sources().components, tables, cache, stages)
+    sources = graphs.sources()
+    cast = {name: source for name, source in sources.components.items() if name not in sources.exact}
+    return measure_on(inputs, cast, tables, cache, stages)
 
 
 def needs_calls(tables: Collection[TargetTable], options: Quantize | None) -> bool:

@@ -183,6 +183,11 @@ class Loop(Strict):
     guidance: ArgumentName | None = None
 
     @property
+    def exact(self) -> frozenset[str]:
+        """Components that compute of the step alone: in fp32 whatever the target, as bf16 has too few timesteps."""
+        return frozenset(call.component for call in self.calls if not call.inputs)
+
+    @property
     def free(self) -> tuple[str, ...]:
         """The arguments by which a run chooses."""
         return tuple(name for name in (self.steps, self.guidance) if name)
@@ -300,6 +305,11 @@ class Program(Variant):
     def every(self) -> tuple[Variant, ...]:
         """All variants; the first is the default, the program itself."""
         return self, *self.variants
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """Of all loops, see there."""
+        return frozenset[str]().union(*(variant.loop.exact for variant in self.every if variant.loop))
 
     @property
     def listed(self) -> dict[str, tuple[Fixed, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 from slipcast.bundle.manifest import Target
 from slipcast.bundle.program import ProgramManifest, PromptSource, TableSource
 from slipcast.bundle.reader import ProgramBundle
-from slipcast.engines import Array, Instrument, as_it_is
+from slipcast.engines import Array, Engine, Instrument, as_it_is
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.calls import Calls
 from slipcast.run.pictures import as_levels, as_pil
@@ -91,6 +91,9 @@ class ProgramPipeline(BasePipeline):
         )
         with self._turn():
             return self._run(request, callback_on_step_end)
+
+    def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
+        return super()._open(component, "fp32" if component in self.program.exact else precision, target)
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()

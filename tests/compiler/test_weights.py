@@ -249,6 +249,26 @@ def test_engines_of_one_component_share_what_has_the_same_bytes(tmp_path: Path, 
             np.testing.assert_allclose(engine({"x": x})["y"], _run(graph, x=x), rtol=1e-4, atol=1e-4)
 
 
+def test_an_engine_without_weights_is_no_sibling(tmp_path: Path) -> None:
+    """As OpenVINO's of an update that only adds, beside one for another size that has a constant."""
+    bare = _chain()
+    for node in list(bare.graph):
+        node.replace_input_with(1, node.inputs[0])
+    bare.graph.initializers.clear()
+    bare.graph.inputs[0].shape = ir.Shape([WIDTH, WIDTH])
+    cache, pool = Cache(tmp_path / "cache"), Pool(tmp_path / "bundle")
+    pool.folder.mkdir()
+    for name, model in (("update", bare), ("update_2", _chain())):
+        made = list[EngineFiles]()
+        graph = _saved(tmp_path / name, name, model)
+
+        def make(folder: Path, graph: Path = graph, made: list[EngineFiles] = made) -> None:
+            made.append(BUILDERS["openvino"](graph, "fp32", folder))
+
+        placed = pool.add(cache.get("engine", {"graph": str(graph)}, make), made[0], "t")
+    assert placed.weights == "t/update_2.bin"
+
+
 def test_a_graph_reads_what_another_one_has_under_the_same_names(tmp_path: Path) -> None:
     folder, x = tmp_path / "graphs", np.random.default_rng(1).standard_normal((3, WIDTH), np.float32)
     folder.mkdir()

@@ -47,8 +47,16 @@ def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
     if mask is None or mask.shape is None or mask.shape[-2] != 1 or query.shape is None or query.shape[-2] == 1:
         return
     rows = query.shape[-2]
-    assert isinstance(rows, int), "a denoiser's sizes are fixed"
-    wide = ir.node("Expand", [mask, constant(graph, f"rows_{rows}", np.array([rows, 1]))])
+    if isinstance(rows, int):
+        size = constant(graph, f"rows_{rows}", np.array([rows, 1]))
+    else:
+        own = ir.node("Shape", [query], {"start": -2, "end": -1})
+        both = ir.node("Concat", [own.outputs[0], constant(graph, "one_key", np.array([1]))], {"axis": 0})
+        graph.insert_before(node, [own, both])
+        size = both.outputs[0]
+        for each, count in ((own, 1), (both, 2)):
+            each.outputs[0].shape, each.outputs[0].type = ir.Shape([count]), ir.TensorType(ir.DataType.INT64)
+    wide = ir.node("Expand", [mask, size])
     _describe(wide, mask, [*mask.shape[:-2], rows, mask.shape[-1]])
     graph.insert_before(node, wide)
     node.replace_input_with(3, wide.outputs[0])

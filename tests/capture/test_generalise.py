@@ -88,9 +88,9 @@ class Squared(Worded):
         return super().of_text(ids, mask).repeat(1, ids.shape[1], 1)
 
 
-class PlacedBackwards(Worded):
+class PlacedAround(Worded):
     def of_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return super().of_text(ids, mask) * torch.arange(ids.shape[1]).flip(0)[None, :, None]
+        return super().of_text(ids, mask) * torch.arange(ids.shape[1]).roll(1)[None, :, None]
 
 
 class Scaled(Worded):
@@ -169,7 +169,7 @@ def test_shapes_follow_too_and_parts_tell_lengths_by_their_inputs() -> None:
     ("kind", "code"),
     [
         (Squared, ".repeat(1, ids"),
-        (PlacedBackwards, ".flip(0)"),
+        (PlacedAround, ".roll(1)"),
         (Scaled, "(1 / ids"),
         (Branching, "text.sin()"),
     ],

@@ -24,7 +24,9 @@ from slipcast_compiler.capture.program import (
     Op,
     Program,
     Ref,
+    held_by,
     measure,
+    operator_of,
     outputs_of,
     rebuild,
     refs,
@@ -303,7 +305,8 @@ def _shape(constant: Any) -> tuple[int, ...]:
 
 
 def _operator(event: Event) -> str:
-    return str(event.function) if isinstance(event, Op) else event.module
+    inside = event.inside if isinstance(event, Call) else None
+    return f"{operator_of(event)} {inside.digest}" if inside else operator_of(event)
 
 
 def _formed(event: Event, number: Any, constants: list[Any], integers: list[int]) -> Any:
@@ -322,6 +325,8 @@ def _formed(event: Event, number: Any, constants: list[Any], integers: list[int]
             return tuple((key, literal(inner, tabled)) for key, inner in value.items())
         if isinstance(value, list | tuple):
             return tuple(literal(inner, tabled) for inner in value)
+        if (held := held_by(value)) is not None:
+            return type(value).__name__, literal(held, tabled)
         return value if isinstance(value, float | str | bool | None) else repr(value)
 
     tabled = _takes_tensor(event)
@@ -402,6 +407,10 @@ def _part(name: str, first: _Piece, group: Sequence[_Piece], outputs: Sequence[i
         if isinstance(value, list | tuple):
             parts = [placed(inner, tabled) for inner in value]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if (held := held_by(value)) is not None:
+            made = object.__new__(type(value))
+            vars(made).update(placed(held, tabled))
+            return made
         return value
 
     events = []
@@ -465,6 +474,8 @@ def _followed(program: Program, events: Iterable[Event]) -> list[Length]:
 
     for event in events:
         rebuild((event.args, event.kwargs), note)
+        if isinstance(event, Call) and event.inside:
+            names |= {length.name for length in event.inside.lengths}
     return [length for length in program.lengths if length.name in names]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,11 @@ from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut_together
 from slipcast_compiler.capture.driving import check_form, not_driven
 from slipcast_compiler.capture.fitting import with_pictures
-from slipcast_compiler.capture.generalise import generalise, is_of_one_length
 from slipcast_compiler.capture.loop import GUIDANCE, STEPS, Captured, Loop, drive_together, other_steps
 from slipcast_compiler.capture.program import Program
-from slipcast_compiler.capture.record import capture, find_scheduler
-from slipcast_compiler.capture.texts import AWKWARD, SHORT, Template, find_templates, with_others
-from slipcast_compiler.host.quiet import quiet
-
-WORDS = (500, 250, 120, 60)  # of the longest text: the first of these numbers that the pipeline does not cut
+from slipcast_compiler.capture.prompted import Make, Prompted, capture_again, capture_prompted
+from slipcast_compiler.capture.record import find_scheduler
+from slipcast_compiler.capture.texts import Template
 
 
 @dataclass(frozen=True)
@@ -27,18 +24,16 @@ class Found:
     """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source.
 
     `loop`: how slipcast's samplers drive it, where they do: then its parts are without the scheduler's arithmetic.
-    `why_not`: where they do not.
+    `why_not`: where they do not. `prompts`: on which the program has to be verified.
     """
 
     program: Program
     cut: Cut
     templates: Mapping[int, Template]
     call: Mapping[str, Any]
+    prompts: tuple[str, ...]
     loop: Loop | None = None
     why_not: str = ""
-
-
-Make = Callable[[str], Mapping[str, Any]]  # from a prompt to a call
 
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
@@ -56,8 +51,8 @@ def find_for(pipe: Any, calls: Sequence[Make]) -> tuple[Found, ...]:
     """The same of each call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what
     the pipeline does, for a short and a long one too. Where slipcast's samplers can stand for the scheduler, for
     another number of steps and another guidance too, as a run may choose them."""
-    captured = [_capture(pipe, call) for call in calls]
-    programs = [program for program, _, _ in captured]
+    captured = [capture_prompted(pipe, call) for call in calls]
+    programs = [each.program for each in captured]
     loops: Sequence[Loop | None]
     try:
         cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured)), strict=True)
@@ -65,8 +60,8 @@ def find_for(pipe: Any, calls: Sequence[Make]) -> tuple[Found, ...]:
     except RecipeError as error:
         cuts, loops, why_not = cut_together(programs), [None] * len(programs), error.message
     return tuple(
-        Found(program, cut, templates, call, loop, why_not)
-        for (program, templates, call), cut, loop in zip(captured, cuts, loops, strict=True)
+        Found(each.program, cut, each.templates, each.call, each.prompts, loop, why_not)
+        for each, cut, loop in zip(captured, cuts, loops, strict=True)
     )
 
 
@@ -81,38 +76,30 @@ def _drive(pipe: Any, captured: Sequence[Captured]) -> tuple[tuple[Cut, Loop], .
     return drive_together([replace(each, guided=None) for each in captured], scheduler)
 
 
-def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Any]) -> list[Captured]:
+def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompted]) -> list[Captured]:
     """Each program beside those for other steps and another guidance; RecipeError where a run cannot choose."""
     found = []
-    for make, (program, _, call) in zip(calls, captured, strict=True):
-        steps = call.get(STEPS)
-        if not isinstance(steps, int) or len({each.get(STEPS) for _, _, each in captured}) > 1:
+    for make, prompted in zip(calls, captured, strict=True):
+        program, steps = prompted.program, prompted.call.get(STEPS)
+        if not isinstance(steps, int) or len({each.call.get(STEPS) for each in captured}) > 1:
             raise not_driven("its numbers of steps are listed", str(steps))
         check_form(program)
         again = other_steps(steps)
-        other = _capture_again(pipe, _with(make, STEPS, again), program)
-        found.append(Captured(program, steps, other, again, **_guided(pipe, make, program, captured)))
+        other = capture_again(pipe, _with(make, STEPS, again), prompted)
+        found.append(Captured(program, steps, other, again, **_guided(pipe, make, prompted, captured)))
     return found
 
 
-def _capture_again(pipe: Any, make: Make, program: Program) -> Program:
-    """What is the same as a program but for a number: for one prompt, unless that one follows the lengths of texts."""
-    if program.lengths:
-        return _capture(pipe, make)[0]
-    with quiet():
-        return capture(pipe, make(PROMPT))
-
-
-def _guided(pipe: Any, make: Make, program: Program, captured: Sequence[Any]) -> dict[str, Any]:
+def _guided(pipe: Any, make: Make, prompted: Prompted, captured: Sequence[Prompted]) -> dict[str, Any]:
     """The program for another guidance, and both scales; nothing where there is no other, or where it is listed."""
     call = make(PROMPT)
     parameter = inspect.signature(type(pipe).__call__).parameters.get(GUIDANCE)
     scale = call.get(GUIDANCE, parameter.default if parameter else None)
-    listed = len({each.get(GUIDANCE) for _, _, each in captured}) > 1
+    listed = len({each.call.get(GUIDANCE) for each in captured}) > 1
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 1 or listed:
         return {}
     try:
-        guided = _capture_again(pipe, _with(make, GUIDANCE, float(scale) + 1), program)
+        guided = capture_again(pipe, _with(make, GUIDANCE, float(scale) + 1), prompted)
     except RecipeError:
         return {}
     return {"guidance": float(scale), "guided": guided, "other_guidance": float(scale) + 1}
@@ -120,32 +107,3 @@ def _guided(pipe: Any, make: Make, program: Program, captured: Sequence[Any]) ->
 
 def _with(make: Make, name: str, value: Any) -> Make:
     return lambda prompt: {**make(prompt), name: value}
-
-
-def _capture(
-    pipe: Any, call: Callable[[str], Mapping[str, Any]]
-) -> tuple[Program, Mapping[int, Template], Mapping[str, Any]]:
-    """The program, how texts reach its tokenizers, and the call."""
-    one, other = call(PROMPT), with_others(call(AWKWARD), lambda text: f"{text} a a a")
-    with quiet():
-        programs = [capture(pipe, one), capture(pipe, other)]
-        program = programs[0]
-        if not is_of_one_length(programs):
-            programs.append(capture(pipe, with_others(call(SHORT), lambda _: SHORT)))
-            program = _up_to_the_longest(pipe, call, programs)
-    templates = find_templates((programs[0], programs[1]), (one, other))
-    same = zip(programs[0].needed_sources, program.needed_sources, strict=True)
-    return program, {its.id: templates[source.id] for source, its in same if source.id in templates}, one
-
-
-def _up_to_the_longest(pipe: Any, call: Callable[[str], Mapping[str, Any]], programs: list[Program]) -> Program:
-    """The program of these and of the longest text with which they have one in common; RecipeError if none has."""
-    for words in WORDS:
-        texts = [" ".join([SHORT] * count) for count in (words, words - words // 5)]
-        longest = with_others(call(texts[0]), lambda _, other=texts[1]: other)  # type: ignore[misc]
-        try:
-            return generalise([*programs, capture(pipe, longest)])
-        except RecipeError:
-            if words == WORDS[-1]:
-                raise
-    raise AssertionError

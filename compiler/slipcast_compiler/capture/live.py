@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -35,14 +34,10 @@ class LiveBytes:
         self._now -= size
 
 
-class FusedAttention(TorchFunctionMode):  # type: ignore[misc]
-    """Within it, attention on meta gives its shape: there it would be spelled out, with a matrix of scores that takes
-    more memory than all else, and that the CPU never has."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            if query.is_meta and not kwargs.get("dropout_p"):
-                return query.new_empty((*query.shape[:-1], value.shape[-1]))
-        return func(*args, **kwargs)
+def fused_attention(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What attention on meta gives, as one operator: there it would be spelled out, with a matrix of scores that takes
+    more memory than all else, and that the CPU never has. None for other operators."""
+    if func is not torch.ops.aten.scaled_dot_product_attention.default or kwargs.get("dropout_p"):
+        return None
+    query, _, value = args[:3]
+    return query.new_empty((*query.shape[:-1], value.shape[-1])) if query.is_meta else None

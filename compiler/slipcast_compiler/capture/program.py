@@ -8,13 +8,17 @@ replaying them in that order repeats the call.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-Kind = Literal["prompt", "noise", "image", "weight"]
+_HOLD_NOTHING = ("builtins", "torch", "numpy", "PIL", "tokenizers", "types", "functools", "enum")
+_MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+Kind = Literal["prompt", "noise", "image", "weight", "given"]
 Path = tuple[Any, ...]  # attributes, keys and places on the way to a leaf
 
 
@@ -27,19 +31,29 @@ class Ref:
 
 @dataclass(frozen=True)
 class Affine:
-    """An integer that follows a length: scale * length + offset."""
+    """An integer that follows a length: scale * length + offset; where code pads to a multiple of some number, with
+    padded * (length + shift, up to the next multiple of that) besides."""
 
     length: str
     scale: int
     offset: int
+    padded: int = 0
+    multiple: int = 1
+    shift: int = 0
 
     def __str__(self) -> str:
-        scaled = self.length if self.scale == 1 else f"{self.scale}*{self.length}"
-        return scaled + (f"{self.offset:+d}" if self.offset else "")
+        shifted = f"{self.length}{self.shift:+d}" if self.shift else self.length
+        terms = [(self.scale, self.length), (self.padded, f"up({shifted}, {self.multiple})")]
+        told = [f"{by:+d}*{what}".replace("+1*", "+").replace("-1*", "-") for by, what in terms if by]
+        return "".join(told).removeprefix("+") + (f"{self.offset:+d}" if self.offset else "")
 
     def at(self, lengths: Mapping[str, Any]) -> Any:
         """For these lengths, which may be symbols."""
-        return self.scale * lengths[self.length] + self.offset
+        length = lengths[self.length]
+        found = self.scale * length + self.offset
+        if self.padded:
+            found += self.padded * self.multiple * ((length + self.shift + self.multiple - 1) // self.multiple)
+        return found
 
 
 Spec = tuple[tuple[int | Affine, ...], torch.dtype]  # what a value is: its shape and dtype
@@ -101,7 +115,8 @@ class Padding:
 @dataclass(frozen=True)
 class Source:
     """Where values enter. `detail`: of a prompt, the tokenizer and the field of its output; of noise, the operator and
-    the generator; of an image, the pipeline's argument; of a weight, its name. `value`: what it was at capture, of
+    the generator; of an image, the pipeline's argument; of a weight, its name; of what a call is given, its path in
+    (args, kwargs). `value`: what it was at capture, of
     which the shape and dtype are part of the program. `tokenized`: of a prompt, unless it was none of texts. `padding`:
     of a prompt, after the tokenizer."""
 
@@ -132,7 +147,8 @@ class Op:
 @dataclass(frozen=True)
 class Call:
     """A module of a component was called: `module` is its name, such as unet, or vae.decoder. `outputs`: values by path
-    in what it returned. `written`: values by path in (args, kwargs), that it put into lists and dicts there."""
+    in what it returned. `written`: values by path in (args, kwargs), that it put into lists and dicts there. `inside`:
+    what it did, whose sources are its arguments by path in (args, kwargs), and its weights."""
 
     module: str
     args: tuple[Any, ...]
@@ -140,6 +156,7 @@ class Call:
     outputs: tuple[tuple[Path, int], ...]
     where: str = ""
     written: tuple[tuple[Path, int], ...] = ()
+    inside: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +201,22 @@ class Program:
     lengths: tuple[Length, ...] = ()
     live_bytes: int = 0
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that runs, constants included."""
+        total = hashlib.sha256()
+
+        def told(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor):
+                total.update(leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                return str(leaf.dtype), tuple(leaf.shape)
+            return leaf
+
+        for event in self.events:
+            given = rebuild((event.args, event.kwargs), told)
+            total.update(repr((operator_of(event), given, outputs_of(event))).encode())
+        return total.hexdigest()
+
     @property
     def needed(self) -> frozenset[int]:
         """The places of the events that the results depend on."""
@@ -222,6 +255,11 @@ class Program:
         return bound
 
 
+def operator_of(event: Op | Call) -> str:
+    """The name of what runs."""
+    return str(event.function) if isinstance(event, Op) else event.module
+
+
 def outputs_of(event: Op | Call) -> tuple[int, ...]:
     """The values that an event gives."""
     return event.outputs if isinstance(event, Op) else tuple(value for _, value in (*event.outputs, *event.written))
@@ -233,8 +271,8 @@ def refs(value: Any) -> list[Ref]:
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Tensors and references in a structure, with their paths: dicts and output classes by key, lists by place, other
-    dataclasses by field."""
+    """Tensors and references in a structure, with their paths: dicts and output classes by key, lists by place, objects
+    by attribute."""
     if isinstance(value, torch.Tensor | Ref):
         yield path, value
     elif isinstance(value, Mapping):
@@ -243,9 +281,15 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
             yield from leaves(inner, (*path, place))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from leaves(getattr(value, field.name, None), (*path, field.name))
+    elif (held := held_by(value)) is not None:
+        for name, inner in held.items():
+            yield from leaves(inner, (*path, name))
+
+
+def leaves_at(values: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
+    """The same of values at several paths."""
+    for path, value in values.items():
+        yield from leaves(value, path)
 
 
 def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -258,7 +302,22 @@ def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, list | tuple):
         parts = [rebuild(inner, change) for inner in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: rebuild(getattr(value, field.name), change) for field in dataclasses.fields(value)}
-        return type(value)(**fields)
+    if (held := held_by(value)) is not None:
+        made = object.__new__(type(value))
+        vars(made).update({name: rebuild(inner, change) for name, inner in held.items()})
+        return made
     return value
+
+
+def held_by(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that may hold tensors, such as a cache of keys and values; None for other values."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in _HOLD_NOTHING or isinstance(value, type | torch.nn.Module):
+        return None
+    held = getattr(value, "__dict__", None)
+    return held if type(held) is dict and kind.__flags__ & _MADE_IN_PYTHON else None
+
+
+def opened(value: Any) -> Any:
+    """Mappings that are no dicts (a tokenizer's output) as dicts."""
+    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value

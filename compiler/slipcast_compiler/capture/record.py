@@ -36,13 +36,16 @@ from slipcast_compiler.capture.program import (
     Source,
     Spec,
     Tokenized,
+    held_by,
     leaves,
+    opened,
     rebuild,
 )
 from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, run_on_meta, zeros
 from slipcast_compiler.capture.where import here, package_of, raised_at
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+FEW = 4096  # numbers, of what is a mask rather than an embedding
 CALLS = "the call's generator"  # what a draw is by
 _COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a module makes of them
 Bound = frozenset[str]
@@ -105,7 +108,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def program(self, result: Any) -> Program:
         """What was recorded, of a call that returned `result`."""
-        results = tuple((path, self._refer(tensor)) for path, tensor in leaves(_opened(result)))
+        results = tuple((path, self._refer(tensor)) for path, tensor in leaves(opened(result)))
         return Program(
             type(self._pipe).__name__,
             tuple(self._sources),
@@ -363,10 +366,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         name = self._modules[id(module)]
         with self._unseen():
             try:
-                shaped, written = self._shapes.run(module, args, kwargs)
+                found = self._shapes.run(module, name, args, kwargs, self._is_known)
             except Exception as error:
                 self._failed = self._failed or (name, error)
                 raise
+            shaped, written = found.out, found.written
             out, put = rebuild((shaped, written), zeros)
         integers = [
             each for _, each in leaves((args, kwargs)) if not (isinstance(each, Ref) or each.is_floating_point())
@@ -374,7 +378,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         known = bound - {_COMPUTED} | self._bound_by(integers)  # of integers, which are real if those given are
 
         def values(shapes: Any, made: Any) -> tuple[tuple[Path, int], ...]:
-            pairs = zip(leaves(_opened(shapes)), leaves(_opened(made)), strict=True)
+            pairs = zip(leaves(opened(shapes)), leaves(opened(made)), strict=True)
             return tuple(
                 (path, self._new(tensor, bound | {_COMPUTED} if shape.is_meta else known))
                 for (path, shape), (_, tensor) in pairs
@@ -384,8 +388,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         for path, value in put.items():
             _place((args, kwargs), path, value)
             places += [((*path, *inner), number) for inner, number in values(written[path], value)]
-        self._events.append(Call(name, given[0], given[1], outputs, here(), tuple(places)))
+        self._events.append(Call(name, given[0], given[1], outputs, here(), tuple(places), found.inside))
         return out
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a component may read a tensor's numbers: those of a mask, or of a time, follow from prompts alone."""
+        return tensor.ndim <= 2 and tensor.numel() <= FEW and self._bound_by(tensor) <= {"prompt"}
 
     @contextlib.contextmanager
     def _steps_marked(self, scheduler: Any) -> Iterator[None]:
@@ -398,7 +406,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             output, sample = (rebuild(given.get(name), self._refer) for name in ("model_output", "sample"))
             begin = len(self._events)
             out = usual(*args, **kwargs)
-            result = next((self._refer(tensor) for _, tensor in leaves(_opened(out))), None)
+            result = next((self._refer(tensor) for _, tensor in leaves(opened(out))), None)
             self._marks.append(Mark(output, sample, result, begin, len(self._events)))
             return out
 
@@ -421,7 +429,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 first = texts[0] if isinstance(texts, list | tuple) and texts else texts
                 kind: Kind = "prompt" if isinstance(first, str | list) else "image"
                 given = _tokenized(this, texts, kwargs) if kind == "prompt" else None
-                for path, tensor in leaves(_opened(out)):
+                for path, tensor in leaves(opened(out)):
                     self.enter(tensor, kind, (name, *path), given)
             return out
 
@@ -453,18 +461,15 @@ def _tokenized(tokenizer: Any, texts: Any, kwargs: Mapping[str, Any]) -> Tokeniz
 
 
 def _place(given: Any, path: Path, value: Any) -> None:
-    """Put a value where a module put one, into a list or a dict that it was given."""
+    """Put a value where a module put one, into a list, a dict or an object that it was given."""
     for key in path[:-1]:
-        given = given[key]
-    if isinstance(given, list) and path[-1] == len(given):
+        given = vars(given)[key] if held_by(given) is not None else given[key]
+    if held_by(given) is not None:
+        setattr(given, path[-1], value)
+    elif isinstance(given, list) and path[-1] == len(given):
         given.append(value)
     else:
         given[path[-1]] = value
-
-
-def _opened(value: Any) -> Any:
-    """Mappings that are no dicts (a tokenizer's output) as dicts."""
-    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value
 
 
 def _storage(tensor: torch.Tensor) -> int:

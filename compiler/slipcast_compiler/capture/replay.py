@@ -17,6 +17,7 @@ from slipcast_compiler.capture.program import (
     Ref,
     leaves,
     measure,
+    opened,
     outputs_of,
     rebuild,
 )
@@ -34,7 +35,25 @@ def replay(program: Program, sources: Mapping[int, torch.Tensor], components: Ma
         lengths = measure(program.lengths, values)
         for place in sorted(program.needed):
             run(program.events[place], values, components, lengths)
+    return _results(program, values)
+
+
+def _results(program: Program, values: Values) -> dict[Path, Any]:
     return {path: values[found.id] if isinstance(found, Ref) else found for path, found in program.results}
+
+
+def _run_inside(
+    inside: Program, given: Any, components: Mapping[str, nn.Module], lengths: Mapping[str, Any]
+) -> dict[Path, Any]:
+    """By path, what a call returns that is given these arguments."""
+    arguments = dict(leaves(given))
+    values = {
+        source.id: _weight(components, source.detail[0]) if source.kind == "weight" else arguments[source.detail]
+        for source in inside.sources
+    }
+    for event in inside.events:
+        run(event, values, components, lengths)
+    return _results(inside, values)
 
 
 def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module], lengths: Mapping[str, Any]) -> None:
@@ -48,8 +67,12 @@ def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module], l
     args, kwargs = rebuild((event.args, event.kwargs), given)
     if isinstance(event, Op):
         found = [tensor for _, tensor in leaves(event.function(*args, **kwargs))]
+    elif event.inside:
+        out = _run_inside(event.inside, (args, kwargs), components, lengths)
+        found = [out["returned", *path] for path, _ in event.outputs]
+        found += [out["written", *path] for path, _ in event.written]
     else:
-        out = dict(leaves(_opened(find_module(components, event.module)(*args, **kwargs))))
+        out = dict(leaves(opened(find_module(components, event.module)(*args, **kwargs))))
         put = dict(leaves((args, kwargs))) if event.written else {}
         found = [*(out[path] for path, _ in event.outputs), *(put[path] for path, _ in event.written)]
     values.update(zip(outputs_of(event), found, strict=True))
@@ -65,10 +88,6 @@ def _weight(components: Mapping[str, nn.Module], name: str) -> torch.Tensor:
     module, _, own = name.rpartition(".")
     found: torch.Tensor = getattr(find_module(components, module), own)
     return found.detach()
-
-
-def _opened(value: Any) -> Any:
-    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value
 
 
 __all__ = ["Path", "find_module", "replay", "run"]

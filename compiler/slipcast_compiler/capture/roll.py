@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.program import Affine, Call, Op, Program, Ref, outputs_of, rebuild, refs
+from slipcast_compiler.capture.program import Affine, Call, Op, Program, Ref, held_by, outputs_of, rebuild, refs
 
 FORMS = 4  # of which each is an engine
 # What may follow guidance: its numbers stay, but for the sign and for channels that the scheduler does not read.
@@ -162,6 +162,8 @@ def _literal(value: Any, constants: list[Any]) -> Any:
         return tuple((key, _literal(inner, constants)) for key, inner in value.items())
     if isinstance(value, list | tuple):
         return tuple(_literal(inner, constants) for inner in value)
+    if (held := held_by(value)) is not None:
+        return type(value).__name__, _literal(held, constants)
     return value if isinstance(value, int | str | bool | None) else repr(value)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.live import FusedAttention, LiveBytes
-from slipcast_compiler.capture.program import Path, leaves, rebuild
+from slipcast_compiler.capture.inside import Inside
+from slipcast_compiler.capture.live import LiveBytes
+from slipcast_compiler.capture.program import Path, Program, held_by, leaves, opened, rebuild
 from slipcast_compiler.capture.where import here
 
 META = torch.device("meta")
@@ -29,41 +31,64 @@ _VALUES_DECIDE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 _PLAIN = (torch.Tensor, int, float, str, bool, torch.dtype, torch.device, type(None))
 
 
+IsKnown = Callable[[torch.Tensor], bool]
+
+
+def _is_nothing(_: torch.Tensor) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """`out`: what a module returns, with tensors on meta in place of those that need its weights. `written`: by path in
+    (args, kwargs), what it put into lists and dicts that it was given. `inside`: what it did, if that can be told."""
+
+    out: Any
+    written: dict[Path, Any]
+    inside: Program | None
+
+
 class ShapeRunner:
     """Runs modules, each once for arguments of the same shapes: a denoiser has the same at every step. `live`: what
     their values took."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, Shaped] = {}
         self.live = LiveBytes()
 
-    def run(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[Path, Any]]:
-        """What the module returns, with tensors on meta in place of those that need its weights; and, by path in (args,
-        kwargs), what it put into lists and dicts that it was given."""
+    def run(
+        self, module: torch.nn.Module, name: str, args: Any, kwargs: Any, is_known: IsKnown = _is_nothing
+    ) -> Shaped:
+        """Of a module that is called `name`, with these arguments. `is_known`: whether a tensor's floating-point
+        numbers are, and may decide, such as those of a mask."""
         key = _key(module, args, kwargs)
         if key in self._known:
-            return rebuild(self._known[key], torch.empty_like), {}
-        used = tree_map(_to_meta, (args, kwargs))
-        before, mode = tree_map(lambda leaf: leaf, used), _Shapes(self.live)
-        with _left_as_it_was(module), torch.no_grad(), FusedAttention(), mode:
+            known = self._known[key]
+            return Shaped(rebuild(known.out, torch.empty_like), {}, known.inside)
+        used = rebuild((args, kwargs), lambda leaf: leaf if is_known(leaf) else _to_meta(leaf))
+        before, mode, inside = rebuild(used, lambda leaf: leaf), _Shapes(self.live), Inside(module, name, used)
+        with _left_as_it_was(module), torch.no_grad(), mode, inside.recording():
             out = module(*used[0], **used[1])
         written = dict(_written(before, used))
+        shaped = Shaped(out, written, inside.program(opened(out), written))
         found = [tensor for _, tensor in leaves(out)]
-        if key and found and not written and not mode.values_decide and all(each.device == META for each in found):
-            self._known[key] = rebuild(out, torch.empty_like)
-        return out, written
+        values_decide = mode.values_decide or inside.values_decide
+        if key and found and not written and not values_decide and all(each.device == META for each in found):
+            self._known[key] = Shaped(rebuild(out, torch.empty_like), {}, shaped.inside)
+        return shaped
 
 
 def run_for_shapes(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
     """What ShapeRunner's run says that the module returns."""
-    return ShapeRunner().run(module, args, kwargs)[0]
+    return ShapeRunner().run(module, "", args, kwargs).out
 
 
 @contextlib.contextmanager
 def _left_as_it_was(module: torch.nn.Module) -> Iterator[None]:
-    """What a module keeps of a call, such as position embeddings on the device of its arguments, is forgotten; so are
-    hooks that it puts on its parts."""
+    """What a module keeps of a call, such as position embeddings on the device of its arguments, is forgotten, in
+    objects of its own too; so are hooks that it puts on its parts."""
     inside = [vars(each) for each in module.modules()]
+    inside += [vars(value) for each in inside for value in each.values() if held_by(value) is not None]
     inside += [value for each in inside for value in each.values() if type(value) in (dict, OrderedDict)]
     kept = [(each, dict(each)) for each in inside]
     try:
@@ -75,12 +100,14 @@ def _left_as_it_was(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _written(before: Any, after: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """By path, what is new in lists and dicts. None becomes shorter: caches grow, or have places to fill."""
+    """By path, what is new in lists, dicts and objects. None becomes shorter: caches grow, or have places to fill."""
     if isinstance(after, dict) and isinstance(before, dict):
         pairs = [(key, before.get(key), inner) for key, inner in after.items()]
     elif isinstance(after, list | tuple) and isinstance(before, list | tuple):
         longer = [*before, *[None] * (len(after) - len(before))]
         pairs = [(place, old, new) for place, (old, new) in enumerate(zip(longer, after, strict=False))]
+    elif (held := held_by(after)) is not None and type(before) is type(after):
+        pairs = [(name, vars(before).get(name), inner) for name, inner in held.items()]
     else:
         if before is not after:
             yield path, after

@@ -19,6 +19,7 @@ from slipcast_compiler.capture.program import Program, Source
 # Awkward on purpose: blanks at both ends and within, capitals, marks of HTML, an address, punctuation, another script.
 AWKWARD = "  A Big <b>RED</b> circle, \t50% off &amp;lt; http://example.org/a_b.png (1:1) #2 \u201cBleu\u201d \u732b  "
 
+UNQUOTED = AWKWARD.replace("\u201c", "").replace("\u201d", "")
 OTHER_PROMPT = "two large things and some words more"  # of another length than the others have
 BLANKS = ((False, False), (True, False), (False, True))  # whether a text is stripped, and cleaned
 SHORT = "a"  # a token in most vocabularies, as it is after a blank
@@ -27,7 +28,7 @@ SHORT = "a"  # a token in most vocabularies, as it is after a blank
 @dataclass(frozen=True)
 class Template:
     """The text is prefix + the text of `argument` + suffix, where that is cleaned, stripped or in lower case first;
-    without `argument` it is the prefix."""
+    without `argument` it is the prefix. `unquoted`: this is so of texts without quoted words alone."""
 
     argument: str | None
     prefix: str = ""
@@ -35,6 +36,7 @@ class Template:
     lower: bool = False
     strip: bool = False
     clean: bool = False
+    unquoted: bool = False
 
     def __call__(self, texts: Mapping[str, str]) -> str:
         """The text for these texts of the call."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, outputs_of
+from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, opened, outputs_of
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import Values, replay, run
 
@@ -45,7 +45,7 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     found = replay(program, values, components)
     with torch.no_grad(), _seeded():
-        wanted = dict(leaves(_opened(pipe(**again))))
+        wanted = dict(leaves(opened(pipe(**again))))
     error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
     difference = None if error <= LIMIT else first_difference(program, other, components)
     return Verdict(error, difference)
@@ -102,7 +102,3 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-
-
-def _opened(value: Any) -> Any:
-    return dict(value.items()) if hasattr(value, "items") and not isinstance(value, dict) else value

@@ -17,11 +17,11 @@ from torch import nn
 from slipcast.errors import ArtifactError, CheckFailed
 from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call
-from slipcast_compiler.capture.find import find_each
+from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
-from slipcast_compiler.capture.texts import AWKWARD, OTHER_PROMPT, SHORT, with_others
+from slipcast_compiler.capture.texts import SHORT, with_others
 from slipcast_compiler.capture.verify import LIMIT, verify
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
@@ -42,7 +42,7 @@ def export_pipeline(
     streamed = open_streamed(root, pipeline)
     calls = [with_pictures(streamed.pipe, given) for given in calls]
     variants = find_each(streamed.pipe, calls)
-    error = _verify([found.program for found in variants], root, pipeline, calls, whole)
+    error = _verify(variants, root, pipeline, calls, whole)
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)
     leave_loop(folder)
@@ -51,16 +51,15 @@ def export_pipeline(
 
 
 def _verify(
-    programs: Sequence[Program], root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool
+    variants: Sequence[Found], root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool
 ) -> float:
     """The error of the worst, for any prompt."""
     pipe = open_with_weights(root, pipeline) if whole else open_at_random(root, pipeline)
     if whole:
         _check_weights(pipe, root)
     errors = []
-    for program, given in zip(programs, calls, strict=True):
-        prompts = (AWKWARD, OTHER_PROMPT) if program.lengths else (AWKWARD,)  # the other's length is another
-        errors += [_verified(program, pipe, given, prompt) for prompt in prompts]
+    for found, given in zip(variants, calls, strict=True):
+        errors += [_verified(found.program, pipe, given, prompt) for prompt in found.prompts]
     return max(errors)
 
 

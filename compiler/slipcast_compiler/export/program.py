@@ -29,6 +29,7 @@ from slipcast.bundle.program import Loop as LoopRecord
 from slipcast.bundle.program import Program as Record
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
+from slipcast.run.texts import fields_of
 from slipcast_compiler.capture.arguments import fixed_arguments, text_arguments
 from slipcast_compiler.capture.cut import Part, Use, kind_of
 from slipcast_compiler.capture.find import Found
@@ -50,7 +51,7 @@ from slipcast_compiler.host.quiet import quiet
 logger = logging.getLogger("slipcast")
 
 TABLE, PROGRAM, PARTS = "table.safetensors", "program.json", "parts.json"
-FIELDS = ("input_ids", "attention_mask", "token_type_ids")
+FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def export_program(
@@ -316,6 +317,7 @@ def _source(
         lower=template.lower,
         strip=template.strip,
         clean=template.clean,
+        unquoted=template.unquoted,
         special_tokens=given.special_tokens,
         shape=(1, str(size) if isinstance(size := program.specs[source.id][0][1], Affine) else size),
         length=next((each.name for each in program.lengths if each.dim is None and each.value == source.id), None),
@@ -337,8 +339,7 @@ def _write_tokenizer(source: Source, tokenizer: Any, folder: Path) -> str:
     made.no_padding() if padding is None else made.enable_padding(**padding)
     made.no_truncation() if given.truncation is None else made.enable_truncation(**given.truncation)
     encoded = made.encode(given.texts[0], add_special_tokens=given.special_tokens)
-    fields = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
-    if fields[source.detail[-1]] != source.value[0].tolist():
+    if fields_of(encoded)[source.detail[-1]] != source.value[0].tolist():
         raise _unknown(f"what {source.detail[0]} gives", "the tokens of its tokenizer.json", "others")
     settings = json.dumps([padding, given.truncation], sort_keys=True).encode()
     name = f"{source.detail[0]}-{hashlib.sha256(settings).hexdigest()[:8]}.json"

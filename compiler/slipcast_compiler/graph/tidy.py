@@ -41,6 +41,17 @@ def _reshape_instead(graph: ir.Graph, node: ir.Node) -> None:
     reshape.outputs[0].name = after.name
 
 
+def _widen_places(graph: ir.Graph, node: ir.Node) -> None:
+    """Places in int32, which torch takes, and ONNX does not."""
+    places = node.inputs[1]
+    if places is None or places.dtype != ir.DataType.INT32:
+        return
+    cast = ir.node("Cast", [places], {"to": ir.DataType.INT64})
+    cast.outputs[0].shape, cast.outputs[0].dtype = places.shape, ir.DataType.INT64
+    graph.insert_before(node, cast)
+    node.replace_input_with(1, cast.outputs[0])
+
+
 def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
     """A mask that is the same for all queries: ONNX lets it broadcast, ONNX Runtime asks for a row per query."""
     query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
@@ -112,5 +123,5 @@ def _describe(node: ir.Node, like: ir.Value, shape: Sequence[int | ir.SymbolicDi
 
 _REWRITES = {
     "Squeeze": _drop_idle_squeeze, "Unsqueeze": _reshape_instead, "Attention": _widen_mask,
-    "GroupNormalization": _spell_out_group_norm,
+    "GroupNormalization": _spell_out_group_norm, "GatherND": _widen_places,
 }  # fmt: skip

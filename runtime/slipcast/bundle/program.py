@@ -33,23 +33,26 @@ Shape = tuple[int | str, ...]
 
 class PromptSource(Strict):
     """What a tokenizer gives for a text: `prefix` + the user's text + `suffix`, or, without `argument`, these alone.
+    Its `position_ids` count tokens from 0 on; what pads them is 0.
 
     `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
     them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice
-    over, and blanks between words are one space. A text that gives another length than that of `shape` is refused; a
-    name there is one of the program's lengths, and so is `length`, that of a text without what pads it.
+    over, and blanks between words are one space. `unquoted`: a text with words between quotation marks is refused,
+    which the pipeline takes apart. A text that gives another length than that of `shape` is refused; a name there is
+    one of the program's lengths, and so is `length`, that of a text without what pads it.
     """
 
     kind: Literal["prompt"] = "prompt"
     value: Name
     tokenizer: BundlePath
-    field: Literal["input_ids", "attention_mask", "token_type_ids"] = "input_ids"
+    field: Literal["input_ids", "attention_mask", "token_type_ids", "position_ids"] = "input_ids"
     argument: ArgumentName | None
     prefix: str = ""
     suffix: str = ""
     lower: bool = False
     strip: bool = False
     clean: bool = False
+    unquoted: bool = False
     special_tokens: bool = True
     dtype: Literal["int64", "int32"] = "int64"
     shape: tuple[Literal[1], Positive | Name]

@@ -6,6 +6,7 @@ import html
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from slipcast.run.tokenizer import OnLongPrompt, shorten
 
 logger = logging.getLogger("slipcast")
 
+_QUOTED = re.compile(r"""'.*?'|".*?"|\u2018.*?\u2019|\u201c.*?\u201d""", re.DOTALL)
 Tokens = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
@@ -50,6 +52,8 @@ class ProgramTexts:
             given = dict.fromkeys(image[source.argument] for image in texts) if source.argument else {"": None}
             made = found.setdefault(source.value, {})
             for text in given:
+                if source.argument and source.unquoted:
+                    _check_unquoted(source.argument, text)
                 whole = render(source, text)
                 key = source.tokenizer, source.special_tokens, whole
                 if key not in encodings:
@@ -67,12 +71,21 @@ class ProgramTexts:
 
     def _field(self, source: PromptSource, encoding: Any, text: str) -> Tokens:
         """int [1, length] of what the source takes of an encoding."""
-        by_field = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        row = getattr(encoding, by_field[source.field])
+        row = fields_of(encoding)[source.field]
         _check_length(source, text, len(row), self._ranges[source.value])
         if source.length:
             _check_length(source, text, sum(encoding.attention_mask), self._lengths[source.length])
         return np.array([row], source.dtype)
+
+
+def fields_of(encoding: Any) -> dict[str, list[int]]:
+    """What an encoding holds, by the names of what a tokenizer gives."""
+    mask = encoding.attention_mask
+    positions = [max(0, count - 1) for count in accumulate(mask)]
+    return {
+        "input_ids": encoding.ids, "attention_mask": mask, "token_type_ids": encoding.type_ids,
+        "position_ids": positions,
+    }  # fmt: skip
 
 
 def render(source: PromptSource, text: str) -> str:
@@ -87,6 +100,16 @@ def clean_text(text: str) -> str:
     """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the
     ends."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def _check_unquoted(name: str, text: str) -> None:
+    if quoted := _QUOTED.search(text):
+        raise RequestError(
+            f"{name} has quoted words, for which the pipeline does something else than this bundle: {shorten(text)}",
+            expected="a text without words between quotation marks",
+            got=shorten(quoted.group()),
+            hint="leave the quotation marks out",
+        )
 
 
 def _check_length(source: PromptSource, text: str, length: int, legal: LengthRange) -> None:

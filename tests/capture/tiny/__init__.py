@@ -89,7 +89,9 @@ PIPELINES: dict[str, Tiny] = {
     "stable_audio_edm": Tiny(frames.stable_audio_edm, STEPS | {"audio_end_in_s": 1.0}),
 }
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
-LENGTHS = ("wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1")
+LENGTHS = (
+    "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1", "lumina_2", "z_image",
+)  # fmt: skip
 
 
 @cache

@@ -1,0 +1,160 @@
+"""The program of a call for prompts of any length, of captures for some."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.call import PROMPT
+from slipcast_compiler.capture.generalise import (
+    extend,
+    form_of,
+    generalise,
+    is_within,
+    unify,
+    without_insides,
+)
+from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.texts import (
+    AWKWARD,
+    OTHER_PROMPT,
+    SHORT,
+    UNQUOTED,
+    Template,
+    find_templates,
+    with_others,
+)
+from slipcast_compiler.host.quiet import quiet
+
+# Of a text: the first that the pipeline does not cut is the longest; together they tell laws that pad.
+WORDS = (500, 250, 120, 60, 90, 75, 45, 30, 15, 10, 4)
+Make = Callable[[str], Mapping[str, Any]]  # from a prompt to a call
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A program, how texts reach its tokenizers, by source, and the call. `prompts`: on which it has to be verified;
+    those whose captures left out some of its operators, such as padding where none was missing, are among them.
+    `captured`: the prompts that it was made of. `opaque`: whether what calls do inside is left out."""
+
+    program: Program
+    templates: Mapping[int, Template]
+    call: Mapping[str, Any]
+    prompts: tuple[str, ...]
+    captured: tuple[str, ...]
+    opaque: bool
+
+
+def capture_prompted(pipe: Any, call: Make) -> Prompted:
+    """Capture pipe(**call(prompt)) for two prompts, one of them awkward; where their lengths are to be seen in what it
+    does, for a short and a long one too. Where quoted words go another way, of texts without quotation marks.
+
+    RecipeError where captures are not of one program.
+    """
+    try:
+        return _capture_for(pipe, call, AWKWARD)
+    except RecipeError as refused:
+        try:
+            found = _capture_for(pipe, call, UNQUOTED)
+        except RecipeError:
+            raise refused from None
+    return replace(found, templates={value: replace(each, unquoted=True) for value, each in found.templates.items()})
+
+
+def capture_again(pipe: Any, call: Make, prompted: Prompted) -> Program:
+    """What is the same as a program but for a number in the call: for the prompts that it was made of, if it follows
+    their lengths, else for one. RecipeError where captures are not of one program."""
+    with quiet():
+        if not prompted.program.lengths:
+            programs = [_capture(pipe, call, PROMPT)]
+        else:
+            programs = [_capture(pipe, call, prompt) for prompt in prompted.captured]
+    programs = [without_insides(program) for program in programs] if prompted.opaque else programs
+    program = generalise(programs)
+    if len(program.lengths) != len(prompted.program.lengths):
+        return program
+    pairs = zip(program.lengths, prompted.program.lengths, strict=True)
+    lengths = tuple(replace(own, minimum=its.minimum, maximum=its.maximum) for own, its in pairs)
+    return replace(program, lengths=lengths)
+
+
+def _capture(pipe: Any, call: Make, prompt: str) -> Program:
+    """With other prompts that are of other lengths, too."""
+    words = len(prompt.split())
+    others: dict[str, Callable[[str], str]] = {
+        PROMPT: lambda text: text,
+        AWKWARD: lambda text: f"{text} a a a",
+        UNQUOTED: lambda text: f"{text} a a a",
+        SHORT: lambda _: SHORT,
+    }
+    return capture(pipe, with_others(call(prompt), others.get(prompt, lambda _: _words(words - words // 5))))
+
+
+def _words(count: int) -> str:
+    return " ".join([SHORT] * count)
+
+
+def _capture_for(pipe: Any, call: Make, awkward: str) -> Prompted:
+    with quiet():
+        captured = {prompt: _capture(pipe, call, prompt) for prompt in (PROMPT, awkward)}
+        first, second = captured.values()
+        made = _Made(program, (PROMPT,)) if (program := unify([first, second])) else _for_lengths(pipe, call, captured)
+    one, other = call(PROMPT), with_others(call(awkward), lambda text: f"{text} a a a")
+    templates = find_templates((first, second), (one, other))
+    same = zip(first.needed_sources, made.program.needed_sources, strict=True)
+    by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
+    others = (OTHER_PROMPT,) if made.program.lengths else ()  # of a length that was not captured
+    prompts = tuple(dict.fromkeys((awkward, *others, *made.unlike)))
+    return Prompted(made.program, by_source, one, prompts, made.captured, made.opaque)
+
+
+@dataclass(frozen=True)
+class _Made:
+    program: Program
+    captured: tuple[str, ...]
+    unlike: tuple[str, ...] = ()
+    opaque: bool = False
+
+
+def _for_lengths(pipe: Any, call: Make, given: Mapping[str, Program]) -> _Made:
+    """Of the longest text with which these and a short one have a program in common; if none has, of the texts for
+    which most is done, to be verified on the others. RecipeError where there is none."""
+    few = {**given, SHORT: _capture(pipe, call, SHORT)}
+    captured = dict(few)
+    for text in map(_words, WORDS):
+        try:
+            captured[text] = _capture(pipe, call, text)
+            return _Made(generalise([*few.values(), captured[text]]), (*few, text))
+        except RecipeError as error:  # of the pipeline, which may take no text of this length, or of what was captured
+            refused = error
+    for alike in _alike(captured):
+        unlike = {text: program for text, program in captured.items() if text not in alike}
+        if len(alike) > 1 and all(is_within(program, next(iter(alike.values()))) for program in unlike.values()):
+            with contextlib.suppress(RecipeError):
+                return _Made(extend(generalise([*alike.values()]), [*unlike.values()]), tuple(alike), tuple(unlike))
+    return _of_opaque_calls(captured, refused)
+
+
+def _of_opaque_calls(captured: Mapping[str, Program], refused: RecipeError) -> _Made:
+    """The same where what components do inside cannot be made one: they may follow sizes by themselves."""
+    opaque = {text: without_insides(program) for text, program in captured.items()}
+    texts = tuple(opaque)
+    few = [opaque.pop(text) for text in texts[:3]]
+    if program := unify(few[:2]):
+        return _Made(program, (PROMPT,), opaque=True)
+    for text, longest in opaque.items():
+        with contextlib.suppress(RecipeError):
+            return _Made(generalise([*few, longest]), (*texts[:3], text), opaque=True)
+    raise refused
+
+
+def _alike(programs: Mapping[str, Program]) -> list[dict[str, Program]]:
+    """By text, those that run the same operators; first those that run the most of them."""
+    groups: dict[Any, dict[str, Program]] = {}
+    for text, program in programs.items():
+        groups.setdefault(form_of(program), {})[text] = program
+    return [groups[form] for form in sorted(groups, key=len, reverse=True)]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-_HOLD_NOTHING = ("builtins", "torch", "numpy", "PIL", "tokenizers", "types", "functools", "enum")
+_HOLD_NOTHING = ("slipcast_compiler", "builtins", "torch", "numpy", "PIL", "tokenizers", "types", "functools", "enum")
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 Kind = Literal["prompt", "noise", "image", "weight", "given"]
 Path = tuple[Any, ...]  # attributes, keys and places on the way to a leaf

@@ -16,8 +16,9 @@ from tiny import call_of, open_pipeline
 import slipcast
 from slipcast.errors import RecipeError, RequestError
 from slipcast_compiler.capture.call import make_call
-from slipcast_compiler.capture.find import find_each
+from slipcast_compiler.capture.find import find_each, find_for
 from slipcast_compiler.capture.listed import combinations
+from slipcast_compiler.capture.parts import describe_parts
 from slipcast_compiler.recipe.targets import TargetTable
 
 PROMPT = "a large blue star on a black background"
@@ -123,3 +124,13 @@ def test_a_bundle_of_sizes_and_guidance(tmp_path: Path) -> None:
                 with torch.no_grad():
                     wanted = pipe(**called(each, PROMPT, 7))["images"].numpy()
                 assert distance(found[0], wanted)["psnr"] >= 60
+
+
+def test_what_is_said_of_parts_that_programs_of_other_forms_share() -> None:
+    """Their values have other numbers in each."""
+    pipe = open_pipeline("stable_diffusion")
+    given = combinations(pipe, {"guidance_scale": [5.0, 1.0], "negative_prompt": "blurry"})
+    calls = [lambda prompt, each=each: call_of("stable_diffusion", prompt, 1) | each for each in given]
+    parts = describe_parts(find_for(pipe, calls), pipe)
+    assert parts["denoiser"]["reads"].items() >= {"noise": 1, "prompt": 1}.items()
+    assert parts["decoder"]["reads"] == {"noise": 1} and {"denoiser_2", "conditioning_2"} <= set(parts)

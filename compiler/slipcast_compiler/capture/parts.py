@@ -8,7 +8,7 @@ from typing import Any
 
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
-from slipcast_compiler.capture.program import Call, Program
+from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import count_parameters
 
 # When a part of a program runs, by the beginning of its name.
@@ -41,7 +41,7 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
                 "operators": len(part.events) - len(modules),
                 "uses": inside.get(part.name, 0) + sum(use.part == part.name for use in variant.cut.uses),
                 "constants": len(part.table),
-                "reads": _reads(part, program),
+                "reads": _reads(part),
             }
             found.setdefault(part.name, made)
     return found
@@ -74,8 +74,8 @@ def _mixes(part: dict[str, Any]) -> bool:
     return len(part["reads"]) > 1 or bool(part["constants"])
 
 
-def _reads(part: Part, program: Program) -> dict[str, int]:
+def _reads(part: Part) -> dict[str, int]:
     """How many of its inputs are bound by noise, by pictures and by texts; the later binds."""
-    binding = program.binding
+    binding = part.program.binding
     kinds = [next((kind for kind in READS if kind in binding[value]), "") for value in part.inputs]
     return {kind: kinds.count(kind) for kind in READS if kind in kinds}

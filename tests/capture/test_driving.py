@@ -31,6 +31,8 @@ DRIVEN = {
     "pixart_alpha": ("dpmpp_2m", "linspace", {"timestep", "guidance"}),
     "stable_diffusion_3": ("euler", "flow", {"timestep", "guidance"}),
     "flux": ("euler", "flow_uniform", {"timestep", "guidance"}),
+    "sana": ("dpmpp_2m", "flow_even", {"timestep", "guidance"}),  # solvers on noise over signal
+    "wan": ("unipc", "flow_even", {"timestep", "guidance"}),
     "ddpm": ("ddpm", "leading", {"timestep"}),
     "latent_consistency": ("lcm", "lcm", {"timestep"}),  # its guidance is an embedding, of as many numbers
 }
@@ -84,7 +86,7 @@ def test_a_shift_that_the_pipeline_computes_is_found() -> None:
     ("name", "why"),
     [
         ("stable_diffusion_3_inpaint", "its latents are changed between two steps"),
-        ("wan", "use_flow_sigmas"),
+        ("sana_sprint", "slipcast has no sampler in the place of"),
         ("stable_audio_edm", "slipcast has no sampler in the place of"),
     ],
 )
@@ -103,6 +105,16 @@ def test_what_a_recipe_asks_for() -> None:
     made = resample(own, find_scheduler(pipe), SamplingTable(sampler="dpmpp_2m", schedule="karras", steps=9))
     assert (made.sampler, made.schedule, made.steps) == ("dpmpp_2m", "karras", 9)
     assert made.noise.beta_end == own.noise.beta_end
+    pipe, program = captured("flux")
+    flow = drive(program, find_scheduler(pipe), STEPS).sampling
+    solver = resample(flow, find_scheduler(pipe), SamplingTable(sampler="dpmpp_2m", steps=4))
+    assert (solver.noise.prediction, solver.schedule, solver.noise.shift) == (
+        "flow_ratio",
+        "flow_uniform",
+        flow.noise.shift,
+    )
+    np.testing.assert_allclose(solver.lay().timesteps, flow.lay(4).timesteps)
+    pipe, program = captured("stable_diffusion_xl")
     listed = resample(own, find_scheduler(pipe), SamplingTable(timesteps=(900.0, 500.0, 100.0)))
     assert (listed.steps, listed.schedule, listed.timesteps) == (3, None, (900.0, 500.0, 100.0))
 

@@ -34,13 +34,15 @@ def test_a_perfect_model_gives_x0(prediction: str, sigma: float) -> None:
 def test_a_perfect_flow_model_gives_x0(t: float) -> None:
     x0, eps = COND.astype(np.float64), UNCOND.astype(np.float64)
     np.testing.assert_allclose(PREDICTIONS["flow"]((1 - t) * x0 + t * eps, eps - x0, t), x0, atol=1e-12)
+    sigma = min(t, 0.999) / (1 - min(t, 0.999))
+    np.testing.assert_allclose(PREDICTIONS["flow_ratio"](x0 + sigma * eps, eps - x0, sigma), x0, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_the_denoiser_scales_tells_the_time_and_keeps_float32(prediction: str, library: str) -> None:
     process = NoiseProcess(prediction=prediction)
-    sigmas = [1.0, 0.5, 0.0] if prediction == "flow" else [10.0, 1.0, 0.0]
+    sigmas = [0.75, 0.5, 0.0] if process.is_flow else [10.0, 1.0, 0.0]
     schedule, seen = from_sigmas(process, sigmas, "euler"), []
 
     def predict(x, timestep: float):
@@ -48,8 +50,8 @@ def test_the_denoiser_scales_tells_the_time_and_keeps_float32(prediction: str, l
         return 0.5 * x
 
     x = COND if library == "numpy" else torch.from_numpy(COND)
-    d = Denoiser(process, schedule, predict)(x, sigmas[0])
-    scale = 1.0 if prediction == "flow" else 1 / math.sqrt(101)
+    d = Denoiser(process, schedule, predict)(x, schedule.sigmas[0])
+    scale = {"flow": 1.0, "flow_ratio": 0.25}.get(prediction, 1 / math.sqrt(101))
     assert d.dtype == x.dtype
     assert d.shape == x.shape
     np.testing.assert_allclose(np.asarray(seen[0][0]), COND * np.float32(scale), rtol=1e-6)

@@ -98,6 +98,8 @@ def _candidates(program: Program, scheduler: Any, steps: int) -> list[Sampling]:
     name = config["_class_name"]
     if name in FLOW:
         return _flows(program, config, FLOW[name], steps)
+    if config.get("use_flow_sigmas"):
+        return _ratios(config, steps)
     found = []
     for base, (class_name, settings) in CLASSES.items():
         if class_name == name and all(config.get(key, value) == value for key, value in settings.items()):
@@ -106,6 +108,26 @@ def _candidates(program: Program, scheduler: Any, steps: int) -> list[Sampling]:
             found.append(Sampling(sampler=sampler, schedule=schedule, steps=steps, guidance_scale=1.0, noise=process))
     if not found:
         raise not_driven(f"slipcast has no sampler in the place of {name}", name)
+    return found
+
+
+def _ratios(config: Mapping[str, Any], steps: int) -> list[Sampling]:
+    """Of flow matching, by a solver that works on noise over signal."""
+    process = replace(
+        NoiseProcess(prediction="flow_ratio"),
+        num_train_timesteps=config["num_train_timesteps"],
+        shift=float(config.get("flow_shift") or 1.0),
+        final_sigmas_type=config.get("final_sigmas_type", "zero"),
+    )
+    found = []
+    for base, (class_name, settings) in CLASSES.items():
+        if class_name == config["_class_name"] and all(config.get(key, each) == each for key, each in settings.items()):
+            sampler = with_options(config, base)
+            found.append(
+                Sampling(sampler=sampler, schedule="flow_even", steps=steps, guidance_scale=1.0, noise=process)
+            )
+    if not found:
+        raise not_driven(f"slipcast has no sampler in the place of {config['_class_name']}", "use_flow_sigmas")
     return found
 
 

@@ -143,7 +143,7 @@ def _without_steps(program: Program, cut: Cut, driven: Driven) -> tuple[Cut, Loo
     }
     if read & made - {result}:
         raise not_driven("more than the last latent is read after its steps", str(len(read & made)))
-    vp = find_sampler(driven.sampling.sampler).grid.start == "vp"
+    vp = driven.sampling.noise.is_flow or find_sampler(driven.sampling.sampler).grid.start == "vp"
     loop = Loop(
         driven.sampling, uses[0], len(before), marks[0].sample.id, marks[0].output.id, result, vp, {}, None, None
     )

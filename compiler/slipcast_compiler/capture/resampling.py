@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
-from slipcast.sampling.samplers import base_name
+from slipcast.sampling.samplers import base_name, find_sampler
 from slipcast_compiler.capture.cut import kind_of
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.loop import START, Loop
@@ -55,11 +56,12 @@ def resample(sampling: Sampling, scheduler: Any, asked: ReferenceTable) -> Sampl
     """The same with what a recipe asks for in its place; RecipeError where the checkpoint's scheduler forbids it."""
     base = asked.sampler or base_name(sampling.sampler)
     process, sampler = sampling.noise, sampling.sampler
-    if asked.sampler and process.prediction != "flow":
+    if asked.sampler and process.is_flow:
+        own = find_sampler(base).flow  # of its own coordinates, or noise over signal
+        process, sampler = replace(process, prediction="flow" if own else "flow_ratio"), base
+    elif asked.sampler:
         config = {**dict(scheduler.config), "_class_name": type(scheduler).__name__}
         process, sampler = read_process(config, base, prompted=False), with_options(config, base)
-    elif asked.sampler:
-        sampler = base
     explicit = asked.timesteps or (asked.sigmas and asked.sigmas[:-1])
     given = {
         "sampler": sampler,
@@ -81,7 +83,7 @@ def _check_start(loop: Loop, made: Sampling) -> None:
     before, after = loop.sampling.lay().sigmas[0], made.lay().sigmas[0]
     if (
         loop.vp
-        or loop.sampling.noise.prediction == "flow"
+        or loop.sampling.noise.is_flow
         or any(kind_of(name) == START for name in loop.columns)
         or before == after
     ):

@@ -182,7 +182,7 @@ def has_scheduler(sampling: Sampling) -> bool:
     known = sampling.schedule in SCHEDULERS.get(base, ())
     # To t - T // n, or to the next timestep: the same where n divides T.
     known |= base in _STRIDING and sampling.schedule == "trailing" and noise.num_train_timesteps % sampling.steps == 0
-    flow = noise.prediction == "flow"
+    flow = noise.is_flow
     return known and not flow and not sampling.requires  # its pipelines guide every step
 
 

@@ -14,8 +14,11 @@ from slipcast.sampling.schedules import NoiseProcess, Schedule
 
 
 def input_scale(prediction: str, sigma: float) -> float:
-    """Factor from x = x0 + sigma * eps to what the model reads: unit variance for VP models, x itself for flow."""
-    return 1.0 if prediction == "flow" else 1.0 / math.sqrt(1.0 + sigma * sigma)
+    """Factor from x = x0 + sigma * eps to what the model reads: unit variance for VP models; for flow x itself, which
+    is (1 - t) * x0 + t * eps, and for flow_ratio, whose sigma is t / (1 - t), the same."""
+    if prediction == "flow":
+        return 1.0
+    return 1.0 / (1.0 + sigma) if prediction == "flow_ratio" else 1.0 / math.sqrt(1.0 + sigma * sigma)
 
 
 def _from_epsilon(x: Array, output: Array, sigma: float) -> Array:
@@ -32,6 +35,11 @@ def _from_sample(x: Array, output: Array, sigma: float) -> Array:
     return output
 
 
+def _from_velocity(x: Array, output: Array, sigma: float) -> Array:
+    """Of a flow model, eps - x0, where x is x0 + sigma * eps: x_t - t * v for x_t = x / (1 + sigma)."""
+    return (x - sigma * output) * (1.0 / (1.0 + sigma))
+
+
 # A flow model's velocity is eps - x0 (arXiv 2210.02747), so x_t - t * v is x0: the formula of eps, in other
 # coordinates.
 PREDICTIONS: dict[str, Callable[[Array, Array, float], Array]] = {
@@ -39,6 +47,7 @@ PREDICTIONS: dict[str, Callable[[Array, Array, float], Array]] = {
     "v_prediction": _from_v,
     "sample": _from_sample,
     "flow": _from_epsilon,
+    "flow_ratio": _from_velocity,
 }
 
 

@@ -312,6 +312,7 @@ class Grid:
     set_alpha_to_one says (where it is silent: `config_one` zero, `config_first` first) or as its final_sigmas_type does
     (`config_final`; `config_last`: of karras, exponential and beta it is then the last that was laid).
     start: the first x is unit noise in variance-preserving coordinates (`vp`), or depends on the spacing (`spacing`).
+    flow_from_last: of the schedule flow_even, whose times then end at 0 and not at the first of training.
     clamped: where training ends with no signal, abar is held at 2**-24 there, for the sigma to be finite.
     """
 
@@ -325,6 +326,7 @@ class Grid:
     terminal: Literal["zero", "first", "config_one", "config_first", "config_final", "config_last"] = "zero"
     start: Literal["vp", "spacing"] = "vp"
     clamped: bool = True
+    flow_from_last: bool = False
 
 
 # DDPM, DDIM, PNDM, LCM. They know only leading, linspace and trailing in diffusers; elsewhere they round, as is their
@@ -345,7 +347,7 @@ CONTINUOUS = Grid(
 EULER = replace(CONTINUOUS, terminal="config_final")
 KDPM2 = Grid(spacing="linspace", whole=False, span="spaced", others="exact", start="spacing")
 # DPMSolverMultistep, UniPC, DEIS: cast to integers, which rounds down unless they round first.
-DPMPP = Grid(spacing="linspace", extra=1, karras_cosine="floor", terminal="config_final")
+DPMPP = Grid(spacing="linspace", extra=1, karras_cosine="floor", terminal="config_final", flow_from_last=True)
 UNIPC = Grid(spacing="linspace", extra=1, terminal="config_last")
 DEIS = Grid(spacing="linspace", extra=1, terminal="first")
 

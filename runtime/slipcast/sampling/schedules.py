@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeAlias
 
@@ -116,7 +116,7 @@ class NoiseProcess:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    prediction: str = "epsilon"  # epsilon, v_prediction, sample or flow
+    prediction: str = "epsilon"  # epsilon, v_prediction, sample, flow, or flow_ratio: flow by noise over signal
     rescale_betas_zero_snr: bool = False
     timestep_spacing: str | None = None
     steps_offset: int = 0
@@ -199,8 +199,9 @@ class NoiseProcess:
         timesteps to whole numbers, where the last bit of a sigma decides. With rescale_betas_zero_snr the last one
         would be infinite; abar is held at 2**-24 there, as diffusers' Euler and DPM-Solver schedulers do.
         """
-        if self.prediction == "flow":
-            return _shifted(np.arange(1, self.num_train_timesteps + 1) / self.num_train_timesteps, self.shift)
+        if self.is_flow:
+            times = np.arange(1, self.num_train_timesteps + 1) / self.num_train_timesteps
+            return self.levels(_shifted(times, self.shift))
         if self.trained_betas is not None:
             betas = np.array(self.trained_betas, np.float32)
         else:
@@ -213,6 +214,19 @@ class NoiseProcess:
         sigmas: Floats32 = np.sqrt((1 - abar) / abar)
         return sigmas.astype(np.float64)
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model was trained on straight paths from data to noise: in either of two coordinates."""
+        return self.prediction in ("flow", "flow_ratio")
+
+    def levels(self, times: Floats) -> Floats:
+        """Noise levels of times in [0, 1] of flow matching: the times; or noise over signal, t / (1 - t), for samplers
+        that know no other, held below infinity and in float32 as diffusers does."""
+        if self.prediction == "flow":
+            return times
+        held = np.minimum(times, 1 - 1e-6).astype(np.float32).astype(np.float64)
+        return held / (1 - held)
+
     @cached_property
     def log_sigmas(self) -> Floats:
         """The logarithms of `sigmas`, rounded to float32 as diffusers has them."""
@@ -222,20 +236,21 @@ class NoiseProcess:
     def clipped_timesteps(self) -> int:
         """How many of the training timesteps a spacing reaches: all, but for those below lambda_min_clipped."""
         total = self.num_train_timesteps
-        if self.lambda_min_clipped is None or self.prediction == "flow":
+        if self.lambda_min_clipped is None or self.is_flow:
             return total
         return total - int((-self.log_sigmas < self.lambda_min_clipped).sum())
 
     def sigma_at(self, timesteps: Floats) -> Floats:
-        """Sigmas of (possibly fractional) timesteps, linear between those of the table; for flow sigma = t / T."""
-        if self.prediction == "flow":
-            return timesteps / self.num_train_timesteps
+        """Sigmas of (possibly fractional) timesteps, linear between those of the table; for flow those of t / T."""
+        if self.is_flow:
+            return self.levels(timesteps / self.num_train_timesteps)
         return np.interp(timesteps, np.arange(len(self.sigmas)), self.sigmas)
 
     def timestep_at(self, sigmas: Floats) -> Floats:
-        """Fractional timesteps of sigmas, linear in log sigma between those of the table; for flow t = sigma * T."""
-        if self.prediction == "flow":
-            return sigmas * self.num_train_timesteps
+        """Fractional timesteps of sigmas, linear in log sigma between those of the table; for flow t = time * T."""
+        if self.is_flow:
+            times = sigmas if self.prediction == "flow" else sigmas / (1 + sigmas)
+            return times * self.num_train_timesteps
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), self.log_sigmas, np.arange(len(self.sigmas)))
 
 
@@ -296,7 +311,7 @@ def _spaced(process: NoiseProcess, steps: int, grid: Grid, spacing: str) -> Poin
     DDIM and PNDM in diffusers step from t to t - T // n, not to the next timestep of the list. That is the same for
     leading, and for trailing where n divides T; elsewhere theirs leave gaps or overlap, and ours do not follow.
     """
-    if process.prediction == "flow":
+    if process.is_flow:
         return _flow(process, steps, grid)
     total = process.clipped_timesteps
     if spacing == "leading":
@@ -345,6 +360,17 @@ def _flow_uniform(process: NoiseProcess, steps: int, grid: Grid) -> Points:
     return sigmas, process.timestep_at(sigmas)
 
 
+def _flow_even(process: NoiseProcess, steps: int, grid: Grid) -> Points:
+    """Even times, shifted, without the last, in whole timesteps, as diffusers' solvers on noise over signal have them."""
+    total = process.num_train_timesteps
+    times = np.linspace(1, 1 / total, steps + 1)[:-1]
+    if grid.flow_from_last:
+        times = np.flip(1.0 - np.linspace(1, 1 / total, steps + 1))[:-1]
+    times = _shifted(times, process.shift)
+    times = np.where(np.abs(times - 1) < 1e-6, times - 1e-6, times)
+    return times, np.floor(times * total)
+
+
 def _lcm(process: NoiseProcess, steps: int, grid: Grid) -> Points:
     """The 50 timesteps latent consistency models (arXiv 2310.04378) are distilled on, thinned as by LCMScheduler."""
     origin = min(process.original_inference_steps, process.num_train_timesteps)
@@ -358,14 +384,14 @@ def _lcm(process: NoiseProcess, steps: int, grid: Grid) -> Points:
 def _round(process: NoiseProcess, sigmas: Floats, how: Rounding) -> Points:
     """Give sigmas their timesteps, in whole numbers where the sampler's family has them so."""
     timesteps = process.timestep_at(sigmas)
-    if process.prediction == "flow" or how == "exact":
+    if process.is_flow or how == "exact":
         return sigmas, timesteps
     return sigmas, np.round(timesteps) if how == "round" else np.floor(timesteps)
 
 
 def _span(process: NoiseProcess, steps: int, grid: Grid) -> tuple[float, float]:
     """The largest and the smallest sigma that karras, exponential and beta run between."""
-    if process.prediction != "flow" and (grid.span == "table" or process.interpolation_type == "log_linear"):
+    if not process.is_flow and (grid.span == "table" or process.interpolation_type == "log_linear"):
         high, low = float(process.sigmas[-1]), float(process.sigmas[0])
     else:
         sigmas, _ = _spaced(process, steps, grid, process.timestep_spacing or grid.spacing)
@@ -429,9 +455,10 @@ SCHEDULES: dict[str, Callable[[NoiseProcess, int, Grid], Points]] = {
     "lcm": _lcm,
     "flow": _flow,
     "flow_uniform": _flow_uniform,
+    "flow_even": _flow_even,
 }
-_FOR_FLOW = frozenset({"flow", "flow_uniform", "karras", "exponential", "beta"})
-_FOR_VP = frozenset(SCHEDULES) - {"flow", "flow_uniform"}
+_FOR_FLOW = frozenset({"flow", "flow_uniform", "flow_even", "karras", "exponential", "beta"})
+_FOR_VP = frozenset(SCHEDULES) - {"flow", "flow_uniform", "flow_even"}
 
 
 def make_schedule(process: NoiseProcess, name: str, steps: int, sampler: str = "dpmpp_2m") -> Schedule:
@@ -445,11 +472,15 @@ def make_schedule(process: NoiseProcess, name: str, steps: int, sampler: str = "
     total = process.num_train_timesteps
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= total:
         raise RequestError("steps out of range", expected=f"an integer from 1 to {total}", got=repr(steps))
-    legal = _FOR_FLOW if process.prediction == "flow" else _FOR_VP
+    legal = _FOR_FLOW if process.is_flow else _FOR_VP
     if name not in legal:
         candidates = ", ".join(n for n in SCHEDULES if n in legal)
         raise RequestError(f"not a schedule for {process.prediction} prediction", expected=candidates, got=repr(name))
-    sigmas, timesteps = SCHEDULES[name](process, steps, find_sampler(sampler).grid)
+    # Schedules of flow matching lay times; what they are as noise over signal follows.
+    laid_on = replace(process, prediction="flow") if process.is_flow else process
+    sigmas, timesteps = SCHEDULES[name](laid_on, steps, find_sampler(sampler).grid)
+    if process.prediction == "flow_ratio":
+        sigmas = process.levels(sigmas)
     return _finish(process, sigmas, timesteps, sampler, name if name in SPACINGS else None)
 
 
@@ -474,7 +505,7 @@ def _finish(
 
 def _last(process: NoiseProcess, sigmas: Floats, grid: Grid, spacing: str | None) -> float:
     """The terminal sigma."""
-    if process.prediction == "flow":
+    if process.is_flow and process.final_sigmas_type == "zero":
         return 0.0
     smallest = float(process.sigmas[0])
     if spacing and process.interpolation_type == "log_linear":
@@ -493,18 +524,20 @@ def _last(process: NoiseProcess, sigmas: Floats, grid: Grid, spacing: str | None
 def from_timesteps(process: NoiseProcess, timesteps: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
     """A schedule from falling timesteps, one per step; at most num_train_timesteps - 1 (flow: num_train_timesteps)."""
     given = np.array(timesteps, np.float64)
-    high = process.num_train_timesteps - (process.prediction != "flow")
+    high = process.num_train_timesteps - (not process.is_flow)
     if given.ndim != 1 or not given.size or given.min() < 0 or given.max() > high:
         raise RequestError("timesteps out of range", expected=f"falling numbers from {high} to 0", got=timesteps)
     return _finish(process, *_laid(process, given, find_sampler(sampler).grid), sampler)
 
 
 def from_sigmas(process: NoiseProcess, sigmas: Sequence[float], sampler: str = "dpmpp_2m") -> Schedule:
-    """A schedule from n + 1 falling sigmas, the last the terminal one (usually 0); timesteps are interpolated."""
+    """A schedule from n + 1 falling sigmas, times of flow matching, the last the terminal one (usually 0); timesteps
+    are interpolated."""
     given = np.array(sigmas, np.float64)
     if given.ndim != 1 or given.size < 2 or not (np.diff(given) < 0).all() or given[-1] < 0:
         raise RequestError("not a list of sigmas", expected="2 or more falling numbers, the last 0 or more", got=sigmas)
     _check_sampler(process, sampler)
+    given = process.levels(given) if process.is_flow else given
     vp = find_sampler(sampler).grid.start == "vp"
     return Schedule(tuple(given.tolist()), tuple(process.timestep_at(given[:-1]).tolist()), process, vp=vp)
 

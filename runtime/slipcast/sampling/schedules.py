@@ -361,7 +361,7 @@ def _flow_uniform(process: NoiseProcess, steps: int, grid: Grid) -> Points:
 
 
 def _flow_even(process: NoiseProcess, steps: int, grid: Grid) -> Points:
-    """Even times, shifted, without the last, in whole timesteps, as diffusers' solvers on noise over signal have them."""
+    """Even times, shifted, without the last, in whole timesteps: as diffusers has them for noise over signal."""
     total = process.num_train_timesteps
     times = np.linspace(1, 1 / total, steps + 1)[:-1]
     if grid.flow_from_last:

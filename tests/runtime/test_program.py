@@ -292,6 +292,24 @@ class TestRequests:
             load(write_program(tmp_path / "b", program=programs.program(sources=sources, lengths=lengths)))
         assert says in str(caught.value)
 
+    @pytest.mark.parametrize("text", ["a 'red' star", 'a "red" star', "\u201cred\u201d star", "\u2018red\u2019"])
+    def test_quoted_words(self, engines: Fakes, tmp_path: Path, text: str) -> None:
+        sources = programs.program()["sources"]
+        sources[0] |= {"unquoted": True}
+        pipe = load(write_program(tmp_path / "b", program=programs.program(sources=sources)))
+        pipe("the artist's star")
+        engines.calls.clear()
+        with pytest.raises(RequestError, match="prompt has quoted words") as caught:
+            pipe(text)
+        assert "red" in str(caught.value.got) and not engines.calls
+
+    def test_positions_of_tokens(self, engines: Fakes, tmp_path: Path) -> None:
+        sources = programs.program()["sources"]
+        sources[0] |= {"field": "position_ids"}
+        load(write_program(tmp_path / "b", program=programs.program(sources=sources)))("a star")
+        given = next(arrays.ids for name, arrays in engines.calls if name == "conditioning")
+        assert given[0, :4].tolist() == [0, 1, 2, 3]
+
     def test_cleaned_texts(self, engines: Fakes, tmp_path: Path) -> None:
         sources = programs.program()["sources"]
         sources[0] |= {"clean": True, "lower": True}

@@ -31,17 +31,17 @@ class Series:
         return self._checked(Affine(self.length.name, scale, values[low] - scale * counts[low]), values)
 
     def padded(self, values: Sequence[int], shifts: Iterable[int]) -> Affine | None:
-        """The same with a multiple to which length + one of `shifts` is padded, the least of those that would do: where
-        they part, nothing is padded, and code does something else. None too where several multiples would do."""
+        """The same with a multiple to which length + one of `shifts` is padded. None too where several would do: these
+        lengths do not tell them apart, and others would."""
         if len(set(self.counts)) < PADDED:
             return None
         found = []
-        for shift in sorted(set(shifts), key=abs):
+        for shift in set(shifts):
             for multiple in MULTIPLES:
                 ups = [-(-(count + shift) // multiple) for count in self.counts]
                 if len(set(ups)) > 1 and (law := self._of_multiple(values, ups, multiple, shift)):
                     found.append(law)
-        return found[0] if len({law.multiple for law in found}) == 1 else None
+        return found[0] if len(found) == 1 else None
 
     def _of_multiple(self, values: Sequence[int], ups: Sequence[int], multiple: int, shift: int) -> Affine | None:
         """By three captures that tell the length from the padded one."""

@@ -51,6 +51,7 @@ PIPELINES: dict[str, Tiny] = {
         text=False,
     ),
     "kandinsky_3": Tiny(unets.kandinsky_3, SIZE),
+    "deep_floyd": Tiny(unets.deep_floyd, STEPS | {"clean_caption": False}),
     "ddpm": Tiny(unets.ddpm, STEPS, text=False),
     "ddim": Tiny(unets.ddim_unconditional, STEPS, text=False),
     "class_transformer": Tiny(unets.class_transformer, STEPS | {"class_labels": [5]}, text=False),
@@ -81,6 +82,7 @@ PIPELINES: dict[str, Tiny] = {
     "hunyuan_image": Tiny(transformers.hunyuan_image, SIZE),
     "cogview_4": Tiny(transformers.cogview_4, SIZE | {"max_sequence_length": 64}),
     "kandinsky_5": Tiny(transformers.kandinsky_5, SIZE | {"height": 64, "width": 64}),
+    "bria": Tiny(transformers.bria, SHORT),
     "ovis_image": Tiny(transformers.ovis_image, SIZE),
     "wan": Tiny(frames.wan, SHORT | {"num_frames": 5}),
     "wan_2_2": Tiny(frames.wan_2_2, SHORT | {"num_frames": 5, "num_inference_steps": 6}),
@@ -91,6 +93,7 @@ PIPELINES: dict[str, Tiny] = {
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = (
     "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1", "lumina_2", "z_image",
+    "bria",
 )  # fmt: skip
 
 

@@ -260,6 +260,19 @@ def chroma() -> Any:
     )  # fmt: skip
 
 
+def bria() -> Any:
+    from diffusers import BriaPipeline, BriaTransformer2DModel
+
+    transformer = BriaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
+    )  # fmt: skip
+    return BriaPipeline(
+        transformer=transformer, vae=flow_autoencoder(), scheduler=flow(), text_encoder=t5_text(),
+        tokenizer=word_tokenizer(128),
+    )  # fmt: skip
+
+
 def hunyuan_dit() -> Any:
     from diffusers import DDPMScheduler, HunyuanDiT2DModel, HunyuanDiTPipeline
     from transformers import BertConfig, BertModel

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tiny.parts import clip_text, clip_tokenizer, ddim, kl_autoencoder, unet, vq_autoencoder, word_tokenizer
+from tiny.parts import clip_text, clip_tokenizer, ddim, kl_autoencoder, t5_text, unet, vq_autoencoder, word_tokenizer
 
 SIZE_AND_CROP = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
 PLAIN: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -126,6 +126,26 @@ def kolors() -> Any:
     )  # fmt: skip
 
 
+def deep_floyd() -> Any:
+    """Of pixels; its scheduler is told the variance by the denoiser."""
+    from diffusers import DDPMScheduler, IFPipeline
+
+    denoiser = unet(
+        sample_size=16, in_channels=3, out_channels=6, encoder_hid_dim=32, addition_embed_type="text",
+        addition_embed_type_num_heads=2, cross_attention_norm="group_norm", resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), act_fn="gelu",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn", attention_head_dim=8,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, prediction_type="epsilon"
+    )
+    return IFPipeline(
+        tokenizer=word_tokenizer(77), text_encoder=t5_text(), unet=denoiser, scheduler=scheduler, watermarker=None,
+        **PLAIN,
+    )  # fmt: skip
+
+
 def kandinsky_2_2() -> Any:
     """The decoder alone, which is given an image's embedding."""
     from diffusers import KandinskyV22Pipeline
@@ -142,8 +162,6 @@ def kandinsky_2_2() -> Any:
 
 def kandinsky_3() -> Any:
     from diffusers import DDPMScheduler, Kandinsky3Pipeline, Kandinsky3UNet
-
-    from tiny.parts import t5_text
 
     denoiser = Kandinsky3UNet(
         time_embedding_dim=4, groups=2, attention_head_dim=4, layers_per_block=3, block_out_channels=(32, 64),

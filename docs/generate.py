@@ -63,7 +63,8 @@ def tables(table: Table, name: str, many: bool = False) -> Iterator[str]:
 def manifest() -> str:
     """Every record of a manifest, once, in the order in which they are met."""
     from slipcast.bundle.manifest import Manifest
-    from slipcast.bundle.program import ImageSource, NoiseSource, ProgramManifest
+    from slipcast.bundle.program_manifest import ProgramManifest
+    from slipcast.bundle.sources import ImageSource, NoiseSource
 
     records: list[Table] = [Manifest, ProgramManifest, NoiseSource, ImageSource]
     parts = []

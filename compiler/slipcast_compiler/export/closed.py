@@ -10,18 +10,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slipcast.bundle.manifest import Component
-from slipcast.bundle.program import (
-    ClosedTexts,
-    ImageSource,
-    NoiseSource,
-    Program,
-    ProgramCall,
-    PromptSource,
-    TableSource,
-    TextArgument,
-    Variant,
-)
+from slipcast.bundle.program import Program, ProgramCall, TextArgument, Variant
 from slipcast.bundle.reader import ProgramBundle, open_any_bundle
+from slipcast.bundle.sources import ClosedTexts, ImageSource, NoiseSource, PromptSource, TableSource
 from slipcast.progress import Advance
 from slipcast.run.calls import Calls
 from slipcast.run.load import load

@@ -19,7 +19,8 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.driving import Column
-from slipcast.bundle.program import Loop, NoiseSource, Program, ProgramCall, Variant
+from slipcast.bundle.program import Loop, Program, ProgramCall, Variant
+from slipcast.bundle.sources import NoiseSource
 from slipcast.engines.onnxruntime import open_engine
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.export.program import PROGRAM, TABLE

@@ -16,17 +16,10 @@ from torch import nn
 from torch.export import Dim
 
 from slipcast.bundle.manifest import Component
-from slipcast.bundle.program import (
-    ImageSource,
-    LengthRange,
-    NoiseSource,
-    Output,
-    ProgramCall,
-    PromptSource,
-    Variant,
-)
+from slipcast.bundle.program import LengthRange, Output, ProgramCall, Variant
 from slipcast.bundle.program import Loop as LoopRecord
 from slipcast.bundle.program import Program as Record
+from slipcast.bundle.sources import ImageSource, NoiseSource, PromptSource
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast.run.texts import fields_of

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from slipcast.bundle.manifest import MANIFEST_NAME, Manifest
-from slipcast.bundle.program import ProgramManifest
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import file_entries
 from slipcast.bundle.records import BaseManifest, FileEntry
 from slipcast.engines.resources import as_resource_error, disk_full

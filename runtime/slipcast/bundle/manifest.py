@@ -16,7 +16,8 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slipcast.bundle.names import ComponentName, Count, Name, Positive, Sha256
-from slipcast.bundle.program import PROGRAM, ProgramManifest
+from slipcast.bundle.program import PROGRAM
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.quality import Comparison, Metrics, Performance, Quality
 from slipcast.bundle.records import (
     FORMATS,

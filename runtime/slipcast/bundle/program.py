@@ -7,123 +7,22 @@ lies within the components of the program.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Count, Name, Positive
-from slipcast.bundle.records import BaseManifest, Component, TensorSpec
 from slipcast.bundle.sampling import Sampling
+from slipcast.bundle.sources import ArgumentName, ClosedTexts, ImageSource, PromptSource, Source, TableSource
 from slipcast.bundle.validation import BundlePath, Strict
 
-NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
 RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "callback_on_step_end")
-CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
 
-ArgumentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 Fixed = int | float | str | bool
 Output = Literal["image", "frames", "audio", "array"]
 Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Shape = tuple[int | str, ...]
-
-
-class PromptSource(Strict):
-    """What a tokenizer gives for a text: `prefix` + the user's text + `suffix`, or, without `argument`, these alone.
-    Its `position_ids` count tokens from 0 on; what pads them is 0.
-
-    `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
-    them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice
-    over, and blanks between words are one space. `unquoted`: a text with words between quotation marks is refused,
-    which the pipeline takes apart. A text that gives another length than that of `shape` is refused; a name there is
-    one of the program's lengths, and so is `length`, that of a text without what pads it.
-    """
-
-    kind: Literal["prompt"] = "prompt"
-    value: Name
-    tokenizer: BundlePath
-    field: Literal["input_ids", "attention_mask", "token_type_ids", "position_ids"] = "input_ids"
-    argument: ArgumentName | None
-    prefix: str = ""
-    suffix: str = ""
-    lower: bool = False
-    strip: bool = False
-    clean: bool = False
-    unquoted: bool = False
-    special_tokens: bool = True
-    dtype: Literal["int64", "int32"] = "int64"
-    shape: tuple[Literal[1], Positive | Name]
-    length: Name | None = None
-
-
-class NoiseSource(Strict):
-    """Standard normal noise of an image's seed, drawn in the order of the sources, as torch's CPU generator does."""
-
-    kind: Literal["noise"] = "noise"
-    value: Name
-    dtype: Literal["float32"] = "float32"
-    shape: tuple[Positive, ...]
-
-
-class ImageSource(Strict):
-    """An array that a run is given. Of the shape [1, 1 or 3, height, width] it is a picture, in [0, 1]: PIL images are
-    converted and resized to it. Others, such as embeddings, are given as they are. `place`: in the list that the
-    argument is; of an argument that is no list there is none."""
-
-    kind: Literal["image"] = "image"
-    value: Name
-    argument: ArgumentName
-    place: Count | None = None
-    dtype: Literal["float32"] = "float32"
-    shape: tuple[Positive, ...]
-
-    @property
-    def name(self) -> str:
-        """What to call it: image, or, in a list, image[1]."""
-        return self.argument if self.place is None else f"{self.argument}[{self.place}]"
-
-    @property
-    def size(self) -> tuple[int, int, int] | None:
-        """[channels, height, width] of a picture; None of another array."""
-        if len(self.shape) != 4 or self.shape[0] != 1 or self.shape[1] not in (1, 3):
-            return None
-        return self.shape[1], self.shape[2], self.shape[3]
-
-
-class TableSource(Strict):
-    """What a prompt of a closed family becomes: a tensor of its table, "<tensor>.<place>" by the prompt's place among
-    them; or "<tensor>" alone, where no text that a run gives decides it."""
-
-    kind: Literal["table"] = "table"
-    value: Name
-    argument: ArgumentName | None
-    tensor: Name
-    dtype: Literal["float32", "int64", "int32"]
-    shape: Shape
-
-    def name_at(self, place: int) -> str:
-        """The tensor's, for a prompt."""
-        return f"{self.tensor}.{place}" if self.argument else self.tensor
-
-
-class ClosedTexts(Strict):
-    """All prompts that a bundle of a closed family takes, and what they become: safetensors, see TableSource."""
-
-    table: BundlePath
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-
-    @field_validator("prompts")
-    @classmethod
-    def _distinct(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(prompts)) != len(prompts):
-            raise ValueError("a prompt is listed twice")
-        return prompts
-
-
-Source = Annotated[PromptSource | NoiseSource | ImageSource | TableSource, Field(discriminator="kind")]
 
 
 class TextArgument(Strict):
@@ -369,80 +268,6 @@ class Program(Variant):
         return self
 
 
-class ProgramManifest(BaseManifest):
-    """Of a bundle of a captured program; what both kinds have means the same as in Manifest."""
-
-    program: Program
-
-    @model_validator(mode="after")
-    def _names_what_it_requires(self) -> Self:
-        if self.requires != (PROGRAM,):
-            raise ValueError(f"requires has to name {PROGRAM}, and nothing else")
-        if any(target.early_exit for target in self.targets):
-            raise ValueError("a program has no early_exit")
-        return self
-
-    @model_validator(mode="after")
-    def _calls_fit_components(self) -> Self:
-        for place, variant in enumerate(self.program.every):
-            self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
-        called = {call.component for variant in self.program.every for call in variant.every_call}
-        if unused := sorted(set(self.components).difference(called)):
-            raise ValueError(f"components.{unused[0]}: no call of the program needs it")
-        return self
-
-    def _check_calls(self, variant: Variant, name: str) -> None:
-        known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}
-        columns, loop = variant.loop.columns if variant.loop else {}, variant.loop
-        for place, call in enumerate(variant.every_call):
-            where = f"{name}.calls[{place}]"
-            if (component := self.components.get(call.component)) is None:
-                raise ValueError(f"{where}: no component {call.component!r}")
-            _check_names(where, call, component, columns)
-            for spec in component.inputs:
-                if spec.name in call.inputs:
-                    _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
-            outputs = {spec.name: spec for spec in component.outputs}
-            known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
-            if loop and loop.output in call.outputs.values():
-                _check_loop(f"{name}.loop", known, loop)
-        for value in variant.results:
-            _check_result(f"{name}.results", value, known[value], self.program.output)
-
-    @property
-    def takes_prompt(self) -> bool:
-        """Whether it draws what a text says, which has to be given."""
-        prompt = self.program.arguments.get("prompt")
-        return prompt is not None and prompt.default is None and prompt.same_as is None
-
-    @property
-    def shared_files(self) -> list[str]:
-        """What is read whatever the target: tokenizers and the table."""
-        sources = (source for variant in self.program.every for source in variant.sources)
-        tokenizers = [source.tokenizer for source in sources if isinstance(source, PromptSource)]
-        tables = [self.program.table, self.program.closed and self.program.closed.table]
-        return [*dict.fromkeys(tokenizers), *(table for table in tables if table)]
-
-    def specs(self, variant: Variant) -> dict[str, TensorSpec]:
-        """By value that a call of a variant makes, what it is."""
-        found: dict[str, TensorSpec] = {}
-        for call in variant.every_call:
-            outputs = {spec.name: spec for spec in self.components[call.component].outputs}
-            found |= {value: outputs[name] for name, value in call.outputs.items()}
-        if variant.loop:
-            found[variant.loop.result] = found[variant.loop.output]
-        return found
-
-
-def tabled(
-    call: ProgramCall, component: Component, columns: Mapping[str, Column] = NO_COLUMNS
-) -> Iterator[tuple[str, TensorSpec]]:
-    """(name of the table's tensor, input) for what a call reads of the table, as no value and no column gives it."""
-    for spec in component.inputs:
-        if spec.name not in call.inputs and (name := f"{call.component}.{spec.name}") not in columns:
-            yield name, spec
-
-
 def _flow(call: ProgramCall, made: set[str], where: str) -> None:
     """ValueError where a call reads what nothing before it makes, or makes what is there already."""
     for name in call.inputs.values():
@@ -470,56 +295,3 @@ def _make(value: str, made: set[str], where: str) -> None:
     if value in made:
         raise ValueError(f"{where}: the value {value!r} is made twice")
     made.add(value)
-
-
-def _check_loop(where: str, known: dict[str, tuple[str, Shape]], loop: Loop) -> None:
-    """The loop's result is known from here on; ValueError where an evaluation does not give what it reads."""
-    sample, output = known[loop.sample], known[loop.output]
-    if (sample[0], output[0]) != ("float32", "float32") or not _may_be_same(sample[1], output[1]):
-        raise ValueError(f"{where}: sample is {_shown(*sample)}, and output {_shown(*output)}")
-    known[loop.result] = output
-
-
-def _check_names(where: str, call: ProgramCall, component: Component, columns: Mapping[str, Column]) -> None:
-    """ValueError where a call gives what its component does not take, lacks what it takes, or names no output of it."""
-    _check_known(f"{where}.inputs", call.inputs, component.inputs)
-    _check_known(f"{where}.outputs", call.outputs, component.outputs)
-    missing = [spec for _, spec in tabled(call, component, columns)]
-    if missing and call.row is None:
-        raise ValueError(
-            f"{where}: {call.component} needs {missing[0].name!r}, which is given neither by a value nor row"
-        )
-    if not missing and call.row is not None:
-        raise ValueError(f"{where}: {call.component} is given all by values, and needs no row")
-    if free := [spec.name for spec in missing if not all(isinstance(size, int) for size in spec.shape)]:
-        raise ValueError(f"{where}: {free[0]!r} has free dimensions, which no table has")
-
-
-def _check_known(where: str, named: Mapping[str, str], specs: tuple[TensorSpec, ...]) -> None:
-    if unknown := sorted(set(named).difference(spec.name for spec in specs)):
-        raise ValueError(f"{where}: the component has no {unknown[0]!r}")
-
-
-def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
-    """ValueError where a value is none that the input takes; a free dimension takes any size."""
-    dtype, shape = value
-    if dtype != spec.dtype or not _may_be_same(shape, spec.shape):
-        raise ValueError(f"{where} takes {_shown(spec.dtype, spec.shape)}, and is given {_shown(dtype, shape)}")
-
-
-def _may_be_same(one: Shape, other: Shape) -> bool:
-    """Whether they are, but for free dimensions."""
-    pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
-
-
-def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:
-    dtype, shape = found
-    ranks = {"image": (4,), "frames": (5,), "audio": (2, 3)}.get(output)
-    fits = dtype == "float32" and ranks is not None and len(shape) in ranks
-    if ranks and not (fits and (output == "audio" or shape[-3] in CHANNELS)):
-        raise ValueError(f"{where}: {value!r} is no {output}: {_shown(dtype, shape)}")
-
-
-def _shown(dtype: str, shape: Shape) -> str:
-    return f"{dtype}[{', '.join(map(str, shape))}]"

@@ -26,7 +26,7 @@ from slipcast.bundle.irfile import check_ir
 from slipcast.bundle.kinds import check_collisions, check_kind, check_name, refuse, refuse_code
 from slipcast.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, not_sampled, read_any_manifest
 from slipcast.bundle.onnxfile import check_external_data
-from slipcast.bundle.program import ProgramManifest
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.records import BaseManifest
 from slipcast.bundle.tensorfile import read_header
 from slipcast.bundle.validation import MAX_JSON_BYTES, bundle_path

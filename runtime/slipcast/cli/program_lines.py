@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from slipcast.bundle.program import (
-    ImageSource,
-    Loop,
-    NoiseSource,
-    Program,
-    ProgramManifest,
-    PromptSource,
-    Source,
-    TableSource,
-    Variant,
-)
+from slipcast.bundle.program import Loop, Program, Variant
+from slipcast.bundle.program_manifest import ProgramManifest
+from slipcast.bundle.sources import ImageSource, NoiseSource, PromptSource, Source, TableSource
 
 SHOWN = 60  # characters of a template
 OUTPUTS = {"image": "pictures", "frames": "videos", "audio": "sounds", "array": "arrays"}

@@ -12,7 +12,8 @@ from slipcast.cli.common import bundle_argument, emit, json_option, target_optio
 from slipcast.cli.given import image_option, read_given, text_option
 
 if TYPE_CHECKING:
-    from slipcast.bundle.program import ProgramManifest, Variant
+    from slipcast.bundle.program import Variant
+    from slipcast.bundle.program_manifest import ProgramManifest
     from slipcast.progress import Advance
     from slipcast.run.base import PipelineOutput
     from slipcast.run.pipeline import Pipeline

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from slipcast.bundle.program import ImageSource
+from slipcast.bundle.sources import ImageSource
 from slipcast.errors import RequestError
 from slipcast.run.base import to_pil
 

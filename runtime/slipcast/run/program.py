@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Target
-from slipcast.bundle.program import ProgramManifest, PromptSource, TableSource
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
+from slipcast.bundle.sources import PromptSource, TableSource
 from slipcast.engines import Array, Engine, Instrument, as_it_is
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.calls import Calls

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from slipcast.bundle.program import RUN_ARGUMENTS, ImageSource, Loop, Program, Variant
+from slipcast.bundle.program import RUN_ARGUMENTS, Loop, Program, Variant
+from slipcast.bundle.sources import ImageSource
 from slipcast.errors import RequestError
 from slipcast.run.pictures import Floats, read_picture
 from slipcast.run.prompt_table import check_listed

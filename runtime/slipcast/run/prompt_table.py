@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import ClosedPrompts
-from slipcast.bundle.program import Program, TableSource
+from slipcast.bundle.program import Program
+from slipcast.bundle.sources import TableSource
 from slipcast.bundle.tensorfile import DTYPES, TensorEntry, read_header, read_tensor
 from slipcast.errors import ArtifactError, RequestError
 

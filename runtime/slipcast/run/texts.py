@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.program import LengthRange, PromptSource, Variant
+from slipcast.bundle.program import LengthRange, Variant
+from slipcast.bundle.sources import PromptSource
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.run.tokenizer import OnLongPrompt, shorten
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from slipcast.bundle.program import NoiseSource, PromptSource, TableSource, Variant
+from slipcast.bundle.program import Variant
+from slipcast.bundle.sources import NoiseSource, PromptSource, TableSource
 from slipcast.engines import Array
 from slipcast.sampling.seeds import TorchGenerator
 

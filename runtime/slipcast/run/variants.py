@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slipcast.bundle.program import NO_COLUMNS, PromptSource, Variant, tabled
+from slipcast.bundle.program import Variant
+from slipcast.bundle.program_manifest import NO_COLUMNS, tabled
 from slipcast.bundle.reader import ProgramBundle
+from slipcast.bundle.sources import PromptSource
 from slipcast.bundle.tensorfile import DTYPES, read_header, read_tensor
 from slipcast.engines import Array
 from slipcast.errors import ArtifactError

@@ -10,7 +10,7 @@ from typing import Any
 
 import slipcast
 from slipcast.bundle.manifest import Manifest, Target
-from slipcast.bundle.program import ProgramManifest
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.engines import ENGINES, LayerTime, cpu_threads
 from slipcast.timing.clock import Run
 

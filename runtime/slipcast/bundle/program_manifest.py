@@ -1,0 +1,144 @@
+"""The manifest of a captured program's bundle: its program, and that it goes with the components that are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Self
+
+from pydantic import model_validator
+
+from slipcast.bundle.driving import Column
+from slipcast.bundle.program import PROGRAM, Loop, Program, ProgramCall, Variant
+from slipcast.bundle.records import BaseManifest, Component, TensorSpec
+from slipcast.bundle.sources import PromptSource, Shape
+
+NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
+CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
+
+
+class ProgramManifest(BaseManifest):
+    """Of a bundle of a captured program; what both kinds have means the same as in Manifest."""
+
+    program: Program
+
+    @model_validator(mode="after")
+    def _names_what_it_requires(self) -> Self:
+        if self.requires != (PROGRAM,):
+            raise ValueError(f"requires has to name {PROGRAM}, and nothing else")
+        if any(target.early_exit for target in self.targets):
+            raise ValueError("a program has no early_exit")
+        return self
+
+    @model_validator(mode="after")
+    def _calls_fit_components(self) -> Self:
+        for place, variant in enumerate(self.program.every):
+            self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
+        called = {call.component for variant in self.program.every for call in variant.every_call}
+        if unused := sorted(set(self.components).difference(called)):
+            raise ValueError(f"components.{unused[0]}: no call of the program needs it")
+        return self
+
+    def _check_calls(self, variant: Variant, name: str) -> None:
+        known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}
+        columns, loop = variant.loop.columns if variant.loop else {}, variant.loop
+        for place, call in enumerate(variant.every_call):
+            where = f"{name}.calls[{place}]"
+            if (component := self.components.get(call.component)) is None:
+                raise ValueError(f"{where}: no component {call.component!r}")
+            _check_names(where, call, component, columns)
+            for spec in component.inputs:
+                if spec.name in call.inputs:
+                    _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
+            outputs = {spec.name: spec for spec in component.outputs}
+            known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
+            if loop and loop.output in call.outputs.values():
+                _check_loop(f"{name}.loop", known, loop)
+        for value in variant.results:
+            _check_result(f"{name}.results", value, known[value], self.program.output)
+
+    @property
+    def takes_prompt(self) -> bool:
+        """Whether it draws what a text says, which has to be given."""
+        prompt = self.program.arguments.get("prompt")
+        return prompt is not None and prompt.default is None and prompt.same_as is None
+
+    @property
+    def shared_files(self) -> list[str]:
+        """What is read whatever the target: tokenizers and the table."""
+        sources = (source for variant in self.program.every for source in variant.sources)
+        tokenizers = [source.tokenizer for source in sources if isinstance(source, PromptSource)]
+        tables = [self.program.table, self.program.closed and self.program.closed.table]
+        return [*dict.fromkeys(tokenizers), *(table for table in tables if table)]
+
+    def specs(self, variant: Variant) -> dict[str, TensorSpec]:
+        """By value that a call of a variant makes, what it is."""
+        found: dict[str, TensorSpec] = {}
+        for call in variant.every_call:
+            outputs = {spec.name: spec for spec in self.components[call.component].outputs}
+            found |= {value: outputs[name] for name, value in call.outputs.items()}
+        if variant.loop:
+            found[variant.loop.result] = found[variant.loop.output]
+        return found
+
+
+def tabled(
+    call: ProgramCall, component: Component, columns: Mapping[str, Column] = NO_COLUMNS
+) -> Iterator[tuple[str, TensorSpec]]:
+    """(name of the table's tensor, input) for what a call reads of the table, as no value and no column gives it."""
+    for spec in component.inputs:
+        if spec.name not in call.inputs and (name := f"{call.component}.{spec.name}") not in columns:
+            yield name, spec
+
+
+def _check_loop(where: str, known: dict[str, tuple[str, Shape]], loop: Loop) -> None:
+    """The loop's result is known from here on; ValueError where an evaluation does not give what it reads."""
+    sample, output = known[loop.sample], known[loop.output]
+    if (sample[0], output[0]) != ("float32", "float32") or not _may_be_same(sample[1], output[1]):
+        raise ValueError(f"{where}: sample is {_shown(*sample)}, and output {_shown(*output)}")
+    known[loop.result] = output
+
+
+def _check_names(where: str, call: ProgramCall, component: Component, columns: Mapping[str, Column]) -> None:
+    """ValueError where a call gives what its component does not take, lacks what it takes, or names no output of it."""
+    _check_known(f"{where}.inputs", call.inputs, component.inputs)
+    _check_known(f"{where}.outputs", call.outputs, component.outputs)
+    missing = [spec for _, spec in tabled(call, component, columns)]
+    if missing and call.row is None:
+        raise ValueError(
+            f"{where}: {call.component} needs {missing[0].name!r}, which is given neither by a value nor row"
+        )
+    if not missing and call.row is not None:
+        raise ValueError(f"{where}: {call.component} is given all by values, and needs no row")
+    if free := [spec.name for spec in missing if not all(isinstance(size, int) for size in spec.shape)]:
+        raise ValueError(f"{where}: {free[0]!r} has free dimensions, which no table has")
+
+
+def _check_known(where: str, named: Mapping[str, str], specs: tuple[TensorSpec, ...]) -> None:
+    if unknown := sorted(set(named).difference(spec.name for spec in specs)):
+        raise ValueError(f"{where}: the component has no {unknown[0]!r}")
+
+
+def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
+    """ValueError where a value is none that the input takes; a free dimension takes any size."""
+    dtype, shape = value
+    if dtype != spec.dtype or not _may_be_same(shape, spec.shape):
+        raise ValueError(f"{where} takes {_shown(spec.dtype, spec.shape)}, and is given {_shown(dtype, shape)}")
+
+
+def _may_be_same(one: Shape, other: Shape) -> bool:
+    """Whether they are, but for free dimensions."""
+    pairs = zip(one, other, strict=False)
+    return len(one) == len(other) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+
+
+def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:
+    dtype, shape = found
+    ranks = {"image": (4,), "frames": (5,), "audio": (2, 3)}.get(output)
+    fits = dtype == "float32" and ranks is not None and len(shape) in ranks
+    if ranks and not (fits and (output == "audio" or shape[-3] in CHANNELS)):
+        raise ValueError(f"{where}: {value!r} is no {output}: {_shown(dtype, shape)}")
+
+
+def _shown(dtype: str, shape: Shape) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"

@@ -11,8 +11,9 @@ from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.sampling.samplers import find_sampler
 from slipcast_compiler.capture.columns import evaluations, find_columns
-from slipcast_compiler.capture.cut import Cut, Use, cut_together, kind_of
+from slipcast_compiler.capture.cut import Cut, Use, cut_together
 from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
+from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.program import Program
 
 STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"

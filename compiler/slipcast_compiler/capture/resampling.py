@@ -9,8 +9,8 @@ from typing import Any
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.sampling.samplers import base_name, find_sampler
-from slipcast_compiler.capture.cut import kind_of
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import START, Loop
 from slipcast_compiler.model.scheduler import read_process, with_options
 from slipcast_compiler.recipe.sampling import ReferenceTable, SamplingTable

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from slipcast_compiler.capture.cut import Part, kind_of
+from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.labels import kind_of
 
 
 def split(part: Part, variants: Sequence[Found]) -> tuple[Found, ...]:

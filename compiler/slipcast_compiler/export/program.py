@@ -24,8 +24,9 @@ from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast.run.texts import fields_of
 from slipcast_compiler.capture.arguments import fixed_arguments, text_arguments
-from slipcast_compiler.capture.cut import Part, Use, kind_of
+from slipcast_compiler.capture.cut import Part, Use
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.parts import describe_parts
 from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec

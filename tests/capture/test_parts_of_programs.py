@@ -108,7 +108,7 @@ def test_a_draw_that_a_runtime_cannot_repeat_is_refused(kind: Any, got: str, tmp
     pipe = kind(Denoiser(), DDIMScheduler())
     program = capture(pipe, make_call(pipe, {}))
     with pytest.raises(RecipeError, match="a draw cannot be had in a runtime") as refused:
-        export_program([Found(program, cut(program), {}, {})], pipe, tmp_path, lambda done, total: None)
+        export_program([Found(program, cut(program), {}, {}, ())], pipe, tmp_path, lambda done, total: None)
     assert got in str(refused.value.got)
 
 

@@ -212,7 +212,9 @@ def test_a_pipeline_with_a_model_of_its_own_module(tmp_path: Path) -> None:
     _save(_made(Plain), tmp_path)
     done = call_cli("capture", str(tmp_path), "--pipeline", f"{Path(__file__).stem}:Plain", "--json")
     summary = json.loads(done.stdout)
-    assert summary["components"]["denoiser"] == {"parameters": 4, "calls": 3, "part": "denoiser"}
+    denoiser = summary["components"]["denoiser"]
+    assert [denoiser[key] for key in ("parameters", "calls", "part")] == [4, 3, "denoiser"]
+    assert denoiser["layers"]["heads"] == 0
 
 
 def test_the_users_own_module_lies_where_the_command_runs(tmp_path: Path) -> None:

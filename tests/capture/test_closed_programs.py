@@ -10,6 +10,7 @@ from safetensors import safe_open
 from tiny import call_of, open_pipeline
 
 import slipcast
+from slipcast.bundle.program import Program
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.progress import SilentStages, silent
 from slipcast.run.prompt_table import ClosedTable
@@ -65,13 +66,13 @@ def test_it_draws_what_the_open_bundle_draws(name: str, gone: set[str], tmp_path
         assert "'a red circle'" in str(caught.value)
         assert not list(made["closed"].glob("tokenizer*"))
 
+        _refuses_another_table(made["closed"], closed.manifest.program)
 
-def test_a_table_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
-    made = bundles("stable_diffusion_xl", tmp_path)["closed"]
-    with slipcast.load(made) as closed:
-        program = closed.manifest.program
+
+def _refuses_another_table(made: Path, program: Program) -> None:
     with safe_open(made / PROMPT_TABLE, "numpy") as table:
         assert any(name.endswith(".2") for name in table.keys())  # noqa: SIM118
+    assert program.closed
     more = program.model_copy(update={"closed": program.closed.model_copy(update={"prompts": (*PROMPTS, "one more")})})
     with pytest.raises(ArtifactError, match="not the table of the manifest"):
         ClosedTable(made / PROMPT_TABLE, more)

@@ -50,7 +50,10 @@ def found(name: str) -> Found:
         return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1)])[0]
 
 
-@pytest.mark.parametrize("name", DRIVEN)
+SLOW = ("wan",)  # whose texts have lengths
+
+
+@pytest.mark.parametrize("name", [pytest.param(e, marks=pytest.mark.slow) if e in SLOW else e for e in DRIVEN])
 def test_the_sampler_is_the_schedulers(name: str) -> None:
     sampler, schedule, quantities = DRIVEN[name]
     loop = found(name).loop

@@ -11,7 +11,7 @@ from slipcast_compiler.capture.roll import roll
 from slipcast_compiler.capture.verify import verify
 
 ONE, OTHER = "a small red circle on white", "a large blue star on a black background"
-FAST = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_fill", "z_image", "wan_2_2")
+FAST = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_fill")
 # pipeline -> steps of each phase, operators and calls of its first step, and guidance
 LOOPS = {
     "stable_diffusion": [(3, 6, "u + 7.5 (c - u)")],

@@ -132,5 +132,5 @@ class Attending(nn.Module):  # type: ignore[misc]
 def test_what_is_alive_at_once(module: nn.Module, shape: tuple[int, ...], floats: int) -> None:
     runner = ShapeRunner()
     with torch.no_grad():
-        runner.run(module, (torch.zeros(shape),), {})
+        runner.run(module, "module", (torch.zeros(shape),), {})
     assert runner.live.peak == 4 * floats

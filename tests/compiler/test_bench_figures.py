@@ -159,9 +159,10 @@ def test_a_document_of_what_was_measured() -> None:
     image = SimpleNamespace(width=16, height=16)
     manifest = SimpleNamespace(name="made", source_sha256="0" * 64, image=image)
     sampling = Sampling(sampler="heun", schedule="karras", steps=4, guidance_scale=3.0, noise=NoiseProcess())
-    told = {"sampler": "heun", "steps": 4}
+    told = sampling.model_dump(mode="json", exclude={"noise"}, exclude_none=True)
     plan: Any = SimpleNamespace(
-        image="16x16", told=told, path=Path("made"), bundle=SimpleNamespace(manifest=manifest), sampling=sampling, reference=None,
+        image="16x16", told=told,
+        path=Path("made"), bundle=SimpleNamespace(manifest=manifest), sampling=sampling, reference=None,
         options=Options(("diffusers",), images=2, batches=(1, 4)), checkpoint=None,
         record={"stages_s": {"originals": 10.0}, "recipe": {"evaluate": {}}},
         missing={"ddim50": {"reason": "needs torch", "install": None}},

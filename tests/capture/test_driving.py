@@ -50,7 +50,7 @@ def found(name: str) -> Found:
         return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1)])[0]
 
 
-SLOW = ("wan",)  # whose texts have lengths
+SLOW = ("wan", "pixart_alpha")
 
 
 @pytest.mark.parametrize("name", [pytest.param(e, marks=pytest.mark.slow) if e in SLOW else e for e in DRIVEN])
@@ -122,7 +122,7 @@ def test_what_a_recipe_asks_for() -> None:
     assert (listed.steps, listed.schedule, listed.timesteps) == (3, None, (900.0, 500.0, 100.0))
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux"])
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("flux", marks=pytest.mark.slow)])
 def test_a_run_chooses_steps_and_guidance(name: str, tmp_path: Any) -> None:
     """It draws what the pipeline draws, with numbers that were not captured."""
     pipe = open_pipeline(name)

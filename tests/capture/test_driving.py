@@ -76,6 +76,18 @@ def test_another_sampler_or_schedule_is_told_from_it() -> None:
     assert compare(program, driven.sampling.model_copy(update={"noise": other}))[1] > LIMIT
 
 
+def test_a_sampler_that_draws_more_noise_is_told_from_it() -> None:
+    """Or lays more steps than it can; and of several schedulers none is known to be the one."""
+    pipe, program = captured("stable_diffusion_xl")
+    with pytest.raises(RecipeError, match="several schedulers"):
+        drive(program, None, STEPS)
+    driven = drive(program, find_scheduler(pipe), STEPS)
+    with pytest.raises(ValueError, match="draws more noise"):
+        compare(program, driven.sampling.model_copy(update={"sampler": "euler_ancestral"}))
+    with pytest.raises(RecipeError, match="follow no schedule"):
+        drive_again(program, driven, 2000)
+
+
 def test_a_shift_that_the_pipeline_computes_is_found() -> None:
     pipe, program = captured("flux")
     driven = drive(program, find_scheduler(pipe), STEPS)

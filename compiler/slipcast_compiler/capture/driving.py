@@ -50,6 +50,8 @@ def drive(program: Program, scheduler: Any, steps: int) -> Driven:
     RecipeError, in words for who asks why a run cannot choose its steps, where there is none.
     """
     check_form(program)
+    if scheduler is None:
+        raise not_driven("it has several schedulers", program.pipeline)
     errors = []
     for sampling in _candidates(program, scheduler, steps):
         error = math.inf
@@ -69,7 +71,12 @@ def drive_again(program: Program, driven: Driven, steps: int) -> Driven:
     sampling = driven.sampling.model_copy(update={"steps": steps})
     if not sampling.schedule:
         raise not_driven("its noise levels follow no schedule that slipcast has", "a list")
-    evaluations, error = compare(program, sampling)
+    try:
+        evaluations, error = compare(program, sampling)
+    except (RequestError, ValueError) as refused:
+        raise not_driven(
+            "its noise levels follow no schedule that slipcast has", str(refused).splitlines()[0]
+        ) from None
     if error > LIMIT:
         raise not_driven("its noise levels follow no schedule that slipcast has", f"{error:.2g} off in {steps} steps")
     return Driven(sampling, evaluations)
@@ -136,7 +143,7 @@ def _flows(program: Program, config: Mapping[str, Any], sampler: str, steps: int
     else the noise levels that it had."""
     process, sigmas = NoiseProcess.from_scheduler_config(config), program.sigmas
     shifts = [process.shift]
-    if steps > 1 and len(sigmas) == steps + 1:
+    if steps > 1 and len(sigmas) == steps + 1 and 0 < sigmas[1] < 1:
         level, time = sigmas[1], 1 - 1 / steps
         shifts.append(level * (1 - time) / (time * (1 - level)))
 
@@ -166,13 +173,16 @@ def compare(program: Program, sampling: Sampling) -> tuple[tuple[Evaluation, ...
 
         return Denoiser(process, schedule, predict)(x, sigma)
 
-    noise = iter(draws.values())
+    left = list(draws.values())
+
+    def noise() -> torch.Tensor:
+        if not left:
+            raise ValueError(f"{sampling.sampler} draws more noise than the scheduler")
+        return left.pop(0)
+
     x = first / input_scale(prediction, schedule.sigmas[0]) if vp else first
-    steps = sample(sampling.sampler, denoise, x, schedule.sigmas, noise=lambda: next(noise), eta=None)
-    try:
-        *_, last = steps
-    except StopIteration:
-        return tuple(evaluations), math.inf
+    steps = sample(sampling.sampler, denoise, x, schedule.sigmas, noise=noise, eta=None)
+    *_, last = steps
     if len(evaluations) != len(program.marks):
         return tuple(evaluations), math.inf
     scales = [1.0 if vp else input_scale(prediction, each.sigma) for each in evaluations]

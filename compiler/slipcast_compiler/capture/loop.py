@@ -17,6 +17,7 @@ from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.program import Program
 
 STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
+MANY = 20
 DENOISER, START = "denoiser", "start"
 
 
@@ -64,8 +65,8 @@ class Captured:
 
 
 def other_steps(steps: int) -> int:
-    """A number of steps of which a schedule has other noise levels."""
-    return steps + 2
+    """A number of steps of which a schedule has other noise levels; fewer of many, as some schedules have no more."""
+    return steps + 2 if steps < MANY else steps // 2
 
 
 def drive_together(captured: Sequence[Captured], scheduler: Any) -> tuple[tuple[Cut, Loop], ...]:

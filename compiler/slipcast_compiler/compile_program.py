@@ -11,7 +11,7 @@ from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
 from slipcast_compiler.engines.programs import ProgramGraphs, tabulate_prompts, write_bundle
-from slipcast_compiler.export.pipeline import VERIFIED, digest, digests, export_pipeline
+from slipcast_compiler.export.pipeline import VERIFIED, export_pipeline
 from slipcast_compiler.export.program import PARTS
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
@@ -19,6 +19,7 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
 from slipcast_compiler.judge.captured import arguments_of, draw_originals, judge_program
 from slipcast_compiler.judge.gate import missed
+from slipcast_compiler.model.digests import digest, digests
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
 from slipcast_compiler.plan_program import ProgramPlan

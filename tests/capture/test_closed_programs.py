@@ -23,7 +23,7 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.recipe.targets import TargetTable
 
-PROMPTS = ("a red circle", "two small stars and a large blue square", "")
+PROMPTS = ("a red circle", "two small stars and a large blue square", "a star")
 ABOUT = {"name": "closed", "base_model": "tiny", "source_sha256": "0" * 64, "family": None}
 
 

@@ -24,15 +24,17 @@ FAST = (
     "hunyuan_dit", "aura_flow", "chroma", "ovis_image", "wan", "ltx",
 )  # fmt: skip
 SPANS = "its norm_q spans all heads, so that each depends on the others"
+POOLED = "positional_embedding is a parameter of unknown use"
 # What is left alone, and why: of attention, and of feed-forward modules.
 LEFT_ALONE: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "wan": ({f"blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
     "ltx": ({f"transformer_blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
     "sana_sprint": ({f"transformer_blocks.{i}.attn{j}": SPANS for i in (0, 1) for j in (1, 2)}, {}),
-    "hunyuan_dit": ({"time_extra_emb.pooler": "positional_embedding is a parameter of unknown use"}, {}),
+    "hunyuan_dit": ({"time_extra_emb.pooler": POOLED}, {}),
+    "deep_floyd": ({"add_embedding.pool": POOLED}, {}),
 }
 LEFT_ALONE["wan_2_2"] = LEFT_ALONE["wan"]
-NOTHING = ("kandinsky_2_2",)  # can be removed
+NOTHING = ("kandinsky_2_2", "deep_floyd")  # can be removed: all blocks are of one kind
 ADDED = "the text's keys and values are added to its own, without queries"
 
 
@@ -141,10 +143,9 @@ def test_what_is_left_alone_is_said(name: str) -> None:
     module = next(part for key in ("transformer", "unet") if (part := getattr(open_pipeline(name), key, None)))
     found = layers_of(module)
     attention, feed_forward = LEFT_ALONE.get(name, ({}, {}))
-    if name == "kandinsky_2_2":
-        assert found.unknown_attention and set(found.unknown_attention.values()) == {ADDED}
-    else:
-        assert found.unknown_attention == attention
+    of_blocks = {place for place, why in found.unknown_attention.items() if why == ADDED}
+    assert bool(of_blocks) == (name in NOTHING)
+    assert {place: why for place, why in found.unknown_attention.items() if place not in of_blocks} == attention
     assert found.unknown_feed_forward == feed_forward
     assert bool(found.attention or found.feed_forward) == (name not in NOTHING)
     assert layers_of(copy.deepcopy(module).to("meta")) == found  # no weight is read

@@ -26,7 +26,7 @@ from slipcast_compiler.bench.plan import (
     read_report,
     venvs,
 )
-from slipcast_compiler.export.pipeline import digest
+from slipcast_compiler.model.digests import digest
 
 EAGER = ("diffusers", "diffusers-bf16")  # the peers that can call any pipeline
 

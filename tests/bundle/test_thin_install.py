@@ -127,7 +127,7 @@ print(json.dumps([picture.size, [n for n in names if find_spec(n)], [n for n in 
     assert imported == []
 
 
-@pytest.mark.parametrize("module", ["bench.run", "bench.table", "add_target", "engines.pool", "pages.program"])
+@pytest.mark.parametrize("module", ["bench.run", "bench.table", "add_target", "engines.pool"])
 def test_what_works_without_torch_does_not_import_it(module: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules['torch'] = None; import slipcast_compiler.{module}"
     succeed(sys.executable, "-c", code, cwd=tmp_path)

@@ -79,7 +79,7 @@ def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
     with pytest.MonkeyPatch.context() as patch:
         for module in ("judge.originals", "passes.apply", "profile.profile", "compile_program", "judge.captured"):
             patch.setattr(f"slipcast_compiler.{module}.run_isolated", in_process)
-        return call_cli("compile", *arguments, cwd=cwd)
+        return call_cli("compile", "--debug", *arguments, cwd=cwd)  # what fails on another machine is seen once
 
 
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind

@@ -27,6 +27,7 @@ from slipcast_compiler.estimate_program import Needs, Precision, check_targets_f
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
+from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.original import Images, Prompts, calibration_images
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
@@ -37,7 +38,6 @@ from slipcast_compiler.recipe.targets import TargetTable
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset({"name", "model", "call", "family", "sampling", "passes", "evaluate", "gate", "targets"})
 UNUSED = (
-    ("model", "variant"),
     ("evaluate", "scorer"),
     ("evaluate", "lpips"),
     ("evaluate", "out_of_family"),
@@ -117,8 +117,9 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     _check_tables(recipe)
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
-    root, name = locate(recipe.model, folder)
-    checkpoint = Checkpoint(root, name, recipe.model.variant)
+    found, name = locate(recipe.model, folder)
+    root = plainly_named(found, recipe.model.variant)
+    checkpoint = Checkpoint(root, name)
     pipe = open_streamed(root, recipe.model.pipeline).pipe
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
     calls = combinations(pipe, call)

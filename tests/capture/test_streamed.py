@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import PIPELINES, call_of
 from torch import nn
 
-from slipcast.errors import ArtifactError
+from slipcast.errors import ArtifactError, RecipeError
 from slipcast.progress import silent
 from slipcast_compiler.capture.find import find_for
 from slipcast_compiler.capture.open import open_with_weights
@@ -23,6 +23,7 @@ from slipcast_compiler.capture.verify import verify
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
 from slipcast_compiler.export.streamed import NOTHING, Streamed, Weights, open_streamed
+from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.unread import Unread
 
 ONE, OTHER = "a small red circle on white", "a large blue star on a black background"
@@ -133,15 +134,34 @@ def test_large_buffers_are_streamed_too(tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(open_at_random(root).transformer.pos_embed.pos_embed, wanted, rtol=0, atol=0)
 
 
-def test_weights_of_a_variant_alone_are_refused(tmp_path: Path) -> None:
+def test_weights_of_a_variant_are_taken_under_plain_names(tmp_path: Path) -> None:
+    """In shards, as diffusers names them, beside what must not be looked at: a pickle, and plain weights of another
+    component, which are taken unless the variant is wished for."""
+    root = tmp_path / "model"
+    pipe = PIPELINES["stable_diffusion"].make()
+    pipe.save_pretrained(root, max_shard_size="100KB", variant="fp16")
+    (root / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"no pickle")
+    (root / "vae" / "plain").mkdir()
+    pipe.vae.save_pretrained(root / "vae" / "plain")
+    (root / "vae" / "plain" / "diffusion_pytorch_model.safetensors").rename(
+        root / "vae" / "diffusion_pytorch_model.safetensors"
+    )
+    for wish in (None, "fp16"):
+        plain = plainly_named(root, wish)
+        assert plain != root and plainly_named(root, wish) == plain
+        assert not [file for file in plain.rglob("*") if "fp16" in file.name and file.suffix == ".json"]
+        compare(plain)
+        sharded = (plain / "vae" / "diffusion_pytorch_model.safetensors.index.json").exists()
+        assert sharded == (wish == "fp16")
+    with pytest.raises(RecipeError, match="no component of model has such weights"):
+        plainly_named(root, "bf16")
+
+
+def test_plain_names_are_left_as_they_are(tmp_path: Path) -> None:
     root = save("stable_diffusion", tmp_path)
-    for component, stem in (("text_encoder", "model"), ("vae", "diffusion_pytorch_model")):
-        file = root / component / f"{stem}.safetensors"
-        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
-        with pytest.raises(ArtifactError, match="of its weights there is the variant fp16 alone"):
-            open_streamed(root)
-        (root / component / f"{stem}.fp16.safetensors").rename(file)
-    file.unlink()
+    assert plainly_named(root, None) == root
+    for file in (root / "vae").glob("*.safetensors*"):
+        file.unlink()
     with pytest.raises(ArtifactError, match="no weights"):
         open_streamed(root)
 

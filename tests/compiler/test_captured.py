@@ -173,12 +173,15 @@ def test_bench_against_the_pipeline_itself(made: Made) -> None:
 
 
 def test_what_bench_refuses_of_a_captured_pipeline(made: Made, tmp_path: Path) -> None:
-    model = made.folder / "model"
+    model, other = made.folder / "model", tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "README.md").write_text("of another day")
     for options, error, says in (
         (Options(("difusers",)), RequestError, "unknown peer 'difusers'"),
         (Options(("openvino-genai",)), HostError, "does not know captured pipelines"),
         (Options(("diffusers",), tmp_path / "nowhere"), RequestError, "name it with --model DIR"),
-        (Options(("diffusers",), made.folder), ArtifactError, "not the model that the bundle was compiled from"),
+        (Options(("diffusers",), made.folder), ArtifactError, "model_index.json: not found"),
+        (Options(("diffusers",), other), ArtifactError, "not the model that the bundle was compiled from"),
         (Options((), model, steps=5000), RequestError, "steps"),
     ):
         with pytest.raises(error, match=says):
@@ -222,7 +225,7 @@ REFUSED = {
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
     "pass": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "passes.low_rank is not for a captured pipeline yet"),
     "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer"),
-    "variant": (replaced("path =", 'variant = "fp16"\npath ='), "model.variant"),
+    "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),
     "pipeline": (replaced("path =", 'pipeline = "UNet2DModel"\npath ='), "no pipeline UNet2DModel"),
     "module": (replaced("path =", 'pipeline = "nowhere:Class"\npath ='), "nowhere cannot be imported"),
     "model": (replaced('"model"', '"nowhere"'), "model.path does not exist"),

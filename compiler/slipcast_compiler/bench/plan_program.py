@@ -27,6 +27,7 @@ from slipcast_compiler.bench.plan import (
     venvs,
 )
 from slipcast_compiler.model.digests import digest
+from slipcast_compiler.model.links import plainly_named
 
 EAGER = ("diffusers", "diffusers-bf16")  # the peers that can call any pipeline
 
@@ -117,14 +118,15 @@ def _root(bundle: ProgramBundle, record: dict[str, Any], model: Path | None, *, 
             got=f"{root}, which is not here",
             hint="name it with --model DIR",
         )
-    if (found := digest(root, _pipeline(record))) != manifest.source_sha256:
+    plain = plainly_named(root.resolve(), record["recipe"]["model"].get("variant"))
+    if (found := digest(plain, _pipeline(record))) != manifest.source_sha256:
         raise ArtifactError(
             f"{root}: not the model that the bundle was compiled from",
             expected=f"sha256 {manifest.source_sha256}",
             got=found,
             hint="name the right one with --model DIR",
         )
-    return root.resolve()
+    return plain
 
 
 def _bundle_side(

@@ -20,6 +20,7 @@ from slipcast_compiler.capture.summary import render, summarise
 from slipcast_compiler.capture.texts import OTHER_PROMPT
 from slipcast_compiler.capture.verify import Verdict, verify
 from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.recipe.reading import parse_override
 
 
@@ -34,6 +35,7 @@ def capture_model(root: Path, pipeline: str | None, overrides: Sequence[str], ch
     given: dict[str, Any] = {}
     for override in overrides:
         parse_override(given, override)
+    root = plainly_named(root, None)
     pipe = open_without_weights(root, pipeline)
     calls = combinations(pipe, given)
     try:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,11 @@ from slipcast.errors import ArtifactError, HostError, RecipeError
 from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.architectures import Architecture, architecture
+from slipcast_compiler.model.configs import read_json
 from slipcast_compiler.model.library import library_class
+from slipcast_compiler.model.links import check_variant, linked
 from slipcast_compiler.model.single_file import convert
-from slipcast_compiler.model.weight_files import WeightFiles, find_weight_files, is_weights, link, variants_of
+from slipcast_compiler.model.weight_files import WeightFiles, find_weight_files, is_weights, variants_of
 from slipcast_compiler.recipe.recipe import ModelTable
 
 # Names that published checkpoints use for parameters which the libraries of today call otherwise.
@@ -35,7 +35,6 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.to_v\.", ".value."),
     (r"\.to_out\.0\.", ".proj_attn."),
 )
-MAX_CONFIG_BYTES = 64 << 20  # an index of shards names every tensor
 _FEW_STEP_EULER = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 
@@ -180,18 +179,9 @@ class Checkpoint:
     @contextmanager
     def as_diffusers(self) -> Iterator[Path]:
         """A directory of links for diffusers to load, which has no weights but those that are taken, and no pickles."""
-        with TemporaryDirectory(prefix="slipcast-") as made:
-            root = Path(made)
-            (root / "model_index.json").symlink_to((self.root / "model_index.json").absolute())
-            weighty = {source.folder for source in self.architecture.components.values()}
-            others = {text.tokenizer for text in self.architecture.text} | {"scheduler"}
-            for folder in weighty | others:
-                (root / folder).mkdir()
-                for file in (self.root / folder).iterdir():
-                    if not is_weights(file):
-                        (root / folder / file.name).symlink_to(file.absolute())
-                if folder in weighty:
-                    link(self.chosen_weights(folder), self.class_of(folder)[0], root / folder)
+        folders = {source.folder for source in self.architecture.components.values()}
+        folders |= {text.tokenizer for text in self.architecture.text} | {"scheduler"}
+        with linked(self.root, folders, self.variant) as root:
             yield root
 
     @cached_property
@@ -203,29 +193,6 @@ class Checkpoint:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             total.update(f"{file.relative_to(self.root).as_posix()}\0{digest}\n".encode())
         return total.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file of a checkpoint, which may hold what Python's json writes: NaN and Infinity, too.
-
-    diffusers writes -Infinity for a scheduler's lambda_min_clipped. ArtifactError for anything else.
-    """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ArtifactError(f"{path}: too large", expected=f"at most {MAX_CONFIG_BYTES} bytes")
-        document = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path}: not found", expected="a diffusers directory with model_index.json",
-            hint="check the path; in a recipe, model.path is relative to it",
-        ) from None  # fmt: skip
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read", got=error.strerror) from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not valid JSON", got=str(error)[:200], hint="download it again") from None
-    if not isinstance(document, dict):
-        raise ArtifactError(f"{path}: not an object", got=type(document).__name__)
-    return document
 
 
 def open_checkpoint(table: ModelTable, folder: Path) -> Checkpoint:
@@ -268,12 +235,7 @@ def _with_variant(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint; RecipeError where no component has the variant that it is to prefer."""
     folders = [source.folder for source in checkpoint.architecture.components.values()]
     found = [variants_of(checkpoint.root / folder, read_json) for folder in folders]
-    known = set().union(*found)
-    if checkpoint.variant and checkpoint.variant not in known:
-        raise RecipeError(
-            f"model.variant: no component of {checkpoint.name} has such weights", got=checkpoint.variant,
-            expected=", ".join(sorted(known - {""})) or "no variant: there are plain files alone",
-        )  # fmt: skip
+    check_variant(checkpoint.name, checkpoint.variant, set().union(*found))
     return checkpoint
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from slipcast.bundle.tensorfile import TensorEntry, read_header
 from slipcast.errors import ArtifactError
-from slipcast_compiler.model.checkpoint import read_json
+from slipcast_compiler.model.configs import read_json
 from slipcast_compiler.model.weight_files import find_weight_files
 
 _DTYPES = {
@@ -71,19 +71,12 @@ def load_unread(kind: Any, folder: Path) -> tuple[nn.Module, set[str]]:
     """A component of a class of diffusers or transformers, with weights that are not read: in fp32, for inference; and
     the names of parameters that its checkpoint has no tensor for.
 
-    ArtifactError where there are no files that the libraries load without being told which. Of their own errors,
-    whichever they have, nothing is caught.
+    `folder` has its weights under plain names, see links.py; ArtifactError where it has none. Of the libraries' own
+    errors, whichever they have, nothing is caught.
     """
     options = {"local_files_only": True, "output_loading_info": True}
     library = "transformers" if hasattr(kind, "config_class") else "diffusers"
     chosen = find_weight_files(folder, library, None, read_json)
-    if chosen.variant:
-        raise ArtifactError(
-            f"{folder}: of its weights there is the variant {chosen.variant} alone",
-            expected="files without a variant in their names",
-            got=", ".join(file.name for file in chosen.files),
-            hint=f"call the files, and those that an index names, without .{chosen.variant}",
-        )
     if library == "transformers":  # which take what is in no file, too
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
         state = _open_files(chosen.files)

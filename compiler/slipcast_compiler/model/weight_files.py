@@ -110,14 +110,3 @@ def _shards(index: Path, read_json: ReadJson) -> tuple[Path, ...]:
     if pickled := [name for name in names if not name.endswith(".safetensors")]:
         raise ArtifactError(f"{index}: names a file that is no safetensors", expected="*.safetensors", got=pickled[0])
     return tuple(index.parent / name for name in names)
-
-
-def link(chosen: WeightFiles, library: str, folder: Path) -> None:
-    """The weights under the names that the library looks for first, and no others, in `folder`."""
-    stem = STEMS[library]
-    if chosen.index is None:
-        (folder / f"{stem}.safetensors").symlink_to(chosen.files[0].absolute())
-        return
-    (folder / f"{stem}.safetensors.index.json").symlink_to(chosen.index.absolute())
-    for file in chosen.files:
-        (folder / file.name).symlink_to(file.absolute())

@@ -17,8 +17,10 @@ from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
-from slipcast_compiler.judge.captured import arguments_of, draw_originals, judge_program
+from slipcast_compiler.judge.captured import draw_originals
 from slipcast_compiler.judge.gate import missed
+from slipcast_compiler.judge.judges import open_judges
+from slipcast_compiler.judge.programs import arguments_of, judge_program
 from slipcast_compiler.model.digests import digest, digests
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
@@ -51,9 +53,9 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         given = {"source": source, "pipeline": pipeline, "calls": plan.calls, "files": digests(plan.call)}
         entry = cache.get("program", given, export)
 
-    # What the pipeline itself draws of held-out prompts.
+    # What the pipeline itself draws of held-out prompts, and of those out of the family.
     with stages.stage("originals") as advance:
-        originals = draw_originals(plan.drawing, given, cache, advance)
+        originals = draw_originals(plan.drawing, plan.outside_drawing, given, cache, advance)
 
     # All prompts of a closed family are known: a table takes the place of what computes them.
     graphs = ProgramGraphs(entry, plan.samplings)
@@ -84,7 +86,8 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
         if casts:
             casts.check(folder, fields["targets"], stages)
-        judged = judge_program(folder, fields["program"], fields["targets"], originals, recipe.gate, stages)
+        judges = open_judges(recipe.evaluate, plan.folder, plan.captions)
+        judged = judge_program(folder, fields["program"], fields["targets"], originals, judges, recipe.gate, stages)
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.

@@ -17,9 +17,8 @@ from slipcast.errors import HostError, RecipeError
 from slipcast.run.guard import NEIGHBOURS
 from slipcast.sampling.samplers import SAMPLERS, find_sampler
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.judge.lpips import SMALLEST, find_weights
+from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.judge.originals import Evaluation
-from slipcast_compiler.judge.scorer import find_scorer
 from slipcast_compiler.model.agreement import check_agreement
 from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
@@ -28,7 +27,7 @@ from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.model.scheduler import FILE, read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
 from slipcast_compiler.profile.profile import calibration_drawing
-from slipcast_compiler.recipe.family import Family, expand, outside
+from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.sampling import ReferenceTable
 from slipcast_compiler.recipe.seeds import CALIBRATION
@@ -142,31 +141,14 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
             f"{checkpoint.name} takes {'a prompt' if checkpoint.architecture.text else 'no prompts'}",
             expected="a [family]" if checkpoint.architecture.text else "a recipe without [family]",
         )
-    for key in ("scorer", "out_of_family", "out_of_family_file"):
-        if getattr(recipe.evaluate, key) and not recipe.family:
-            raise RecipeError(f"evaluate.{key} is for a model with prompts, which this one has not", expected="none")
     for source in checkpoint.architecture.components.values():
         checkpoint.weights(source.folder)  # reads headers only: what is missing or damaged is found now
     found = _resolved_before(recipe, checkpoint, cache) if cache else _resolve(recipe, checkpoint)
-    if recipe.evaluate.scorer:
-        find_scorer(recipe.evaluate.scorer, folder)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     image = found.image
-    if recipe.evaluate.lpips:
-        find_weights(folder / recipe.evaluate.lpips)
-        if min(image.width, image.height) < SMALLEST:
-            raise RecipeError(
-                "evaluate.lpips: the pictures are too small", expected=f"{SMALLEST} pixels",
-                got=f"{image.width}x{image.height}",
-            )  # fmt: skip
+    strangers = check_judges(recipe.evaluate, family, [(image.width, image.height)], folder)
     _check_sampling(recipe, checkpoint, found.sampling)
     original = Original(checkpoint, image, found.sizes, found.tokenizers)
-    strangers = outside(recipe.evaluate, family, folder) if family else ()
-    if strangers and family and family.closed:
-        raise RecipeError(
-            "evaluate.out_of_family: a closed family's bundle takes no other prompts",
-            expected="none, or an open family", got=f"{len(strangers)} prompts",
-        )  # fmt: skip
     plan = Plan(recipe, folder, original, family, found.sampling, found.reference, strangers)
     _check_guard(plan)
     _check_caching(plan)

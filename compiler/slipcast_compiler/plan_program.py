@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,40 +20,39 @@ from slipcast_compiler.capture.call import pictures_from
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.parts import describe_parts
+from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import find_scheduler
 from slipcast_compiler.capture.resampling import samplings_of
 from slipcast_compiler.capture.summary import summarise
 from slipcast_compiler.estimate_program import Needs, Precision, check_targets_fit, choose_precision, estimate
 from slipcast_compiler.export.streamed import open_streamed
-from slipcast_compiler.judge.captured import PipelineDrawing
+from slipcast_compiler.judge.captured import NUMBERS, PipelineDrawing
+from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.original import Images, Prompts, calibration_images
 from slipcast_compiler.plan import check_targets
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
-from slipcast_compiler.recipe.seeds import GATE
+from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset({"name", "model", "call", "family", "sampling", "passes", "evaluate", "gate", "targets"})
-UNUSED = (
-    ("evaluate", "scorer"),
-    ("evaluate", "lpips"),
-    ("evaluate", "out_of_family"),
-    ("evaluate", "out_of_family_file"),
-)
 
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """A recipe for a pipeline that is captured. `call`: its arguments, with the number of steps in any case; `calls`:
-    the combinations of what it lists, of which the first is the default; `summary`: what `slipcast capture` says of
-    that one; `parts`: those of the bundle, as PartRecord has them; `precision`: in what the pipeline itself is run
-    here; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the recipe asks for in place
-    of the pipeline's own."""
+    """A recipe for a pipeline that is captured, with paths relative to `folder`.
+
+    `call`: its arguments, with the number of steps in any case; `calls`: the combinations of what it lists, of which
+    the first is the default; `summary`: what `slipcast capture` says of that one; `parts`: those of the bundle, as
+    PartRecord has them; `precision`: in what the pipeline itself is run here; `arguments`: those of a run, see
+    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own.
+    """
 
     recipe: Recipe
+    folder: Path
     checkpoint: Checkpoint
     call: Mapping[str, Any]
     calls: tuple[Mapping[str, Any], ...]
@@ -64,6 +63,7 @@ class ProgramPlan:
     precision: Precision
     arguments: Mapping[str, Any]
     samplings: tuple[Sampling, ...]
+    out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
 
     @property
     def drawing(self) -> PipelineDrawing:
@@ -71,8 +71,24 @@ class ProgramPlan:
         table, family = self.recipe.evaluate, self.family
         prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
         turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
-        seeds, root = GATE.take(len(turns), table.seed), self.checkpoint.root
-        return PipelineDrawing(root, self.recipe.model.pipeline, self.calls, turns, seeds, self.precision)
+        return self._drawing(self.calls, turns, GATE.take(len(turns), table.seed))
+
+    @property
+    def outside_drawing(self) -> PipelineDrawing | None:
+        """The same of prompts out of the family, by the default call."""
+        if not (prompts := self.out_of_family):
+            return None
+        return self._drawing(self.calls[:1], prompts, OUT_OF_FAMILY.take(len(prompts), self.recipe.evaluate.seed))
+
+    def _drawing(
+        self, calls: tuple[Mapping[str, Any], ...], prompts: Prompts, seeds: tuple[int, ...]
+    ) -> PipelineDrawing:
+        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, calls, prompts, seeds, self.precision)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The family's prompts, for retrieval."""
+        return self.family.calibration + self.family.held_out if self.family else ()
 
     @property
     def closed_prompts(self) -> tuple[str, ...]:
@@ -94,6 +110,7 @@ class ProgramPlan:
             "model": self.checkpoint.name,
             "family": family and {"calibration": len(family.calibration), "held_out": len(family.held_out)},
             "judged_on": len(self.drawing.prompts),
+            "out_of_family": len(self.out_of_family),
             "call": dict(self.call),
             "variants": len(self.calls),
             "parts": dict(self.parts),
@@ -137,7 +154,12 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     check_targets_fit(needs, available)
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
     samplings = samplings_of(variants, asked, find_scheduler(pipe))
-    return ProgramPlan(recipe, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings)
+    sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
+    strangers = check_judges(recipe.evaluate, family, sizes, folder)
+    return ProgramPlan(
+        recipe, folder, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings,
+        strangers,
+    )  # fmt: skip
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +179,13 @@ def _check_sources(found: Found, name: str, recipe: Recipe) -> None:
         )
 
 
+def _sizes(variants: Sequence[Found]) -> list[tuple[int, int]]:
+    """(width, height) of the pictures that are known to have one."""
+    results = [(found.program, value) for found in variants for _, value in found.program.results]
+    shapes = [program.specs[value.id][0] for program, value in results if isinstance(value, Ref)]
+    return [(width, height) for *_, height, width in shapes if isinstance(height, int) and isinstance(width, int)]
+
+
 def _check_tables(recipe: Recipe) -> None:
     if others := sorted(recipe.model_fields_set - TABLES):
         raise RecipeError(
@@ -169,9 +198,6 @@ def _check_tables(recipe: Recipe) -> None:
         raise RecipeError(
             f"passes.{others[0]} is not for a captured pipeline yet", expected="passes.quantize", got=", ".join(others)
         )
-    for table, name in UNUSED:
-        if getattr(getattr(recipe, table), name):
-            raise RecipeError(f"{table}.{name} is not for a captured pipeline yet", expected="none", got="some")
     _check_call(recipe.call)
 
 

@@ -21,12 +21,13 @@ from conftest import ROOT, call_cli, compile_here
 from slipcast.errors import ArtifactError, CheckFailed, HostError, NumericalError, RequestError
 from slipcast_compiler.bench.plan import Options
 from slipcast_compiler.bench.plan_program import plan_program
-from slipcast_compiler.judge.captured import PipelineDrawing, compare_results, draw, sample_results
+from slipcast_compiler.judge.captured import PipelineDrawing, draw
 from slipcast_compiler.pages.program import write_program_report
 from slipcast_compiler.pages.record import typed_program_record
 from slipcast_compiler.recipe.reading import parse_recipe
 
 sys.path.insert(0, str(ROOT / "tests" / "capture"))
+from lpips_weights import write_lpips
 from tiny import open_pipeline
 
 RECIPE = """\
@@ -210,6 +211,35 @@ def replaced(old: str, new: str) -> str:
     return RECIPE.replace(old, new)
 
 
+def test_scores_lpips_and_prompts_out_of_the_family(made: Made) -> None:
+    """Judged and shown as of any bundle; nothing else changes, so that nothing is built again."""
+    write_lpips(made.folder, "alex")
+    scorer = ROOT / "recipes" / "models" / "shapes-scorer"
+    asked = f'{{scorer = "{scorer}", lpips = ".", out_of_family = ["a dog"]}}'
+    limits = "{psnr = 60, clip_drop = 0.01, clip_drop_worst = 0.01, retrieval_drop = 0, lpips = 0.001}"
+    given = ("--set", f"evaluate={asked}", "--set", f"gate={limits}", "-o", "artifacts/scored")
+    done = compile_here("tiny.toml", *given, cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    scored = made.folder / "artifacts" / "scored"
+    record = typed_program_record(json.loads((scored / "report.json").read_text("utf-8")))
+    assert record.passed and record.family and record.family.out_of_family_prompts == ("a dog",)
+    for rows in record.gate.values():
+        assert [row.passed for row in rows] == [True, True, True, True, None, True]
+    quality = record.targets[0]["quality"]
+    assert quality["out_of_family"]["images"] == 1 and quality["out_of_family"]["psnr_worst"] > 60
+    assert quality["clip_score_mean"] == pytest.approx(quality["original"]["clip_score_mean"], abs=1e-4)
+    page = (scored / "report.html").read_text("utf-8")
+    plain = re.sub(r"<[^>]*>|\s+", " ", page)
+    for text in (
+        r"CLIP change, mean +\S+ % +-1.00 % +passed", r"LPIPS, mean +0.0000 +0.0010 +passed", "Out of the family",
+        r"a dog +· seed 2\d+ +original", "LPIPS weights", "of 4 of the family",
+    ):  # fmt: skip
+        assert re.search(text, plain), text
+    assert "noise floor" not in plain
+    said = call_cli("report", str(scored), cwd=made.folder).stdout
+    assert "out of the family: CLIP" in said and "LPIPS" in said
+
+
 REFUSED = {
     "key": (replaced("height =", "hieght ="), "did you mean height?"),
     "value": (replaced("height = 32", "height = 33"), "divisible by 8"),
@@ -224,7 +254,8 @@ REFUSED = {
     "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
     "pass": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "passes.low_rank is not for a captured pipeline yet"),
-    "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer"),
+    "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer does not exist"),
+    "stranger": (RECIPE + '[evaluate]\nout_of_family = ["a red circle"]\n', "a prompt is of the family"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),
     "pipeline": (replaced("path =", 'pipeline = "UNet2DModel"\npath ='), "no pipeline UNet2DModel"),
     "module": (replaced("path =", 'pipeline = "nowhere:Class"\npath ='), "nowhere cannot be imported"),
@@ -305,21 +336,6 @@ def test_a_target_whose_pictures_are_no_numbers(made: Made, monkeypatch: pytest.
     assert done.returncode == CheckFailed.exit_code
     assert "onnxruntime-cpu-fp32 gives what is no number" in done.stderr
     assert "decoder: out_0" in done.stderr
-
-
-def test_videos_and_arrays_are_compared() -> None:
-    rng = np.random.default_rng(0)
-    video = rng.random((2, 3, 16, 16, 1), np.float32)
-    found = video.copy()
-    found[1, 2] = 0.5
-    compared = compare_results([sample_results(video, found, "frames")])
-    assert compared["images"] == 6
-    assert compared["psnr_worst"] < 20 < compared["psnr_mean"]
-    sound = 50 * rng.standard_normal((2, 1, 40)).astype(np.float32)
-    near = compare_results([sample_results(sound, sound[:, None] * np.float32(1.001), "array")])
-    assert near["psnr_worst"] == pytest.approx(70, abs=5)
-    assert near["ssim_mean"] is None and near["images"] == 2
-    assert np.isnan(compare_results([sample_results(sound, sound * np.nan, "array")])["psnr_worst"])
 
 
 def test_a_picture_that_is_not_there_is_refused_in_the_dry_run(place: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lpips_weights import write_lpips
 
 from slipcast.bundle.manifest import Metrics, Quality
 from slipcast.errors import RecipeError
 from slipcast_compiler.judge.evaluate import Judge
 from slipcast_compiler.judge.gate import LIMITS, apply_gate, missed
+from slipcast_compiler.judge.judges import Judges, check_judges, compare
 from slipcast_compiler.judge.metrics import MAX_PSNR, Reference
 from slipcast_compiler.judge.originals import Originals, Run
 from slipcast_compiler.judge.scorer import Scorer
-from slipcast_compiler.recipe.recipe import GateTable
+from slipcast_compiler.recipe.family import Family
+from slipcast_compiler.recipe.recipe import EvaluateTable, GateTable
 
 RNG = np.random.default_rng(0)
 NAN = float("nan")
@@ -161,7 +164,8 @@ def test_scorer_gives_equal_texts_equal_embeddings(scorer: Scorer) -> None:
 @pytest.mark.parametrize("count", [1, 3, 16])
 def test_a_caption_is_never_taken_for_another(count: int, drawn: Any, scorer: Scorer) -> None:
     images, captions = drawn
-    found = Reference(images[:count], captions[:count], scorer, None, captions + captions[:3]).itself
+    reference = Reference(images[:count], captions[:count], scorer, None, captions + captions[:3])
+    found = compare(reference.sample(images[:count]))["original"]
     assert found.retrieval_precision == 1.0
 
 
@@ -179,7 +183,7 @@ def test_row_34_one_wrong_picture_misses_the_gate(
 ) -> None:
     images, captions = drawn
     originals = Originals(captions, tuple(range(16)), images, images, images)
-    judge = Judge(originals, scorer, None, captions * 2)  # each of them twice
+    judge = Judge(originals, Judges(scorer, None, captions * 2))  # each of them twice
     sound, found = judge(_run(images)), images.copy()
     assert sound.original.retrieval_precision == sound.retrieval_precision > 0.9
     assert missed({"t": apply_gate(GateTable(**gate), sound)}) == []
@@ -189,6 +193,37 @@ def test_row_34_one_wrong_picture_misses_the_gate(
     found[5] = np.nan
     lines = missed({"t": apply_gate(GateTable(), judge(_run(found)))})
     assert any(line.startswith(f"t: {label}") and "is nan, limit none" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says", "closed", "sizes"),
+    [
+        ({"scorer": "nowhere"}, r"evaluate\.scorer does not exist", False, [(64, 64)]),
+        ({"scorer": "models/shapes-scorer"}, r"evaluate\.scorer is for pictures", False, None),
+        ({"lpips": "nowhere"}, r"evaluate\.lpips has no weights", False, [(64, 64)]),
+        ({"lpips": "."}, r"evaluate\.lpips is for pictures", False, None),
+        ({"lpips": "weights"}, "too small(.|\n)*24x64", False, [(64, 64), (24, 64)]),
+        ({"out_of_family": ("a star",)}, "a closed family's bundle", True, [(64, 64)]),
+        ({"out_of_family": ("a circle",)}, "a prompt is of the family", False, [(64, 64)]),
+    ],
+)
+def test_what_cannot_judge_is_refused(
+    asked: dict[str, Any], says: str, closed: bool, sizes: list[tuple[int, int]] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "models").symlink_to(Path("recipes/models").resolve())
+    (tmp_path / "weights").mkdir()
+    write_lpips(tmp_path / "weights", "alex")
+    table, family = EvaluateTable(**asked), Family("f", ("a circle",), ("a ring",), closed)
+    with pytest.raises(RecipeError, match=says):
+        check_judges(table, family, sizes, tmp_path)
+    if not asked.get("lpips"):
+        with pytest.raises(RecipeError, match="for a model with prompts"):
+            check_judges(table, None, sizes, tmp_path)
+
+
+def test_strangers_are_told() -> None:
+    table, family = EvaluateTable(out_of_family=("a dog",)), Family("f", ("a circle",), ("a ring",), False)
+    assert check_judges(table, family, None, Path()) == ("a dog",)
 
 
 def test_scorer_that_does_not_exist() -> None:

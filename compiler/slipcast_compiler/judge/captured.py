@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from slipcast.bundle.manifest import Metrics, Quality, Target
-from slipcast.bundle.program import Output, Program
-from slipcast.errors import ArtifactError, CheckFailed, NumericalError
-from slipcast.progress import Advance, Stages
+from slipcast.bundle.program import Output
+from slipcast.errors import ArtifactError
+from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call, pictures_of
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
@@ -25,13 +24,8 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.judge import bundled
-from slipcast_compiler.judge.evaluate import Judged, not_runnable, performance
-from slipcast_compiler.judge.gate import apply_gate
-from slipcast_compiler.judge.metrics import Reference, Samples, intervals, psnr, summarise
 from slipcast_compiler.judge.originals import Run, read_run
 from slipcast_compiler.model.original import Prompts
-from slipcast_compiler.recipe.recipe import GateTable
 
 Floats = npt.NDArray[np.float32]
 PICTURES = "pictures.safetensors"
@@ -85,21 +79,33 @@ class VariantOriginals:
         return images if kind in NUMBERS else np.moveaxis(images, -3, -1)
 
 
-PipelineOriginals = tuple[VariantOriginals, ...]  # by place among the calls, as Program.every has the variants
-
-
 @dataclass(frozen=True)
-class ProgramJudged(Judged):
-    """`runs` are of the default variant; `variants`: by target id, the runs of each, and how far they are from the
-    pipeline's."""
+class PipelineOriginals:
+    """What a pipeline drew: by place among its calls, as Program.every has the variants; and of prompts out of the
+    family, by the first of them."""
 
-    variants: Mapping[str, tuple[tuple[Run, Metrics], ...]]
+    variants: tuple[VariantOriginals, ...]
+    outside: VariantOriginals | None = None
+
+    @property
+    def every(self) -> tuple[VariantOriginals, ...]:
+        """All that a bundle draws too."""
+        return (*self.variants, *([self.outside] if self.outside else []))
 
 
 def draw_originals(
-    drawing: PipelineDrawing, given: Mapping[str, Any], cache: Cache, advance: Advance
+    drawing: PipelineDrawing, outside: PipelineDrawing | None, given: Mapping[str, Any], cache: Cache, advance: Advance
 ) -> PipelineOriginals:
-    """In a process of its own, or from the cache; `given`: what the pipeline is, for the cache's key."""
+    """In processes of their own, or from the cache; `outside`: of prompts out of the family; `given`: what the pipeline
+    is, for the cache's key."""
+    strangers = _draw_each(outside, given, cache, advance) if outside else (None,)
+    return PipelineOriginals(_draw_each(drawing, given, cache, advance), strangers[0])
+
+
+def _draw_each(
+    drawing: PipelineDrawing, given: Mapping[str, Any], cache: Cache, advance: Advance
+) -> tuple[VariantOriginals, ...]:
+    """By place among its calls."""
 
     def build(folder: Path) -> None:
         made = run_isolated(draw, drawing, advance=advance)
@@ -116,74 +122,6 @@ def draw_originals(
         VariantOriginals(*drawing.of(place), drawing.precision, Run.load(own), load_file(own / PICTURES))
         for place, own in enumerate(folders)
     )
-
-
-def judge_program(
-    folder: Path, program: Program, targets: Sequence[Target], originals: PipelineOriginals, gate: GateTable,
-    stages: Stages,
-) -> ProgramJudged:  # fmt: skip
-    """Draw the same with every target of the bundle in `folder`, each in a process of its own: each variant what the
-    pipeline drew by its call. Of all pictures together the gate is asked, and so of every variant; time is that of the
-    default one.
-
-    Of a video every frame is compared, of arrays the numbers: see sample_results. CheckFailed, with the target, where
-    a result is no number.
-    """
-    runs, judged, gates, not_run = {}, {}, {}, not_runnable(targets)
-    variants = {}
-    arguments = arguments_of(program, originals)
-    jobs = [bundled.Job(each.prompts, each.seeds, given) for each, given in zip(originals, arguments, strict=True)]
-    for target in (target for target in targets if target.id not in not_run):
-        with stages.stage(f"evaluate {target.id}") as advance:
-            try:
-                made = run_isolated(bundled.run_program, folder, target.id, jobs, advance=advance)
-            except NumericalError as error:
-                raise CheckFailed(
-                    f"{target.id} gives what is no number, where the pipeline gives numbers; nothing was published",
-                    got=error.message,
-                    hint="a precision with more range, such as bf16 in place of fp16, or fp32",
-                ) from error
-        found = [read_run(result, made.peak_memory_mb) for result in made.result]
-        pairs = zip(originals, found, strict=True)
-        samples = [sample_results(each.laid(program.output), run.images, program.output) for each, run in pairs]
-        floors: Any = {"precision": Metrics(), "seed": Metrics()}  # not measured
-        quality = Quality(**compare_results(samples), noise_floor=floors)
-        measured = performance(originals[0].run, found[0], {})
-        runs[target.id] = found[0]
-        variants[target.id] = tuple((run, summarise(each)) for run, each in zip(found, samples, strict=True))
-        judged[target.id] = target.model_copy(update={"quality": quality, "performance": measured})
-        gates[target.id] = apply_gate(gate, quality)
-    return ProgramJudged(tuple(judged.get(target.id, target) for target in targets), runs, gates, not_run, variants)
-
-
-def arguments_of(program: Program, originals: PipelineOriginals) -> list[dict[str, Any]]:
-    """By variant, what a run is given besides a text: pictures, and what chooses the variant."""
-    return [
-        {**original.given, **{name: variant.fixed[name] for name in program.listed}}
-        for original, variant in zip(originals, program.every, strict=True)
-    ]
-
-
-def compare_results(samples: Sequence[Samples]) -> dict[str, Any]:
-    """The fields of a Comparison of all together; see sample_results."""
-    pooled = {name: np.concatenate([each[name] for each in samples]) for name in samples[0]}
-    own = {"images": len(pooled["psnr"]), "intervals": intervals(pooled)}
-    return summarise(pooled).model_dump() | own
-
-
-def sample_results(originals: Floats, found: Floats, kind: Output) -> Samples:
-    """Of each picture; of sounds and arrays the PSNR alone, whose peak is the originals' largest number."""
-    if kind not in NUMBERS:
-        return Reference(as_pictures(originals), ()).sample(as_pictures(found))
-    scale = np.float32(np.abs(originals).max() or 1)
-    pairs = zip(originals / scale, found.reshape(originals.shape) / scale, strict=True)
-    return {"psnr": np.array([psnr(a, b) for a, b in pairs])}
-
-
-def as_pictures(results: Floats) -> Floats:
-    """[n, h, w, c] or [n, frames, h, w, c] as RGB, frames one after another: [m, h, w, 3]."""
-    pictures = results.reshape(-1, *results.shape[-3:])[..., :3]
-    return np.repeat(pictures, 3, -1) if pictures.shape[-1] == 1 else pictures
 
 
 def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from slipcast.bundle.manifest import (
     MANIFEST_NAME,
     Comparison,
@@ -32,14 +29,13 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.gate import GateRow, apply_gate
-from slipcast_compiler.judge.lpips import Lpips
-from slipcast_compiler.judge.metrics import Reference, Samples, choose_captions, intervals, summarise
+from slipcast_compiler.judge.judges import Judges, compare, open_judges, weights_of_judges
+from slipcast_compiler.judge.metrics import Samples, choose_captions, summarise
 from slipcast_compiler.judge.originals import Evaluation, Originals, Run, measure_original, read_run
-from slipcast_compiler.judge.scorer import Scorer
 
 logger = logging.getLogger("slipcast")
 
-Floats = npt.NDArray[np.float32]
+NOBODY = Judges()
 MEMORY, QUALITY = "memory.json", "quality.json"
 
 
@@ -123,31 +119,24 @@ def measure_memory(root: Path, target: Target) -> dict[str, float]:
 class Judge:
     """Measures runs against the originals; what belongs to the originals alone is computed once."""
 
-    def __init__(
-        self, originals: Originals, scorer: Scorer | None = None, lpips: Lpips | None = None,
-        captions: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """`captions`: the family's, for retrieval; see metrics.Reference."""
+    def __init__(self, originals: Originals, judges: Judges = NOBODY) -> None:
         self._count = count = len(originals.bf16)
         prompts, strangers = originals.prompts[:count], originals.prompts[count:]
-        self._held_out = held_out = Reference(originals.fp32[:count], prompts, scorer, lpips, captions)
-        captions_too = (*captions, *choose_captions([prompt or "" for prompt in strangers]))
-        self._outside = strangers and Reference(originals.fp32[count:], strangers, scorer, lpips, captions_too)
+        self._held_out = held_out = judges.reference(originals.fp32[:count], prompts)
+        self._outside = strangers and judges.outside(originals.fp32[count:], strangers)
         self._fixed: dict[str, Any] = {
             "noise_floor": {
                 "precision": _floor(held_out.sample(originals.bf16)),
                 "seed": _floor(held_out.sample(originals.other_seeds, pixels=False)),
             },
-            "scorer_sha256": scorer.sha256 if scorer else None,
-            "lpips_sha256": lpips.sha256 if lpips else None,
-            "retrieval_captions": len(captions) if scorer else 0,
+            **judges.record,
         }
 
     def __call__(self, run: Run) -> Quality:
         """All metrics of a run, of held-out prompts and of those out of the family apart."""
         held_out, others = run.images[: self._count], run.images[self._count :]
-        outside = Comparison(**compare(self._outside, others)) if self._outside else None
-        return Quality(**compare(self._held_out, held_out), **self._fixed, out_of_family=outside)
+        outside = Comparison(**compare(self._outside.sample(others))) if self._outside else None
+        return Quality(**compare(self._held_out.sample(held_out)), **self._fixed, out_of_family=outside)
 
 
 class LazyJudge:
@@ -161,7 +150,7 @@ class LazyJudge:
             "pictures": [hashlib.sha256(each.tobytes()).hexdigest() for each in pictures],
             "prompts": originals.prompts,
             "captions": choose_captions(evaluation.captions),
-            "weights": {name: weights_digest(folder, name) for name in (table.scorer, table.lpips) if name},
+            "weights": weights_of_judges(table, folder),
         }
         self._judge: Judge | None = None
 
@@ -176,21 +165,9 @@ class LazyJudge:
         return Quality.model_validate_json((found / QUALITY).read_text())
 
 
-def weights_digest(folder: Path, name: str) -> str:
-    """SHA-256 over the files of a directory relative to `folder`; a hub id stands for itself."""
-    total = hashlib.sha256(name.encode())
-    for file in sorted(file for file in (folder / name).rglob("*") if file.is_file()):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
-
-
 def open_judge(evaluation: Evaluation, originals: Originals) -> Judge:
     """With the scorer and the weights that [evaluate] names."""
-    table, folder = evaluation.table, evaluation.folder
-    scorer = Scorer(table.scorer, folder) if table.scorer else None
-    lpips = Lpips(folder / table.lpips) if table.lpips else None
-    return Judge(originals, scorer, lpips, choose_captions(evaluation.captions))
+    return Judge(originals, open_judges(evaluation.table, evaluation.folder, evaluation.captions))
 
 
 def _floor(samples: Samples) -> Metrics:
@@ -200,13 +177,6 @@ def _floor(samples: Samples) -> Metrics:
         return found
     logger.warning("the original in bf16, or with other seeds, makes broken pictures: a noise floor is left out")
     return Metrics()
-
-
-def compare(reference: Reference, found: Floats) -> dict[str, Any]:
-    """The fields of a Comparison."""
-    samples = reference.sample(found)
-    own = {"images": len(found), "original": reference.itself, "intervals": intervals(samples)}
-    return summarise(samples).model_dump() | own
 
 
 def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Performance:

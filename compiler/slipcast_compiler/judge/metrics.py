@@ -147,11 +147,6 @@ class Reference:
             self._own, self._captions = texts[: len(prompts)], texts[len(prompts) :]
             self._before = self._against_text(images)
 
-    @property
-    def itself(self) -> Metrics:
-        """What can be said of the reference alone: its CLIP score and retrieval precision."""
-        return summarise(self._before)
-
     def measure(self, found: Floats) -> Metrics:
         """The metrics of pictures of the same prompts and noise."""
         return summarise(self.sample(found))

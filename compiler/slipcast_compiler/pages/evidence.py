@@ -26,6 +26,7 @@ from slipcast_compiler.pages.record import BaseRecord, Gated, finite
 from slipcast_compiler.recipe.recipe import Recipe
 
 SHOWN_PICTURES = 8
+SHOWN_STRANGERS = 4  # of the pictures of prompts out of the family
 SHOWN_PROMPTS = 12
 ROW_WIDTH = 960  # CSS pixels for the pictures of one prompt; the page is bounded too, to about 10 MB
 PICTURE_WIDTHS = (128, 256)  # narrowest and widest column of pictures

@@ -11,17 +11,19 @@ from typing import Any
 
 import tomli_w
 
-from slipcast.bundle.program import Program
+from slipcast.bundle.program import Output, Program
 from slipcast_compiler.capture.parts import when
 from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.export.closed import PROMPT_TABLE
-from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, ProgramJudged, as_pictures
+from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, VariantOriginals
+from slipcast_compiler.judge.programs import ProgramJudged, as_pictures
 from slipcast_compiler.pages.evidence import (
     DIFFERENCE_GAIN,
     METRICS,
     SHOWN_PICTURES,
     SHOWN_PROMPTS,
+    SHOWN_STRANGERS,
     common,
     figure,
     gate_rows,
@@ -74,14 +76,15 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         and {
             **evidence.fields["family"].model_dump(mode="json"),
             "calibration_examples": list(evidence.family.calibration[:SHOWN_PROMPTS]),
-            "held_out_prompts": list(dict.fromkeys(prompt for each in originals for prompt in each.prompts)),
+            "held_out_prompts": list(dict.fromkeys(prompt for each in originals.variants for prompt in each.prompts)),
+            "out_of_family_prompts": list(originals.outside.prompts) if originals.outside else [],
             **_not_shipped(evidence.graphs),
         },
         "recipe": _resolve(evidence),
         "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
         "capture": dict(evidence.capture),
         "parts": dict(evidence.parts),
-        "original_precision": evidence.originals[0].precision,
+        "original_precision": evidence.originals.variants[0].precision,
         "verified": evidence.verified["error"],
         "verified_with": evidence.verified["weights"],
         "limit": LIMIT,
@@ -89,7 +92,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "pictures": list(program.images),
         "fixed": {name: value for name, value in program.fixed.items() if name not in program.listed},
         "listed": {name: list(values) for name, values in program.listed.items()},
-        "variants": [_variant(evidence, place) for place in range(len(originals))],
+        "variants": [_variant(evidence, place) for place in range(len(originals.variants))],
         "sampling": program.loop and program.loop.sampling.model_dump(mode="json", exclude_none=True),
         "free": list(program.loop.free) if program.loop else [],
         "not_free": evidence.why_not,
@@ -101,14 +104,14 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
 
 def _variant(evidence: ProgramEvidence, place: int) -> dict[str, Any]:
     """What was judged of a variant."""
-    program, original = evidence.program, evidence.originals[place].run
+    program, original = evidence.program, evidence.originals.variants[place].run
     found = {}
     for target, judged in evidence.judged.variants.items():
         run, metrics = judged[place]
         found[target] = {"latency_s": round(run.latency_s, 4), **metrics.model_dump(exclude_none=True)}
     return {
         "chosen": {name: program.every[place].fixed[name] for name in program.listed},
-        "images": len(evidence.originals[place].seeds),
+        "images": len(evidence.originals.variants[place].seeds),
         "latency_original_s": round(original.latency_s, 4),
         "targets": found,
     }
@@ -127,7 +130,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     typed = typed_program_record(record)
     write_record(folder, typed)
     runs = evidence.judged.runs
-    natural = evidence.originals[0].run.images.shape[-1] if typed.gives not in NUMBERS else 1
+    natural = evidence.originals.variants[0].run.images.shape[-1] if typed.gives not in NUMBERS else 1
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",
@@ -135,6 +138,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
         record=typed,
         gain=DIFFERENCE_GAIN,
         rows=_rows(evidence, width),
+        strangers=_strangers(evidence, width),
         width=width,
         natural=natural,
         metrics=_measured(typed),
@@ -154,22 +158,53 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
 
 
 def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
-    """The first pictures of each variant; of a video its first frame and its last; of sounds and arrays none."""
-    program, variants = evidence.program, evidence.judged.variants
-    if program.output in NUMBERS:
+    """The first pictures of each variant; of sounds and arrays none."""
+    if (program := evidence.program).output in NUMBERS:
         return []
-    frames = {", first frame": 0, ", last frame": -1} if program.output == "frames" else {"": ...}
-    captions, seeds, pictures, runs = [], [], list[Any](), {name: list[Any]() for name in variants}
-    for place, at in islice(_in_turns([len(each.seeds) for each in evidence.originals]), SHOWN_PICTURES):
-        original = evidence.originals[place]
-        chosen = [f"{name} {program.every[place].fixed[name]}" for name in program.listed]
+    originals = evidence.originals.variants
+    shown = list(islice(_in_turns([len(each.seeds) for each in originals]), SHOWN_PICTURES))
+    chosen = [", ".join(f"{name} {each.fixed[name]}" for name in program.listed) for each in program.every]
+    images = [_Shown(originals[place], at, chosen[place]) for place, at in shown]
+    runs = {
+        target: [judged[place][0].images[at] for place, at in shown]
+        for target, judged in evidence.judged.variants.items()
+    }
+    return _picture_rows(images, runs, program.output, width)
+
+
+def _strangers(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
+    """The first pictures of prompts out of the family."""
+    if evidence.program.output in NUMBERS or not (outside := evidence.originals.outside):
+        return []
+    images = [_Shown(outside, at, "") for at in range(min(len(outside.seeds), SHOWN_STRANGERS))]
+    runs = {target: list(run.images[: len(images)]) for target, run in evidence.judged.outside.items()}
+    return _picture_rows(images, runs, evidence.program.output, width)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An image of the pipeline's that is shown, with what its caption says besides the prompt."""
+
+    original: VariantOriginals
+    at: int
+    chosen: str
+
+
+def _picture_rows(
+    images: Sequence[_Shown], runs: Mapping[str, Sequence[Any]], output: Output, width: int
+) -> list[dict[str, Any]]:
+    """`runs`: by target, its results for these; of a video its first frame and its last are shown."""
+    frames = {", first frame": 0, ", last frame": -1} if output == "frames" else {"": ...}
+    captions, seeds, pictures, found = [], [], list[Any](), {name: list[Any]() for name in runs}
+    for place, image in enumerate(images):
+        original, at = image.original, image.at
         for name, frame in frames.items():
-            captions.append(", ".join([original.prompts[at] or "no prompt", *chosen]) + name)
+            captions.append(", ".join(filter(None, [original.prompts[at] or "no prompt", image.chosen])) + name)
             seeds.append(original.seeds[at])
-            pictures.append(as_pictures(original.laid(program.output)[at][frame])[0])
-            for target, judged in variants.items():
-                runs[target].append(as_pictures(judged[place][0].images[at][frame])[0])
-    return picture_rows(captions, seeds, pictures, runs, range(len(captions)), width)
+            pictures.append(as_pictures(original.laid(output)[at][frame])[0])
+            for target, results in runs.items():
+                found[target].append(as_pictures(results[place][frame])[0])
+    return picture_rows(captions, seeds, pictures, found, range(len(captions)), width)
 
 
 def _in_turns(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -179,7 +214,7 @@ def _in_turns(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _measured(record: ProgramRecord) -> dict[str, str]:
-    """The metrics that were run, which are those of pixels."""
+    """The metrics that were run."""
     qualities = [target["quality"] for target in record.targets if target["quality"]]
     return {key: label for key, label in METRICS.items() if any(each[key] is not None for each in qualities)}
 

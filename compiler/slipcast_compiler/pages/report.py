@@ -20,6 +20,7 @@ from slipcast_compiler.pages.evidence import (
     METRICS,
     SHOWN_PICTURES,
     SHOWN_PROMPTS,
+    SHOWN_STRANGERS,
     common,
     figure,
     gate_rows,
@@ -36,8 +37,6 @@ from slipcast_compiler.pages.search import figures as search_figures
 from slipcast_compiler.recipe.passes import PassesTable
 from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.sampling import SamplingTable
-
-SHOWN_STRANGERS = 4  # of the pictures of prompts out of the family
 
 
 @dataclass(frozen=True)

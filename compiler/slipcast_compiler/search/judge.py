@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipcast_compiler.judge.gate import LIMITS
-from slipcast_compiler.judge.lpips import Lpips
-from slipcast_compiler.judge.metrics import Floats, Reference, Samples, choose_captions, intervals, summarise
-from slipcast_compiler.judge.scorer import Scorer
+from slipcast_compiler.judge.judges import open_judges
+from slipcast_compiler.judge.metrics import Floats, Reference, Samples, intervals, summarise
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.recipe.recipe import GateTable
@@ -17,11 +16,8 @@ from slipcast_compiler.recipe.recipe import GateTable
 
 def open_reference(plan: Plan, prompts: Prompts, pictures: Floats) -> Reference:
     """The original's pictures of calibration prompts, with the scorer and the weights that the recipe names."""
-    table = plan.recipe.evaluate
-    scorer = Scorer(table.scorer, plan.folder) if table.scorer else None
-    lpips = Lpips(plan.folder / table.lpips) if table.lpips else None
-    captions = choose_captions(plan.family.calibration if plan.family else ())
-    return Reference(pictures, prompts, scorer, lpips, captions)
+    captions = plan.family.calibration if plan.family else ()
+    return open_judges(plan.recipe.evaluate, plan.folder, captions).reference(pictures, prompts)
 
 
 def judge(gate: GateTable, samples: Samples) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from slipcast_compiler.pages import report
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.precision.casts import measure_casts
-from slipcast_compiler.schedule.early_exit import choose_exits
+from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
 from slipcast_compiler.search.run import choose_by_search
 
 
@@ -63,19 +63,19 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:
         sources = {table.name: sources_of(graphs, table.precision == "int8") for table in tables}
-        targets = build_targets(sources, tables, folder, cache, stages, casts.found)
+        targets = tuple(build_targets(sources, tables, folder, cache, stages, casts.found))
         fields = write_contents(graphs, folder)
-        publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+        publish.write_manifest(folder, {**fields, "targets": targets})
         casts.check(folder, targets, stages)
 
         # How little an image has to change, from one step to the next, to be taken for finished.
         exits = None
         if table := plan.recipe.early_exit:
-            images = plan.drawing(table.prompts).images
-            targets, exits = choose_exits(folder, targets, table, images, cache, stages)
+            measuring = Measuring(plan.drawing(table.prompts).images)
+            targets, exits = choose_exits(folder, targets, table.max_error, measuring, cache, stages)
             if any(target.early_exit for target in targets):
                 fields["requires"] = (*fields["requires"], "early_exit")
-            publish.write_manifest(folder, {**fields, "targets": tuple(targets)})
+            publish.write_manifest(folder, {**fields, "targets": targets})
 
         # The bundle against the original: what can run here.
         judged = judge_targets(plan.evaluation, originals, folder, targets, cache, stages)

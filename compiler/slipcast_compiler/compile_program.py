@@ -32,6 +32,7 @@ from slipcast_compiler.precision.programs import (
     quantize_denoisers,
     record_calls,
 )
+from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
 
 
 def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stages) -> Compiled:
@@ -64,18 +65,18 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             graphs = tabulate_prompts(graphs, plan.closed_prompts, cache, advance)
 
     # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
-    casts = None
+    casts, besides = None, arguments_of(graphs.record, originals)
     if needs_calls(recipe.targets, options := recipe.quantize_options):
         with stages.stage("record inputs") as advance:
             images = plan.calibration(images_needed(options, graphs.record))
-            inputs = record_calls(graphs, images, arguments_of(graphs.record, originals), options, cache, advance)
+            inputs = record_calls(graphs, images, besides, options, cache, advance)
         if options:
             with stages.stage("quantize denoiser") as advance:
                 graphs = quantize_denoisers(graphs, inputs, options, cache, advance)
         casts = measure_program_casts(graphs, inputs, recipe.targets, cache, stages)
         graphs = replace(graphs, casts=casts.found)
 
-    # Engines for every target, and then the bundle against the pipeline: what can run here.
+    # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:
         about = {
             "name": recipe.name,
@@ -86,6 +87,20 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
         if casts:
             casts.check(folder, fields["targets"], stages)
+
+        # How little an image has to change, from one step to the next, to be taken for finished.
+        exits = None
+        if table := recipe.early_exit:
+            images = plan.calibration(max(table.prompts, len(plan.calls)))
+            measuring = Measuring(images, tuple(besides))
+            fields["targets"], exits = choose_exits(
+                folder, fields["targets"], table.max_error, measuring, cache, stages
+            )
+            if any(target.early_exit for target in fields["targets"]):
+                fields["requires"] = (*fields["requires"], "early_exit")
+            publish.write_program_manifest(folder, fields)
+
+        # The bundle against the pipeline: what can run here.
         judges = open_judges(recipe.evaluate, plan.folder, plan.captions)
         judged = judge_program(folder, fields["program"], fields["targets"], originals, judges, recipe.gate, stages)
         fields |= judged.fields
@@ -94,7 +109,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
-            plan.arguments["why_not"], stages.seconds,
+            exits, plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

@@ -15,7 +15,7 @@ from slipcast.bundle.manifest import ImageGeometry, Sampling
 from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.run.guard import NEIGHBOURS
-from slipcast.sampling.samplers import SAMPLERS, find_sampler
+from slipcast.sampling.samplers import find_sampler
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.judge.originals import Evaluation
@@ -24,7 +24,7 @@ from slipcast_compiler.model.architectures import is_known
 from slipcast_compiler.model.check import check_components, check_configs, check_tokenizers
 from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, locate, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
-from slipcast_compiler.model.scheduler import FILE, read_process, refuse, usual_schedule, with_options
+from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import Task
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand
@@ -32,10 +32,10 @@ from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.sampling import ReferenceTable
 from slipcast_compiler.recipe.seeds import CALIBRATION
 from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.schedule.checks import check_caching, check_early_exit, check_timesteps
 
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_GUIDANCE = "dpmpp_2m", 20, 5.0
 MOST_GUARDED = 4096
-LEAST_TO_EXIT = 3
 RESOLVED = "resolved.json"
 FEW_STEPS = 4  # of a checkpoint that was distilled to few, without guidance
 
@@ -151,7 +151,8 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     original = Original(checkpoint, image, found.sizes, found.tokenizers)
     plan = Plan(recipe, folder, original, family, found.sampling, found.reference, strangers)
     _check_guard(plan)
-    _check_caching(plan)
+    if recipe.caching:
+        check_caching(recipe.caching, found.sampling)
     return plan
 
 
@@ -221,7 +222,8 @@ def replan(plan: Plan, recipe: Recipe) -> Plan:
     _check_sampling(recipe, plan.checkpoint, sampling)
     reference = _sampling(recipe.asked_of_original(), plan.checkpoint)
     changed = dataclasses.replace(plan, recipe=recipe, sampling=sampling, reference=reference)
-    _check_caching(changed)
+    if recipe.caching:
+        check_caching(recipe.caching, sampling)
     return changed
 
 
@@ -235,23 +237,6 @@ def _check_guard(plan: Plan) -> None:
             f"guard.false_alarms = {guard.false_alarms:g}: the family is too small for a threshold",
             expected=f"{needed} calibration prompts", got=len(plan.guarded_prompts),
             hint="add prompts, or allow more false alarms",
-        )  # fmt: skip
-
-
-def _check_caching(plan: Plan) -> None:
-    """RecipeError where no step can be a shallow one, or a mask of steps does not say which evaluations are."""
-    if not plan.recipe.caching:
-        return
-    sampling = plan.sampling
-    if find_sampler(sampling.sampler).evaluations > 1 or sampling.sampler == "pndm":  # which begins with one more
-        raise RecipeError(
-            f"[caching]: {sampling.sampler} evaluates the denoiser more often than once a step",
-            expected="another sampler", got=sampling.sampler,
-        )  # fmt: skip
-    if plan.recipe.caching.full_of(sampling.steps) >= sampling.steps:
-        raise RecipeError(
-            "caching.full_steps: no step is left that could be shallow",
-            expected=f"fewer than sampling.steps = {sampling.steps}", got=plan.recipe.caching.full_of(sampling.steps),
         )  # fmt: skip
 
 
@@ -324,42 +309,8 @@ def _check_sampling(recipe: Recipe, checkpoint: Checkpoint, sampling: Sampling) 
             f"sampling.guidance_rescale: there is no guidance to rescale{why}", expected="a guidance_scale above 1",
             got=f"guidance_scale {sampling.guidance_scale:g}",
         )  # fmt: skip
-    if recipe.early_exit and checkpoint.few_step_sampler:
-        raise RecipeError(
-            "[early_exit]: the checkpoint seems to be distilled to few steps, and takes all of them",
-            expected="no [early_exit]", got=f"a scheduler for {checkpoint.few_step_sampler}",
-        )  # fmt: skip
-    if recipe.early_exit and sampling.noise.keeps_noise:
-        raise RecipeError(
-            "[early_exit]: DDIM goes on with the noise of what was not clipped, and has no clean picture to stop at",
-            expected="no [early_exit], or another sampler", got=f"clip_sample in {FILE}",
-        )  # fmt: skip
-    if recipe.early_exit and sampling.steps < LEAST_TO_EXIT:
-        raise RecipeError(
-            f"[early_exit]: of {sampling.steps} steps none can be left out: a change is seen after the second",
-            expected=f"sampling.steps of {LEAST_TO_EXIT} or more, or no [early_exit]", got=sampling.steps,
-        )  # fmt: skip
-    if not recipe.timesteps:
-        return
-    if checkpoint.few_step_sampler:
-        raise RecipeError(
-            "[timesteps]: the checkpoint seems to be distilled to few steps, and knows no other timesteps",
-            expected="no [timesteps]", got=f"a scheduler for {checkpoint.few_step_sampler}",
-        )  # fmt: skip
-    sampler = find_sampler(sampling.sampler)
-    if sampler.stochastic or sampling.eta:
-        known = ", ".join(name for name, each in SAMPLERS.items() if not each.stochastic)
-        raise RecipeError(
-            f"[timesteps]: {sampling.sampler} draws noise, so it has no trajectory to come near to",
-            expected=f"{known}, without eta", got=sampling.sampler,
-        )  # fmt: skip
-    if sampler.evaluations > 1 and not sampler.flow:  # dpm2; Heun's second evaluation is at a level of the list
-        raise RecipeError(
-            f"[timesteps]: {sampling.sampler} evaluates between its levels, where the fine trajectory is not known",
-            expected="another sampler", got=sampling.sampler,
-        )  # fmt: skip
-    if recipe.timesteps.fine_steps <= sampling.steps:
-        raise RecipeError(
-            "timesteps.fine_steps is no finer", expected=f"more than sampling.steps = {sampling.steps}",
-            got=recipe.timesteps.fine_steps,
-        )  # fmt: skip
+    few_step = checkpoint.few_step_sampler
+    if recipe.early_exit:
+        check_early_exit(sampling, few_step)
+    if recipe.timesteps:
+        check_timesteps(recipe.timesteps, sampling, few_step)

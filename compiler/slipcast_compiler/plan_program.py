@@ -36,9 +36,13 @@ from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.schedule.checks import check_early_exit
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
-TABLES = frozenset({"name", "model", "call", "family", "sampling", "passes", "evaluate", "gate", "targets"})
+TABLES = frozenset(
+    {"name", "model", "call", "family", "sampling", "early_exit", "passes", "evaluate", "gate", "targets"}
+)
+OF_THE_LOOP = ("early_exit",)  # tables that are for steps which slipcast's samplers take
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     check_targets_fit(needs, available)
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
     samplings = samplings_of(variants, asked, find_scheduler(pipe))
+    _check_loop(recipe, variants, samplings, checkpoint)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(recipe.evaluate, family, sizes, folder)
     return ProgramPlan(
@@ -177,6 +182,26 @@ def _check_sources(found: Found, name: str, recipe: Recipe) -> None:
             f"what {name} draws depends on {'a prompt' if prompted else 'no prompt'}",
             expected="a [family]" if prompted else "a recipe without [family]",
         )
+
+
+def _check_loop(
+    recipe: Recipe, variants: Sequence[Found], samplings: Sequence[Sampling], checkpoint: Checkpoint
+) -> None:
+    """RecipeError where a table asks for something of steps that others take, or where it has nothing to do."""
+    asked = [name for name in OF_THE_LOOP if getattr(recipe, name)]
+    loops = [found.loop for found in variants if found.loop]
+    if asked and len(loops) < len(variants):
+        raise RecipeError(
+            f"[{asked[0]}] is not for this pipeline: {variants[0].why_not}",
+            expected="steps that slipcast's samplers take",
+            got="the scheduler's own",
+            hint=f"leave [{asked[0]}] out",
+        )
+    config = checkpoint.root / "scheduler" / "scheduler_config.json"
+    few_step = checkpoint.few_step_sampler if config.is_file() else None
+    for sampling in samplings or [loop.sampling for loop in loops]:
+        if recipe.early_exit:
+            check_early_exit(sampling, few_step)
 
 
 def _sizes(variants: Sequence[Found]) -> list[tuple[int, int]]:

@@ -240,6 +240,25 @@ def test_scores_lpips_and_prompts_out_of_the_family(made: Made) -> None:
     assert "out of the family: CLIP" in said and "LPIPS" in said
 
 
+def test_early_exit(made: Made) -> None:
+    """In more steps than the pipeline's own, of the same capture."""
+    given = ("--set", "sampling.steps=6", "--set", "early_exit={max_error=0.9, prompts=2}", "--set", "gate={}")
+    done = compile_here("tiny.toml", *given, "-o", "artifacts/early", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    early = made.folder / "artifacts" / "early"
+    record = typed_program_record(json.loads((early / "report.json").read_text("utf-8")))
+    assert record.early_exit and record.recipe["early_exit"] == {"max_error": 0.9, "prompts": 2}
+    for found in record.early_exit["targets"].values():
+        assert found["evaluations"] < found["all_evaluations"] == 6 and found["error"] <= 0.9
+    page = re.sub(r"<[^>]*>|\s+", " ", (early / "report.html").read_text("utf-8"))
+    assert re.search(r"Early exit, at an error of 0.9 or less on the mean of 2 calibration prompts: onnx", page)
+    manifest = json.loads((early / "manifest.json").read_text())
+    assert manifest["requires"] == ["program", "early_exit"]
+    assert all(target["early_exit"] > 0 for target in manifest["targets"])
+    done = call_cli("run", str(early), "--prompt", "a red circle", "--seed", "1", "-o", "e.png", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 REFUSED = {
     "key": (replaced("height =", "hieght ="), "did you mean height?"),
     "value": (replaced("height = 32", "height = 33"), "divisible by 8"),
@@ -255,6 +274,11 @@ REFUSED = {
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
     "pass": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "passes.low_rank is not for a captured pipeline yet"),
     "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer does not exist"),
+    "steps to exit": (RECIPE + "[early_exit]\n", "of 2 steps none can be left out"),
+    "others' steps": (
+        replaced("num_inference_steps = 2", "num_inference_steps = [3, 4]") + "[early_exit]\n",
+        "[early_exit] is not for this pipeline: its numbers of steps are listed",
+    ),
     "stranger": (RECIPE + '[evaluate]\nout_of_family = ["a red circle"]\n', "a prompt is of the family"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),
     "pipeline": (replaced("path =", 'pipeline = "UNet2DModel"\npath ='), "no pipeline UNet2DModel"),

@@ -75,6 +75,25 @@ def program(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def looped(steps: int = 2, **sampling: Any) -> dict[str, Any]:
+    """Changes of the manifest with which slipcast's samplers take the steps: components and program."""
+    noise = {"prediction": "flow", "num_train_timesteps": 1000}
+    settings = {"sampler": "euler", "schedule": "flow", "steps": steps, "guidance_scale": 4.5, "noise": noise}
+    given = {"sample": "noise", "context": "hidden", "other": "unhidden"}
+    calls, parts = program()["calls"], components()
+    del parts["update"]
+    loop = {
+        "at": 2, "calls": [call("denoiser", given, {"prediction": "eps"})], "sample": "noise", "output": "eps",
+        "result": "x", "vp": True, "columns": {"denoiser.timestep": {"of": "timestep", "scale": 1.0, "offset": 0.0}},
+        "sampling": settings | sampling, "steps": "num_inference_steps",
+    }  # fmt: skip
+    changed = program(
+        calls=[*calls[:2], call("decoder", {"latent": "x"}, {"image": "image"})],
+        loop=loop, steps=[], table=None, fixed={"guidance_scale": 4.5, "height": 16, "tiled": False},
+    )  # fmt: skip
+    return {"components": parts, "program": changed}
+
+
 def document(root: Path, **changes: Any) -> dict[str, Any]:
     """manifest.json; `changes` replace top-level keys."""
     parts = changes.get("components", components())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import cycle
@@ -105,6 +106,17 @@ def record_program(
             pipe(prompt, seed=seed, output_type="np", **next(turns))
 
         _write(recording, draw, {name: out / name for name in components}, images, count, advance)
+
+
+def digest_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call takes besides a text, for the cache's keys: pictures by SHA-256, others as they are."""
+
+    def digest(value: Any) -> Any:
+        if isinstance(value, list):
+            return [digest(each) for each in value]
+        return hashlib.sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else value
+
+    return {name: digest(value) for name, value in given.items()}
 
 
 def _record(

@@ -48,9 +48,8 @@ def judge_program(
     runs, judged, gates, not_run = dict[str, Run](), {}, {}, not_runnable(targets)
     variants, outside, judge = {}, dict[str, Run](), ProgramJudge(originals, program.output, judges)
     arguments = arguments_of(program, originals)
-    jobs = [
-        bundled.Job(each.prompts, each.seeds, given) for each, given in zip(originals.every, arguments, strict=True)
-    ]
+    every = zip(originals.every, [*arguments, arguments[0]], strict=False)
+    jobs = [bundled.Job(each.prompts, each.seeds, given) for each, given in every]
     for target in (target for target in targets if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
             try:
@@ -75,9 +74,11 @@ def judge_program(
 
 
 def arguments_of(program: Program, originals: PipelineOriginals) -> list[dict[str, Any]]:
-    """By place in originals.every, what a run is given besides a text: pictures, and what chooses the variant."""
-    chosen = [{name: variant.fixed[name] for name in program.listed} for variant in program.every]
-    return [{**original.given, **names} for original, names in zip(originals.every, [*chosen, chosen[0]], strict=False)]
+    """By variant, what a run is given besides a text: pictures, and what chooses the variant."""
+    return [
+        {**original.given, **{name: variant.fixed[name] for name in program.listed}}
+        for original, variant in zip(originals.variants, program.every, strict=True)
+    ]
 
 
 class ProgramJudge:

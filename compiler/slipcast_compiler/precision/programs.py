@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
@@ -10,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from slipcast.bundle.program import Program
 from slipcast.progress import Advance, Stages
 from slipcast_compiler.engines.programs import ProgramGraphs, write_portable
-from slipcast_compiler.engines.recording import record_program
+from slipcast_compiler.engines.recording import digest_given, record_program
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.original import Images
@@ -43,7 +40,7 @@ def record_calls(
     """A directory with evaluations of each component in fp32, COMPONENT/0000.npz and so on, from the cache or made:
     SAMPLES of each, or as many as INT8 is calibrated on. `given`: by variant, what its calls take besides a text."""
     count, components = options.samples if options else SAMPLES, tuple(graphs.contracts)
-    digests = [{name: _digest(value) for name, value in each.items()} for each in given]
+    digests = [digest_given(each) for each in given]
 
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".calibration-", dir=out.parent) as name:
@@ -53,11 +50,6 @@ def record_calls(
 
     inputs = {**graphs.identity, "images": images, "given": digests, "count": count}
     return cache.get("calls", inputs, make)
-
-
-def _digest(value: Any) -> Any:
-    """Of a picture; others are what they are."""
-    return hashlib.sha256(value.tobytes()).hexdigest() if isinstance(value, np.ndarray) else value
 
 
 def quantize_denoisers(

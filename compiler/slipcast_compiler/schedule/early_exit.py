@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,25 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import MANIFEST_NAME, SHALLOW, Manifest, Target
-from slipcast.bundle.reader import open_bundle
+from slipcast.bundle.program import Variant
+from slipcast.bundle.reader import BaseBundle, ProgramBundle, open_any_bundle, open_bundle
+from slipcast.bundle.sampling import Sampling
+from slipcast.bundle.sources import NoiseSource
 from slipcast.engines import Array, refusal
 from slipcast.progress import Advance, Stages
 from slipcast.run.pipeline import Pipeline
-from slipcast.sampling.denoiser import final_scale, initial_scale
+from slipcast.run.program import ProgramPipeline
+from slipcast.run.values import Noise
+from slipcast.sampling.denoiser import Denoiser, final_scale, initial_scale, input_scale
 from slipcast.sampling.early_exit import Floats, change
 from slipcast.sampling.guidance import Guided
 from slipcast.sampling.samplers import sample
+from slipcast.sampling.schedules import Schedule
 from slipcast.sampling.seeds import TorchGenerator, batch_noise
-from slipcast_compiler.engines.recording import Recording
+from slipcast_compiler.engines.recording import Recording, digest_given
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.original import Images
-from slipcast_compiler.recipe.sampling import EarlyExitTable
 
 logger = logging.getLogger("slipcast")
 
@@ -41,11 +47,25 @@ Curves = npt.NDArray[np.float64]  # [images, evaluations]
 REPORT = "early_exit.json"
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What thresholds are measured on: images, each by its prompt and seed. `given`: of a captured program, what its
+    calls take besides, by variant; images are of the variants in turns. Empty for other bundles."""
+
+    images: Images
+    given: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """For the cache's key."""
+        return {"images": self.images} | ({"given": [digest_given(each) for each in self.given]} if self.given else {})
+
+
 def choose_exits(
-    folder: Path, targets: Sequence[Target], table: EarlyExitTable, images: Images, cache: Cache, stages: Stages
-) -> tuple[list[Target], dict[str, Any]]:
-    """The targets of the bundle in `folder` with a threshold for sampling.early_exit, as [early_exit] in the recipe
-    asks; and what it gains.
+    folder: Path, targets: Sequence[Target], max_error: float, measuring: Measuring, cache: Cache, stages: Stages
+) -> tuple[tuple[Target, ...], dict[str, Any]]:
+    """The targets of the bundle in `folder` with a threshold for sampling.early_exit, whose mean error is at most
+    `max_error`; and what it gains.
 
     None for those that cannot run here, and, with a warning, where no evaluation could be left out at that error.
     """
@@ -53,17 +73,17 @@ def choose_exits(
     for target in targets:
         if not refusal(target):
             with stages.stage(f"early exit {target.id}") as advance:
-                changes, errors = _curves(folder, target.id, images, cache, advance)
-            found[target.id] = choose_threshold(changes, errors, table.max_error)
+                changes, errors = _curves(folder, target.id, measuring, cache, advance)
+            found[target.id] = choose_threshold(changes, errors, max_error)
             if found[target.id]["threshold"] is None:
                 logger.warning(
                     "early_exit: %s: no evaluation can be left out at an error of %g: all are made",
                     target.id,
-                    table.max_error,
+                    max_error,
                 )
         threshold = found.get(target.id, {}).get("threshold")
         chosen.append(target.model_copy(update={"early_exit": threshold}))
-    return chosen, {"max_error": table.max_error, "prompts": len(images), "targets": found}
+    return tuple(chosen), {"max_error": max_error, "prompts": len(measuring.images), "targets": found}
 
 
 def choose_threshold(changes: Curves, errors: Curves, max_error: float) -> dict[str, Any]:
@@ -84,33 +104,61 @@ def choose_threshold(changes: Curves, errors: Curves, max_error: float) -> dict[
     return best | {"all_evaluations": last + 2}
 
 
-def _curves(folder: Path, target: str, images: Images, cache: Cache, advance: Advance) -> tuple[Curves, Curves]:
+def _curves(folder: Path, target: str, measuring: Measuring, cache: Cache, advance: Advance) -> tuple[Curves, Curves]:
     """Changes between clean images, and how far each is from the end: of a target's engines, or from the cache."""
+    measure = _measure_program if measuring.given else _measure
 
     def build(out: Path) -> None:
-        curves = run_isolated(_measure, folder, target, images, advance=advance).result
+        curves = run_isolated(measure, folder, target, measuring, advance=advance).result
         (out / REPORT).write_text(json.dumps(curves, allow_nan=False))
 
     manifest = hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    inputs = {"manifest": manifest, "target": target, "images": images}
+    inputs = {"manifest": manifest, "target": target, **measuring.inputs}
     curves = json.loads((cache.get("early_exit", inputs, build) / REPORT).read_text())
     return np.array(curves["changes"]), np.array(curves["errors"])
 
 
-def _measure(root: Path, target: str, images: Images, advance: Advance) -> dict[str, Any]:
+def _measure(root: Path, target: str, measuring: Measuring, advance: Advance) -> dict[str, Any]:
     """Runs in a process of its own: changes between clean images, and how far each is from the end, [images, k]."""
     bundle, recording = open_bundle(root), Recording(("denoiser", SHALLOW))
-    chosen = next(each for each in bundle.manifest.targets if each.id == target)
-    changes, errors = list[list[float]](), list[list[float]]()
-    with Pipeline(bundle, chosen.model_copy(update={"early_exit": None}), instrument=recording) as pipe:
-        for i, (prompt, seed) in enumerate(images):
-            advance(i, len(images))
+    found = []
+    with Pipeline(bundle, _without_exit(bundle, target), instrument=recording) as pipe:
+        for i, (prompt, seed) in enumerate(measuring.images):
+            advance(i, len(measuring.images))
             recording.calls.clear()
-            end = pipe(prompt, seed=seed, output_type="latent", guard="warn").images
-            clean, _ = replay(bundle.manifest, seed, [arrays["prediction"] for _, arrays in recording.calls])
-            changes.append([float(change(now, before)[0]) for before, now in itertools.pairwise(clean)])
-            errors.append([float(change(end, now)[0]) for now in clean[1:]])
-    return {"changes": changes, "errors": errors}
+            pipe(prompt, seed=seed, output_type="latent", guard="warn")
+            found.append(replay(bundle.manifest, seed, [arrays["prediction"] for _, arrays in recording.calls]))
+    return _compared(found)
+
+
+def _measure_program(root: Path, target: str, measuring: Measuring, advance: Advance) -> dict[str, Any]:
+    """The same of a captured program."""
+    bundle = open_any_bundle(root)
+    assert isinstance(bundle, ProgramBundle)
+    program = bundle.manifest.program
+    recording, found = Recording({name for variant in program.every for name in makers(variant)}), []
+    with ProgramPipeline(bundle, _without_exit(bundle, target), instrument=recording) as pipe:
+        for i, (prompt, seed) in enumerate(measuring.images):
+            advance(i, len(measuring.images))
+            recording.calls.clear()
+            place = i % len(program.every)
+            pipe(prompt, seed=seed, output_type="np", **measuring.given[place])
+            found.append(replay_program(program.every[place], seed, recording))
+    return _compared(found)
+
+
+def _without_exit(bundle: BaseBundle, target: str) -> Target:
+    chosen = next(each for each in bundle.manifest.targets if each.id == target)
+    return chosen.model_copy(update={"early_exit": None})
+
+
+def _compared(runs: Iterable[tuple[list[Floats], Floats]]) -> dict[str, Any]:
+    """Of runs' clean images and ends."""
+    found: dict[str, Any] = {"changes": [], "errors": []}
+    for clean, end in runs:
+        found["changes"].append([float(change(now, before)[0]) for before, now in itertools.pairwise(clean)])
+        found["errors"].append([float(change(end, now)[0]) for now in clean[1:]])
+    return found
 
 
 def replay(manifest: Manifest, seed: int, predictions: Sequence[Array]) -> tuple[list[Floats], Floats]:
@@ -119,20 +167,63 @@ def replay(manifest: Manifest, seed: int, predictions: Sequence[Array]) -> tuple
     predictions[k]: of evaluation k, float32 [1 or 2, c, h, w], unconditional rows first. The same arithmetic in the
     same order, so that bits are those of the run.
     """
-    settings, given, clean = manifest.sampling, iter(predictions), list[Floats]()
+    settings, given = manifest.sampling, iter(predictions)
     schedule, noise = settings.lay(), partial(batch_noise, [TorchGenerator(seed)], manifest.image.latent_shape)
 
     def evaluate(x: Floats, timestep: float, both: bool) -> tuple[Array, Array | None]:
         rows = next(given)
         return rows[-1:], rows[:1] if both else None
 
-    def denoise(x: Floats, sigma: float) -> Floats:
-        clean.append(guided(x, sigma))
-        return clean[-1].copy()
-
     guidance = settings.guidance(settings.guidance_scale if manifest.takes_prompt else 1.0)
     guided = Guided(settings.noise, schedule, evaluate, guidance)
-    x: Floats = noise() * initial_scale(settings.noise, schedule, settings.sampler)
-    for latent in sample(settings.sampler, denoise, x, schedule.sigmas, noise=noise, eta=settings.eta):
+    start: Floats = noise() * initial_scale(settings.noise, schedule, settings.sampler)
+    return _follow(settings, schedule, guided, start, noise)
+
+
+def replay_program(variant: Variant, seed: int, recording: Recording) -> tuple[list[Floats], Floats]:
+    """The same of a captured program's run, float32 [1, *latent] each, from what its `makers` gave."""
+    loop, made = variant.loop, makers(variant)
+    assert loop
+    settings, schedule = loop.sampling, loop.sampling.lay()
+    draws = Noise([source for source in variant.sources if isinstance(source, NoiseSource)], seed)
+    given = {
+        value: [each[name] for each in recording.evaluations(component)] for component, (value, name) in made.items()
+    }
+    first: Any = given[loop.sample][0] if loop.sample in given else draws(loop.sample)
+    start: Floats = first[None] / input_scale(settings.noise.prediction, schedule.sigmas[0]) if loop.vp else first[None]
+    outputs: Any = iter(given[loop.output])
+    denoise = Denoiser(settings.noise, schedule, lambda scaled, timestep: next(outputs)[None])
+
+    def noise() -> Floats:
+        return np.asarray(draws.more(start.shape[1:])[None], np.float32)
+
+    return _follow(settings, schedule, denoise, start, noise)
+
+
+def makers(variant: Variant) -> dict[str, tuple[str, str]]:
+    """The components that make the loop's first latent, if it is not drawn, and its predictions: the value that each
+    makes, and the name of that output."""
+    assert variant.loop
+    wanted = (variant.loop.sample, variant.loop.output)
+    return {
+        call.component: (value, name)
+        for call in variant.every_call
+        for name, value in call.outputs.items()
+        if value in wanted
+    }
+
+
+def _follow(
+    settings: Sampling, schedule: Schedule, denoise: Callable[[Floats, float], Floats], x: Floats,
+    noise: Callable[[], Floats],
+) -> tuple[list[Floats], Floats]:  # fmt: skip
+    """The clean images of a trajectory from x, and its end."""
+    clean = list[Floats]()
+
+    def remembered(x: Floats, sigma: float) -> Floats:
+        clean.append(denoise(x, sigma))
+        return clean[-1].copy()
+
+    for latent in sample(settings.sampler, remembered, x, schedule.sigmas, noise=noise, eta=settings.eta):
         x = latent
     return clean, x * final_scale(settings.noise, schedule)

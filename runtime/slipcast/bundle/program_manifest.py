@@ -24,10 +24,11 @@ class ProgramManifest(BaseManifest):
 
     @model_validator(mode="after")
     def _names_what_it_requires(self) -> Self:
-        if self.requires != (PROGRAM,):
-            raise ValueError(f"requires has to name {PROGRAM}, and nothing else")
-        if any(target.early_exit for target in self.targets):
-            raise ValueError("a program has no early_exit")
+        early = any(target.early_exit for target in self.targets)
+        if set(self.requires) != (needed := {PROGRAM, *(["early_exit"] if early else [])}):
+            raise ValueError(f"requires has to name {' and '.join(sorted(needed))}, and nothing else")
+        if early and not all(variant.loop for variant in self.program.every):
+            raise ValueError("early_exit belongs to steps that slipcast's samplers take, and program has no loop")
         return self
 
     @model_validator(mode="after")

@@ -81,6 +81,8 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
     for target in manifest.targets:
         size = sum(sizes[path] for path in set(target.files)) / 1e6
         lines.append(f"  target {target.id}  {size:.1f} MB{bound_to(target)}")
+        if target.early_exit:
+            lines.append(f"    early exit where a clean image changes by {target.early_exit:.3g} or less")
         lines += [f"    {line}" for line in profile_lines(manifest, target)]
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)

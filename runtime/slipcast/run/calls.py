@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,12 @@ class Calls:
     ) -> None:
         self.values, self._depends, self._engines, self._seconds = values, depends, engines, seconds
 
-    def __call__(self, call: ProgramCall, rows: Mapping[str, Array], where: str) -> None:
+    def __call__(
+        self, call: ProgramCall, rows: Mapping[str, Array], where: str, images: Iterable[int] | None = None
+    ) -> None:
         """One call, once for all images that share what it gives. `rows`: inputs that are no values; `where` it is, for
-        the error of one that gives no numbers."""
-        for image in self.values.images(next(iter(call.outputs.values()))):
+        the error of one that gives no numbers; `images`: that are in need of it, without them all."""
+        for image in self.values.images(next(iter(call.outputs.values())), images):
             inputs = {**rows, **{name: self.values.get(value, image) for name, value in call.inputs.items()}}
             outputs = self._run(call.component, inputs)
             for name, value in call.outputs.items():

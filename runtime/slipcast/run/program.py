@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Target
+from slipcast.bundle.program import Loop
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.bundle.sources import PromptSource, TableSource
@@ -72,7 +73,8 @@ class ProgramPipeline(BasePipeline):
 
         Images advance together, call by call, and what they share is computed once.
         `callback_on_step_end(pipeline, step, steps)` is called when all have ended a step, counted from 0, and may
-        raise `slipcast.Cancelled` to stop. Calls from several threads take turns.
+        raise `slipcast.Cancelled` to stop. Where the bundle has early exit, `steps[i]` says how many image i took.
+        Calls from several threads take turns.
 
         Returns `images` as the bundle's output is: of "image" PIL images, or float32 [n, h, w, c] in [0, 1]; of
         "frames" a list of PIL images each, or [n, frames, h, w, c]; of "audio" a list of float32 [channels, samples];
@@ -100,14 +102,15 @@ class ProgramPipeline(BasePipeline):
         clock, seconds = time.perf_counter(), dict[str, float]()
         ready, images = self._variants[request.variant], len(request.seeds)
         values, loop = self._enter_sources(request, ready), ready.variant.loop
-        sampled = Sampled(loop, request.schedule, request.guidance, self.manifest.components) if loop else None
+        sampled = self._sampled(loop, request) if loop else None
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
-        steps = len(request.schedule.timesteps) if loop else len(ends)
+        steps = len(ends)
+        taken: tuple[int, ...] = (steps,) * images
         with InUse(self.residency) as engines:
             calls = Calls(values, ready.depends, engines, seconds)
             for place, call in enumerate(ready.variant.calls):
                 if sampled and sampled.loop.at == place:
-                    self._take_steps(sampled, calls, images, callback)
+                    taken = self._take_steps(sampled, calls, images, callback)
                 rows = ready.rows[place] | (sampled.before(call) if sampled else {})
                 calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
                 values.drop(ready.droppable[place])
@@ -116,19 +119,32 @@ class ProgramPipeline(BasePipeline):
                 if callback and place in ends:
                     callback(self, ends[place], steps)
             if sampled and sampled.loop.at == len(ready.variant.calls):
-                self._take_steps(sampled, calls, images, callback)
+                taken = self._take_steps(sampled, calls, images, callback)
         results = [values.get(value, image) for image in range(images) for value in ready.variant.results]
         found = self._finish(results, request.output_type)
         seconds["total"] = time.perf_counter() - clock
         kind, rate = self.program.output, ready.variant.rate
-        return PipelineOutput(found, request.seeds, self.target, seconds, steps=(steps,) * images, kind=kind, rate=rate)
+        return PipelineOutput(found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate)
 
-    def _take_steps(self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None) -> None:
-        for step in sampled.steps(calls, images):
+    def _sampled(self, loop: Loop, request: ProgramRequest) -> Sampled:
+        # Thresholds are of these steps: between others, clean images change more or less.
+        own = len(request.schedule.timesteps) == loop.sampling.steps
+        threshold = self._target.early_exit if own else None
+        return Sampled(loop, request.schedule, request.guidance, self.manifest.components, threshold)
+
+    def _take_steps(
+        self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None
+    ) -> tuple[int, ...]:
+        """How many each image took."""
+
+        def ended(step: int) -> None:
             if callback:
                 callback(self, step, len(sampled.schedule.timesteps))
+
+        taken = sampled.run(calls, images, ended)
         for component in dict.fromkeys(call.component for call in sampled.loop.calls):
             calls.done(component)
+        return taken
 
     def _enter_sources(self, request: ProgramRequest, ready: Ready) -> Values:
         """The values that texts and pictures become; noise is drawn when it is first read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from slipcast.bundle.driving import quantities
 from slipcast.bundle.program import Loop, ProgramCall
 from slipcast.bundle.records import Component
 from slipcast.run.calls import Calls
-from slipcast.run.loop import check_finite
+from slipcast.run.loop import Indices, check_finite
 from slipcast.sampling.denoiser import Denoiser, final_scale, input_scale
+from slipcast.sampling.early_exit import EarlyExit
 from slipcast.sampling.samplers import sample
 from slipcast.sampling.schedules import Schedule
 
@@ -22,56 +23,62 @@ Array = Any
 
 @dataclass(frozen=True)
 class Sampled:
-    """A loop, as a run asks for it. `contracts`: by component."""
+    """A loop, as a run asks for it. `contracts`: by component. `threshold`: of EarlyExit; None: none stops early."""
 
     loop: Loop
     schedule: Schedule
     guidance: float
     contracts: Mapping[str, Component]
+    threshold: float | None = None
 
     def before(self, call: ProgramCall) -> dict[str, Array]:
         """The inputs of a call before the loop that are neither values nor of the table: as at its first evaluation."""
         return self._columns(call, self.schedule.timesteps[0], self.schedule.sigmas[0])
 
-    def steps(self, calls: Calls, images: int) -> Iterator[int]:
-        """Take the steps, for so many images at once: yields the number of each, counted from 0, after it."""
+    def run(self, calls: Calls, images: int, ended: Callable[[int], None]) -> tuple[int, ...]:
+        """Take the steps, for so many images at once, and put the results: how many steps each image took. `ended` is
+        given the number of each step, counted from 0, after it."""
         loop, settings, process = self.loop, self.loop.sampling, self.loop.sampling.noise
         values, count = calls.values, 0
-        first = np.concatenate([values.get(loop.sample, image) for image in range(images)])
-        rows = len(first) // images
-        shape = (rows, *first.shape[1:])
+        first: Array = np.stack([values.get(loop.sample, image) for image in range(images)])
 
         def denoise(x: Array, sigma: float) -> Array:
             def predict(scaled: Array, timestep: float) -> Array:
                 nonlocal count
                 count += 1
-                return self._evaluate(scaled, timestep, sigma, calls, f"evaluation {count}")
+                return self._evaluate(scaled, timestep, sigma, calls, exits.left, f"evaluation {count}")
 
             return Denoiser(process, self.schedule, predict)(x, sigma)
 
         def noise() -> Array:
-            return np.concatenate([values.more_noise(image, shape) for image in range(images)])
+            return np.stack([values.more_noise(image, first.shape[1:]) for image in range(images)])
 
-        x = first / input_scale(process.prediction, self.schedule.sigmas[0]) if loop.vp else first
-        taken = sample(settings.sampler, denoise, x, self.schedule.sigmas, noise=noise, eta=settings.eta or None)
+        exits = EarlyExit(denoise, self.threshold, images)
+        x: Array = first / input_scale(process.prediction, self.schedule.sigmas[0]) if loop.vp else first
+        taken = sample(settings.sampler, exits, x, self.schedule.sigmas, noise=noise, eta=settings.eta or None)
         for step, x in enumerate(taken):
             check_finite(x, f"latents are not finite after step {step + 1} of {len(self.schedule.timesteps)}")
-            yield step
-        x = x * final_scale(process, self.schedule)
-        for image in range(images):
-            values.put(loop.result, image, x[image * rows : (image + 1) * rows])
+            ended(step)
+            if not exits.end_step():
+                break
+        for image, result in enumerate(exits.results(x * final_scale(process, self.schedule))):
+            values.put(loop.result, image, result)
         values.drop(value for call in loop.calls for value in call.outputs.values())
+        return tuple(map(int, exits.steps))
 
-    def _evaluate(self, scaled: Array, timestep: float, sigma: float, calls: Calls, where: str) -> Array:
-        """What the model gives for all images, whose rows follow each other."""
+    def _evaluate(self, scaled: Array, timestep: float, sigma: float, calls: Calls, left: Indices, where: str) -> Array:
+        """What the model gives for the images that are left; of the others, what it would be given."""
         loop, values = self.loop, calls.values
         given = scaled if loop.vp else scaled / input_scale(loop.sampling.noise.prediction, sigma)
-        images = len(values.images(loop.output))
-        for image, part in enumerate(np.split(given, images)):
-            values.put(loop.sample, image, part)
+        images = [int(image) for image in left]
+        for image in images:
+            values.put(loop.sample, image, given[image])
         for call in loop.calls:
-            calls(call, self._columns(call, timestep, sigma), where)
-        return np.concatenate([values.get(loop.output, image) for image in range(images)])
+            calls(call, self._columns(call, timestep, sigma), where, images)
+        found = given.copy()
+        for image in images:
+            found[image] = values.get(loop.output, image)
+        return found
 
     def _columns(self, call: ProgramCall, timestep: float, sigma: float) -> dict[str, Array]:
         at = quantities(self.loop.sampling.noise, timestep, sigma, self.guidance)

@@ -92,10 +92,10 @@ class Values:
         self._from_noise = {source.value for source in noise}
         self._held: dict[str, dict[Key, Array]] = {}
 
-    def images(self, value: str) -> list[int]:
-        """One image of each group that shares the value."""
+    def images(self, value: str, among: Iterable[int] | None = None) -> list[int]:
+        """One image of each group that shares the value, of all images or `among` some."""
         first: dict[Key, int] = {}
-        for image in range(len(self._texts)):
+        for image in range(len(self._texts)) if among is None else among:
             first.setdefault(self._key(value, image), image)
         return list(first.values())
 

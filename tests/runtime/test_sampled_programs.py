@@ -1,0 +1,101 @@
+"""A captured program whose steps slipcast's samplers take: early exit, image by image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import programs
+import pytest
+from fakes import Fakes
+from programs import document, looped, write_program
+
+import slipcast
+from conftest import call_cli
+from slipcast.errors import ArtifactError
+from slipcast.run.program import ProgramPipeline
+
+PROMPTS, STEPS, SEEDS = ["a red circle", "a blue star"] * 2, 12, [3, 4, 5, 6]
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    return programs.use(fakes.install(monkeypatch))
+
+
+def bundle(root: Path, threshold: float | None, **sampling: Any) -> Path:
+    changes = looped(STEPS, **sampling)
+    if threshold is None:
+        return write_program(root, {}, **changes)
+    targets = [target | {"early_exit": threshold} for target in document(root.parent, **changes)["targets"]]
+    return write_program(root, {}, **changes, targets=targets, requires=["program", "early_exit"])
+
+
+def draw(pipe: Any, places: list[int], **request: Any) -> Any:
+    return pipe([PROMPTS[i] for i in places], seed=[SEEDS[i] for i in places], output_type="np", **request)
+
+
+def threshold_between(tmp_path: Path, **sampling: Any) -> float:
+    """At which some of the images stop before the end, and not all at once: found by trying."""
+    for i, threshold in enumerate(np.geomspace(1e-4, 1.0, 60)):
+        with slipcast.load(bundle(tmp_path / f"try{i}", float(threshold), **sampling)) as pipe:
+            steps = draw(pipe, [0, 1, 2, 3]).steps
+        if min(steps) < STEPS and len(set(steps)) > 1:
+            return float(threshold)
+    raise AssertionError("no threshold tells the images apart")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_each_image_stops_by_itself(tmp_path: Path, engines: Fakes, sampler: str) -> None:
+    threshold = threshold_between(tmp_path, sampler=sampler)
+    with slipcast.load(bundle(tmp_path / "b", threshold, sampler=sampler)) as pipe:
+        assert isinstance(pipe, ProgramPipeline)
+        seen: list[int] = []
+        engines.calls.clear()
+        out = draw(pipe, [0, 1, 2, 3], callback_on_step_end=lambda _, step, steps: seen.append(step))
+        evaluations = [name for name, _ in engines.calls if name == "denoiser"]
+        assert seen == list(range(max(out.steps))) and min(out.steps) < STEPS
+        assert len(evaluations) < 4 * STEPS * (2 if sampler == "heun" else 1)
+        if sampler == "euler":
+            assert len(evaluations) == sum(out.steps)
+        for i in range(4):
+            alone = draw(pipe, [i])
+            np.testing.assert_array_equal(alone.images[0], out.images[i])
+            assert alone.steps == (out.steps[i],)
+
+
+def test_what_is_shared_is_evaluated_for_whoever_is_left(tmp_path: Path, engines: Fakes) -> None:
+    """And it is said how many steps each took, and where images stop, by `inspect`."""
+    threshold = threshold_between(tmp_path)
+    path = bundle(tmp_path / "b", threshold)
+    with slipcast.load(path) as pipe:
+        out, whole = draw(pipe, [0, 1, 2, 3]), draw(slipcast.load(bundle(tmp_path / "all", None)), [0, 1, 2, 3])
+    assert whole.steps == (STEPS,) * 4
+    for steps, image, wanted in zip(out.steps, out.images, whole.images, strict=True):
+        assert (steps < STEPS) == bool((image != wanted).any())
+        assert np.abs(image - wanted).max() < 0.5
+    said = call_cli("inspect", str(path)).stdout
+    assert f"early exit where a clean image changes by {threshold:.3g} or less" in said
+
+
+def test_other_numbers_of_steps_take_them_all(tmp_path: Path, engines: Fakes) -> None:
+    with slipcast.load(bundle(tmp_path / "b", 10.0)) as pipe:
+        assert draw(pipe, [0, 1]).steps == (2, 2)
+        assert draw(pipe, [0, 1], num_inference_steps=7).steps == (7, 7)
+
+
+def test_a_manifest_names_it_under_requires(tmp_path: Path, engines: Fakes) -> None:
+    for place, (changes, early, requires, says) in enumerate(
+        (
+            (looped(STEPS), 0.1, ["program"], "requires has to name early_exit and program"),
+            (looped(STEPS), None, ["program", "early_exit"], "requires has to name program, and nothing else"),
+            ({}, 0.1, ["program", "early_exit"], "program has no loop"),
+        )
+    ):
+        targets = [target | {"early_exit": early} for target in document(tmp_path, **changes)["targets"]]
+        table = {} if changes else programs.TABLE
+        path = write_program(tmp_path / str(place), table, **changes, targets=targets, requires=requires)
+        with pytest.raises(ArtifactError, match=says):
+            slipcast.load(path)

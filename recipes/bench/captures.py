@@ -2,8 +2,9 @@
 
     python recipes/bench/captures.py -o recipes/bench/captures/published.json
 
-Components are made on torch's meta device with the sizes of the published checkpoints; tokenizers are small ones, which
-decide nothing but ids. Each pipeline is captured in a process of its own. Numbers of parameters are counted.
+What `slipcast capture` does is measured, imports and all, on directories that have the configs of the published
+checkpoints and no weights; tokenizers are small ones, which decide nothing but ids. Each pipeline is captured in a
+process of its own. Numbers of parameters are counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from slipcast.progress import Advance
@@ -20,7 +22,6 @@ from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import this_machine
 
 WORDS = ("a", "picture", "of", "small", "thing", "large", "red", "blue", "system", "user", "assistant")
-STEPS = 3
 
 
 def tokenizer(length: int) -> Any:
@@ -251,28 +252,36 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def measure(name: str, _: Advance) -> dict[str, Any]:
-    """Runs in a process of its own: the summary of the capture, and the seconds that it took."""
-    from slipcast_compiler.capture.call import make_call
+def save_configs(pipe: Any, folder: Path) -> None:
+    """The directory of a checkpoint, but for its weights."""
+    pipe.save_config(folder)
+    for name, part in pipe.components.items():
+        if hasattr(part, "save_config"):  # diffusers' modules and schedulers
+            part.save_config(folder / name)
+        elif part is not None:
+            getattr(part, "config", part).save_pretrained(folder / name)
+
+
+def measure(name: str, folder: Path, _: Advance) -> dict[str, Any]:
+    """Runs in a process of its own: what `slipcast capture` finds, and the seconds that it took with its imports."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in PIPELINES[name][1].items()]
+    begin = time.perf_counter()
+    from slipcast_compiler.capture.run import capture_model
+
+    summary = capture_model(folder, None, overrides, check=False)
+    return {"seconds": round(time.perf_counter() - begin, 1), "summary": summary}
+
+
+def make(name: str, folder: Path, _: Advance) -> int:
+    """Writes the configs; the number of parameters."""
     from slipcast_compiler.capture.open import without_weights
-    from slipcast_compiler.capture.record import capture
-    from slipcast_compiler.capture.summary import summarise
     from slipcast_compiler.host.quiet import quiet
 
-    build, given = PIPELINES[name]
     with quiet(), without_weights():
-        pipe = build()
-    pipe.set_progress_bar_config(disable=True)
-    for component in pipe.components.values():
-        if hasattr(component, "eval"):
-            component.eval()
-    begin = time.perf_counter()
-    with quiet():
-        program = capture(pipe, make_call(pipe, {"num_inference_steps": STEPS, **given}))
-    seconds = time.perf_counter() - begin
+        pipe = PIPELINES[name][0]()
+        save_configs(pipe, folder)
     modules = [component for component in pipe.components.values() if hasattr(component, "parameters")]
-    parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return {"seconds": round(seconds, 2), "parameters": parameters, "summary": summarise(program, pipe)}
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def main() -> None:
@@ -282,13 +291,17 @@ def main() -> None:
     given = parser.parse_args()
     found = {}
     for name in given.names:
-        isolated = run_isolated(measure, name)
-        found[name] = isolated.result | {"peak_memory_mb": round(isolated.peak_memory_mb, 1)}
+        with TemporaryDirectory() as folder:
+            parameters = run_isolated(make, name, Path(folder)).result
+            isolated = run_isolated(measure, name, Path(folder))
+        peak = round(isolated.peak_memory_mb, 1)
+        found[name] = isolated.result | {"parameters": parameters, "peak_memory_mb": peak}
         loop = found[name]["summary"]["loop"]
         phases = [(phase["steps"], phase["calls"], phase["guidance"]) for phase in loop["phases"]] if loop else None
         print(
             f"{name}: {found[name]['parameters'] / 1e9:.1f} G parameters, {found[name]['seconds']} s, "
-            f"{found[name]['peak_memory_mb']} MB, {found[name]['summary']['glue']} operators, {phases}",
+            f"{found[name]['peak_memory_mb']} MB, {found[name]['summary']['glue']} operators, {phases}, "
+            f"refused: {found[name]['summary']['refused']}",
             flush=True,
         )
     if given.output:

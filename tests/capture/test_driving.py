@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundling import distance, make_bundle
+from bundling import bundle_of, distance, make_bundle
 from tiny import call_of, open_pipeline
 
 import slipcast
@@ -158,6 +158,26 @@ def test_a_run_chooses_steps_and_guidance(name: str, tmp_path: Any) -> None:
         for wrong in ({"num_inference_steps": 0}, {"num_inference_steps": 2.5}, {"guidance_scale": 1.0}):
             with pytest.raises(RequestError, match=next(iter(wrong))):
                 loaded("a star", **wrong)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("sana", marks=pytest.mark.slow)])
+def test_a_run_chooses_at_each_of_several_sizes(name: str, tmp_path: Any) -> None:
+    """A model may be told the size, which is the same at all steps: a row of the table for each size."""
+    pipe, heights = open_pipeline(name), (32, 64)
+
+    def called(height: int, prompt: str, seed: int = 1, **chosen: Any) -> dict[str, Any]:
+        return call_of(name, prompt, seed) | {"height": height} | chosen
+
+    calls = [lambda prompt, height=height: called(height, prompt) for height in heights]
+    with slipcast.load(bundle_of(pipe, name, calls, tmp_path)) as loaded:
+        rows = [call.row for each in loaded.program.every for call in each.every_call if call.row is not None]
+        assert len(set(rows)) == (2 if name == "stable_diffusion_xl" else 0)
+        for height in heights:
+            chosen = {"num_inference_steps": 5, "guidance_scale": 2.25}
+            made = loaded("a large star", seed=3, output_type="np", height=height, **chosen)
+            with torch.no_grad():
+                wanted = pipe(**called(height, "a large star", 3, **chosen))["images"]
+            assert distance(made.images[0], np.asarray(wanted))["psnr"] > 100
 
 
 def test_what_steps_alone_decide_is_exact_in_half_precision(tmp_path: Any) -> None:

@@ -1,12 +1,13 @@
 """What the numbers that differ from step to step are: laws of the timestep, of the noise level, or of the guidance.
 
 A part that is used at every step has constants of its own there. Where each is a * q + b, of one quantity q that a
-sampler knows for any schedule, a run can have other steps than those that were captured.
+sampler knows for any schedule, a run can have other steps than those that were captured. Others may be the same at all
+steps, and differ between the calls that share the part, as sizes that a model is told do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from slipcast_compiler.capture.driving import Driven
 DISTINCT = 3  # values of a quantity: two make a law, and the third checks it
 EXACT = 1e-5  # of the largest number: constants are float32
 At = Mapping[str, float]  # by name, the quantities of an evaluation
+Columns = tuple[Column | None, ...]  # of a part's table; None: as in the row
 
 
 def evaluations(driven: Driven, guidance: float) -> list[At]:
@@ -26,17 +28,26 @@ def evaluations(driven: Driven, guidance: float) -> list[At]:
     return [quantities(process, each.timestep, each.sigma, guidance) for each in driven.evaluations]
 
 
-def find_columns(name: str, cuts: Sequence[Cut], at: Sequence[Sequence[At]]) -> tuple[Column, ...] | None:
-    """The columns of a part's table, in order; None where one is no law. `at`: of each program that was cut together,
-    its evaluations; a part that is used once is used at the first."""
+def find_columns(name: str, cuts: Sequence[Cut], at: Sequence[Sequence[At]]) -> Columns | None:
+    """What the columns of a part's table are, in order: a law, or None for one that is the same in all uses; None in
+    place of all where one is neither. `at`: of each program that was cut together, its evaluations; a part that is used
+    once is used at the first."""
     part = next(part for cut in cuts for part in cut.parts if part.name == name)
     uses = [
         (use.row, places[step])
         for cut, places in zip(cuts, at, strict=True)
         for step, use in enumerate(use for use in cut.uses if use.part == name)
     ]
-    found = [_law(part, place, uses) for place in range(len(part.table))]
-    return tuple(column for column in found if column) if all(found) else None
+    used = [row for row, _ in uses]
+    found = [None if is_fixed(rows, used) else _law(part, place, uses) for place, (_, rows) in enumerate(part.table)]
+    lawless = [rows for law, (_, rows) in zip(found, part.table, strict=True) if law is None]
+    return tuple(found) if all(is_fixed(rows, used) for rows in lawless) else None
+
+
+def is_fixed(rows: torch.Tensor, used: Iterable[int | None]) -> bool:
+    """Whether a column of a table is the same in all rows that are used."""
+    first, *others = sorted({row or 0 for row in used})
+    return all(torch.equal(rows[first], rows[other]) for other in others)
 
 
 def _law(part: Part, place: int, uses: Sequence[tuple[int | None, At]]) -> Column | None:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slipcast.bundle.driving import Column
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.sampling.samplers import find_sampler
-from slipcast_compiler.capture.columns import evaluations, find_columns
+from slipcast_compiler.capture.columns import Columns, evaluations, find_columns
 from slipcast_compiler.capture.cut import Cut, Use, cut_together
 from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
 from slipcast_compiler.capture.labels import kind_of
@@ -25,8 +24,8 @@ DENOISER, START = "denoiser", "start"
 class Loop:
     """`use`: an evaluation of the model, between the uses of the cut before `at` and those from there on. It leads from
     the value `sample` to `output`; the sampler, from `sample` to `result`. `vp`: whether `sample` is in
-    variance-preserving coordinates. `columns`: by part, what its table's numbers are. `steps`, `guidance`: the
-    arguments that a run chooses by; None where it cannot."""
+    variance-preserving coordinates. `columns`: by part, what its table's numbers are; those of None are as in the
+    row of its use. `steps`, `guidance`: the arguments that a run chooses by; None where it cannot."""
 
     sampling: Sampling
     use: Use
@@ -35,7 +34,7 @@ class Loop:
     output: int
     result: int
     vp: bool
-    columns: Mapping[str, tuple[Column, ...]]
+    columns: Mapping[str, Columns]
     steps: str | None
     guidance: str | None
 
@@ -96,13 +95,14 @@ def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut
     _check_shared(cuts)
     columns = {}
     for part in cuts[0].parts:
-        if part.table and kind_of(part.name) in (DENOISER, START):
-            laws = find_columns(part.name, cuts, at)
-            if laws is None:
-                raise not_driven("its numbers by step are none that slipcast knows", part.name)
-            columns[part.name] = laws
-        elif part.table and not part.name.startswith("update"):
+        if not part.table or part.name.startswith("update"):
+            continue
+        laws, in_loop = find_columns(part.name, cuts, at), kind_of(part.name) in (DENOISER, START)
+        if laws is None and in_loop:
+            raise not_driven("its numbers by step are none that slipcast knows", part.name)
+        if laws is None or (any(laws) and not in_loop):
             raise not_driven("its numbers of steps, or its guidance, are seen outside of the loop", part.name)
+        columns[part.name] = laws
     cut, loop = _without_steps(captured.program, cuts[0], driven)
     return cut, replace(
         loop,

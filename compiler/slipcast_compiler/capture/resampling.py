@@ -84,7 +84,7 @@ def _check_start(loop: Loop, made: Sampling) -> None:
     if (
         loop.vp
         or loop.sampling.noise.is_flow
-        or any(kind_of(name) == START for name in loop.columns)
+        or any(kind_of(name) == START and any(columns) for name, columns in loop.columns.items())
         or before == after
     ):
         return

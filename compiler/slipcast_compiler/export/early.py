@@ -8,7 +8,7 @@ timestep, one that is called once for each prompt and step, whatever the number 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,10 @@ def leave_loop(folder: Path) -> Program:
     table: Arrays = load_file(folder / record.table) if record.table else {}
     calls = [(call, late) for variant in record.every for late in [_late(variant)] for call in variant.every_call]
     parts = dict[str, Parts]()
+    laws = {name for variant in record.every if variant.loop for name in variant.loop.columns}
     for name in dict.fromkeys(call.component for call, _ in calls if call.component.startswith("denoiser")):
-        if found := _cut(folder, name, [(call, late) for call, late in calls if call.component == name]):
+        own = [(call, late) for call, late in calls if call.component == name]
+        if found := _cut(folder, name, own, laws if record.loop else None):
             parts[name] = found
             _write(folder, name, found, table, driven=record.loop is not None)
     if not parts:
@@ -72,13 +74,13 @@ def _rewrite(variant: Variant, parts: Mapping[str, Parts]) -> dict[str, Any]:
     made, loop = _Rewriting(), variant.loop
     for place, call in enumerate(variant.calls):
         if call.component in parts:
-            _add(made, call, parts[call.component], made.before)
+            _add(made, call, parts[call.component], made.before, ())
         else:
             (made.after if loop and place >= loop.at else made.before).append(call)
         made.places[place] = len(made.before) - 1
     for call in loop.calls if loop else ():
         if call.component in parts:
-            _add(made, call, parts[call.component], made.loop)
+            _add(made, call, parts[call.component], made.loop, loop.columns if loop else ())
         else:
             made.loop.append(call)
     steps = tuple(made.places[place] for place in variant.steps)
@@ -113,8 +115,11 @@ def _late(variant: Variant) -> set[str]:
     return late
 
 
-def _cut(folder: Path, name: str, calls: Sequence[tuple[ProgramCall, set[str]]]) -> Parts | None:
-    """The parts of a denoiser, or None where it stays whole. `calls`: all of it, with what is late then."""
+def _cut(
+    folder: Path, name: str, calls: Sequence[tuple[ProgramCall, set[str]]], laws: Collection[str] | None
+) -> Parts | None:
+    """The parts of a denoiser, or None where it stays whole. `calls`: all of it, with what is late then; `laws`: the
+    inputs that a run computes for each step, where those of the table are the same at all; else they are the step's."""
     model = load(folder / f"{name}.onnx")
     if len(list(model.graphs())) > 1:  # a branch or a loop within the graph
         return None
@@ -122,7 +127,8 @@ def _cut(folder: Path, name: str, calls: Sequence[tuple[ProgramCall, set[str]]])
     for value in model.graph.inputs:
         key = str(value.name)
         if key not in calls[0][0].inputs:
-            inputs[key] = Binding.STEP
+            if laws is None or f"{name}.{key}" in laws:
+                inputs[key] = Binding.STEP
         elif any(call.inputs[key] in late for call, late in calls):
             inputs[key] = Binding.LATENT
     parts = cut(model, inputs=inputs)
@@ -166,15 +172,17 @@ def _evaluate(step: Path, rows: Arrays) -> Arrays:
     return {key: np.stack([each[key] for each in found]) for key in found[0]}
 
 
-def _add(made: _Rewriting, call: ProgramCall, parts: Parts, into: list[ProgramCall]) -> None:
-    """The calls in place of one of the whole, which go `into` these; what prompts alone decide goes before the loop."""
+def _add(made: _Rewriting, call: ProgramCall, parts: Parts, into: list[ProgramCall], columns: Collection[str]) -> None:
+    """The calls in place of one of the whole, which go `into` these; what prompts alone decide goes before the loop.
+    `columns`: the inputs that neither a value nor the table gives."""
     known, driven = dict(call.inputs), into is made.loop
     for part in ("step", "prompt", "prompt+step", "denoise"):
         if (model := parts.graphs.get(part)) is None or (part == "step" and not driven):
             continue
         taken = [str(value.name) for value in model.graph.inputs]
         inputs = {key: known[key] for key in taken if key in known}
-        row = call.row if len(inputs) < len(taken) else None
+        tabled = [key for key in taken if key not in inputs and f"{call.component}.{key}" not in columns]
+        row = call.row if tabled else None
         component, outputs = _component(call.component, part), dict(call.outputs)
         if part != "denoise":
             key = component, tuple(sorted(inputs.items())), row

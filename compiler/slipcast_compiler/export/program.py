@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim
 
+from slipcast.bundle.driving import Column
 from slipcast.bundle.manifest import Component
 from slipcast.bundle.program import LengthRange, Output, ProgramCall, Variant
 from slipcast.bundle.program import Loop as LoopRecord
@@ -60,12 +61,14 @@ def export_program(
     """
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     variants, parts = _export_parts(variants, components, weights, folder, advance)
-    laws = {name for found in variants if found.loop for name in found.loop.columns}
     tables = {
         _row_name(part, at, True): carried(rows)
-        for part in parts.values() if part.name not in laws
+        for part in parts.values()
         for at, (_, rows) in enumerate(part.table)
-    }  # fmt: skip
+        if not all(
+            _law(part.name, at, found.loop) for found in variants if part in found.cut.parts
+        )  # then no row is read
+    }
     if tables:
         save_file({name: rows.contiguous() for name, rows in tables.items()}, folder / TABLE)
     first, *others = (_variant(found, pipe, folder) for found in variants)
@@ -143,8 +146,14 @@ def _call(use: Use, loop: Loop | None) -> ProgramCall:
         component=use.part,
         inputs={f"in_{at}": _value(value) for at, value in enumerate(use.inputs)},
         outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
-        row=None if loop and use.part in loop.columns else use.row,
+        row=None if loop and all(loop.columns.get(use.part, (None,))) else use.row,
     )
+
+
+def _law(part: str, place: int, loop: Loop | None) -> Column | None:
+    """What a column of a part's table is in a loop that slipcast's samplers drive, where it is not as in a row."""
+    columns = loop.columns.get(part) if loop else None
+    return columns[place] if columns else None
 
 
 def _loop(loop: Loop) -> LoopRecord:
@@ -156,7 +165,10 @@ def _loop(loop: Loop) -> LoopRecord:
         result=_value(loop.result),
         vp=loop.vp,
         columns={
-            f"{part}.row_{place}": column for part, each in loop.columns.items() for place, column in enumerate(each)
+            f"{part}.row_{place}": column
+            for part, each in loop.columns.items()
+            for place, column in enumerate(each)
+            if column
         },
         sampling=loop.sampling,
         steps=loop.steps,

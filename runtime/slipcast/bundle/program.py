@@ -69,7 +69,8 @@ class Loop(Strict):
 
     They lead from the value `sample` to `result`. An evaluation of the model is `calls`, which read the latent as
     `sample` and make `output`; `vp`: whether in variance-preserving coordinates. `columns`: by "<component>.<input>",
-    of these calls and of those before the loop, what is neither a value nor of the table. `sampling`: the bundle's;
+    of these calls and of those before the loop, what is neither a value nor of the table; a row of which is the same at
+    all steps. `sampling`: the bundle's;
     `steps` and `guidance`: the arguments by which a run asks for another number of steps, and for another guidance.
     """
 
@@ -283,8 +284,6 @@ def _flow_through(loop: Loop, made: set[str]) -> None:
         raise ValueError(f"loop.sample is {loop.sample!r}, which nothing before it makes")
     inside = set(made)
     for place, call in enumerate(loop.calls):
-        if call.row is not None:
-            raise ValueError(f"loop.calls[{place}] reads a row of the table, which is another at each step")
         _flow(call, inside, f"loop.calls[{place}]")
     if loop.output not in inside - made:
         raise ValueError(f"loop.output is {loop.output!r}, which none of its calls makes")

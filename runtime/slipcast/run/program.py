@@ -102,7 +102,7 @@ class ProgramPipeline(BasePipeline):
         clock, seconds = time.perf_counter(), dict[str, float]()
         ready, images = self._variants[request.variant], len(request.seeds)
         values, loop = self._enter_sources(request, ready), ready.variant.loop
-        sampled = self._sampled(loop, request) if loop else None
+        sampled = self._sampled(loop, request, ready) if loop else None
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
@@ -126,11 +126,12 @@ class ProgramPipeline(BasePipeline):
         kind, rate = self.program.output, ready.variant.rate
         return PipelineOutput(found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate)
 
-    def _sampled(self, loop: Loop, request: ProgramRequest) -> Sampled:
+    def _sampled(self, loop: Loop, request: ProgramRequest, ready: Ready) -> Sampled:
         # Thresholds are of these steps: between others, clean images change more or less.
         own = len(request.schedule.timesteps) == loop.sampling.steps
         threshold = self._target.early_exit if own else None
-        return Sampled(loop, request.schedule, request.guidance, self.manifest.components, threshold)
+        contracts = self.manifest.components
+        return Sampled(loop, request.schedule, request.guidance, contracts, ready.loop_rows, threshold)
 
     def _take_steps(
         self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ Array = Any
 
 @dataclass(frozen=True)
 class Sampled:
-    """A loop, as a run asks for it. `contracts`: by component. `threshold`: of EarlyExit; None: none stops early."""
+    """A loop, as a run asks for it. `contracts`: by component; `rows`: by call of an evaluation, what its row of the
+    table gives. `threshold`: of EarlyExit; None: none stops early."""
 
     loop: Loop
     schedule: Schedule
     guidance: float
     contracts: Mapping[str, Component]
+    rows: Sequence[Mapping[str, Array]]
     threshold: float | None = None
 
     def before(self, call: ProgramCall) -> dict[str, Array]:
@@ -73,8 +75,8 @@ class Sampled:
         images = [int(image) for image in left]
         for image in images:
             values.put(loop.sample, image, given[image])
-        for call in loop.calls:
-            calls(call, self._columns(call, timestep, sigma), where, images)
+        for call, row in zip(loop.calls, self.rows, strict=True):
+            calls(call, {**row, **self._columns(call, timestep, sigma)}, where, images)
         found = given.copy()
         for image in images:
             found[image] = values.get(loop.output, image)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from slipcast.bundle.program import Variant
+from slipcast.bundle.program import ProgramCall, Variant
 from slipcast.bundle.program_manifest import NO_COLUMNS, tabled
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.bundle.sources import PromptSource
@@ -21,12 +21,13 @@ from slipcast.run.values import dependence, droppable
 
 @dataclass(frozen=True)
 class Ready:
-    """A variant. `rows`: by call, the inputs that its row of the table gives; `depends`, `droppable`: see values.py;
-    `last_call`: of each component, the place among the calls."""
+    """A variant. `rows`: by call, the inputs that its row of the table gives, and `loop_rows` by call of its loop;
+    `depends`, `droppable`: see values.py; `last_call`: of each component, the place among the calls."""
 
     variant: Variant
     texts: ProgramTexts
     rows: list[dict[str, Array]]
+    loop_rows: list[dict[str, Array]]
     depends: dict[str, frozenset[str]]
     droppable: list[tuple[str, ...]]
     last_call: dict[str, int]
@@ -43,7 +44,8 @@ def read_variants(bundle: ProgramBundle) -> tuple[Ready, ...]:
         Ready(
             variant,
             ProgramTexts(tokenizers, variant),
-            _rows(bundle, variant, columns),
+            _rows(bundle, variant, variant.calls, columns),
+            _rows(bundle, variant, variant.loop.calls if variant.loop else (), columns),
             dependence(variant),
             droppable(variant),
             {call.component: place for place, call in enumerate(variant.calls)},
@@ -52,11 +54,13 @@ def read_variants(bundle: ProgramBundle) -> tuple[Ready, ...]:
     )
 
 
-def _rows(bundle: ProgramBundle, variant: Variant, columns: Mapping[str, Array]) -> list[dict[str, Array]]:
+def _rows(
+    bundle: ProgramBundle, variant: Variant, calls: Sequence[ProgramCall], columns: Mapping[str, Array]
+) -> list[dict[str, Array]]:
     known, laws = bundle.manifest.components, variant.loop.columns if variant.loop else NO_COLUMNS
     return [
         {spec.name: columns[name][call.row, ...] for name, spec in tabled(call, known[call.component], laws)}
-        for call in variant.calls
+        for call in calls
     ]
 
 
@@ -66,7 +70,7 @@ def _read_table(bundle: ProgramBundle) -> dict[str, Array]:
     path = bundle.path(program.table or "")
     entries = read_header(path)
     needed: dict[str, tuple[str, tuple[int | str, ...], int]] = {}
-    calls = [(call, variant.loop) for variant in program.every for call in variant.calls]
+    calls = [(call, variant.loop) for variant in program.every for call in variant.every_call]
     for call, loop in calls:
         for name, spec in tabled(call, manifest.components[call.component], loop.columns if loop else NO_COLUMNS):
             rows = max(call.row or 0, needed[name][2] - 1 if name in needed else 0) + 1

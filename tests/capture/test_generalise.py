@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny.parts import word_tokenizer
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.find import Found, find
+from slipcast_compiler.capture.generalise import extend
 from slipcast_compiler.capture.program import Affine, Call, Length, Padding, measure, rebuild
 from slipcast_compiler.capture.verify import verify
 
@@ -178,6 +180,17 @@ def test_what_follows_a_length_otherwise_is_refused_with_its_line(kind: Any, cod
     with pytest.raises(RecipeError, match="the length of a prompt decides what the pipeline does") as refused:
         find(made(kind), {})
     assert kind.__name__ in str(refused.value) and _line(code) in str(refused.value.got)
+
+
+def test_ranges_grow_with_other_texts() -> None:
+    """Where the longest texts are done otherwise, and where all are done alike."""
+    program = find(made(Worded), {}).program
+    (length,) = program.lengths
+    assert extend(program, []) == program
+    short = replace(program, lengths=(replace(length, minimum=9, maximum=9),))
+    (grown,) = extend(short, [program]).lengths
+    (tokens,) = [source.value.shape[1] for source in program.needed_sources if source.kind == "prompt"]
+    assert (grown.minimum, grown.maximum) == (min(9, tokens), max(9, tokens))
 
 
 def test_lengths_are_sizes_or_sums() -> None:

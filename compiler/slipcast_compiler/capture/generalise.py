@@ -72,7 +72,8 @@ def extend(program: Program, others: Sequence[Program]) -> Program:
         own, of_any = program.needed_sources[places.index(length.value)], replace(length, minimum=0, maximum=LONGEST)
         values = [other.needed_sources[places.index(length.value)].value for other in others]
         counts = [int(of_any.of(own.padded(value))) for value in values]
-        lengths.append(replace(length, minimum=min(length.minimum, *counts), maximum=max(length.maximum, *counts)))
+        counts += [length.minimum, length.maximum]
+        lengths.append(replace(length, minimum=min(counts), maximum=max(counts)))
     return replace(program, lengths=tuple(lengths))
 
 

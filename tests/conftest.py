@@ -77,15 +77,9 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
 def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`slipcast compile` with all that needs torch in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        here = (
-            "judge.originals",
-            "judge.captured",
-            "judge.programs",
-            "passes.apply",
-            "profile.profile",
-            "schedule.early_exit",
-        )
-        for module in (*here, "compile_program"):
+        judged = ("judge.originals", "judge.captured", "judge.programs")
+        measured = ("passes.apply", "profile.profile", "schedule.early_exit", "schedule.program_timesteps")
+        for module in (*judged, *measured, "compile_program"):
             patch.setattr(f"slipcast_compiler.{module}.run_isolated", in_process)
         return call_cli("compile", "--debug", *arguments, cwd=cwd)  # what fails on another machine is seen once
 

@@ -33,6 +33,7 @@ from slipcast_compiler.precision.programs import (
     record_calls,
 )
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
+from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
 
 
 def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stages) -> Compiled:
@@ -58,14 +59,21 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     with stages.stage("originals") as advance:
         originals = draw_originals(plan.drawing, plan.outside_drawing, given, cache, advance)
 
-    # All prompts of a closed family are known: a table takes the place of what computes them.
+    # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.
     graphs = ProgramGraphs(entry, plan.samplings)
+    besides, timesteps = arguments_of(graphs.record, originals), None
+    if finding := recipe.timesteps:
+        with stages.stage("timesteps") as advance:
+            images = plan.calibration(finding.prompts)
+            graphs, timesteps = choose_program_timesteps(graphs, images, besides[0], finding, cache, advance)
+
+    # All prompts of a closed family are known: a table takes the place of what computes them.
     if plan.closed_prompts:
         with stages.stage("tabulate prompts") as advance:
             graphs = tabulate_prompts(graphs, plan.closed_prompts, cache, advance)
 
     # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
-    casts, besides = None, arguments_of(graphs.record, originals)
+    casts = None
     if needs_calls(recipe.targets, options := recipe.quantize_options):
         with stages.stage("record inputs") as advance:
             images = plan.calibration(images_needed(options, graphs.record))
@@ -109,7 +117,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
-            exits, plan.arguments["why_not"], stages.seconds,
+            timesteps, exits, plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

@@ -36,13 +36,13 @@ from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
-from slipcast_compiler.schedule.checks import check_early_exit
+from slipcast_compiler.schedule.checks import check_early_exit, check_timesteps
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
-    {"name", "model", "call", "family", "sampling", "early_exit", "passes", "evaluate", "gate", "targets"}
+    {"name", "model", "call", "family", "sampling", "timesteps", "early_exit", "passes", "evaluate", "gate", "targets"}
 )
-OF_THE_LOOP = ("early_exit",)  # tables that are for steps which slipcast's samplers take
+OF_THE_LOOP = ("timesteps", "early_exit")  # tables that are for steps which slipcast's samplers take
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,32 @@ def _check_loop(
         )
     config = checkpoint.root / "scheduler" / "scheduler_config.json"
     few_step = checkpoint.few_step_sampler if config.is_file() else None
-    for sampling in samplings or [loop.sampling for loop in loops]:
+    chosen = samplings or [loop.sampling for loop in loops]
+    for found, sampling in zip(variants, chosen, strict=False):
+        if recipe.timesteps:
+            check_timesteps(recipe.timesteps, sampling, few_step)
+            _check_finer(found, sampling, recipe.timesteps.fine_steps)
         if recipe.early_exit:
             check_early_exit(sampling, few_step)
+    if recipe.timesteps and any(each.noise != chosen[0].noise for each in chosen):
+        raise RecipeError(
+            "[timesteps]: what call lists have noise levels of their own",
+            expected="one size, or no [timesteps]",
+            got=f"{len(chosen)} combinations",
+        )
+
+
+def _check_finer(found: Found, sampling: Sampling, fine_steps: int) -> None:
+    """RecipeError where more steps begin at another noise level than the one to which the pipeline scales its noise."""
+    assert found.loop
+    own, finer = sampling.lay().sigmas[0], sampling.lay(fine_steps).sigmas[0]
+    if own != finer and not found.loop.vp:
+        raise RecipeError(
+            f"[timesteps]: {fine_steps} steps begin at another noise level than the one to which its noise is scaled",
+            expected=f"sigma {own:g} first",
+            got=f"{finer:g}",
+            hint="sampling.schedule: another one, such as linspace or karras",
+        )
 
 
 def _sizes(variants: Sequence[Found]) -> list[tuple[int, int]]:

@@ -240,18 +240,22 @@ def test_scores_lpips_and_prompts_out_of_the_family(made: Made) -> None:
     assert "out of the family: CLIP" in said and "LPIPS" in said
 
 
-def test_early_exit(made: Made) -> None:
+def test_found_levels_and_early_exit(made: Made) -> None:
     """In more steps than the pipeline's own, of the same capture."""
     given = ("--set", "sampling.steps=6", "--set", "early_exit={max_error=0.9, prompts=2}", "--set", "gate={}")
-    done = compile_here("tiny.toml", *given, "-o", "artifacts/early", cwd=made.folder)
+    levels = ("--set", 'timesteps={method="dp", prompts=2, fine_steps=9}')
+    done = compile_here("tiny.toml", *given, *levels, "-o", "artifacts/early", cwd=made.folder)
     assert done.returncode == 0, done.stderr
     early = made.folder / "artifacts" / "early"
     record = typed_program_record(json.loads((early / "report.json").read_text("utf-8")))
+    assert record.timesteps and record.sampling and record.free == ("guidance_scale",)
+    assert record.sampling["sigmas"] == record.timesteps["sigmas"] and len(record.timesteps["sigmas"]) == 7
     assert record.early_exit and record.recipe["early_exit"] == {"max_error": 0.9, "prompts": 2}
     for found in record.early_exit["targets"].values():
         assert found["evaluations"] < found["all_evaluations"] == 6 and found["error"] <= 0.9
     page = re.sub(r"<[^>]*>|\s+", " ", (early / "report.html").read_text("utf-8"))
     assert re.search(r"Early exit, at an error of 0.9 or less on the mean of 2 calibration prompts: onnx", page)
+    assert re.search(r"Found by dp on calibration prompts.+ linspace +\d", page)
     manifest = json.loads((early / "manifest.json").read_text())
     assert manifest["requires"] == ["program", "early_exit"]
     assert all(target["early_exit"] > 0 for target in manifest["targets"])
@@ -278,6 +282,14 @@ REFUSED = {
     "others' steps": (
         replaced("num_inference_steps = 2", "num_inference_steps = [3, 4]") + "[early_exit]\n",
         "[early_exit] is not for this pipeline: its numbers of steps are listed",
+    ),
+    "no finer steps": (RECIPE + "[timesteps]\nfine_steps = 4\n[sampling]\nsteps = 4\n", "fine_steps is no finer"),
+    "drawn noise": (
+        RECIPE + '[timesteps]\n[sampling]\nsampler = "euler_ancestral"\n', "has no trajectory to come near to"
+    ),
+    "others' levels": (
+        replaced("num_inference_steps = 2", "num_inference_steps = [3, 4]") + "[timesteps]\n",
+        "[timesteps] is not for this pipeline: its numbers of steps are listed",
     ),
     "stranger": (RECIPE + '[evaluate]\nout_of_family = ["a red circle"]\n', "a prompt is of the family"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),

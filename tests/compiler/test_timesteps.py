@@ -28,6 +28,7 @@ from slipcast_compiler.schedule.timesteps import (
     choose_timesteps,
     descend,
     distance,
+    from_noise,
     local_errors,
     search,
 )
@@ -42,14 +43,14 @@ def known(sampler: str = "dpmpp_2m", steps: int = 5, **settings: Any) -> tuple[M
     sampling = Sampling(sampler=sampler, schedule="karras", steps=steps, guidance_scale=3.0, noise=PROCESS, **settings)
     seen: list[int] = []
 
-    def evaluate(scaled: Any, timestep: float, both: bool) -> Any:
+    def evaluate(scaled: Any, timestep: float, _: float, both: bool) -> Any:
         seen.append(len(scaled))
         sigma = float(PROCESS.sigma_at(np.array([timestep]))[0])
         x = scaled * math.sqrt(1 + sigma**2)
         cond, uncond = ((x - np.tanh((x + shift) / max(sigma, 0.1) ** 2)) / sigma for shift in (0.2, 0.0))
         return cond, uncond if both else None
 
-    return Model(sampling, evaluate, NOISE), seen
+    return Model(sampling, evaluate, from_noise(sampling, NOISE)), seen
 
 
 def test_a_remembered_run_is_the_run() -> None:
@@ -75,7 +76,7 @@ def test_states_and_what_the_sampler_was_given_belong_together() -> None:
     assert len(states) == 7
     for x, sigma in zip(states[:-1], schedule.sigmas, strict=False):
         fresh, _ = known("heun")
-        expected = fresh._evaluate(x / math.sqrt(1 + sigma**2), schedule.timestep(sigma), False)[0]
+        expected = fresh._evaluate(x / math.sqrt(1 + sigma**2), schedule.timestep(sigma), sigma, False)[0]
         np.testing.assert_allclose(denoised[sigma], x - sigma * expected)
 
 

@@ -44,8 +44,8 @@ from slipcast_compiler.recipe.recipe import Recipe
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
     `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
-    from; `exits`: what early exit found, if it was asked for; `why_not`: a run cannot choose its steps, if it cannot;
-    `seconds`: by stage."""
+    from; `timesteps` and `exits`: what was found of noise levels and for early exit, if it was asked for; `why_not`: a
+    run cannot choose its steps, if it cannot; `seconds`: by stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
@@ -57,6 +57,7 @@ class ProgramEvidence:
     originals: PipelineOriginals
     judged: ProgramJudged
     graphs: ProgramGraphs
+    timesteps: dict[str, Any] | None
     exits: dict[str, Any] | None
     why_not: str
     seconds: Mapping[str, float]
@@ -98,6 +99,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "sampling": program.loop and program.loop.sampling.model_dump(mode="json", exclude_none=True),
         "free": list(program.loop.free) if program.loop else [],
         "not_free": evidence.why_not,
+        "timesteps": evidence.timesteps,
         "early_exit": evidence.exits,
         "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
         "mixed_precision": dict(evidence.graphs.casts),

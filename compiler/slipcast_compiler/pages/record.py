@@ -136,6 +136,7 @@ class ProgramRecord(BaseRecord):
     sampling: Told | None
     free: tuple[str, ...]
     not_free: str
+    timesteps: Told | None = None
     early_exit: Told | None = None
     quantized: dict[str, Told]
     mixed_precision: dict[str, Told]

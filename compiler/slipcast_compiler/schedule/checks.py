@@ -58,6 +58,12 @@ def check_timesteps(table: TimestepsTable, sampling: Sampling, few_step: str | N
             expected="another sampler",
             got=sampling.sampler,
         )
+    if not sampling.schedule:
+        raise RecipeError(
+            "[timesteps]: its noise levels follow no schedule that slipcast has, so that there are no finer ones",
+            expected="sampling.schedule, or no [timesteps]",
+            got="a list",
+        )
     if table.fine_steps <= sampling.steps:
         raise RecipeError(
             "timesteps.fine_steps is no finer",

@@ -23,12 +23,10 @@ from slipcast.bundle.manifest import MANIFEST_NAME, SHALLOW, Manifest, Target
 from slipcast.bundle.program import Variant
 from slipcast.bundle.reader import BaseBundle, ProgramBundle, open_any_bundle, open_bundle
 from slipcast.bundle.sampling import Sampling
-from slipcast.bundle.sources import NoiseSource
 from slipcast.engines import Array, refusal
 from slipcast.progress import Advance, Stages
 from slipcast.run.pipeline import Pipeline
 from slipcast.run.program import ProgramPipeline
-from slipcast.run.values import Noise
 from slipcast.sampling.denoiser import Denoiser, final_scale, initial_scale, input_scale
 from slipcast.sampling.early_exit import Floats, change
 from slipcast.sampling.guidance import Guided
@@ -39,6 +37,7 @@ from slipcast_compiler.engines.recording import Recording, digest_given
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.original import Images
+from slipcast_compiler.schedule.held import draws, first_latent, makers
 
 logger = logging.getLogger("slipcast")
 
@@ -136,7 +135,7 @@ def _measure_program(root: Path, target: str, measuring: Measuring, advance: Adv
     bundle = open_any_bundle(root)
     assert isinstance(bundle, ProgramBundle)
     program = bundle.manifest.program
-    recording, found = Recording({name for variant in program.every for name in makers(variant)}), []
+    recording, found = Recording({name for variant in program.every for name, _ in makers(variant).values()}), []
     with ProgramPipeline(bundle, _without_exit(bundle, target), instrument=recording) as pipe:
         for i, (prompt, seed) in enumerate(measuring.images):
             advance(i, len(measuring.images))
@@ -182,35 +181,19 @@ def replay(manifest: Manifest, seed: int, predictions: Sequence[Array]) -> tuple
 
 def replay_program(variant: Variant, seed: int, recording: Recording) -> tuple[list[Floats], Floats]:
     """The same of a captured program's run, float32 [1, *latent] each, from what its `makers` gave."""
-    loop, made = variant.loop, makers(variant)
+    loop = variant.loop
     assert loop
     settings, schedule = loop.sampling, loop.sampling.lay()
-    draws = Noise([source for source in variant.sources if isinstance(source, NoiseSource)], seed)
-    given = {
-        value: [each[name] for each in recording.evaluations(component)] for component, (value, name) in made.items()
-    }
-    first: Any = given[loop.sample][0] if loop.sample in given else draws(loop.sample)
+    drawn, (component, name) = draws(variant, seed), makers(variant)[loop.output]
+    first = first_latent(variant, drawn, recording)
     start: Floats = first[None] / input_scale(settings.noise.prediction, schedule.sigmas[0]) if loop.vp else first[None]
-    outputs: Any = iter(given[loop.output])
+    outputs: Any = iter([each[name] for each in recording.evaluations(component)])
     denoise = Denoiser(settings.noise, schedule, lambda scaled, timestep: next(outputs)[None])
 
     def noise() -> Floats:
-        return np.asarray(draws.more(start.shape[1:])[None], np.float32)
+        return np.asarray(drawn.more(start.shape[1:])[None], np.float32)
 
     return _follow(settings, schedule, denoise, start, noise)
-
-
-def makers(variant: Variant) -> dict[str, tuple[str, str]]:
-    """The components that make the loop's first latent, if it is not drawn, and its predictions: the value that each
-    makes, and the name of that output."""
-    assert variant.loop
-    wanted = (variant.loop.sample, variant.loop.output)
-    return {
-        call.component: (value, name)
-        for call in variant.every_call
-        for name, value in call.outputs.items()
-        if value in wanted
-    }
 
 
 def _follow(

@@ -37,6 +37,7 @@ from slipcast_compiler.model.rewrite import Denoiser, Rewrite
 from slipcast_compiler.recipe.sampling import TimestepsTable
 
 Sigmas = tuple[float, ...]
+EvaluateAt = Callable[[Array, float, float, bool], tuple[Array, Array | None]]
 Costs = npt.NDArray[np.float64]
 
 REPORT = "timesteps.json"
@@ -58,15 +59,19 @@ class Model:
     Outputs are remembered from one run to the next, and taken from there as long as x and timestep are the same.
     """
 
-    def __init__(self, sampling: Sampling, evaluate: Evaluate, noise: Array) -> None:
-        """`noise`: unit normal, [n, ...], a torch tensor or numpy array."""
-        self.sampling = sampling
-        self._evaluate, self._noise = evaluate, noise
+    def __init__(
+        self, sampling: Sampling, evaluate: EvaluateAt, start: Callable[[Schedule | float], Array], fixed: bool = False
+    ) -> None:
+        """`evaluate`: the model, as sampling.guidance.Evaluate, which is told the noise level too. `start`: x at a
+        schedule's first level, or at a level, [n, ...], a torch tensor or numpy array. `fixed`: that of the sampling's
+        own schedule is the only one that there is."""
+        self.sampling, self.fixed = sampling, fixed
+        self._evaluate, self._start = evaluate, start
         self._known: list[tuple[Array, float, bool, Any]] = []
 
     def run(self, schedule: Schedule, guidance: Guidance) -> tuple[list[Array], dict[float, Array]]:
         """x at the start and after each step; and, by sigma, the D(x, sigma) that the sampler was given last."""
-        settings, count, given = self.sampling, 0, dict[float, Array]()
+        settings, count, level, given = self.sampling, 0, 0.0, dict[float, Array]()
 
         def remembered(x: Array, timestep: float, both: bool) -> Any:
             nonlocal count
@@ -75,13 +80,15 @@ class Model:
                 known = self._known[count - 1]
                 if known[1:3] == (timestep, both) and bool((known[0] == x).all()):
                     return known[3]
-            outputs = self._evaluate(x, timestep, both)
+            outputs = self._evaluate(x, timestep, level, both)
             self._known[count - 1 :] = [(x + 0, timestep, both, outputs)]
             return outputs
 
         guided = Guided(settings.noise, schedule, remembered, guidance)
 
         def denoise(x: Array, sigma: float) -> Array:
+            nonlocal level
+            level = sigma
             given[sigma] = guided(x, sigma)
             return given[sigma]
 
@@ -91,11 +98,15 @@ class Model:
 
     def late_starts(self, states: Sequence[Array], fine: Schedule) -> Costs:
         """Error of starting at each point of a trajectory: at high noise, hardly worse than steps to there."""
+        if self.fixed:
+            return np.array([0.0, *[np.inf] * (len(states) - 2)])
         pairs = zip(fine.sigmas[:-1], states, strict=False)
         return np.array([distance(self._start(sigma) - x) for sigma, x in pairs])
 
-    def _start(self, schedule: Schedule | float) -> Array:
-        return self._noise * initial_scale(self.sampling.noise, schedule, self.sampling.sampler)
+
+def from_noise(sampling: Sampling, noise: Array) -> Callable[[Schedule | float], Array]:
+    """The start of a model, from unit normal noise [n, ...]."""
+    return lambda first: noise * initial_scale(sampling.noise, first, sampling.sampler)
 
 
 def distance(difference: Array) -> float:
@@ -154,13 +165,16 @@ def cheapest_path(begin: Costs, costs: Costs, steps: int) -> list[int]:
 # --- direct search ---------------------------------------------------------------------------------------------------
 
 
-def descend(error: Callable[[Sigmas], float], start: Sigmas, top: float, advance: Advance) -> tuple[float, Sigmas]:
-    """Move the levels below `top` and above the terminal one, one at a time, as long as `error` falls."""
+def descend(
+    error: Callable[[Sigmas], float], start: Sigmas, top: float, advance: Advance, kept: int = 0
+) -> tuple[float, Sigmas]:
+    """Move the levels below `top` and above the terminal one, one at a time, as long as `error` falls; but the first
+    `kept`."""
     best, least, move = start, error(start), FIRST_MOVE
     for sweep in range(SWEEPS):
         advance(sweep, SWEEPS)
         before = least
-        for i in range(len(best) - 2, -1, -1):  # the last first: little has to be evaluated again
+        for i in range(len(best) - 2, kept - 1, -1):  # the last first: little has to be evaluated again
             for part in (move, -move):
                 tried = (*best[:i], _moved((top, *best), i + 1, part), *best[i + 1 :])
                 if tried != best and (found := error(tried)) < least:
@@ -207,7 +221,8 @@ def _find(drawing: Drawing, table: TimestepsTable, rewrite: Rewrite, advance: Ad
     import torch
 
     with quiet(), torch.no_grad():
-        model = Model(drawing.sampling, *bind(drawing, rewrite))
+        sampling, (evaluate, noise) = drawing.sampling, bind(drawing, rewrite)
+        model = Model(sampling, lambda x, t, _, both: evaluate(x, t, both), from_noise(sampling, noise))
         return search(model, table.method, table.fine_steps, advance)
 
 
@@ -252,13 +267,14 @@ def search(model: Model, method: str, fine_steps: int, advance: Advance) -> dict
         return distance(model.run(schedule, guidance)[0][-1] - states[-1])
 
     def error_of(sigmas: Sigmas) -> float:
-        return error(from_sigmas(settings.noise, sigmas, settings.sampler))
+        return error(from_sigmas(settings.noise, _listed(settings, sigmas), settings.sampler))
 
     compared: dict[str, tuple[float, Sigmas]] = {}
-    for name in NAMED:
+    for name in dict.fromkeys((*NAMED, settings.schedule or NAMED[0])):
         with contextlib.suppress(RequestError):  # not for this process, or not with that many steps
             usual = make_schedule(settings.noise, name, settings.steps, settings.sampler)
-            compared[name] = error(usual), usual.sigmas
+            if not model.fixed or usual.sigmas[0] == fine.sigmas[0]:
+                compared[name] = error(usual), usual.sigmas
     costs = local_errors(settings.sampler, states, denoised, fine.sigmas)
     levels = np.array(fine.sigmas)
     begin = model.late_starts(states, fine)
@@ -268,12 +284,19 @@ def search(model: Model, method: str, fine_steps: int, advance: Advance) -> dict
     listed = [tuple(fine.sigmas[i] for i in path) for path in paths]
     compared["dp"] = min((error_of(sigmas), sigmas) for sigmas in listed)
     if method == "direct":
-        least, sigmas = descend(error_of, min(compared.values())[1], fine.sigmas[0], advance)
+        least, sigmas = descend(error_of, min(compared.values())[1], fine.sigmas[0], advance, int(model.fixed))
         compared["direct"] = least, sigmas
     chosen = min(compared, key=lambda name: compared[name])  # dynamic programming may not beat a usual list
     least, sigmas = compared[chosen]
     return {
-        "method": method, "chosen": chosen, "fine_steps": fine_steps, "error": least, "sigmas": list(sigmas),
-        "timesteps": list(from_sigmas(settings.noise, sigmas, settings.sampler).timesteps),
-        "compared": {name: {"error": found, "sigmas": list(listed)} for name, (found, listed) in compared.items()},
+        "method": method, "chosen": chosen, "fine_steps": fine_steps, "error": least,
+        "sigmas": list(_listed(settings, sigmas)),
+        "timesteps": list(from_sigmas(settings.noise, _listed(settings, sigmas), settings.sampler).timesteps),
+        "compared": {name: {"error": found, "sigmas": list(each)} for name, (found, each) in compared.items()},
     }  # fmt: skip
+
+
+def _listed(sampling: Sampling, levels: Sigmas) -> Sigmas:
+    """As a recipe lists them: times of flow matching, where levels are noise over signal."""
+    ratio = sampling.noise.prediction == "flow_ratio"
+    return tuple(level / (1 + level) for level in levels) if ratio else levels

@@ -92,8 +92,9 @@ class Loop(Strict):
 
     @property
     def free(self) -> tuple[str, ...]:
-        """The arguments by which a run chooses."""
-        return tuple(name for name in (self.steps, self.guidance) if name)
+        """The arguments by which a run chooses; a list of noise levels has its own number of steps."""
+        listed = self.sampling.timesteps or self.sampling.sigmas
+        return tuple(name for name in (None if listed else self.steps, self.guidance) if name)
 
 
 class Variant(Strict):

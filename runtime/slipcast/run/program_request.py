@@ -88,8 +88,9 @@ def _sampling(loop: Loop | None, given: Mapping[str, Any]) -> tuple[Schedule, fl
 def _choose(program: Program, given: Mapping[str, object]) -> int:
     """The first variant that is as it is asked for; RequestError where there is none, with what is legal."""
     pictures = dict.fromkeys(name for variant in program.every for name in variant.images)
-    free = program.loop.free if program.loop else ()
-    known = {*program.arguments, *pictures, *free}
+    loop = program.loop
+    free = loop.free if loop else ()
+    known = {*program.arguments, *pictures, *free, *([loop.steps] if loop and loop.steps else [])}
     asked = {name: value for name, value in given.items() if name not in known}
     for name, value in asked.items():
         if name not in program.fixed:

@@ -83,12 +83,19 @@ class Sampled:
         return found
 
     def _columns(self, call: ProgramCall, timestep: float, sigma: float) -> dict[str, Array]:
-        at = quantities(self.loop.sampling.noise, timestep, sigma, self.guidance)
-        found = {}
-        for spec in self.contracts[call.component].inputs:
-            if column := self.loop.columns.get(f"{call.component}.{spec.name}"):
-                number = column.scale * at[column.of] + column.offset
-                shape = tuple(size for size in spec.shape if isinstance(size, int))
-                told = number if spec.dtype.startswith("float") else round(number)
-                found[spec.name] = np.full(shape, told, spec.dtype)
-        return found
+        return columns(self.loop, call, self.contracts[call.component], timestep, sigma, self.guidance)
+
+
+def columns(
+    loop: Loop, call: ProgramCall, contract: Component, timestep: float, sigma: float, guidance: float
+) -> dict[str, Array]:
+    """By input, what a call is given that is neither a value nor of the table, at an evaluation of the model."""
+    at = quantities(loop.sampling.noise, timestep, sigma, guidance)
+    found = {}
+    for spec in contract.inputs:
+        if column := loop.columns.get(f"{call.component}.{spec.name}"):
+            number = column.scale * at[column.of] + column.offset
+            shape = tuple(size for size in spec.shape if isinstance(size, int))
+            told = number if spec.dtype.startswith("float") else round(number)
+            found[spec.name] = np.full(shape, told, spec.dtype)
+    return found

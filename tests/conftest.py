@@ -74,12 +74,16 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
     return Isolated(function(*arguments, advance or (lambda done, total: None)), peak_mb())
 
 
+ISOLATING = (
+    "judge.originals", "judge.captured", "judge.programs", "passes.apply", "profile.profile", "profile.program",
+    "schedule.early_exit", "schedule.program_timesteps", "compile_program",
+)  # fmt: skip
+
+
 def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`slipcast compile` with all that needs torch in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        judged = ("judge.originals", "judge.captured", "judge.programs")
-        measured = ("passes.apply", "profile.profile", "schedule.early_exit", "schedule.program_timesteps")
-        for module in (*judged, *measured, "compile_program"):
+        for module in ISOLATING:
             patch.setattr(f"slipcast_compiler.{module}.run_isolated", in_process)
         return call_cli("compile", "--debug", *arguments, cwd=cwd)  # what fails on another machine is seen once
 

@@ -21,9 +21,12 @@ from slipcast_compiler.judge.captured import draw_originals
 from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.judges import open_judges
 from slipcast_compiler.judge.programs import arguments_of, judge_program
-from slipcast_compiler.model.digests import digest, digests
+from slipcast_compiler.model.digests import digest
+from slipcast_compiler.model.rewrite import digests_of
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
+from slipcast_compiler.passes.apply import needs_profile
+from slipcast_compiler.passes.program import rewrite_denoisers
 from slipcast_compiler.plan_program import ProgramPlan
 from slipcast_compiler.precision.programs import (
     images_needed,
@@ -32,6 +35,8 @@ from slipcast_compiler.precision.programs import (
     quantize_denoisers,
     record_calls,
 )
+from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.profile.program import make_program_profiles
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
 from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
 
@@ -42,18 +47,28 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     wait_without_spinning()
     recipe = plan.recipe
 
+    checkpoint, pipeline = plan.checkpoint.root, recipe.model.pipeline
+    source = digest(checkpoint, pipeline)
+    given = plan.given(source)
+
+    # What the family asks of the denoisers, and the denoisers rewritten for it.
+    profiles = dict[str, Profile]()
+    if needs_profile(recipe.passes):
+        with stages.stage("profile") as advance:
+            names = recipe.name, plan.checkpoint.name
+            profiles = make_program_profiles(plan.profiling, given, recipe.profile, names, cache, advance)
+    rewritten = rewrite_denoisers(recipe.passes, plan.tasks(source), profiles, cache, stages)
+
     # The pipeline's own code, recorded for all that is listed, compared with itself on another prompt and seed, and
     # exported.
     with stages.stage("capture and export") as advance:
-        checkpoint, pipeline = plan.checkpoint.root, recipe.model.pipeline
-        source = digest(checkpoint, pipeline)
+        rewrites = rewritten.rewrites
 
         def export(folder: Path) -> None:
             whole = plan.precision == "fp32"
-            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, whole, folder, advance=advance)
+            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, rewrites, whole, folder, advance=advance)
 
-        given = {"source": source, "pipeline": pipeline, "calls": plan.calls, "files": digests(plan.call)}
-        entry = cache.get("program", given, export)
+        entry = cache.get("program", {**given, "rewrites": digests_of(rewrites)}, export)
 
     # What the pipeline itself draws of held-out prompts, and of those out of the family.
     with stages.stage("originals") as advance:
@@ -91,6 +106,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             "base_model": plan.checkpoint.name,
             "source_sha256": source,
             "family": plan.family and family_record(plan.family),
+            **rewritten.manifest_fields(),
         }
         fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
         if casts:
@@ -117,7 +133,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
-            timesteps, exits, plan.arguments["why_not"], stages.seconds,
+            rewritten.reports, timesteps, exits, plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

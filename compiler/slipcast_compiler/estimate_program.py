@@ -4,7 +4,7 @@ whether this machine has it."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from slipcast.engines import ENGINES
 from slipcast.errors import ResourceError
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
+from slipcast_compiler.model.units import count_parameters
 from slipcast_compiler.recipe.targets import BYTES, TargetTable
 
 GRAPH_BYTES = 100_000_000  # of a traced graph, and of what traces it
@@ -25,16 +26,18 @@ Precision = Literal["fp32", "bf16"]
 class Needs:
     """Bytes. `original`: of the process that draws with the pipeline itself, by precision; `export`: of the one that
     exports, where the program is not verified with all weights; `targets`: of those that draw with the bundle on this
-    machine's CPU. `disk`: of the published bundle, and of the cache's new entries."""
+    machine's CPU; `rewriting`: of those that measure and rewrite denoisers, where passes do. `disk`: of the published
+    bundle, and of the cache's new entries."""
 
     original: Mapping[Precision, int]
     export: int
     targets: Mapping[str, int]
     disk: Mapping[str, int]
+    rewriting: int = 0
 
     def memory(self, precision: Precision) -> int:
         """Of the process that needs most."""
-        return max(self.original[precision], self.export, *self.targets.values())
+        return max(self.original[precision], self.export, self.rewriting, *self.targets.values())
 
 
 def estimate(
@@ -75,6 +78,30 @@ def estimate(
             + sum(engines[name] for name in engines.keys() - linked),
         },
     )
+
+
+def add_rewriting(needs: Needs, denoisers: Iterable[nn.Module], measuring: int | None) -> Needs:
+    """With what passes take: the changed weights of a denoiser, and those that an earlier pass had changed.
+    `measuring`: what a profile takes beside the pipeline itself; None where there is none."""
+    largest = max(weight_bytes(module) for module in denoisers)
+    profile = 0 if measuring is None else needs.original["fp32"] + measuring
+    return replace(needs, rewriting=max(LIBRARIES_BYTES + 2 * largest, profile))
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of a module in fp32."""
+    return count_parameters(module) * BYTES["fp32"]
+
+
+def check_rewriting_fits(needs: Needs, available: float) -> None:
+    """ResourceError where passes, or the profile that they choose by, take more than `available` bytes."""
+    if needs.rewriting > available:
+        raise ResourceError(
+            "what the passes take does not fit into memory: the pipeline is measured in fp32, with all weights loaded",
+            expected=f"about {needs.rewriting / 1e9:.1f} GB",
+            got=f"{available / 1e9:.1f} GB available",
+            hint='compile on a machine that has it; criterion = "magnitude" and correct = false measure nothing',
+        )
 
 
 def choose_precision(needs: Needs, available: float) -> Precision:

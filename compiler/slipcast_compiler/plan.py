@@ -25,7 +25,7 @@ from slipcast_compiler.model.check import check_components, check_configs, check
 from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, locate, open_checkpoint, read_tokenizer
 from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedule, with_options
-from slipcast_compiler.passes import Task
+from slipcast_compiler.passes import DescribedTask
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import Recipe
@@ -67,11 +67,11 @@ class Plan:
         return chosen.model_copy(update={"guidance_interval": None, "guidance_reuse": 0})
 
     @property
-    def task(self) -> Task:
+    def task(self) -> DescribedTask:
         """What passes rewrite the denoiser for."""
         drawing = calibration_drawing(self.original, self.measuring, self.family, self.recipe.profile)
         guided = self.family is not None and self.sampling.guidance_scale > 1
-        return Task(drawing, self.recipe.targets[0], guided, self.recipe.profile.batch)
+        return DescribedTask(drawing, self.recipe.targets[0], guided, self.recipe.profile.batch)
 
     @property
     def evaluation(self) -> Evaluation:

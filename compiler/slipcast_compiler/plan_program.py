@@ -16,22 +16,38 @@ from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
-from slipcast_compiler.capture.call import pictures_from
+from slipcast_compiler.capture.call import make_call, pictures_from
 from slipcast_compiler.capture.find import Found, find_each
+from slipcast_compiler.capture.fitting import with_pictures
+from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
-from slipcast_compiler.capture.parts import describe_parts
+from slipcast_compiler.capture.parts import denoisers_of, describe_parts
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import find_scheduler
 from slipcast_compiler.capture.resampling import samplings_of
-from slipcast_compiler.capture.summary import summarise
-from slipcast_compiler.estimate_program import Needs, Precision, check_targets_fit, choose_precision, estimate
+from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
+from slipcast_compiler.estimate_program import (
+    Needs,
+    Precision,
+    add_rewriting,
+    check_rewriting_fits,
+    check_targets_fit,
+    choose_precision,
+    estimate,
+)
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.captured import NUMBERS, PipelineDrawing
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
+from slipcast_compiler.model.digests import digests
 from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.original import Images, Prompts, calibration_images
+from slipcast_compiler.passes.apply import needs_profile
+from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
+from slipcast_compiler.passes.program import ProgramTask
 from slipcast_compiler.plan import check_targets
+from slipcast_compiler.profile.profile import calibration_prompts
+from slipcast_compiler.profile.program import ProgramCalibration, measuring_bytes
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
@@ -40,9 +56,13 @@ from slipcast_compiler.schedule.checks import check_early_exit, check_timesteps
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
-    {"name", "model", "call", "family", "sampling", "timesteps", "early_exit", "passes", "evaluate", "gate", "targets"}
-)
+    {
+        "name", "model", "call", "family", "sampling", "timesteps", "early_exit", "profile", "passes", "evaluate",
+        "gate", "targets",
+    }
+)  # fmt: skip
 OF_THE_LOOP = ("timesteps", "early_exit")  # tables that are for steps which slipcast's samplers take
+UNUSED_PROFILE = ("batch", "sampling")  # images are drawn one by one, as the pipeline itself has them
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,8 @@ class ProgramPlan:
     `call`: its arguments, with the number of steps in any case; `calls`: the combinations of what it lists, of which
     the first is the default; `summary`: what `slipcast capture` says of that one; `parts`: those of the bundle, as
     PartRecord has them; `precision`: in what the pipeline itself is run here; `arguments`: those of a run, see
-    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own.
+    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own;
+    `known`: by denoiser, what passes can rewrite, where any is on.
     """
 
     recipe: Recipe
@@ -67,6 +88,7 @@ class ProgramPlan:
     precision: Precision
     arguments: Mapping[str, Any]
     samplings: tuple[Sampling, ...]
+    known: Known
     out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
 
     @property
@@ -101,6 +123,24 @@ class ProgramPlan:
             return ()
         return tuple(dict.fromkeys((*self.family.calibration, *self.family.held_out)))
 
+    def given(self, source: str) -> dict[str, Any]:
+        """What the pipeline is, for the cache's keys; `source`: the digest of its files."""
+        files = digests(self.call)
+        return {"source": source, "pipeline": self.recipe.model.pipeline, "calls": self.calls, "files": files}
+
+    @property
+    def profiling(self) -> ProgramCalibration:
+        """What the denoisers are measured on."""
+        prompts, seeds = calibration_prompts(self.family, self.recipe.profile)
+        root, pipeline = self.checkpoint.root, self.recipe.model.pipeline
+        return ProgramCalibration(root, pipeline, self.calls, tuple(self.known), prompts, seeds)
+
+    def tasks(self, source: str) -> tuple[ProgramTask, ...]:
+        """What passes rewrite; `source`: as in given."""
+        root, pipeline, target = self.checkpoint.root, self.recipe.model.pipeline, self.recipe.targets[0]
+        given = self.given(source)
+        return tuple(ProgramTask(root, pipeline, self.calls[0], name, target, given, self.known) for name in self.known)
+
     def calibration(self, count: int) -> Images:
         """So many images of calibration prompts."""
         return calibration_images(self.family.calibration if self.family else (None,), count)
@@ -120,6 +160,7 @@ class ProgramPlan:
             "parts": dict(self.parts),
             "arguments": dict(self.arguments),
             "refused": None,
+            "passes": describe_passes(self.recipe.passes, self.known),
             "sampling": self.samplings[0].model_dump(mode="json", exclude_none=True) if self.samplings else None,
             "targets": [table.name for table in self.recipe.targets],
             "original_precision": self.precision,
@@ -129,8 +170,9 @@ class ProgramPlan:
         }
 
 
-def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
+def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> ProgramPlan:
     """Capture the pipeline of a recipe, without reading its weights (seconds for each combination of what it lists).
+    `profiled`: whether its denoisers are to be measured in any case.
 
     RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed; ArtifactError
     where weights do not go with their config; ResourceError where this machine has too little memory.
@@ -156,6 +198,12 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     needs = estimate(modules, parts, together, live_bytes, recipe.targets, closed)
     precision = choose_precision(needs, available)
     check_targets_fit(needs, available)
+    known: Known = {}
+    if profiled or recipe.passes.chosen():
+        known, needs = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled)
+        check_rewriting_fits(needs, available)
+        for name in known.keys() & summary["components"].keys():
+            summary["components"][name]["layers"] = describe_layers(known[name])
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
     samplings = samplings_of(variants, asked, find_scheduler(pipe))
     _check_loop(recipe, variants, samplings, checkpoint)
@@ -163,8 +211,31 @@ def make_program_plan(recipe: Recipe, folder: Path) -> ProgramPlan:
     strangers = check_judges(recipe.evaluate, family, sizes, folder)
     return ProgramPlan(
         recipe, folder, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings,
-        strangers,
+        known, strangers,
     )  # fmt: skip
+
+
+def _plan_passes(
+    recipe: Recipe, variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, Any]], family: Family | None,
+    needs: Needs, profiled: bool,
+) -> tuple[Known, Needs]:  # fmt: skip
+    """By denoiser, what passes can rewrite, and what that takes; RecipeError where one that is on could do nothing."""
+    names = denoisers_of(variants)
+    if not names:
+        raise RecipeError(
+            f"{variants[0].program.pipeline} calls no module in a loop of its scheduler's steps: there is no denoiser",
+            expected="a recipe without passes",
+            got=", ".join(name for name, _ in recipe.passes.chosen()) or "a profile",
+        )
+    given = given_to(pipe, make_call(pipe, with_pictures(pipe, calls[0])), names)
+    modules = {name: module_of(pipe, name) for name in names if name in given}
+    known = {name: known_layers(module, given[name]) for name, module in modules.items()}
+    check_passes(recipe.passes, known)
+    measuring = None
+    if profiled or needs_profile(recipe.passes):
+        check_calibration(calibration_prompts(family, recipe.profile)[0], len(calls))
+        measuring = sum(measuring_bytes(module, given[name], recipe.profile) for name, module in modules.items())
+    return known, add_rewriting(needs, modules.values(), measuring)
 
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,9 +313,11 @@ def _check_tables(recipe: Recipe) -> None:
             got=", ".join(others),
             hint="what the pipeline is called with goes under [call], by the names of its own arguments",
         )
-    if others := [name for name, _ in recipe.passes.chosen()]:
+    if others := [name for name in UNUSED_PROFILE if name in recipe.profile.model_fields_set]:
         raise RecipeError(
-            f"passes.{others[0]} is not for a captured pipeline yet", expected="passes.quantize", got=", ".join(others)
+            f"profile.{others[0]} is not for a captured pipeline, which draws images one by one, as it is called",
+            expected="none",
+            got=getattr(recipe.profile, others[0]),
         )
     _check_call(recipe.call)
 

@@ -40,7 +40,11 @@ def bundle_of(
         export_program(find_for(pipe, calls), pipe, out, silent)
         leave_loop(out)
 
-    entry = cache.get("program", {"name": name}, export)
+    return write(cache.get("program", {"name": name}, export), name, folder, cache, *tables)
+
+
+def write(entry: Path, name: str, folder: Path, cache: Cache, *tables: TargetTable) -> Path:
+    """The bundle of an exported program."""
     about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}
     (bundle := folder / "bundle").mkdir()
     write_bundle(ProgramGraphs(entry), tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())

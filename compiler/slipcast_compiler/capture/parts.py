@@ -8,6 +8,8 @@ from typing import Any
 
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.labels import kind_of
+from slipcast_compiler.capture.loop import DENOISER
 from slipcast_compiler.capture.program import Call
 from slipcast_compiler.capture.summary import count_parameters
 
@@ -25,6 +27,17 @@ READS = {"noise": "noise", "image": "pictures", "prompt": "texts"}  # the latest
 def when(part: str) -> str:
     """When a part runs: denoiser_2 when denoiser does."""
     return WHEN.get(part.partition("_")[0], "")
+
+
+def denoisers_of(variants: Sequence[Found]) -> tuple[str, ...]:
+    """The modules that are called in the loop, in the order of their first call, without those inside another."""
+    found = dict.fromkeys(
+        event.module
+        for variant in variants
+        for part in variant.cut.parts if kind_of(part.name) == DENOISER
+        for event in part.events if isinstance(event, Call)
+    )  # fmt: skip
+    return tuple(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from slipcast_compiler.capture.program import Call, Op, Program, Source, outputs_of
 from slipcast_compiler.capture.roll import Loop, Phase, roll
 from slipcast_compiler.capture.verify import Verdict
-from slipcast_compiler.model.layers import layers_of
+from slipcast_compiler.model.layers import Layers, layers_of
 
 
 def summarise(program: Program, pipe: Any, verdict: Verdict | None = None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _components(program: Program, pipe: Any, loop: Loop | None, needed: Iterable
             after = place_of[outputs_of(event)] >= last
             part = "denoiser" if event.module in looped else "decoder" if after else "conditioning"
             if event.module not in found:
-                layers = _layers(module_of(pipe, event.module)) if part == "denoiser" else None
+                layers = describe_layers(layers_of(module_of(pipe, event.module))) if part == "denoiser" else None
                 found[event.module] = {
                     "parameters": count_parameters(pipe, event.module), "calls": 0, "part": part, "layers": layers,
                 }  # fmt: skip
@@ -83,9 +83,8 @@ def _components(program: Program, pipe: Any, loop: Loop | None, needed: Iterable
     return found
 
 
-def _layers(module: nn.Module) -> dict[str, Any]:
-    """What passes could rewrite in it, and by name why they leave other layers alone."""
-    found = layers_of(module)
+def describe_layers(found: Layers) -> dict[str, Any]:
+    """What passes could rewrite in a module, and by name why they leave other layers alone."""
     return {
         "heads": sum(layer.heads for layer in found.attention),
         "attention": len(found.attention),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,7 @@ def _program_text(summary: dict[str, Any]) -> str:
         f"  judged on  {summary['judged_on']} images",
         *([f"  variants   {summary['variants']}, by what the call lists"] * (summary["variants"] > 1)),
         f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
+        *(f"  pass       {line}" for line in _passes_text(summary["passes"])),
         *(f"  target     {target}" for target in summary["targets"]),
         *(["  originals  in bf16, in which alone they fit here"] * (summary["original_precision"] == "bf16")),
         *_resources_text(summary),
@@ -108,6 +110,16 @@ def _program_text(summary: dict[str, Any]) -> str:
         render_all(summary),
     ]
     return "\n".join(lines)
+
+
+def _passes_text(passes: dict[str, Any]) -> Iterator[str]:
+    """What passes choose of, or factorise; the layers are listed with the components."""
+    units = {"prune_heads": "heads", "prune_ffn": "neurons", "low_rank": "linear layers"}
+    for name, told in passes.items():
+        options, found = told["options"], {module: count for module, count in told["of"].items() if count}
+        share = f"{options['ratio']:.0%} of" if "ratio" in options else f"energy {options['energy']:g}, of"
+        each = " and ".join(f"{count} in {module}" for module, count in found.items())
+        yield f"{name}: {share} all {units[name]}, {each}"
 
 
 def _tell(made: Compiled, output: Path, as_json: bool) -> None:

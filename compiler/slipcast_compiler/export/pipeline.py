@@ -18,28 +18,34 @@ from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.capture.texts import SHORT, with_others
 from slipcast_compiler.capture.verify import LIMIT, verify
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
 from slipcast_compiler.export.streamed import open_streamed
+from slipcast_compiler.model.rewrite import Rewrites, load
 
 VERIFIED = "verified.json"
 
 
 def export_pipeline(
-    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool, folder: Path, advance: Advance
-) -> dict[str, Any]:
-    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `whole`: programs are
-    verified with all of the checkpoint's weights in memory; else with random ones that take little.
+    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], rewrites: Rewrites, whole: bool, folder: Path,
+    advance: Advance,
+) -> dict[str, Any]:  # fmt: skip
+    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `rewrites`: what passes
+    changed of the pipeline, which is captured as they left it. `whole`: programs are verified with all weights in
+    memory; else with random ones that take little.
 
     CheckFailed where a program is not the pipeline; ArtifactError for a weight that is missing, or no number.
     """
-    streamed = open_streamed(root, pipeline)
+    streamed = open_streamed(root, pipeline, rewrites)
     calls = [with_pictures(streamed.pipe, given) for given in calls]
     variants = find_each(streamed.pipe, calls)
-    error = _verify(variants, root, pipeline, calls, whole)
+    pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
+    error = _verify(variants, pipe, calls)
+    del pipe
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)
     leave_loop(folder)
@@ -47,13 +53,17 @@ def export_pipeline(
     return {}
 
 
-def _verify(
-    variants: Sequence[Found], root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], whole: bool
-) -> float:
+def _open_whole(root: Path, pipeline: str | None, rewrites: Rewrites) -> Any:
+    """The pipeline with all weights, those in their places that passes changed."""
+    pipe = open_with_weights(root, pipeline)
+    for name, rewrite in rewrites.items():
+        load(module_of(pipe, name), rewrite.weights())
+    _check_weights(pipe, root)
+    return pipe
+
+
+def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, Any]]) -> float:
     """The error of the worst, for any prompt."""
-    pipe = open_with_weights(root, pipeline) if whole else open_at_random(root, pipeline)
-    if whole:
-        _check_weights(pipe, root)
     errors = []
     for found, given in zip(variants, calls, strict=True):
         errors += [_verified(found.program, pipe, given, prompt) for prompt in found.prompts]

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from slipcast_compiler.export.streamed import open_streamed
+from slipcast_compiler.model.rewrite import NO_REWRITES, Rewrites
 
 
-def open_at_random(root: Path, pipeline: str | None = None) -> Any:
-    """The pipeline of open_with_weights, with other weights: the same each time. Buffers are the checkpoint's."""
-    streamed, generator = open_streamed(root, pipeline), torch.Generator("cpu").manual_seed(0)
+def open_at_random(root: Path, pipeline: str | None = None, rewrites: Rewrites = NO_REWRITES) -> Any:
+    """The pipeline of open_with_weights, with other weights: the same each time, of the shapes that passes left.
+    Buffers are the checkpoint's."""
+    streamed, generator = open_streamed(root, pipeline, rewrites), torch.Generator("cpu").manual_seed(0)
     for name, component in streamed.pipe.components.items():
         if isinstance(component, nn.Module):
             _fill_parameters(component, generator)

@@ -19,7 +19,9 @@ from torch import nn
 from slipcast.errors import ArtifactError
 from slipcast_compiler.capture.open import LARGE, open_parts
 from slipcast_compiler.capture.shapes import zeros
-from slipcast_compiler.model.unread import Unread, load_unread
+from slipcast_compiler.capture.summary import module_of
+from slipcast_compiler.model.rewrite import NO_REWRITES, Rewrites, fit
+from slipcast_compiler.model.unread import Unread, load_unread, open_unread
 
 Weights = Mapping[str, Unread | None]
 NOTHING: Weights = MappingProxyType({})
@@ -34,8 +36,9 @@ class Streamed:
     weights: Weights
 
 
-def open_streamed(root: Path, pipeline: str | None = None) -> Streamed:
-    """The same pipeline as open_without_weights, with every buffer as its constructor, or the checkpoint, has it.
+def open_streamed(root: Path, pipeline: str | None = None, rewrites: Rewrites = NO_REWRITES) -> Streamed:
+    """The same pipeline as open_without_weights, with every buffer as its constructor, or the checkpoint, has it, and
+    with modules as passes left them.
 
     ArtifactError where the weights do not go with a component's config.
     """
@@ -47,7 +50,12 @@ def open_streamed(root: Path, pipeline: str | None = None) -> Streamed:
         weights.update({f"{folder.name}.{name}": None for name in missing})
         return module
 
-    return Streamed(open_parts(root, pipeline, load), weights)
+    pipe = open_parts(root, pipeline, load)
+    for name, rewrite in rewrites.items():
+        fit(module_of(pipe, name), rewrite.shapes())
+        _fill(module_of(pipe, name))
+        weights.update({f"{name}.{path}": each for path, each in open_unread(rewrite.files).items()})
+    return Streamed(pipe, weights)
 
 
 def _hollow(module: nn.Module) -> dict[str, Unread]:
@@ -58,13 +66,18 @@ def _hollow(module: nn.Module) -> dict[str, Unread]:
         for name, tensor in (*each._parameters.items(), *each._buffers.items()):
             if isinstance(tensor, Unread) and not _is_read(tensor):
                 found[f"{path}.{name}".lstrip(".")] = tensor
+    _fill(module)
+    return found
+
+
+def _fill(module: nn.Module) -> None:
+    """Put zeros, or what is read at once, in the places of what is not there."""
     made: dict[torch.Tensor, torch.Tensor] = {}  # tied weights stay one
     for each in module.modules():
         for own in (each._parameters, each._buffers):
             for name, tensor in own.items():
                 if isinstance(tensor, Unread) or (tensor is not None and tensor.is_meta):
                     own[name] = made.setdefault(tensor, _in_place_of(tensor))
-    return found
 
 
 def _is_read(tensor: torch.Tensor) -> bool:

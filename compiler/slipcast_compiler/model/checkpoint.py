@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.to_v\.", ".value."),
     (r"\.to_out\.0\.", ".proj_attn."),
 )
+Found = TypeVar("Found")
 _FEW_STEP_EULER = {"EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "euler_ancestral"}
 
 
@@ -245,7 +246,7 @@ def _is_old(config: Mapping[str, Any]) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < (0, 9)
 
 
-def find_weight(parameter: str, weights: dict[str, Weight]) -> Weight | None:
+def find_weight(parameter: str, weights: Mapping[str, Found]) -> Found | None:
     """The tensor for a parameter, under its name or a name of older checkpoints; None where there is none."""
     candidates = [parameter, parameter.removeprefix("text_model.")]
     candidates += [re.sub(pattern, old, parameter) for pattern, old in RENAMES]

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,11 @@ class Rewrite:
     file: Path | None = None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, if there is one."""
+        return (self.file,) if self.file else ()
+
+    @property
     def digest(self) -> str | None:
         """SHA-256 of the tensors."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else None
@@ -60,6 +66,20 @@ class Rewrite:
 
 
 UNCHANGED = Rewrite()
+Rewrites = Mapping[str, Rewrite]  # by module of a pipeline, as calls name it
+NO_REWRITES: Rewrites = MappingProxyType({})
+
+
+def digests_of(rewrites: Rewrites) -> dict[str, str | None]:
+    """By module, SHA-256 of the tensors that were changed."""
+    return {name: rewrite.digest for name, rewrite in sorted(rewrites.items())}
+
+
+class Stored(Protocol):
+    """A tensor on the disk."""
+
+    def read(self) -> npt.NDArray[Any]:
+        """Its numbers."""
 
 
 class Denoiser:
@@ -71,7 +91,7 @@ class Denoiser:
     """
 
     def __init__(
-        self, module: nn.Module, weights: dict[str, Weight], rewrite: Rewrite, known: Layers | None = None
+        self, module: nn.Module, weights: Mapping[str, Stored], rewrite: Rewrite, known: Layers | None = None
     ) -> None:
         self._original, self._changed, self._known = weights, rewrite.weights(), known
         self.module = module
@@ -92,7 +112,7 @@ class Denoiser:
 
     def weight(self, name: str) -> Floats:
         """A parameter in float32, by the module's name for it."""
-        found = self._changed.get(name) or find_weight(name, self._original)
+        found: Stored | None = self._changed.get(name) or find_weight(name, self._original)
         assert found is not None, name
         shape = self.module.get_parameter(name).shape
         return found.read().reshape(tuple(shape)).astype(np.float32)

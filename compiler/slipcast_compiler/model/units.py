@@ -114,6 +114,11 @@ def is_depthwise(layer: object) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
 
 
+def count_parameters(module: nn.Module) -> int:
+    """Of a module, on whatever device."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def matrices(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(rows, columns) of all that `matrix_size` knows in a module, by name, in its order; factors are not listed."""
     found: dict[str, tuple[int, int]] = {}

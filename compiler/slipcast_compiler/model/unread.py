@@ -79,7 +79,7 @@ def load_unread(kind: Any, folder: Path) -> tuple[nn.Module, set[str]]:
     chosen = find_weight_files(folder, library, None, read_json)
     if library == "transformers":  # which take what is in no file, too
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        state = _open_files(chosen.files)
+        state = open_unread(chosen.files)
         made, told = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32, **options)
     else:
         with _files_unread():
@@ -87,7 +87,8 @@ def load_unread(kind: Any, folder: Path) -> tuple[nn.Module, set[str]]:
     return made.eval(), {*told["missing_keys"]} & {name for name, _ in made.named_parameters(remove_duplicate=False)}
 
 
-def _open_files(files: tuple[Path, ...]) -> dict[str, torch.Tensor]:
+def open_unread(files: tuple[Path, ...]) -> dict[str, Unread]:
+    """By name, the tensors of safetensors files."""
     return {
         name: Unread(torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta"), _reader(file, entry))
         for file in files
@@ -121,7 +122,7 @@ def _files_unread() -> Iterator[None]:
     import safetensors.torch
 
     usual = safetensors.torch.load_file
-    safetensors.torch.load_file = lambda file, device="cpu": _open_files((Path(file),))
+    safetensors.torch.load_file = lambda file, device="cpu": open_unread((Path(file),))
     try:
         yield
     finally:

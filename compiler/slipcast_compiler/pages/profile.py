@@ -44,11 +44,13 @@ def render_page(profile: ProfileFile) -> str:
 
 def figures(profile: ProfileFile) -> Figures:
     """What the pages draw of it."""
-    steps = profile.group("steps")
+    heat = {name: importance_map(profile.group(f"head.{name}"), name) for name in profile.criteria("head")}
+    if not (steps := profile.group("steps")):
+        return Figures(heat, None, None)
     by_block = {block: curve for block, curve in profile.group("steps.feature_change").items() if len(curve)}
     gap = {"guidance gap": steps["guidance_gap"]} if len(steps["guidance_gap"]) else {}
     return Figures(
-        {name: importance_map(profile.group(f"head.{name}"), name) for name in profile.criteria("head")},
+        heat,
         curves(by_block, steps["timesteps"][1:], "change of features from step to step"),
         curves(gap, steps["timesteps"], "guidance gap over the steps"),
     )
@@ -76,6 +78,15 @@ def ranked(layers: Mapping[str, Floats]) -> dict[str, list[float]]:
     ranks = rankdata(np.concatenate(list(layers.values())), method="ordinal") - 1
     split = np.split(ranks / max(len(ranks) - 1, 1), np.cumsum([len(scores) for scores in layers.values()])[:-1])
     return {name: levels.tolist() for name, levels in zip(layers, split, strict=True)}
+
+
+def pass_figures(reports: Mapping[str, Any]) -> dict[str, Any]:
+    """What pages show of the passes' reports: the columns of each pass's table, and the picture of the heads that are
+    kept."""
+    tables = {name: told["layers"] for name, told in reports.items() if isinstance(told.get("layers"), dict)}
+    columns = {name: list(dict.fromkeys(key for row in rows.values() for key in row)) for name, rows in tables.items()}
+    heads = reports.get("prune_heads")
+    return {"columns": columns, "masks": heads and mask_map(heads["layers"])}
 
 
 def mask_map(layers: Mapping[str, Mapping[str, Any]]) -> Markup:

@@ -34,6 +34,7 @@ from slipcast_compiler.pages.evidence import (
     write_record,
 )
 from slipcast_compiler.pages.page import render
+from slipcast_compiler.pages.profile import pass_figures
 from slipcast_compiler.pages.record import ProgramRecord, typed_program_record
 from slipcast_compiler.precision.quantize import read_report
 from slipcast_compiler.recipe.family import Family
@@ -44,8 +45,8 @@ from slipcast_compiler.recipe.recipe import Recipe
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
     `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
-    from; `timesteps` and `exits`: what was found of noise levels and for early exit, if it was asked for; `why_not`: a
-    run cannot choose its steps, if it cannot; `seconds`: by stage."""
+    from; `passes`: what each reports; `timesteps` and `exits`: what was found of noise levels and for early exit, if it
+    was asked for; `why_not`: a run cannot choose its steps, if it cannot; `seconds`: by stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
@@ -57,6 +58,7 @@ class ProgramEvidence:
     originals: PipelineOriginals
     judged: ProgramJudged
     graphs: ProgramGraphs
+    passes: Mapping[str, Any]
     timesteps: dict[str, Any] | None
     exits: dict[str, Any] | None
     why_not: str
@@ -99,6 +101,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "sampling": program.loop and program.loop.sampling.model_dump(mode="json", exclude_none=True),
         "free": list(program.loop.free) if program.loop else [],
         "not_free": evidence.why_not,
+        "passes": dict(evidence.passes),
         "timesteps": evidence.timesteps,
         "early_exit": evidence.exits,
         "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
@@ -150,6 +153,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
         gates=_asked(gate_rows(typed)),
         when={name: when(name) for name in typed.parts},
         recipe=tomli_w.dumps(typed.recipe),
+        **pass_figures(typed.passes),
     )
     (folder / "report.html").write_text(page, "utf-8")
 

@@ -120,8 +120,8 @@ class ProgramRecord(BaseRecord):
     it may be. `texts`, `pictures`, `listed`, `fixed`: the arguments that a run takes, those of which it may take one of
     some values, and those that it cannot change. `variants`: of each combination of what is listed, the first of which
     is the default. `sampling`: of slipcast's samplers, where they take its steps, and `free`, the arguments by which a
-    run chooses them; else `not_free` says why. `quantized`: by component in INT8, and `mixed_precision`, by target, as
-    Record's."""
+    run chooses them; else `not_free` says why. `passes`: what each reports, of all denoisers; `quantized`: by component
+    in INT8, and `mixed_precision`, by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
@@ -136,6 +136,7 @@ class ProgramRecord(BaseRecord):
     sampling: Told | None
     free: tuple[str, ...]
     not_free: str
+    passes: dict[str, Told] = Field(default_factory=dict)
     timesteps: Told | None = None
     early_exit: Told | None = None
     quantized: dict[str, Told]

@@ -31,7 +31,7 @@ from slipcast_compiler.pages.evidence import (
     write_record,
 )
 from slipcast_compiler.pages.page import render
-from slipcast_compiler.pages.profile import figures, mask_map
+from slipcast_compiler.pages.profile import figures, pass_figures
 from slipcast_compiler.pages.record import typed_record
 from slipcast_compiler.pages.search import figures as search_figures
 from slipcast_compiler.recipe.passes import PassesTable
@@ -141,14 +141,6 @@ def write(folder: Path, record: dict[str, Any], evidence: Evidence) -> None:
         profile=profile and figures(open_profile_file(profile)),
         search_plots=search_figures(typed.search) if typed.search else [],
         figure=figure,
-        **_passes(typed.passes),
+        **pass_figures(typed.passes),
     )
     (folder / "report.html").write_text(page, "utf-8")
-
-
-def _passes(reports: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of each pass's table, and the picture of the heads that are kept."""
-    tables = {name: told["layers"] for name, told in reports.items() if isinstance(told.get("layers"), dict)}
-    columns = {name: list(dict.fromkeys(key for row in rows.values() for key in row)) for name, rows in tables.items()}
-    heads = reports.get("prune_heads")
-    return {"columns": columns, "masks": heads and mask_map(heads["layers"])}

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slipcast_compiler.passes import low_rank, prune_ffn, prune_heads, recover
-from slipcast_compiler.passes.context import Context, Result, Task
+from slipcast_compiler.passes.context import Context, DescribedTask, Result, Task
 from slipcast_compiler.passes.units import reads_profile
 
-__all__ = ["PASSES", "Context", "Pass", "Result", "Task"]
+__all__ = ["PASSES", "Context", "DescribedTask", "Pass", "Result", "Task"]
 
 
 @dataclass(frozen=True)

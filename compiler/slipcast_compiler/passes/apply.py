@@ -12,7 +12,8 @@ from slipcast.bundle.manifest import HeadMask, LowRankLayer
 from slipcast.progress import Advance, Stages, silent
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Denoiser, Rewrite, write_tensors
+from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Rewrite, fit, write_tensors
+from slipcast_compiler.model.units import count_parameters
 from slipcast_compiler.passes import PASSES, Context, Task
 from slipcast_compiler.profile.profile import Profile
 from slipcast_compiler.recipe.passes import PassesTable
@@ -53,13 +54,15 @@ def needs_profile(table: PassesTable) -> bool:
     return any(PASSES[name].needs_profile(options) for name, options in table.chosen())
 
 
-def apply_passes(table: PassesTable, task: Task, profile: Profile | None, cache: Cache, stages: Stages) -> Rewritten:
-    """The denoiser rewritten by the passes that are on, in the order of PASSES."""
+def apply_passes(
+    table: PassesTable, task: Task, profile: Profile | None, cache: Cache, stages: Stages, of: str = ""
+) -> Rewritten:
+    """The denoiser rewritten by the passes that are on, in the order of PASSES; `of`: what stages call it."""
     done = Rewritten()
     for name, options in table.chosen():
-        with stages.stage(f"pass {name}") as advance:
+        with stages.stage(f"pass {name} {of}".strip()) as advance:
             inputs = {
-                "checkpoint": task.calibration.original.checkpoint.sha256,
+                **task.identity,
                 "pass": name,
                 "options": options.model_dump(mode="json"),
                 "before": done.rewrite.digest,
@@ -70,7 +73,7 @@ def apply_passes(table: PassesTable, task: Task, profile: Profile | None, cache:
             def make(out: Path, name: str = name, before: Rewrite = done.rewrite, options: Any = options) -> None:
                 run_isolated(_run, name, options, Context(task, profile, silent), before, out, advance=advance)
 
-            entry = cache.get("pass", inputs, make)
+            entry = cache.get("pass", inputs, make, runs=[type(task).__module__])
             written = Rewrite(entry / TENSORS) if (entry / TENSORS).exists() else done.rewrite
             done = Rewritten(written, {**done.reports, name: json.loads((entry / REPORT).read_text())})
     return done
@@ -78,8 +81,11 @@ def apply_passes(table: PassesTable, task: Task, profile: Profile | None, cache:
 
 def _run(name: str, options: Any, context: Context, before: Rewrite, out: Path, advance: Advance) -> None:
     """One pass: its tensors on top of the earlier ones (none where it changed nothing), and its report, in `out`."""
-    denoiser = Denoiser.of(context.task.calibration.original.checkpoint, before)
+    denoiser = context.task.denoiser(before)
     result = PASSES[name].run(denoiser, replace(context, advance=advance), options)
+    parameters = [count_parameters(denoiser.module)]
     if result.tensors:
         write_tensors(result.tensors, before, out / TENSORS)
-    (out / REPORT).write_text(json.dumps(result.report, allow_nan=False))
+    fit(denoiser.module, {key: array.shape for key, array in result.tensors.items()})
+    parameters.append(count_parameters(denoiser.module))
+    (out / REPORT).write_text(json.dumps({**result.report, "parameters": parameters}, allow_nan=False))

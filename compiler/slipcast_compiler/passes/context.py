@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +14,62 @@ from slipcast_compiler.model.original import Drawing
 from slipcast_compiler.profile.profile import Profile
 from slipcast_compiler.recipe.targets import TargetTable
 
+if TYPE_CHECKING:
+    from slipcast_compiler.model.rewrite import Denoiser, Rewrite
+
 Floats = npt.NDArray[np.float32]
 
 
+class Task(Protocol):
+    """A denoiser, and what passes rewrite it for."""
+
+    @property
+    def target(self) -> TargetTable:
+        """Whose engine rewritten layers are timed in."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the denoiser is; plain JSON, for the cache's keys."""
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the shapes follow that `evaluate` calls it with; plain JSON, likewise."""
+
+    def denoiser(self, before: Rewrite) -> Denoiser:
+        """As earlier passes left it."""
+
+    def evaluate(self, module: Any) -> None:
+        """Call a module like it once, for one image; `module` is on the meta device, and so is what it is given."""
+
+
 @dataclass(frozen=True)
-class Task:
-    """What passes rewrite for. `calibration`: the images that the profile is made of, `batch` of which are drawn at
-    once; `target`: whose engine the rewritten layers are timed in, on one image, `guided` or not."""
+class DescribedTask:
+    """A Task, of a checkpoint whose architecture is described. `calibration`: the images that the profile is made of,
+    `batch` of which are drawn at once; it is evaluated for one image, `guided` or not."""
 
     calibration: Drawing
     target: TargetTable
     guided: bool
     batch: int
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See Task."""
+        return {"checkpoint": self.calibration.original.checkpoint.sha256}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """See Task."""
+        return {"sizes": dict(self.calibration.original.sizes), "guided": self.guided}
+
+    def denoiser(self, before: Rewrite) -> Denoiser:
+        """See Task."""
+        from slipcast_compiler.model.rewrite import Denoiser
+
+        return Denoiser.of(self.calibration.original.checkpoint, before)
+
     def evaluate(self, module: Any) -> None:
-        """Call the denoiser once, for one image; `module` is on the meta device, and so is what it is given."""
+        """See Task."""
         import torch
 
         original = self.calibration.original

@@ -40,8 +40,7 @@ def needs_profile(options: LowRank) -> bool:
 
 def reads(task: Task) -> dict[str, Any]:
     """What the measurement depends on."""
-    sizes = task.calibration.original.sizes
-    return {"target": task.target.model_dump(mode="json"), "sizes": sizes, "guided": task.guided}
+    return {"target": task.target.model_dump(mode="json"), **task.sizes}
 
 
 def run(denoiser: Denoiser, context: Context, options: LowRank) -> Result:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from slipcast.errors import NumericalError, RecipeError
 from slipcast.sampling.guidance import guide
-from slipcast_compiler.passes.context import Context, Result, Task
+from slipcast_compiler.passes.context import Context, DescribedTask, Result, Task
 from slipcast_compiler.recipe.passes import Recover
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def needs_profile(options: Recover) -> bool:
 
 def reads(task: Task) -> dict[str, Any]:
     """What the trajectories depend on besides the checkpoint."""
-    drawing = task.calibration
+    drawing = described(task).calibration
     training, validation = split(drawing)
     return {
         "sampling": drawing.sampling.model_dump(mode="json"),
@@ -50,6 +50,13 @@ def reads(task: Task) -> dict[str, Any]:
         "training": training,
         "validation": validation,
     }
+
+
+def described(task: Task) -> DescribedTask:
+    """The task, if its denoiser is that of a described architecture: guidance is asked of that. Else RecipeError."""
+    if not isinstance(task, DescribedTask):
+        raise RecipeError("passes.recover is not for a captured pipeline yet", expected="the passes that prune")
+    return task
 
 
 def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
@@ -66,7 +73,7 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
     from slipcast_compiler.passes.trajectories import record
     from slipcast_compiler.profile.measure import evaluated_sigmas
 
-    task, device = context.task, "cuda" if torch.cuda.is_available() else "cpu"
+    task, device = described(context.task), "cuda" if torch.cuda.is_available() else "cpu"
     drawing, images = task.calibration, split(task.calibration)
     done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(drawing.sampling)) + options.steps
 

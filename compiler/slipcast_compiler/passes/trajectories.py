@@ -10,7 +10,7 @@ import torch
 
 from slipcast.errors import NumericalError
 from slipcast_compiler.model.original import draw_noise, sample_latents
-from slipcast_compiler.passes.context import Task
+from slipcast_compiler.passes.context import DescribedTask
 from slipcast_compiler.profile.observe import first_bad
 
 Image = tuple[str | None, int]  # prompt, seed
@@ -43,7 +43,7 @@ class States:
         return output.unflatten(0, (len(chosen), rows))
 
 
-def record(pipe: Any, task: Task, images: Sequence[Image], advance: Callable[[int], None]) -> States:
+def record(pipe: Any, task: DescribedTask, images: Sequence[Image], advance: Callable[[int], None]) -> States:
     """All states of the images' trajectories; `advance(n)` is called after each evaluation of n images.
 
     NumericalError names the layer that is the first to give NaN or infinity.
@@ -53,7 +53,9 @@ def record(pipe: Any, task: Task, images: Sequence[Image], advance: Callable[[in
     return States(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(States)))
 
 
-def _record(pipe: Any, task: Task, images: Sequence[Image], first: int, advance: Callable[[int], None]) -> States:
+def _record(
+    pipe: Any, task: DescribedTask, images: Sequence[Image], first: int, advance: Callable[[int], None]
+) -> States:
     """The states of images in one batch, which are number `first` and following of all."""
     count = len(images)
     samples, timesteps, predictions = [], [], []

@@ -25,7 +25,6 @@ from slipcast_compiler.recipe.recipe import ProfileTable
 def measure(drawing: Drawing, options: ProfileTable, out: Path, advance: Advance) -> dict[str, Any]:
     """Write all tensors of the profile to `out`; returns the record's fields that only the measurement knows."""
     import torch
-    from safetensors.numpy import save_file
 
     from slipcast_compiler.model import original
     from slipcast_compiler.model.layers import attention_layers
@@ -40,7 +39,7 @@ def measure(drawing: Drawing, options: ProfileTable, out: Path, advance: Advance
     wanted = chosen_states(len(drawing.seeds), len(sigmas), options.states)
     exact = importance.is_exact(module, options.leave_one_out)
     heads = sum(layer.heads for layer in attention_layers(module)) if exact else 2 * importance.PROBES
-    progress = _Progress(advance, len(drawing.seeds) * len(sigmas) + len(wanted) * (1 + heads))
+    progress = Progress(advance, len(drawing.seeds) * len(sigmas) + len(wanted) * (1 + heads))
 
     observer = Observer(module, len(sigmas), drawing.guided, wanted, progress.add)
     clean: dict[int, torch.Tensor] = {}
@@ -72,8 +71,7 @@ def measure(drawing: Drawing, options: ProfileTable, out: Path, advance: Advance
         else:
             advance_by = lambda count: progress.add(count * heads)  # noqa: E731
             found |= importance.projected_leave_one_out(module, predict, len(states), advance_by)
-    _check_finite(found)
-    save_file({name: np.ascontiguousarray(found[name]) for name in sorted(found)}, out)
+    save_measured(found, out)
     return {"leave_one_out": "exact" if exact else "projected", "shared_inputs": observer.layers.inputs.shared()}
 
 
@@ -97,17 +95,28 @@ def chosen_states(images: int, evaluations: int, count: int) -> list[tuple[int, 
     return [(i % images, ((2 * i + 1) * evaluations // (2 * count))) for i in range(count)]
 
 
-class _Progress:
+class Progress:
+    """Of work that is done in parts."""
+
     def __init__(self, advance: Advance, total: int) -> None:
         self._advance, self._done, self._total = advance, 0, total
 
+    def expect(self, count: int) -> None:
+        """So many parts more than was known."""
+        self._total += count
+
     def add(self, count: int) -> None:
+        """So many parts more."""
         self._done += count
         self._advance(self._done, self._total)
 
 
-def _check_finite(found: dict[str, Floats]) -> None:
+def save_measured(found: dict[str, Floats], out: Path) -> None:
+    """Write the tensors of a profile. NumericalError names a layer where one is not finite."""
+    from safetensors.numpy import save_file
+
     for name, values in found.items():
         if not np.isfinite(values).all():
             what, _, layer = name.partition("/")
             raise NumericalError(f"{layer}: NaN or infinity in its {what}", expected="finite numbers")
+    save_file({name: np.ascontiguousarray(found[name]) for name in sorted(found)}, out)

@@ -28,7 +28,7 @@ from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.model.original import Drawing, Original
+from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.profile.measure import measure
 from slipcast_compiler.recipe.family import Family
 from slipcast_compiler.recipe.recipe import ProfileTable
@@ -114,32 +114,30 @@ def make_profile(drawing: Drawing, options: ProfileTable, name: str, cache: Cach
 
     `name`: what the record is called. Raises NumericalError, naming the layer, where it comes to NaN or infinity.
     """
-    samples = len(set(drawing.prompts)) if drawing.prompts[0] is not None else len(drawing.seeds)
-    if samples < FEW_SAMPLES:
-        logger.warning("the profile is made from %d calibration prompts only: what it ranks is uncertain", samples)
+    samples = enough_samples(drawing.prompts)
     inputs: dict[str, Any] = drawing.inputs | {"options": options.model_dump(mode="json")}
 
     def build(folder: Path) -> None:
         begin = time.perf_counter()
         done = run_isolated(measure, drawing, options, folder / TENSORS_NAME, advance=advance)
-        record = ProfileRecord(
-            name=name,
-            base_model=drawing.original.checkpoint.name,
-            inputs=inputs,
-            samples=samples,
-            **done.result,
-            rank_correlations={},
-            tensors_sha256=file_sha256(folder / TENSORS_NAME),
-            peak_memory_mb=round(done.peak_memory_mb, 1),
-            seconds=round(time.perf_counter() - begin, 1),
-        )
-        measured = ProfileFile(folder, record, read_header(folder / TENSORS_NAME))
-        ranked = {kind: rank_correlations(measured.pooled(kind)) for kind in KINDS}
-        (folder / RECORD_NAME).write_text(
-            record.model_copy(update={"rank_correlations": ranked}).model_dump_json(indent=1)
-        )
+        told = {"name": name, "base_model": drawing.original.checkpoint.name, "inputs": inputs, "samples": samples}
+        write_profile(folder, {**told, **done.result}, done.peak_memory_mb, time.perf_counter() - begin)
 
     return open_profile(cache.get("profile", inputs, build))
+
+
+def write_profile(folder: Path, told: Mapping[str, Any], peak_memory_mb: float, seconds: float) -> None:
+    """Write the record of a folder's tensors; `told`: the fields that only the measurement knows."""
+    record = ProfileRecord(
+        **told,
+        rank_correlations={},
+        tensors_sha256=file_sha256(folder / TENSORS_NAME),
+        peak_memory_mb=round(peak_memory_mb, 1),
+        seconds=round(seconds, 1),
+    )
+    measured = ProfileFile(folder, record, read_header(folder / TENSORS_NAME))
+    ranked = {kind: rank_correlations(measured.pooled(kind)) for kind in KINDS}
+    (folder / RECORD_NAME).write_text(record.model_copy(update={"rank_correlations": ranked}).model_dump_json(indent=1))
 
 
 def rank_correlations(pooled: Mapping[str, Floats]) -> dict[str, float]:
@@ -156,10 +154,28 @@ def rank_correlations(pooled: Mapping[str, Floats]) -> dict[str, float]:
 def calibration_drawing(
     original: Original, sampling: Sampling, family: Family | None, options: ProfileTable
 ) -> Drawing:
-    """The images that a profile is made of.
+    """The images that a profile is made of."""
+    return Drawing(original, sampling, *calibration_prompts(family, options))
+
+
+def calibration_prompts(family: Family | None, options: ProfileTable) -> tuple[Prompts, tuple[int, ...]]:
+    """Their prompts and seeds.
 
     Prompts are ranked by their hash, so that few of them are not all of one template, and more are those and others.
     """
     chosen: Sequence[str | None] = family.ranked[: options.prompts] if family else (None,) * options.prompts
     prompts: Any = tuple(prompt for prompt in chosen for _ in range(options.seeds))
-    return Drawing(original, sampling, prompts, PROFILE.take(len(prompts), options.seed * SEEDS))
+    return prompts, PROFILE.take(len(prompts), options.seed * SEEDS)
+
+
+def count_samples(prompts: Prompts) -> int:
+    """How many different prompts there are; without any, images."""
+    return len(set(prompts)) if prompts[0] is not None else len(prompts)
+
+
+def enough_samples(prompts: Prompts) -> int:
+    """The same; the user is told where that is few."""
+    samples = count_samples(prompts)
+    if samples < FEW_SAMPLES:
+        logger.warning("the profile is made from %d calibration prompts only: what it ranks is uncertain", samples)
+    return samples

@@ -109,7 +109,8 @@ def file_sha256(path: Path) -> str:
 
 
 def summarise(profile: ProfileFile) -> dict[str, Any]:
-    """Plain JSON: importance by layer as quantiles, correlations of criteria, and the curves over the steps."""
+    """Plain JSON: importance by layer as quantiles, correlations of criteria, and the curves over the steps, which
+    captured pipelines have none of."""
     importance: dict[str, Any] = {}
     for kind in KINDS:
         by_criterion = {criterion: profile.group(f"{kind}.{criterion}") for criterion in profile.criteria(kind)}
@@ -121,26 +122,30 @@ def summarise(profile: ProfileFile) -> dict[str, Any]:
             "spearman": profile.record.rank_correlations[kind],
             "count": sum(map(len, next(iter(by_criterion.values()), {}).values())),
         }
-    steps = profile.group("steps")
-    curves = {
-        "timesteps": _rounded(steps["timesteps"]),
-        "guidance_gap": _rounded(steps["guidance_gap"]),
-        "feature_change": {block: _rounded(curve) for block, curve in profile.group("steps.feature_change").items()},
-    }
+    curves = _curves(profile)
     record = profile.record
     told = record.model_dump(mode="json", exclude={"rank_correlations"})
     return {**told, "digest": record.digest, "steps": curves, **importance}
 
 
+def _curves(profile: ProfileFile) -> dict[str, Any] | None:
+    if not (steps := profile.group("steps")):
+        return None
+    changes = profile.group("steps.feature_change")
+    return {
+        "timesteps": _rounded(steps["timesteps"]),
+        "guidance_gap": _rounded(steps["guidance_gap"]),
+        "feature_change": {block: _rounded(curve) for block, curve in changes.items()},
+    }
+
+
 def render_summary(summary: dict[str, Any]) -> str:
     """The summary as text."""
     inputs = summary["inputs"]
-    sampling = inputs["sampling"]
     lines = [
         f"{summary['name']}: a profile of {summary['base_model']}  {summary['digest'][:16]}",
-        f"  measured on  {len(inputs['prompts'])} images of {summary['samples']} prompts, {sampling['sampler']}, "
-        f"{sampling['steps']} steps, guidance {sampling['guidance_scale']:g}; {inputs['options']['states']} states for "
-        f"taylor and leave_one_out ({summary['leave_one_out']})",
+        f"  measured on  {len(inputs['prompts'])} images of {summary['samples']} prompts, {_sampled(inputs)}; "
+        f"{inputs['options']['states']} states for taylor and leave_one_out ({summary['leave_one_out']})",
         f"  cost         {summary['seconds']:.0f} s, {summary['peak_memory_mb']:.0f} MB",
     ]
     for kind in ("heads", "neurons"):
@@ -152,7 +157,8 @@ def render_summary(summary: dict[str, Any]) -> str:
             for layer, quantiles in layers.items():
                 lines.append(f"    {layer:<{width}}  " + "  ".join(f"{value:9.3g}" for value in quantiles))
         lines += [f"  rank correlation  {value:+.3f}  {pair}" for pair, value in found["spearman"].items()]
-    curves = summary["steps"]
+    if not (curves := summary["steps"]):
+        return "\n".join(lines)
     times = curves["timesteps"]
     lines.append(f"steps: timesteps {times[0]:g} to {times[-1]:g}; change of features from one to the next")
     rows = curves["feature_change"] | ({"guidance gap": curves["guidance_gap"]} if curves["guidance_gap"] else {})
@@ -161,6 +167,14 @@ def render_summary(summary: dict[str, Any]) -> str:
         shown = f"{min(curve):.3g} to {max(curve):.3g}" if curve else "one step only"
         lines.append(f"  {name:<{width}}  {sparkline(curve)}  {shown}")
     return "\n".join(lines)
+
+
+def _sampled(inputs: dict[str, Any]) -> str:
+    """How the images were drawn: with what sampling, or by which calls of a captured pipeline."""
+    if calls := inputs.get("calls"):
+        return f"by {len(calls)} {'call' if len(calls) == 1 else 'calls'} of the pipeline"
+    sampling = inputs["sampling"]
+    return f"{sampling['sampler']}, {sampling['steps']} steps, guidance {sampling['guidance_scale']:g}"
 
 
 def sparkline(values: list[float]) -> str:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from slipcast.bundle.manifest import Manifest, Target
     from slipcast.bundle.records import BaseManifest
 
+SHOWN_LAYERS = 8
+
 
 @click.command()
 @bundle_argument
@@ -69,7 +71,7 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
         lines.append(f"  family       {family.name}, {kind}, {prompts}  {family.hash[:16]}")
     lines += [
         *drawing,
-        f"  heads kept   {manifest.head_retention_ratio:.0%}",
+        *removed_lines(manifest),
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
     ]
     for name, component in manifest.components.items():
@@ -86,6 +88,22 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
         lines += [f"    {line}" for line in profile_lines(manifest, target)]
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
+
+
+def removed_lines(manifest: BaseManifest) -> list[str]:
+    """What passes left of the denoisers: heads, with the layers that lost some; neurons; and factorised layers."""
+    lost = [
+        f"{mask.layer} {len(mask.kept)} of {mask.heads}" for mask in manifest.head_masks if len(mask.kept) < mask.heads
+    ]
+    more = f" and {len(lost) - SHOWN_LAYERS} layers more" if len(lost) > SHOWN_LAYERS else ""
+    layers = f": {', '.join(lost[:SHOWN_LAYERS])}{more}" if lost else ""
+    lines = [f"  heads kept   {manifest.head_retention_ratio:.0%}{layers}"]
+    if manifest.ffn_retention_ratio < 1:
+        lines.append(f"  neurons kept {manifest.ffn_retention_ratio:.0%}")
+    if factorised := manifest.low_rank_layers:
+        ranks = [layer.rank for layer in factorised]
+        lines.append(f"  factorised   {len(factorised)} layers, to ranks of {min(ranks)} to {max(ranks)}")
+    return lines
 
 
 def bound_to(target: Target) -> str:

@@ -1,0 +1,134 @@
+"""Passes on the denoisers of a captured pipeline: each is rewritten by itself, whatever calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from slipcast.errors import ArtifactError
+from slipcast.progress import Stages
+from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.capture.fitting import with_pictures
+from slipcast_compiler.capture.given import call_for_shapes, given_to
+from slipcast_compiler.capture.summary import module_of
+from slipcast_compiler.export.streamed import open_streamed
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.rewrite import Denoiser, Rewrite, Rewrites
+from slipcast_compiler.model.unread import Unread
+from slipcast_compiler.passes.apply import Rewritten, apply_passes
+from slipcast_compiler.passes.known import Known, own_passes
+from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.recipe.passes import PassesTable
+from slipcast_compiler.recipe.targets import TargetTable
+
+
+@dataclass(frozen=True)
+class ProgramTask:
+    """A Task, of the module `name` of a pipeline, as `call` calls it first. `given`: what the pipeline is, for the
+    cache's keys; `known`: by denoiser, what can be rewritten."""
+
+    root: Path
+    pipeline: str | None
+    call: Mapping[str, Any]
+    name: str
+    target: TargetTable
+    given: Mapping[str, Any]
+    known: Known
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See Task."""
+        layers = self.known[self.name]
+        left = {**layers.unknown_attention, **layers.unknown_feed_forward}
+        return {**self.given, "module": self.name, "left_alone": left}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """See Task; they are those of the pipeline's call, which is in the identity."""
+        return {}
+
+    def denoiser(self, before: Rewrite) -> Denoiser:
+        """See Task."""
+        streamed, own = open_streamed(self.root, self.pipeline), f"{self.name}."
+        weights = {
+            key.removeprefix(own): _Weight(key, each) for key, each in streamed.weights.items() if key.startswith(own)
+        }
+        return Denoiser(module_of(streamed.pipe, self.name), weights, before, self.known[self.name])
+
+    def evaluate(self, module: Any) -> None:
+        """See Task."""
+        pipe = open_streamed(self.root, self.pipeline).pipe
+        call = make_call(pipe, with_pictures(pipe, self.call))
+        call_for_shapes(module, given_to(pipe, call, (self.name,))[self.name])
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of a module, as passes read it; None where the checkpoint has none."""
+
+    name: str
+    weight: Unread | None
+
+    def read(self) -> npt.NDArray[Any]:
+        """float32. ArtifactError where there is none."""
+        if self.weight is None:
+            raise ArtifactError(
+                f"the checkpoint has no tensor for {self.name}",
+                expected="weights that go with the component's config.json",
+                hint="download the checkpoint again, or save the pipeline again with the library's present version",
+            )
+        found: npt.NDArray[Any] = self.weight.read().numpy()
+        return found
+
+
+@dataclass(frozen=True)
+class RewrittenProgram:
+    """What passes changed of a pipeline, by denoiser; and what each pass reports of all of them together, whose layers
+    have the denoiser's name before theirs."""
+
+    rewrites: Rewrites
+    reports: Mapping[str, Any]
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What the manifest says about the rewrites."""
+        return Rewritten(reports=self.reports).manifest_fields()
+
+
+def rewrite_denoisers(
+    table: PassesTable, tasks: Sequence[ProgramTask], profiles: Mapping[str, Profile], cache: Cache, stages: Stages
+) -> RewrittenProgram:
+    """Each of the denoisers rewritten by the passes that are on."""
+    done: dict[str, Rewritten] = {}
+    for task in tasks:
+        own, of = own_passes(table, task.name, task.known), task.name if len(tasks) > 1 else ""
+        done[task.name] = apply_passes(own, task, profiles.get(task.name), cache, stages, of)
+    rewrites = {name: each.rewrite for name, each in done.items() if each.rewrite.file}
+    merged = {}
+    for name, options in table.chosen():
+        reports = {of: each.reports[name] for of, each in done.items() if name in each.reports}
+        merged[name] = merge_reports(reports, options.model_dump(mode="json"))
+    return RewrittenProgram(rewrites, merged)
+
+
+def merge_reports(reports: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pass reports of several denoisers, as one report."""
+    merged: dict[str, Any] = {"options": dict(options), "layers": {}}
+    for name, report in reports.items():
+        for key in {"layers", "left_alone", "couplings"} & report.keys():
+            merged.setdefault(key, {}).update({f"{name}.{layer}": told for layer, told in report[key].items()})
+    every = [report["parameters"] for report in reports.values()]
+    merged["parameters"] = [sum(side) for side in zip(*every, strict=True)] if every else [0, 0]
+    pruned = [told for report in reports.values() if "retention" in report for told in report["layers"].values()]
+    if counts := [_counts(told) for told in pruned]:
+        merged["retention"] = sum(kept for kept, _ in counts) / sum(units for _, units in counts)
+    return merged
+
+
+def _counts(told: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a layer: how many of its units are kept, and how many it had."""
+    kept = told["kept"]
+    return (len(kept), told["heads"]) if isinstance(kept, list) else (kept, told["neurons"])

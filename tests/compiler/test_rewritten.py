@@ -185,7 +185,7 @@ def test_a_pass_that_finds_nothing(plan: ProgramPlan) -> None:
     table, layers = parse_recipe(RECIPE, "recipe").passes, plan.known["transformer"]
     spans = "its norm_q spans all heads, so that each depends on the others"
     none = layers.leave({layer.name: spans for layer in layers.attention}, {})
-    with pytest.raises(RecipeError, match="passes.prune_heads: transformer has no layer whose heads") as caught:
+    with pytest.raises(RecipeError, match="no layer whose heads can be removed in transformer") as caught:
         check_passes(table, {"transformer": none})
     assert f"transformer.transformer_blocks.0.attn: {spans}" in str(caught.value.got)
     both = {"transformer": none, "transformer_2": layers}
@@ -253,3 +253,56 @@ def test_memory_for_the_profile_is_asked_for(place: Path, plan: ProgramPlan) -> 
     options = "passes={prune_heads={criterion='magnitude', correct=false}}"
     pruned = make_program_plan(parse_recipe(RECIPE, "recipe", [options]), place)
     assert 0 < pruned.needs.rewriting < plan.needs.original["fp32"]
+
+
+@pytest.mark.slow
+def test_sizes_and_a_closed_family(tmp_path: Path) -> None:
+    """Heads are chosen for both sizes, of which the graph and its weights are one; a table has the texts."""
+    save("stable_diffusion_xl", tmp_path)
+    text = RECIPE.replace("stable_diffusion_3", "stable_diffusion_xl").replace("held_out", "closed = true\nheld_out")
+    text = text.replace("height = 32\nwidth = 32", "height = [32, 64]\nwidth = [32, 48]")
+    (tmp_path / "tiny.toml").write_text(
+        text[: text.index("[passes.low_rank]")] + '[[targets]]\nengine = "onnxruntime"\n'
+    )
+    done = compile_here("tiny.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = Made(tmp_path, done.stderr)
+    assert 0.6 < made.manifest.head_retention_ratio < 1 and made.manifest.program.closed
+    assert sum(name == "denoiser" for name in made.manifest.components) == 1
+    cache = tmp_path / "artifacts" / "cache"
+    told = {entry: json.loads((entry / "entry.json").read_text())["inputs"] for entry in cache.glob("pass-*")}
+    (last,) = [entry for entry, inputs in told.items() if inputs["pass"] == "prune_ffn"]
+    pipe = open_with_weights(tmp_path / "stable_diffusion_xl")
+    load(pipe.unet, Rewrite(last / TENSORS).weights())
+    with slipcast.load(made.bundle) as bundle:
+        for height, width in ((32, 32), (64, 48)):
+            options = {"num_inference_steps": 2, "height": height, "width": width, "output_type": "np"}
+            wanted = pipe("one star", generator=torch.Generator("cpu").manual_seed(3), **options).images[0]
+            found = bundle("one star", seed=3, height=height, width=width, output_type="np").images[0]
+            assert np.linalg.norm(found - wanted) < 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.slow
+def test_two_denoisers(tmp_path: Path) -> None:
+    """Each is profiled where it is called, and loses a share of its own; what attention is tied together stays."""
+    save("wan_2_2", tmp_path)
+    text = RECIPE.replace("stable_diffusion_3", "wan_2_2").replace("num_inference_steps = 2", "num_inference_steps = 4")
+    text = text.replace("height = 32\n", "max_sequence_length = 16\nnum_frames = 5\nheight = 32\n")
+    text = (
+        text[: text.index("[passes.prune_heads]")] + text[text.index("[passes.prune_ffn]") : text.index("[[targets]]")]
+    )
+    (tmp_path / "tiny.toml").write_text(text + '[[targets]]\nengine = "onnxruntime"\n')
+    done = call_cli("compile", "tiny.toml", "--dry-run", "--set", "passes.prune_heads={}", cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "no layer whose heads can be removed in transformer or transformer_2" in done.stderr
+    ), done.stderr
+    done = compile_here("tiny.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = Made(tmp_path, done.stderr)
+    layers = made.record["passes"]["prune_ffn"]["layers"]
+    assert {name.partition(".")[0] for name in layers} == {"transformer", "transformer_2"}
+    for name in ("transformer", "transformer_2"):
+        counts = [(each["kept"], each["neurons"]) for layer, each in layers.items() if layer.startswith(f"{name}.")]
+        kept, neurons = (sum(side) for side in zip(*counts, strict=True))
+        assert 0.5 < kept / neurons < 0.9
+    assert len(list((tmp_path / "artifacts" / "cache").glob("profile-*/transformer*"))) == 2

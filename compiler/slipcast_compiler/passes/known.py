@@ -119,7 +119,7 @@ def _check_found(name: str, units: Mapping[str, Mapping[str, int]], known: Known
         for layer, why in _left_alone(name, layers).items()
     ]
     raise RecipeError(
-        f"passes.{name}: {' and '.join(known) or 'the pipeline'} has no layer whose {UNITS[name]} can be removed",
+        f"passes.{name}: there is no layer whose {UNITS[name]} can be removed in {' or '.join(known)}",
         expected=f"a denoiser with {UNITS[name]} that are independent of one another",
         got="; ".join(left[:3]) + (f"; and {len(left) - 3} more" if len(left) > 3 else "") or "none that is known",
         hint="leave the table out; docs/passes.md says what layers are known",

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import slipcast
-from slipcast.bundle.manifest import SCHEMA_VERSION, Component, Target
-from slipcast.bundle.program import PROGRAM, Program
+from slipcast.bundle.manifest import SCHEMA_VERSION, SHALLOW, Component, Target
+from slipcast.bundle.program import PROGRAM, Program, ProgramCall, Shallow
 from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Advance, SilentStages, Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
@@ -24,25 +24,42 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.recipe.targets import TargetTable
 
+DENOISER, FEATURE = "denoiser", "feature"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A denoiser in two: a directory of the cache that has both, the `feature` that crosses, and the mask of steps."""
+
+    folder: Path
+    feature: str
+    share: float
+    mask: tuple[bool, ...]
+
 
 @dataclass(frozen=True)
 class ProgramGraphs:
     """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
     `samplings`: by variant, in place of its loop's; `closed`: all prompts of a closed family, and the table of them;
-    `quantized`: by component, what takes its place in INT8; `casts`: by target's name, see build_target."""
+    `split`: the denoiser in two, for feature caching; `quantized`: by component, what takes its place in INT8;
+    `casts`: by target's name, see build_target."""
 
     entry: Path
     samplings: tuple[Sampling, ...] = ()
     closed: tuple[tuple[str, ...], Path] | None = None
+    split: Split | None = None
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
     casts: Mapping[str, Casts] = field(default_factory=dict)
 
     @property
     def record(self) -> Program:
         """The program."""
-        record = read_record(self.entry)
+        record = self._sampled(read_record(self.entry))
         if self.closed:
             record = close(record, self.closed[0], contracts(self.entry, record))
+        return with_shallow(record, self.split) if self.split else record
+
+    def _sampled(self, record: Program) -> Program:
         if not self.samplings:
             return record
         own = [
@@ -59,13 +76,20 @@ class ProgramGraphs:
         return {
             "program": self.entry.name,
             "table": table,
+            "split": self.split and [self.split.folder.name, self.split.mask],
             "samplings": [each.model_dump(mode="json") for each in self.samplings],
         }
 
     @property
     def contracts(self) -> dict[str, Component]:
         """By component, what its engines take and return."""
-        return contracts(self.entry, self.record)
+        names = dict.fromkeys(call.component for variant in self.record.every for call in variant.every_call)
+        files = {name: self._folder(name) / f"{name}.json" for name in names}
+        return {name: Component.model_validate_json(file.read_text()) for name, file in files.items()}
+
+    def _folder(self, component: str) -> Path:
+        """Where its graph lies."""
+        return self.split.folder if self.split and component in (DENOISER, SHALLOW) else self.entry
 
     def sources(self, int8: bool = False) -> Sources:
         """Of a target; in INT8 with what is."""
@@ -73,10 +97,31 @@ class ProgramGraphs:
         found = {
             name: Source(folder / f"{name}.onnx", f"{folder.name}/{name}")
             for name in self.contracts
-            for folder in [quantized[name].folder if name in quantized else self.entry]
+            for folder in [quantized[name].folder if name in quantized else self._folder(name)]
         }
         sizes = tensorrt.Lengths(self.record, self.contracts)
         return Sources(found, sizes, {name: each.check for name, each in quantized.items()}, self.record.exact)
+
+
+def with_shallow(record: Program, split: Split) -> Program:
+    """The program whose denoiser gives a feature, which a shallow one takes at the steps that are not full."""
+    loop = record.loop
+    assert loop
+    whole = next(call for call in loop.calls if call.component == DENOISER)
+    contract = Component.model_validate_json((split.folder / f"{SHALLOW}.json").read_text())
+    names = [spec.name for spec in contract.inputs]
+    inputs = {name: value for name, value in whole.inputs.items() if name in names} | {split.feature: FEATURE}
+    outputs = {name: value for name, value in whole.outputs.items() if value == loop.output}
+    giving = whole.model_copy(update={"outputs": whole.outputs | {split.feature: FEATURE}})
+    columns = {f"{SHALLOW}.{name}": loop.columns[of] for name in names if (of := f"{DENOISER}.{name}") in loop.columns}
+    call = ProgramCall(component=SHALLOW, inputs=inputs, outputs=outputs)
+    changes = {
+        "calls": tuple(giving if call is whole else call for call in loop.calls),
+        "columns": loop.columns | columns,
+        "shallow": Shallow(call=call, mask=split.mask, share=split.share),
+    }
+    changed = record.model_copy(update={"loop": loop.model_copy(update=changes)})
+    return Program.model_validate_json(changed.model_dump_json())
 
 
 def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cache, advance: Advance) -> ProgramGraphs:
@@ -116,7 +161,7 @@ def write_bundle(
         shutil.copyfile(graphs.closed[1] / PROMPT_TABLE, folder / PROMPT_TABLE)
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
-        "requires": (PROGRAM,),
+        "requires": (PROGRAM, *(["caching"] if graphs.split else [])),
         "slipcast_version": slipcast.__version__,
         "components": graphs.contracts,
         "program": record,

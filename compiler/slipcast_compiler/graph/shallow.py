@@ -28,16 +28,16 @@ class FeatureCut:
     share: float
 
 
-def find_cut(graph: ir.Graph, ceiling: float) -> FeatureCut:
+def find_cut(graph: ir.Graph, ceiling: float, latent: str = "sample") -> FeatureCut:
     """The single value that leaves most to the shallow graph within `ceiling`: what it computes is not out of date.
 
     Of cuts that leave as much, the one that carries the fewest bytes, and then the one that leaves the fewest nodes.
     The shallow graph has to depend on the latent: what is left behind a cut without skip connections around it would
-    only repeat what it gave. RecipeError where there is none.
+    only repeat what it gave. `latent`: the input that has it. RecipeError where there is none.
     """
     costs = {node: multiply_adds(node) for node in graph}
     total = sum(costs.values())
-    sample = next(value for value in graph.inputs if value.name == "sample")
+    sample = next(value for value in graph.inputs if value.name == latent)
     best: tuple[tuple[int, int, int], ir.Value] | None = None
     for value in _latent(graph, sample):
         left = _left(graph, value, costs, ceiling * total)
@@ -90,9 +90,9 @@ def _latent(graph: ir.Graph, sample: ir.Value) -> list[ir.Value]:
 
 
 def _batched(value: ir.Value) -> bool:
-    """Whether the first dimension is free, and no other."""
+    """Whether no dimension is free, but for the first."""
     sizes = list(value.shape or ())
-    return len(sizes) > 1 and not isinstance(sizes[0], int) and all(isinstance(size, int) for size in sizes[1:])
+    return len(sizes) > 1 and all(isinstance(size, int) for size in sizes[1:])
 
 
 def _left(graph: ir.Graph, given: ir.Value, costs: dict[ir.Node, int], most: float) -> Collection[ir.Node] | None:

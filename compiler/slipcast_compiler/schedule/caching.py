@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +40,9 @@ def cache_features(graphs: Graphs, table: CachingTable, cache: Cache, advance: A
     """With a full and a shallow denoiser in place of the one, as [caching] asks, and the mask of steps chosen."""
     everything = split_denoiser(graphs, table.share, cache)
     cut = json.loads((everything.components[FULL] / CUT).read_text())
-    steps = graphs.sampling.steps
-    full = table.full_of(steps)
-    longest = 2 * math.ceil(steps / full) - 1  # without a full step: what a good mask would not go beyond
-    mask, error = choose_mask(_measure(everything, longest, cache, advance), full)
-    if not mask:
-        raise RecipeError(
-            f"caching.full_steps = {full}: too few: where guidance begins, both branches have to be evaluated in full",
-            expected="more full steps",
-            got=full,
-        )
+    full = table.full_of(graphs.sampling.steps)
+    measured = _measure(everything, longest_of(graphs.sampling.steps, full), cache, advance)
+    mask, error = choose(measured, full)
     report = {**cut, "mask": list(mask), "full_steps": full, "error": error, "images": IMAGES}
     assert everything.caching
     record = everything.caching.model_copy(update={"mask": mask})
@@ -65,12 +59,13 @@ def split_denoiser(graphs: Graphs, share: float, cache: Cache) -> Graphs:
     return graphs.add({FULL: folder, SHALLOW: folder}, caching=record)
 
 
-def export_split(source: Path, share: float, cache: Cache) -> Path:
-    """The cache's directory with both denoisers and their contracts; they have one file of weights in common."""
+def export_split(source: Path, share: float, cache: Cache, latent: str = "sample") -> Path:
+    """The cache's directory with both denoisers and their contracts; they have one file of weights in common. `latent`:
+    the input that has it."""
 
     def make(folder: Path) -> None:
         model = load(source / f"{FULL}.onnx")
-        cut = find_cut(model.graph, share)
+        cut = find_cut(model.graph, share, latent)
         feature, after = str(cut.feature.name), place(cut.feature)
         save_sharing(full_model(model, cut.feature), folder / f"{FULL}.onnx")
         saved = load(folder / f"{FULL}.onnx")  # whose weights are places in the file
@@ -89,7 +84,12 @@ def export_split(source: Path, share: float, cache: Cache) -> Path:
     return cache.get("cut", {"source": source.name, "share": share}, make)
 
 
-def _measure(graphs: Graphs, longest: int, cache: Cache, advance: Advance) -> Errors:
+def longest_of(steps: int, full: int) -> int:
+    """So many steps without a full one as a good mask would not go beyond."""
+    return 2 * math.ceil(steps / full) - 1
+
+
+def _measure(graphs: Graphs, longest: int, cache: Cache, advance: Advance) -> list[list[float | None]]:
     """See reuse.measure_reuse: through the runtime, with ONNX Runtime in fp32, or from the cache."""
     images = graphs.calibration(IMAGES)
 
@@ -100,8 +100,21 @@ def _measure(graphs: Graphs, longest: int, cache: Cache, advance: Advance) -> Er
         (out / MEASURED).write_text(json.dumps(found))
 
     inputs = {"graphs": graphs.identity, "images": images, "longest": longest}
-    found = json.loads((cache.get("reuse", inputs, make) / MEASURED).read_text())
-    return np.array([[math.inf if error is None else error for error in row] for row in found])
+    found: list[list[float | None]] = json.loads((cache.get("reuse", inputs, make) / MEASURED).read_text())
+    return found
+
+
+def choose(measured: Sequence[Sequence[float | None]], full: int) -> tuple[tuple[bool, ...], float]:
+    """As choose_mask, of what reuse.measure_reuse found; RecipeError where there is no mask."""
+    errors = np.array([[math.inf if error is None else error for error in row] for row in measured])
+    mask, error = choose_mask(errors, full)
+    if not mask:
+        raise RecipeError(
+            f"caching.full_steps = {full}: too few: where guidance begins, both branches have to be evaluated in full",
+            expected="more full steps",
+            got=full,
+        )
+    return mask, error
 
 
 def choose_mask(errors: Errors, full_steps: int) -> tuple[tuple[bool, ...], float]:

@@ -37,7 +37,7 @@ from slipcast_compiler.engines.recording import Recording, digest_given
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.model.original import Images
-from slipcast_compiler.schedule.held import draws, first_latent, makers
+from slipcast_compiler.schedule.held import draws, first_latent, makers, predictions
 
 logger = logging.getLogger("slipcast")
 
@@ -135,7 +135,7 @@ def _measure_program(root: Path, target: str, measuring: Measuring, advance: Adv
     bundle = open_any_bundle(root)
     assert isinstance(bundle, ProgramBundle)
     program = bundle.manifest.program
-    recording, found = Recording({name for variant in program.every for name, _ in makers(variant).values()}), []
+    recording, found = Recording({name for variant in program.every for name in makers(variant)}), []
     with ProgramPipeline(bundle, _without_exit(bundle, target), instrument=recording) as pipe:
         for i, (prompt, seed) in enumerate(measuring.images):
             advance(i, len(measuring.images))
@@ -184,10 +184,10 @@ def replay_program(variant: Variant, seed: int, recording: Recording) -> tuple[l
     loop = variant.loop
     assert loop
     settings, schedule = loop.sampling, loop.sampling.lay()
-    drawn, (component, name) = draws(variant, seed), makers(variant)[loop.output]
+    drawn = draws(variant, seed)
     first = first_latent(variant, drawn, recording)
     start: Floats = first[None] / input_scale(settings.noise.prediction, schedule.sigmas[0]) if loop.vp else first[None]
-    outputs: Any = iter([each[name] for each in recording.evaluations(component)])
+    outputs: Any = iter(predictions(variant, recording))
     denoise = Denoiser(settings.noise, schedule, lambda scaled, timestep: next(outputs)[None])
 
     def noise() -> Floats:

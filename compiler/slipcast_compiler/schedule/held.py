@@ -22,6 +22,7 @@ from slipcast.run.load import load
 from slipcast.run.residency import InUse
 from slipcast.run.sampled import columns
 from slipcast.run.values import Noise
+from slipcast.run.variants import read_variants
 from slipcast.sampling.denoiser import input_scale
 from slipcast_compiler.engines.recording import Images, Recording
 
@@ -31,11 +32,12 @@ Array = Any
 @dataclass(frozen=True)
 class Held:
     """`first`: the images' first latents, as values of the program, float32 [n, *latent]. `values`: of each, what else
-    the loop's calls read."""
+    the loop's calls read; `rows`: by call, what the table gives it."""
 
     loop: Loop
     first: Array
     values: tuple[Mapping[str, Array], ...]
+    rows: tuple[Mapping[str, Array], ...]
     contracts: Mapping[str, Component]
     engines: Callable[[str], Engine]
 
@@ -51,9 +53,9 @@ class Held:
         given = scaled if loop.vp else scaled / input_scale(loop.sampling.noise.prediction, sigma)
         for place, held in enumerate(self.values):
             values = {**held, loop.sample: given[place]}
-            for call in loop.calls:
+            for call, row in zip(loop.calls, self.rows, strict=True):
                 contract, scale = self.contracts[call.component], loop.sampling.guidance_scale
-                inputs = columns(loop, call, contract, timestep, sigma, scale)
+                inputs = {**row, **columns(loop, call, contract, timestep, sigma, scale)}
                 inputs |= {name: values[value] for name, value in call.inputs.items()}
                 outputs = self.engines(call.component)(inputs)
                 values |= {value: outputs[name] for name, value in call.outputs.items()}
@@ -72,7 +74,8 @@ def hold(root: Path, target: str, images: Images, given: Mapping[str, Any]) -> I
     assert bundle.manifest.program.loop
     variant, contracts = bundle.manifest.program, bundle.manifest.components
     loop, values, first = bundle.manifest.program.loop, [], []
-    recording = Recording({*(call.component for call in loop.calls), *(name for name, _ in makers(variant).values())})
+    rows = read_variants(bundle)[0].loop_rows
+    recording = Recording({*(call.component for call in loop.calls), *makers(variant)})
     with load(root, target=target, instrument=recording) as pipe:
         for prompt, seed in images:
             recording.calls.clear()
@@ -80,7 +83,7 @@ def hold(root: Path, target: str, images: Images, given: Mapping[str, Any]) -> I
             values.append(_read(loop, recording))
             first.append(first_latent(variant, draws(variant, seed), recording))
     with load(root, target=target) as pipe, InUse(pipe.residency) as engines:
-        yield Held(loop, np.stack(first), tuple(values), contracts, engines)
+        yield Held(loop, np.stack(first), tuple(values), tuple(rows), contracts, engines)
 
 
 def _read(loop: Loop, recording: Recording) -> dict[str, Array]:
@@ -100,19 +103,26 @@ def draws(variant: Variant, seed: int) -> Noise:
 def first_latent(variant: Variant, noise: Noise, recording: Recording) -> Array:
     """What the loop begins with, [*latent], of a run whose `makers` were recorded; `noise`: of its seed."""
     assert variant.loop
-    if variant.loop.sample not in (made := makers(variant)):
-        return noise(variant.loop.sample)
-    component, name = made[variant.loop.sample]
-    return recording.evaluations(component)[0][name]
+    for component, (value, name) in makers(variant).items():
+        if value == variant.loop.sample:
+            return recording.evaluations(component)[0][name]
+    return noise(variant.loop.sample)
+
+
+def predictions(variant: Variant, recording: Recording) -> list[Array]:
+    """Of each evaluation of such a run, in order."""
+    assert variant.loop
+    names = {made: name for made, (value, name) in makers(variant).items() if value == variant.loop.output}
+    return [arrays[names[component]] for component, arrays in recording.calls if component in names]
 
 
 def makers(variant: Variant) -> dict[str, tuple[str, str]]:
-    """By the loop's first latent, if it is not drawn, and its prediction: the component that makes it, and the name of
-    that output."""
+    """The components that make the loop's first latent, if it is not drawn, and its predictions: the value that each
+    makes, and the name of that output."""
     assert variant.loop
     wanted = (variant.loop.sample, variant.loop.output)
     return {
-        value: (call.component, name)
+        call.component: (value, name)
         for call in variant.every_call
         for name, value in call.outputs.items()
         if value in wanted

@@ -3,7 +3,7 @@ imports nothing that the runtime does not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from slipcast.bundle.manifest import SHALLOW, Manifest
 from slipcast.bundle.reader import open_bundle
+from slipcast.bundle.sampling import Sampling
 from slipcast.engines import Array, Engine
 from slipcast.progress import Advance
 from slipcast.run.pipeline import Pipeline
@@ -38,11 +39,15 @@ def measure_reuse(root: Path, images: Images, longest: int, advance: Advance) ->
             latents = pipe(prompt, seed=seed, output_type="latent", guard="warn").images
             with pipe.residency.use(SHALLOW) as shallow:
                 evaluations = recording.evaluations("denoiser")
-                errors = _errors(bundle.manifest, evaluations, shallow, longest) / _rms(latents)
+                errors = _errors(bundle.manifest, evaluations, shallow, longest) / rms(latents)
             totals = errors if totals is None else totals + errors
     assert totals is not None
-    means = totals / len(images)
-    return [[float(error) if np.isfinite(error) else None for error in row] for row in means]
+    return listed(totals / len(images))
+
+
+def listed(errors: npt.NDArray[np.float64]) -> list[list[float | None]]:
+    """As JSON has them: None for what is infinite."""
+    return [[float(error) if np.isfinite(error) else None for error in row] for row in errors]
 
 
 def _errors(
@@ -50,22 +55,34 @@ def _errors(
 ) -> npt.NDArray[np.float64]:
     """[i, j], of one image; infinite where there are none."""
     assert manifest.caching
-    schedule, prediction = manifest.sampling.lay(), manifest.sampling.noise.prediction
     features = [spec.name for spec in manifest.caching.features]
-    errors = np.full((len(evaluations),) * 2, np.inf)
-    for j, now in enumerate(evaluations):
+
+    def again(i: int, j: int) -> Floats | None:
+        before, now = evaluations[i], evaluations[j]
+        if len(before["sample"]) < (rows := len(now["sample"])):
+            return None
         inputs = {spec.name: now[spec.name] for spec in shallow.inputs if spec.name not in features}
-        rows, sigma = len(now["sample"]), schedule.sigmas[j]
-        exact = _guided(manifest, now["prediction"])
+        given = {name: before[name][-rows:] for name in features}
+        return _guided(manifest, shallow({**inputs, **given})["prediction"])
+
+    exact = [_guided(manifest, each["prediction"]) for each in evaluations]
+    return errors_of(manifest.sampling, exact, again, longest)
+
+
+def errors_of(
+    sampling: Sampling, exact: Sequence[Floats], again: Callable[[int, int], Floats | None], longest: int
+) -> npt.NDArray[np.float64]:
+    """[i, j]: see measure_reuse; in latents, not relative. exact[j]: what the model gave at step j; again(i, j): what
+    it gives there with the features of step i, None where it cannot have them."""
+    schedule, prediction = sampling.lay(), sampling.noise.prediction
+    errors = np.full((len(exact),) * 2, np.inf)
+    for j, right in enumerate(exact):
+        sigma = schedule.sigmas[j]
         for i in range(max(0, j - longest), j):
-            before = evaluations[i]
-            if len(before["sample"]) < rows:
-                continue
-            given = {name: before[name][-rows:] for name in features}
-            output = _guided(manifest, shallow({**inputs, **given})["prediction"])
-            # D is linear in the output, so that its error is D of the output's.
-            error = PREDICTIONS[prediction](np.zeros_like(output), output - exact, sigma)
-            errors[i, j] = (1 - schedule.sigmas[j + 1] / sigma) * _rms(error)
+            if (output := again(i, j)) is not None:
+                # D is linear in the output, so that its error is D of the output's.
+                error = PREDICTIONS[prediction](np.zeros_like(output), output - right, sigma)
+                errors[i, j] = (1 - schedule.sigmas[j + 1] / sigma) * rms(error)
     return errors
 
 
@@ -78,5 +95,5 @@ def _guided(manifest: Manifest, output: Array) -> Floats:
     return guided
 
 
-def _rms(values: Array) -> float:
+def rms(values: Array) -> float:
     return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Count, Name, Positive
@@ -64,6 +64,26 @@ class ProgramCall(Strict):
     row: Count | None = None
 
 
+class Shallow(Strict):
+    """Feature caching: at some steps `call` stands in the place of the loop's call that makes the prediction.
+
+    It reads features, which that one gives besides, of the last step that had it. `mask`: for each step of the bundle's
+    schedule, whether it is a full one; a run of other steps has full ones alone. `share`: of the whole component's
+    multiply-adds, what this one has.
+    """
+
+    call: ProgramCall
+    mask: Annotated[tuple[bool, ...], Field(min_length=1)]
+    share: Annotated[float, Field(ge=0, le=1)]
+
+    @field_validator("mask")
+    @classmethod
+    def _begins_in_full(cls, mask: tuple[bool, ...]) -> tuple[bool, ...]:
+        if not mask[0]:
+            raise ValueError("the first evaluation has no features to go on from: it has to be full")
+        return mask
+
+
 class Loop(Strict):
     """Steps of one of slipcast's samplers, before the call with index `at`, or after the last one.
 
@@ -84,6 +104,27 @@ class Loop(Strict):
     sampling: Sampling
     steps: ArgumentName | None = None
     guidance: ArgumentName | None = None
+    shallow: Shallow | None = None
+
+    @model_validator(mode="after")
+    def _shallow_stands_for_a_call(self) -> Self:
+        if not self.shallow:
+            return self
+        if len(self.shallow.mask) != self.sampling.steps:
+            raise ValueError(f"shallow.mask is for {len(self.shallow.mask)} steps, and sampling has another number")
+        if tuple(self.shallow.call.outputs.values()) != (self.output,):
+            raise ValueError("shallow.call has to make the output, and nothing else")
+        inside = {value for call in self.calls for value in call.outputs.values()}
+        if not inside.intersection(self.shallow.call.inputs.values()):
+            raise ValueError("shallow.call reads no feature, which a call of the loop would make")
+        return self
+
+    @property
+    def shallow_calls(self) -> tuple[ProgramCall, ...]:
+        """An evaluation of the model at a step that is not a full one."""
+        assert self.shallow
+        whole = [call for call in self.calls if self.output not in call.outputs.values()]
+        return *whole, self.shallow.call
 
     @property
     def exact(self) -> frozenset[str]:
@@ -118,10 +159,11 @@ class Variant(Strict):
 
     @property
     def every_call(self) -> tuple[ProgramCall, ...]:
-        """All calls, those of the loop once, in the order in which they run."""
+        """All calls, those of the loop once, in the order in which they run; what is shallow after what is whole."""
         if not self.loop:
             return self.calls
-        return (*self.calls[: self.loop.at], *self.loop.calls, *self.calls[self.loop.at :])
+        shallow = [self.loop.shallow.call] if self.loop.shallow else []
+        return (*self.calls[: self.loop.at], *self.loop.calls, *shallow, *self.calls[self.loop.at :])
 
     @property
     def usual_steps(self) -> int:
@@ -286,6 +328,9 @@ def _flow_through(loop: Loop, made: set[str]) -> None:
     inside = set(made)
     for place, call in enumerate(loop.calls):
         _flow(call, inside, f"loop.calls[{place}]")
+    for value in loop.shallow.call.inputs.values() if loop.shallow else ():
+        if value not in inside:
+            raise ValueError(f"loop.shallow.call reads {value!r}, which nothing before it makes")
     if loop.output not in inside - made:
         raise ValueError(f"loop.output is {loop.output!r}, which none of its calls makes")
     _make(loop.result, made, "loop")

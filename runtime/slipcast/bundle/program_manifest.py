@@ -25,7 +25,9 @@ class ProgramManifest(BaseManifest):
     @model_validator(mode="after")
     def _names_what_it_requires(self) -> Self:
         early = any(target.early_exit for target in self.targets)
-        if set(self.requires) != (needed := {PROGRAM, *(["early_exit"] if early else [])}):
+        shallow = any(variant.loop and variant.loop.shallow for variant in self.program.every)
+        needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
+        if set(self.requires) != needed:
             raise ValueError(f"requires has to name {' and '.join(sorted(needed))}, and nothing else")
         if early and not all(variant.loop for variant in self.program.every):
             raise ValueError("early_exit belongs to steps that slipcast's samplers take, and program has no loop")

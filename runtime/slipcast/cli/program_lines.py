@@ -39,6 +39,10 @@ def _sampling(loop: Loop) -> Iterator[str]:
     usual = {loop.steps: sampling.steps, loop.guidance: sampling.guidance_scale}
     if loop.free:
         yield f"  free         {', '.join(f'{name} ({usual[name]:g})' for name in loop.free)}"
+    if shallow := loop.shallow:
+        mask = "".join("F" if full else "s" for full in shallow.mask)
+        yield f"  caching      {sum(shallow.mask)} of {len(mask)} steps in full: {mask}"
+        yield f"               the others by {shallow.call.component}, with {shallow.share:.1%} of the multiply-adds"
 
 
 def _rate(program: Program) -> str:

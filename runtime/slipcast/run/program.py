@@ -127,11 +127,12 @@ class ProgramPipeline(BasePipeline):
         return PipelineOutput(found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate)
 
     def _sampled(self, loop: Loop, request: ProgramRequest, ready: Ready) -> Sampled:
-        # Thresholds are of these steps: between others, clean images change more or less.
+        # Thresholds and masks are of these steps: between others, images and features change more or less.
         own = len(request.schedule.timesteps) == loop.sampling.steps
         threshold = self._target.early_exit if own else None
+        mask = loop.shallow.mask if own and loop.shallow else ()
         contracts = self.manifest.components
-        return Sampled(loop, request.schedule, request.guidance, contracts, ready.loop_rows, threshold)
+        return Sampled(loop, request.schedule, request.guidance, contracts, ready.loop_rows, threshold, mask)
 
     def _take_steps(
         self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None
@@ -143,7 +144,8 @@ class ProgramPipeline(BasePipeline):
                 callback(self, step, len(sampled.schedule.timesteps))
 
         taken = sampled.run(calls, images, ended)
-        for component in dict.fromkeys(call.component for call in sampled.loop.calls):
+        shallow = sampled.loop.shallow_calls if sampled.loop.shallow else ()
+        for component in dict.fromkeys(call.component for call in (*sampled.loop.calls, *shallow)):
             calls.done(component)
         return taken
 

@@ -24,7 +24,8 @@ Array = Any
 @dataclass(frozen=True)
 class Sampled:
     """A loop, as a run asks for it. `contracts`: by component; `rows`: by call of an evaluation, what its row of the
-    table gives. `threshold`: of EarlyExit; None: none stops early."""
+    table gives. `threshold`: of EarlyExit; None: none stops early. `mask`: by evaluation, whether it is a full one, as
+    all are after it."""
 
     loop: Loop
     schedule: Schedule
@@ -32,6 +33,7 @@ class Sampled:
     contracts: Mapping[str, Component]
     rows: Sequence[Mapping[str, Array]]
     threshold: float | None = None
+    mask: tuple[bool, ...] = ()
 
     def before(self, call: ProgramCall) -> dict[str, Array]:
         """The inputs of a call before the loop that are neither values nor of the table: as at its first evaluation."""
@@ -47,8 +49,9 @@ class Sampled:
         def denoise(x: Array, sigma: float) -> Array:
             def predict(scaled: Array, timestep: float) -> Array:
                 nonlocal count
-                count += 1
-                return self._evaluate(scaled, timestep, sigma, calls, exits.left, f"evaluation {count}")
+                full, count = self.mask[count : count + 1] != (False,), count + 1
+                chosen = self._calls(full)
+                return self._evaluate(scaled, timestep, sigma, calls, chosen, exits.left, f"evaluation {count}")
 
             return Denoiser(process, self.schedule, predict)(x, sigma)
 
@@ -68,14 +71,24 @@ class Sampled:
         values.drop(value for call in loop.calls for value in call.outputs.values())
         return tuple(map(int, exits.steps))
 
-    def _evaluate(self, scaled: Array, timestep: float, sigma: float, calls: Calls, left: Indices, where: str) -> Array:
-        """What the model gives for the images that are left; of the others, what it would be given."""
+    def _calls(self, full: bool) -> list[tuple[ProgramCall, Mapping[str, Array]]]:
+        """Of an evaluation, with what the table gives."""
+        if full:
+            return list(zip(self.loop.calls, self.rows, strict=True))
+        return [(call, {}) for call in self.loop.shallow_calls]
+
+    def _evaluate(
+        self, scaled: Array, timestep: float, sigma: float, calls: Calls,
+        chosen: Sequence[tuple[ProgramCall, Mapping[str, Array]]], left: Indices, where: str,
+    ) -> Array:  # fmt: skip
+        """What the model gives for the images that are left; of the others, what it would be given. Features stay among
+        the values, from a full evaluation to the next."""
         loop, values = self.loop, calls.values
         given = scaled if loop.vp else scaled / input_scale(loop.sampling.noise.prediction, sigma)
         images = [int(image) for image in left]
         for image in images:
             values.put(loop.sample, image, given[image])
-        for call, row in zip(loop.calls, self.rows, strict=True):
+        for call, row in chosen:
             calls(call, {**row, **self._columns(call, timestep, sigma)}, where, images)
         found = given.copy()
         for image in images:

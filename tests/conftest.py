@@ -76,7 +76,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
 
 ISOLATING = (
     "judge.originals", "judge.captured", "judge.programs", "passes.apply", "profile.profile", "profile.program",
-    "schedule.early_exit", "schedule.program_timesteps", "compile_program",
+    "schedule.early_exit", "schedule.program_timesteps", "schedule.program_caching", "compile_program",
 )  # fmt: skip
 
 

@@ -37,7 +37,9 @@ from slipcast_compiler.precision.programs import (
 )
 from slipcast_compiler.profile.profile import Profile
 from slipcast_compiler.profile.program import make_program_profiles
+from slipcast_compiler.schedule.caching import IMAGES
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
+from slipcast_compiler.schedule.program_caching import cache_program_features
 from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
 
 
@@ -87,6 +89,13 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         with stages.stage("tabulate prompts") as advance:
             graphs = tabulate_prompts(graphs, plan.closed_prompts, cache, advance)
 
+    # Features that change slowly are taken from an earlier step, where a shallow denoiser is enough.
+    caching = None
+    if features := recipe.caching:
+        with stages.stage("cache features") as advance:
+            images = plan.calibration(IMAGES)
+            graphs, caching = cache_program_features(graphs, images, besides[0], features, cache, advance)
+
     # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
     casts = None
     if needs_calls(recipe.targets, options := recipe.quantize_options):
@@ -133,7 +142,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
-            rewritten.reports, timesteps, exits, plan.arguments["why_not"], stages.seconds,
+            rewritten.reports, timesteps, caching, exits, plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

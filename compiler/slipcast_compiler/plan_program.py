@@ -52,16 +52,17 @@ from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
-from slipcast_compiler.schedule.checks import check_early_exit, check_timesteps
+from slipcast_compiler.schedule.checks import check_caching, check_early_exit, check_timesteps
+from slipcast_compiler.schedule.skips import check_skips
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
     {
-        "name", "model", "call", "family", "sampling", "timesteps", "early_exit", "profile", "passes", "evaluate",
-        "gate", "targets",
+        "name", "model", "call", "family", "sampling", "timesteps", "caching", "early_exit", "profile", "passes",
+        "evaluate", "gate", "targets",
     }
 )  # fmt: skip
-OF_THE_LOOP = ("timesteps", "early_exit")  # tables that are for steps which slipcast's samplers take
+OF_THE_LOOP = ("timesteps", "caching", "early_exit")  # tables that are for steps which slipcast's samplers take
 UNUSED_PROFILE = ("batch", "sampling")  # images are drawn one by one, as the pipeline itself has them
 
 
@@ -275,13 +276,34 @@ def _check_loop(
         if recipe.timesteps:
             check_timesteps(recipe.timesteps, sampling, few_step)
             _check_finer(found, sampling, recipe.timesteps.fine_steps)
+        if recipe.caching:
+            check_caching(recipe.caching, sampling)
         if recipe.early_exit:
             check_early_exit(sampling, few_step)
+    if recipe.caching:
+        _check_one_denoiser(recipe, len(variants))
+        check_skips(variants[0].program, recipe.caching.share)
     if recipe.timesteps and any(each.noise != chosen[0].noise for each in chosen):
         raise RecipeError(
             "[timesteps]: what call lists have noise levels of their own",
             expected="one size, or no [timesteps]",
             got=f"{len(chosen)} combinations",
+        )
+
+
+def _check_one_denoiser(recipe: Recipe, variants: int) -> None:
+    """RecipeError where [caching] would have to cut several graphs of a denoiser."""
+    if variants > 1:
+        raise RecipeError(
+            "[caching] is for one combination of what call lists, as each may have a denoiser of its own",
+            expected="no lists under [call], or no [caching]",
+            got=f"{variants} combinations",
+        )
+    if int8 := [table.name for table in recipe.targets if table.precision == "int8"]:
+        raise RecipeError(
+            "[caching] is not for a captured pipeline's targets in INT8 yet",
+            expected="another precision, or no [caching]",
+            got=", ".join(int8),
         )
 
 

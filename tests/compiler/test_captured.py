@@ -263,6 +263,24 @@ def test_found_levels_and_early_exit(made: Made) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_feature_caching(made: Made) -> None:
+    given = ("--set", "sampling.steps=5", "--set", "caching={full_steps=3, share=0.9}", "--set", "gate={}")
+    done = compile_here("tiny.toml", *given, "-o", "artifacts/cached", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    cached = made.folder / "artifacts" / "cached"
+    record = typed_program_record(json.loads((cached / "report.json").read_text("utf-8")))
+    assert record.caching and sum(record.caching["mask"]) == record.caching["full_steps"] == 3
+    assert set(record.caching["engines"]) == {"denoiser", "denoiser_shallow"} and record.caching["share"] <= 0.9
+    manifest = json.loads((cached / "manifest.json").read_text())
+    assert manifest["requires"] == ["program", "caching"]
+    assert manifest["program"]["loop"]["shallow"]["mask"] == record.caching["mask"]
+    page = re.sub(r"<[^>]*>|\s+", " ", (cached / "report.html").read_text("utf-8"))
+    assert "3 of 5 steps evaluate the whole denoiser" in page
+    assert re.search("caching +3 of 5 steps in full: F", call_cli("inspect", str(cached)).stdout)
+    done = call_cli("run", str(cached), "--prompt", "a red circle", "--seed", "1", "-o", "c.png", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 REFUSED = {
     "key": (replaced("height =", "hieght ="), "did you mean height?"),
     "value": (replaced("height = 32", "height = 33"), "divisible by 8"),
@@ -291,6 +309,17 @@ REFUSED = {
     "others' levels": (
         replaced("num_inference_steps = 2", "num_inference_steps = [3, 4]") + "[timesteps]\n",
         "[timesteps] is not for this pipeline: its numbers of steps are listed",
+    ),
+    "no shallow step": (RECIPE + "[caching]\nfull_steps = 2\n", "no step is left that could be shallow"),
+    "two a step": (RECIPE + '[caching]\n[sampling]\nsampler = "heun"\n', "more often than once a step"),
+    "too small a share": (RECIPE + "[caching]\nfull_steps = 1\nshare = 0.01\n", "unet has no place where one feature"),
+    "listed features": (
+        replaced("height = 32\nwidth = 32", "height = [32, 64]\nwidth = [32, 64]") + "[caching]\nfull_steps = 1\n",
+        "one combination of what call lists",
+    ),
+    "features in INT8": (
+        RECIPE + '[passes.quantize]\n[caching]\nfull_steps = 1\n[[targets]]\nengine = "openvino"\nprecision = "int8"\n',
+        "targets in INT8 yet",
     ),
     "stranger": (RECIPE + '[evaluate]\nout_of_family = ["a red circle"]\n', "a prompt is of the family"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),

@@ -94,6 +94,22 @@ def looped(steps: int = 2, **sampling: Any) -> dict[str, Any]:
     return {"components": parts, "program": changed}
 
 
+def cached(mask: list[bool], **sampling: Any) -> dict[str, Any]:
+    """The same with a feature of the denoiser, which at steps that are not full a shallow one goes on from."""
+    changes = looped(len(mask), **sampling)
+    parts, loop, feature = changes["components"], changes["program"]["loop"], spec("feature", *LATENT)
+    parts["denoiser"]["outputs"].append(feature)
+    parts["denoiser_shallow"] = {
+        "inputs": [spec("sample", *LATENT), feature], "outputs": [spec("prediction", *LATENT)],
+    }  # fmt: skip
+    loop["calls"][0]["outputs"]["feature"] = "feature"
+    given = {"sample": "noise", "feature": "feature"}
+    loop["shallow"] = {
+        "call": call("denoiser_shallow", given, {"prediction": "eps"}), "mask": mask, "share": 0.1,
+    }  # fmt: skip
+    return {**changes, "requires": ["program", "caching"]}
+
+
 def document(root: Path, **changes: Any) -> dict[str, Any]:
     """manifest.json; `changes` replace top-level keys."""
     parts = changes.get("components", components())
@@ -137,7 +153,12 @@ def condition(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def predict(arrays: Mapping[str, Any]) -> dict[str, Any]:
     by_text = arrays["context"].mean() - arrays["other"].mean()
-    return {"prediction": (0.8 * arrays["sample"] + by_text + arrays["timestep"] / 1e4).astype(np.float32)}
+    feature = np.full_like(arrays["sample"], by_text + arrays["timestep"] / 1e4)
+    return {"prediction": (0.8 * arrays["sample"] + feature).astype(np.float32), "feature": feature}
+
+
+def predict_shallow(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prediction": (0.8 * arrays["sample"] + arrays["feature"]).astype(np.float32)}
 
 
 def update(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +171,13 @@ def decode(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def use(fakes: Fakes) -> Fakes:
     """Fake engines that know these components."""
-    fakes.functions |= {"conditioning": condition, "denoiser": predict, "update": update, "decoder": decode}
+    fakes.functions |= {
+        "conditioning": condition,
+        "denoiser": predict,
+        "denoiser_shallow": predict_shallow,
+        "update": update,
+        "decoder": decode,
+    }
     return fakes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import programs
 import pytest
 from fakes import Fakes
-from programs import document, looped, write_program
+from programs import cached, document, looped, write_program
 
 import slipcast
 from conftest import call_cli
@@ -99,3 +100,68 @@ def test_a_manifest_names_it_under_requires(tmp_path: Path, engines: Fakes) -> N
         path = write_program(tmp_path / str(place), table, **changes, targets=targets, requires=requires)
         with pytest.raises(ArtifactError, match=says):
             slipcast.load(path)
+
+
+MASK = [True, False, True, False, False]
+
+
+def test_shallow_steps_go_on_from_the_last_full_one(tmp_path: Path, engines: Fakes) -> None:
+    """Each image from its own; a run of other steps has full ones alone."""
+    with slipcast.load(write_program(tmp_path / "b", {}, **cached(MASK))) as pipe:
+        engines.calls.clear()
+        together = draw(pipe, [0, 1])
+        wanted = ["denoiser" if full else "denoiser_shallow" for full in MASK for _ in range(2)]
+        assert [name for name, _ in engines.calls if name.startswith("denoiser")] == wanted
+        for i in range(2):
+            np.testing.assert_array_equal(draw(pipe, [i]).images[0], together.images[i])
+        engines.calls.clear()
+        draw(pipe, [0], num_inference_steps=4)
+        assert [name for name, _ in engines.calls].count("denoiser") == 4
+    with slipcast.load(write_program(tmp_path / "whole", {}, **looped(len(MASK)))) as pipe:
+        assert (draw(pipe, [0]).images[0] != together.images[0]).any()  # whose timesteps are the full ones'
+    said = call_cli("inspect", str(tmp_path / "b")).stdout
+    assert "caching      2 of 5 steps in full: FsFss" in said
+
+
+def test_images_that_stopped_have_no_features(tmp_path: Path, engines: Fakes) -> None:
+    changes = cached([True] * (STEPS - 3) + [False, True, False])
+    for i, threshold in enumerate(np.geomspace(1e-4, 1.0, 60)):
+        targets = [target | {"early_exit": float(threshold)} for target in document(tmp_path, **changes)["targets"]]
+        asked = {**changes, "targets": targets, "requires": ["program", "caching", "early_exit"]}
+        with slipcast.load(write_program(tmp_path / f"try{i}", {}, **asked)) as pipe:
+            out = draw(pipe, [0, 1, 2, 3])
+            if len(set(out.steps)) > 1:
+                for place in range(4):
+                    alone = draw(pipe, [place])
+                    np.testing.assert_array_equal(alone.images[0], out.images[place])
+                return
+    raise AssertionError("no threshold tells the images apart")
+
+
+WRONG = {
+    "not required": (lambda m: m.update(requires=["program"]), "requires has to name caching and program"),
+    "mask": (lambda m: m["program"]["loop"]["shallow"].update(mask=[True, False]), "shallow.mask is for 2 steps"),
+    "first": (lambda m: m["program"]["loop"]["shallow"].update(mask=[False] * 5), "it has to be full"),
+    "output": (
+        lambda m: m["program"]["loop"]["shallow"]["call"].update(outputs={"prediction": "other"}),
+        "shallow.call has to make the output",
+    ),
+    "no feature": (
+        lambda m: m["program"]["loop"]["shallow"]["call"]["inputs"].update(feature="noise"),
+        "shallow.call reads no feature",
+    ),
+    "unknown": (
+        lambda m: m["program"]["loop"]["shallow"]["call"]["inputs"].update(sample="nothing"),
+        "loop.shallow.call reads 'nothing'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG.values(), ids=WRONG)
+def test_what_a_shallow_call_may_not_be(change: Any, says: str, tmp_path: Path, engines: Fakes) -> None:
+    path = write_program(tmp_path / "b", {}, **cached(MASK))
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=says):
+        slipcast.load(path)

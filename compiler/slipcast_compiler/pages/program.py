@@ -45,8 +45,9 @@ from slipcast_compiler.recipe.recipe import Recipe
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
     `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
-    from; `passes`: what each reports; `timesteps` and `exits`: what was found of noise levels and for early exit, if it
-    was asked for; `why_not`: a run cannot choose its steps, if it cannot; `seconds`: by stage."""
+    from; `passes`: what each reports; `timesteps`, `caching`, `exits`: what was found of noise levels, features and
+    early exit, if it was asked for; `why_not`: a run cannot choose its steps, if it cannot;
+    `seconds`: by stage."""
 
     recipe: Recipe
     call: Mapping[str, Any]
@@ -60,6 +61,7 @@ class ProgramEvidence:
     graphs: ProgramGraphs
     passes: Mapping[str, Any]
     timesteps: dict[str, Any] | None
+    caching: dict[str, Any] | None
     exits: dict[str, Any] | None
     why_not: str
     seconds: Mapping[str, float]
@@ -103,6 +105,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "not_free": evidence.why_not,
         "passes": dict(evidence.passes),
         "timesteps": evidence.timesteps,
+        "caching": evidence.caching,
         "early_exit": evidence.exits,
         "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
         "mixed_precision": dict(evidence.graphs.casts),

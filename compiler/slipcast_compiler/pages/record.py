@@ -138,6 +138,7 @@ class ProgramRecord(BaseRecord):
     not_free: str
     passes: dict[str, Told] = Field(default_factory=dict)
     timesteps: Told | None = None
+    caching: Told | None = None
     early_exit: Told | None = None
     quantized: dict[str, Told]
     mixed_precision: dict[str, Told]

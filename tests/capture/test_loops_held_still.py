@@ -1,4 +1,4 @@
-"""Noise levels found for captured pipelines: the model that is searched with is the bundle's."""
+"""Noise levels, and features to cache, found along the loop of a captured pipeline, whose model is the bundle's."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import slipcast
 from conftest import in_process
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import open_any_bundle
-from slipcast.errors import RequestError
+from slipcast.errors import RecipeError, RequestError
 from slipcast.sampling.denoiser import Denoiser
 from slipcast.sampling.samplers import sample
 from slipcast_compiler.engines.programs import ProgramGraphs, write_portable
 from slipcast_compiler.engines.recording import Recording
 from slipcast_compiler.export.program import PARTS
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.sampling import TimestepsTable
-from slipcast_compiler.schedule import program_timesteps
+from slipcast_compiler.recipe.sampling import CachingTable, TimestepsTable
+from slipcast_compiler.schedule import program_caching, program_timesteps
 from slipcast_compiler.schedule.early_exit import replay_program
 from slipcast_compiler.schedule.held import hold
+from slipcast_compiler.schedule.program_caching import cache_program_features
 from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
 
 IMAGES = (("a large star", 3), ("a circle", 4))
@@ -92,3 +93,32 @@ def test_levels_are_found(made: tuple[Path, ProgramManifest], monkeypatch: pytes
             pipe("a circle", num_inference_steps=7)
     with slipcast.load(folder / "bundle") as pipe:
         assert (pipe("a circle", seed=4, output_type="np").images[0] != drawn.images[0]).any()
+
+
+def test_a_shallow_denoiser_is_the_whole_one(
+    made: tuple[Path, ProgramManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the features of its own step; of a transformer there is none that is worth it."""
+    folder, manifest = made
+    monkeypatch.setattr(program_caching, "run_isolated", in_process)
+    (entry,) = (each.parent for each in (folder / "cache").rglob(PARTS))
+    graphs, cache, table = ProgramGraphs(entry), Cache(folder / "cache"), CachingTable(full_steps=2, share=0.2)
+    assert manifest.program.loop
+    if manifest.program.loop.sampling.noise.is_flow:
+        with pytest.raises(RecipeError, match="it is for U-Nets"):
+            cache_program_features(graphs, IMAGES, {}, table, cache, lambda *_: None)
+        return
+    table = CachingTable(full_steps=2, share=0.9)
+    found, report = cache_program_features(graphs, IMAGES, {}, table, cache, lambda *_: None)
+    assert report["mask"][0] and sum(report["mask"]) == 2 and report["error"] > 0
+    (bundle := folder / "cached").mkdir()
+    write_portable(found, bundle, cache)
+    recording = Recording(("denoiser", "denoiser_shallow"))
+    with slipcast.load(bundle, instrument=recording) as pipe:
+        pipe("a circle", seed=4, output_type="np")
+        assert [name == "denoiser" for name, _ in recording.calls] == report["mask"]
+        whole = recording.evaluations("denoiser")[0]
+        with pipe.residency.use("denoiser_shallow") as shallow:
+            again = shallow({spec.name: whole[spec.name] for spec in shallow.inputs})
+    for name, array in again.items():
+        np.testing.assert_allclose(array, whole[name], atol=1e-5)

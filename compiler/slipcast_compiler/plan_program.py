@@ -23,7 +23,7 @@ from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.parts import denoisers_of, describe_parts
 from slipcast_compiler.capture.program import Ref
-from slipcast_compiler.capture.record import find_scheduler
+from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.resampling import samplings_of
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
 from slipcast_compiler.estimate_program import (
@@ -208,6 +208,8 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
     samplings = samplings_of(variants, asked, find_scheduler(pipe))
     _check_loop(recipe, variants, samplings, checkpoint)
+    if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
+        check_skips(capture(pipe, variants[0].call), recipe.caching.share)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(recipe.evaluate, family, sizes, folder)
     return ProgramPlan(
@@ -280,30 +282,17 @@ def _check_loop(
             check_caching(recipe.caching, sampling)
         if recipe.early_exit:
             check_early_exit(sampling, few_step)
-    if recipe.caching:
-        _check_one_denoiser(recipe, len(variants))
-        check_skips(variants[0].program, recipe.caching.share)
+    if recipe.caching and len(variants) > 1:
+        raise RecipeError(
+            "[caching] is for one combination of what call lists, as each may have a denoiser of its own",
+            expected="no lists under [call], or no [caching]",
+            got=f"{len(variants)} combinations",
+        )
     if recipe.timesteps and any(each.noise != chosen[0].noise for each in chosen):
         raise RecipeError(
             "[timesteps]: what call lists have noise levels of their own",
             expected="one size, or no [timesteps]",
             got=f"{len(chosen)} combinations",
-        )
-
-
-def _check_one_denoiser(recipe: Recipe, variants: int) -> None:
-    """RecipeError where [caching] would have to cut several graphs of a denoiser."""
-    if variants > 1:
-        raise RecipeError(
-            "[caching] is for one combination of what call lists, as each may have a denoiser of its own",
-            expected="no lists under [call], or no [caching]",
-            got=f"{variants} combinations",
-        )
-    if int8 := [table.name for table in recipe.targets if table.precision == "int8"]:
-        raise RecipeError(
-            "[caching] is not for a captured pipeline's targets in INT8 yet",
-            expected="another precision, or no [caching]",
-            got=", ".join(int8),
         )
 
 

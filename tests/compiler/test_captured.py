@@ -317,10 +317,6 @@ REFUSED = {
         replaced("height = 32\nwidth = 32", "height = [32, 64]\nwidth = [32, 64]") + "[caching]\nfull_steps = 1\n",
         "one combination of what call lists",
     ),
-    "features in INT8": (
-        RECIPE + '[passes.quantize]\n[caching]\nfull_steps = 1\n[[targets]]\nengine = "openvino"\nprecision = "int8"\n',
-        "targets in INT8 yet",
-    ),
     "stranger": (RECIPE + '[evaluate]\nout_of_family = ["a red circle"]\n', "a prompt is of the family"),
     "variant": (replaced("path =", 'variant = "fp16"\npath ='), "no component of model has such weights"),
     "pipeline": (replaced("path =", 'pipeline = "UNet2DModel"\npath ='), "no pipeline UNet2DModel"),

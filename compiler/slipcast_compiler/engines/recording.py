@@ -13,8 +13,9 @@ from typing import Any, Final, cast
 import numpy as np
 
 from slipcast.bundle.manifest import FALLBACK, Target
-from slipcast.bundle.reader import Bundle, open_bundle
+from slipcast.bundle.reader import Bundle, open_any_bundle, open_bundle
 from slipcast.engines import Array, Engine, EngineWrapper
+from slipcast.engines.onnxruntime import OnnxRuntimeEngine
 from slipcast.progress import Advance
 from slipcast.run.load import load
 from slipcast.run.pipeline import Pipeline
@@ -55,6 +56,18 @@ class _Recorder(EngineWrapper):
         outputs = self.engine(arrays)
         self._calls.append((self._component, {name: array.copy() for name, array in {**arrays, **outputs}.items()}))
         return outputs
+
+
+class Mapped:
+    """An instrument of pipelines that opens the files of a portable target of one's own bundle where they lie: models
+    that do not fit into memory run, only slower."""
+
+    def __init__(self, root: Path, target: str) -> None:
+        self._root, targets = root, open_any_bundle(root).manifest.targets
+        self._components = next(each for each in targets if each.id == target).components
+
+    def __call__(self, component: str, open: Callable[..., Engine]) -> Engine:
+        return OnnxRuntimeEngine(self._root / self._components[component].model, mapped=True)
 
 
 def record(
@@ -98,9 +111,13 @@ def record_program(
 
     Runs in a process of its own too: hence the eight parameters.
     """
-    recording = Recording(components)
+    recording, mapped = Recording(components), Mapped(root, target)
     turns = cycle(given)
-    with load(root, target=target, instrument=recording) as pipe:
+
+    def instrument(component: str, open: Callable[..., Engine]) -> Engine:
+        return recording(component, lambda: mapped(component, open))
+
+    with load(root, target=target, instrument=instrument) as pipe:
 
         def draw(prompt: str | None, seed: int) -> None:
             pipe(prompt, seed=seed, output_type="np", **next(turns))

@@ -57,9 +57,11 @@ class OnnxRuntimeEngine:
         weights: ModelFile | None = None,
         trace: Path | None = None,
         providers: Sequence[str] = (),
+        mapped: bool = False,
     ) -> None:
         """`weights`: read into memory, and without them what the graph says of a file of one's own. `providers`: for a
-        GPU, in order of preference; HostError where the graph would not run on them."""
+        GPU, in order of preference; HostError where the graph would not run on them. `mapped`: one's own weights are
+        used as they lie in the file, slower, and take no memory that cannot be given back."""
         if missing := [name for name in providers if name not in available_providers()]:
             raise _fallen_back(model, f"{missing[0]} is not in this build", available_providers())
         options = onnxruntime.SessionOptions()
@@ -68,6 +70,8 @@ class OnnxRuntimeEngine:
             options.profile_file_prefix = str(trace)
         options.intra_op_num_threads = cpu_threads()
         options.log_severity_level = 3
+        if mapped:  # else matrices are copied into an order that kernels like better
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if providers:
             options.add_session_config_entry(PLACEMENT, "1")
         # Said, where the library would guess by the suffix and by what stands at byte 4.
@@ -76,9 +80,10 @@ class OnnxRuntimeEngine:
         if weights and held is not None:
             options.add_external_initializers_from_files_in_memory([weights.name], [held], [held.size])
         graph = model if isinstance(model, Path) and held is None else model.read_bytes()
+        unfolded = ["ConstantFolding"] if mapped else None
         try:
             self._session: Any = onnxruntime.InferenceSession(
-                graph, options, providers=[*providers, CPU], enable_fallback=False
+                graph, options, providers=[*providers, CPU], enable_fallback=False, disabled_optimizers=unfolded
             )
         except Exception as error:  # the library raises a dozen types of its own, all of which mean this
             if out_of_memory(error):

@@ -16,7 +16,6 @@ from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Advance, SilentStages, Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
 from slipcast_compiler.engines.contents import PORTABLE
-from slipcast_compiler.engines.recording import Mapped
 from slipcast_compiler.export.closed import PROMPT_TABLE, close, tabulate
 from slipcast_compiler.export.graphs import Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
@@ -132,8 +131,7 @@ def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cac
     def make(out: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".closed-", dir=out.parent) as name:
             target = write_portable(graphs, Path(name), cache)
-            mapped = Mapped(Path(name), target.id)
-            run_isolated(tabulate, Path(name), target.id, prompts, mapped, out, advance=advance)
+            run_isolated(tabulate, Path(name), target.id, prompts, out, advance=advance)
 
     entry = cache.get("closed", {**graphs.identity, "prompts": prompts}, make)
     return replace(graphs, closed=(prompts, entry))

@@ -13,7 +13,6 @@ from slipcast.bundle.manifest import Component
 from slipcast.bundle.program import Program, ProgramCall, TextArgument, Variant
 from slipcast.bundle.reader import ProgramBundle, open_any_bundle
 from slipcast.bundle.sources import ClosedTexts, ImageSource, NoiseSource, PromptSource, TableSource
-from slipcast.engines import Instrument
 from slipcast.progress import Advance
 from slipcast.run.calls import Calls
 from slipcast.run.load import load
@@ -39,12 +38,10 @@ def close(record: Program, prompts: Sequence[str], contracts: Mapping[str, Compo
     return Program.model_validate_json(record.model_copy(update={**first, **changed}).model_dump_json())
 
 
-def tabulate(
-    root: Path, target: str, prompts: Sequence[str], instrument: Instrument, out: Path, advance: Advance
-) -> None:
+def tabulate(root: Path, target: str, prompts: Sequence[str], out: Path, advance: Advance) -> None:
     """Write what the bundle at `root` computes of each prompt alone, and reads after that, to out/PROMPT_TABLE.
 
-    All prompts go through one component after the other. `instrument`: opens the engines. Runs in a process of its own.
+    All prompts go through one component after the other. Runs in a process of its own.
     """
     bundle, found = open_any_bundle(root), dict[str, Any]()
     assert isinstance(bundle, ProgramBundle)
@@ -52,7 +49,7 @@ def tabulate(
         bundle.manifest.program, {PROMPT: list(prompts)}, seed=0, num_images_per_prompt=1, output_type="np",
         on_long_prompt="warn",
     )  # fmt: skip
-    with load(root, target=target, residency="sequential", instrument=instrument) as pipe, InUse(pipe.residency) as engines:
+    with load(root, target=target, residency="sequential") as pipe, InUse(pipe.residency) as engines:
         for place, ready in enumerate(read_variants(bundle)):
             values = _of_texts(ready, request.texts, engines, advance)
             for value, argument in _tabled(ready.variant).items():

@@ -35,6 +35,7 @@ from slipcast_compiler.estimate_program import (
     choose_precision,
     estimate,
 )
+from slipcast_compiler.export.program import check_program
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.captured import NUMBERS, PipelineDrawing
 from slipcast_compiler.judge.judges import check_judges
@@ -188,6 +189,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
     calls = combinations(pipe, call)
     variants = find_each(pipe, calls)
+    check_program(variants, pipe)
     _check_sources(variants[0], name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)

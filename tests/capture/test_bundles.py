@@ -27,8 +27,6 @@ LEAST_DB = 60.0  # measured: 117 to 141
 # pipeline -> why it has no bundle
 REFUSED = {
     "stable_audio": "another generator",
-    "hunyuan_image": "its decoder cannot be exported to ONNX",
-    "deep_floyd": "its scheduler's thresholds, bounds of which one is a number, have no form in ONNX",
 }
 FAST = ("flux",)
 MADE = [name for name in PIPELINES if name not in REFUSED]

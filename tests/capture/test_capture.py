@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import call_of, open_pipeline
+from tiny import call_of, open_pipeline, unets
 from tiny.parts import unet
 
 from slipcast.errors import ArtifactError, RecipeError
 from slipcast_compiler.capture.call import make_call
-from slipcast_compiler.capture.open import find_pipeline, open_without_weights
+from slipcast_compiler.capture.find import find
+from slipcast_compiler.capture.open import find_pipeline, open_with_weights, open_without_weights
 from slipcast_compiler.capture.program import Call, Program
 from slipcast_compiler.capture.record import Recorder, capture
 from slipcast_compiler.capture.replay import replay
@@ -245,6 +246,19 @@ def test_what_a_bundle_of_it_would_be(tmp_path: Path) -> None:
         "gives   image",
     ):
         assert line in text, text
+
+
+def test_what_judges_finished_pictures_is_left_out(tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=sizes, text_config=sizes, projection_dim=32))
+    pipe = unets.stable_diffusion(safety_checker=checker, feature_extractor=CLIPImageProcessor())
+    pipe.save_pretrained(tmp_path)
+    for opened in (open_without_weights(tmp_path), open_with_weights(tmp_path)):
+        assert opened.safety_checker is None and opened.config.requires_safety_checker is False
+    assert find(open_without_weights(tmp_path), {"num_inference_steps": 2, "height": 32, "width": 32}).cut.parts
 
 
 def test_what_can_be_no_bundle_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

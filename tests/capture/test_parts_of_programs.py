@@ -19,7 +19,7 @@ from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.program import Program, Ref, Source, Tokenized, leaves
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.texts import AWKWARD, find_templates
-from slipcast_compiler.export.program import export_program
+from slipcast_compiler.export.program import check_program, export_program
 from slipcast_compiler.export.replayed import Replayed
 
 ONE, OTHER = "a small red circle on white", "a large blue star on a black background"
@@ -80,12 +80,16 @@ class Writing(Plain):
         self.scheduler.set_timesteps(num_inference_steps)
         for time in self.scheduler.timesteps:
             x = self.scheduler.step(self.denoiser(x), time, x).prev_sample
-            first.mul_(0.5)
+            self.write(first)
             x = x + first
         return {"x": x}
 
+    def write(self, first: torch.Tensor) -> None:
+        first.diagonal().mul_(0.5)
+
 
 def test_a_write_into_what_another_part_holds_is_refused_with_its_line() -> None:
+    """Where it goes through a view that has no way back."""
     pipe = Writing(Denoiser(), DDIMScheduler())
     program = capture(pipe, make_call(pipe, {}))
     with pytest.raises(RecipeError, match="writes into a tensor that another part") as refused:
@@ -107,9 +111,12 @@ class UniformDraws(Plain):
 def test_a_draw_that_a_runtime_cannot_repeat_is_refused(kind: Any, got: str, tmp_path: Any) -> None:
     pipe = kind(Denoiser(), DDIMScheduler())
     program = capture(pipe, make_call(pipe, {}))
+    found = [Found(program, cut(program), {}, {}, ())]
     with pytest.raises(RecipeError, match="a draw cannot be had in a runtime") as refused:
-        export_program([Found(program, cut(program), {}, {}, ())], pipe, tmp_path, lambda done, total: None)
+        export_program(found, pipe, tmp_path, lambda done, total: None)
     assert got in str(refused.value.got)
+    with pytest.raises(RecipeError, match="a draw cannot be had in a runtime"):  # in the plan
+        check_program(found, pipe)
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------

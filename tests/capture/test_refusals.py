@@ -86,6 +86,16 @@ class Restless(Plain):
         return output
 
 
+class Choosing(Plain):
+    def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
+        return output + torch.multinomial(output.softmax(-1), 1)
+
+
+class Framewise(Plain):
+    def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
+        return output[:1] + torch.tensor([[1.0], [2.0], [3.0]]) * (output - output[:1])
+
+
 class Alternating(Plain):
     def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
         return output.sin() if step % 2 else output
@@ -166,6 +176,30 @@ def test_random_numbers_inside_a_component() -> None:
     assert _line("torch.randn_like(x))") in str(refusal.got)
 
 
+def test_a_component_that_reads_what_it_computes() -> None:
+    refusal = _refused(Plain, lambda x: x[: int(x.argmax())])
+    assert "its component denoiser reads numbers that it computes" in str(refusal)
+    assert _line("int(x.argmax())") in str(refusal.got)
+
+
+def test_draws_from_probabilities() -> None:
+    refusal = _refused(Choosing)
+    assert "draws from probabilities that it computes" in str(refusal)
+    assert "aten::multinomial at " in str(refusal.got) and _line("torch.multinomial(") in str(refusal.got)
+
+
+def test_guidance_of_its_own_for_each_frame() -> None:
+    pipe = _made(Framewise)
+    loop = roll(capture(pipe, make_call(pipe, {})))
+    assert loop and loop.phases[0].guidance is None and loop.phases[0].ending.startswith("aten::add at ")
+
+
+def test_a_component_that_may_read_constants() -> None:
+    """Of any number of dimensions: what a constant is like is the same for every prompt."""
+    pipe = _made(Plain, lambda x: x * 2 if bool((torch.ones(1, 3, 2) == 1).all()) else x)
+    assert len(capture(pipe, make_call(pipe, {})).marks) == 3
+
+
 def test_a_component_that_raises() -> None:
     def fails(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no such width")
@@ -222,6 +256,14 @@ def test_the_users_own_module_lies_where_the_command_runs(tmp_path: Path) -> Non
     _save(_made(Plain), tmp_path)
     done = call_cli("capture", str(tmp_path), "--pipeline", "own_pipelines:Plain", cwd=tmp_path)
     assert done.returncode == 0 and "loop: 3 steps of one form" in done.stdout
+
+
+def test_a_class_that_the_library_does_not_have(tmp_path: Path) -> None:
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "NoSuchModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match="unet is of a class that the installed diffusers does not have") as refused:
+        open_without_weights(tmp_path)
+    assert refused.value.got == "NoSuchModel" and refused.value.hint
 
 
 def test_code_of_a_checkpoint_is_not_asked_about(tmp_path: Path) -> None:

@@ -53,8 +53,11 @@ def form_of(program: Program) -> tuple[str, ...]:
 
 
 def without_insides(program: Program) -> Program:
-    """A program of calls alone."""
-    events = tuple(replace(event, inside=None) if isinstance(event, Call) else event for event in program.events)
+    """A program of calls alone, but for those of which nothing else says what they do."""
+    events = tuple(
+        replace(event, inside=None) if isinstance(event, Call) and not event.changed else event
+        for event in program.events
+    )
     return replace(program, events=events)
 
 
@@ -164,15 +167,17 @@ class _Unifier:
         if isinstance(first, Op):
             return replace(first, args=args, kwargs=kwargs)
         insides = [each.inside for each in events if isinstance(each, Call)]
-        return replace(first, args=args, kwargs=kwargs, inside=self._inside(insides))
+        inside = self._inside(insides, any(each.changed for each in events if isinstance(each, Call)))
+        return replace(first, args=args, kwargs=kwargs, inside=inside, recorded=None if inside else insides[0])
 
-    def _inside(self, insides: Sequence[Program | None]) -> Program | None:
-        """What a call does inside, where the sizes that it is given, or numbers that it reads, may decide that."""
+    def _inside(self, insides: Sequence[Program | None], changed: bool) -> Program | None:
+        """What a call does inside, where the sizes that it is given, or numbers that it reads, may decide that, or
+        where its code does something else now."""
         found = [each for each in insides if each]
         if len(found) < len(insides):
             return None
         sizes = [[each.specs[source.id] for source in each.sources if source.kind == "given"] for each in found]
-        if all(each == sizes[0] for each in sizes) and not any(each.guards for each in found):
+        if all(each == sizes[0] for each in sizes) and not any(each.guards for each in found) and not changed:
             return None
         key = tuple(map(id, found))
         if key not in self._insides:

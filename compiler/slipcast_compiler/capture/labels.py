@@ -72,6 +72,16 @@ def _label_of_place(program: Program, place: int) -> int:
 
 def check_writes(program: Program, labels: dict[int, int]) -> None:
     """RecipeError where an event writes into memory that another part made, and that is read again."""
+    if event := written_across(program, labels):
+        raise RecipeError(
+            f"{program.pipeline} writes into a tensor that another part of the program holds",
+            expected="new tensors, or writes between two calls of the same components",
+            got=f"{event.function._schema.name} at {event.where}",
+        )
+
+
+def written_across(program: Program, labels: dict[int, int]) -> Op | None:
+    """The first event that does that."""
     homes: dict[int, set[int]] = {}
     for place, label in labels.items():
         for value in outputs_of(program.events[place]):
@@ -84,11 +94,8 @@ def check_writes(program: Program, labels: dict[int, int]) -> None:
         for ref in refs(event.args[:1]):
             storage = program.memory[ref.id]
             if storage in sources or homes.get(storage, set()) - {label}:
-                raise RecipeError(
-                    f"{program.pipeline} writes into a tensor that another part of the program holds",
-                    expected="new tensors, or writes between two calls of the same components",
-                    got=f"{event.function._schema.name} at {event.where}",
-                )
+                return event
+    return None
 
 
 def read_elsewhere(program: Program, labels: dict[int, int]) -> frozenset[int]:

@@ -21,6 +21,10 @@ from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.checkpoint import Checkpoint
 
 LARGE = 1 << 20  # numbers
+LIBRARIES = ("diffusers", "transformers")
+# Arguments of constructors for what judges or marks a picture that is made already. Code that reads pictures is no part
+# of a program, and of bundles of described models these are no part either.
+LEFT_OUT = {"safety_checker": None, "watermarker": None, "requires_safety_checker": False, "add_watermarker": False}
 
 
 def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
@@ -37,7 +41,9 @@ def open_parts(root: Path, pipeline: str | None, make: Callable[[Any, Path], nn.
     index = Checkpoint(root, str(root)).index
     with quiet():
         kind = find_pipeline(pipeline or str(index.get("_class_name")))
-        parts = {name: _part(root, name, given, kind, make) for name, given in index.items() if name[0] != "_"}
+        parts: dict[str, Any] = left_out(kind)
+        named = {name: given for name, given in index.items() if name[0] != "_" and name not in parts}
+        parts |= {name: _part(root, name, given, kind, make) for name, given in named.items()}
     expected = inspect.signature(kind.__init__).parameters
     try:
         with quiet():
@@ -53,7 +59,9 @@ def open_with_weights(root: Path, pipeline: str | None = None, dtype: torch.dtyp
     kind = find_pipeline(pipeline or str(Checkpoint(root, str(root)).index.get("_class_name")))
     try:
         with quiet():
-            pipe = kind.from_pretrained(root, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+            pipe = kind.from_pretrained(
+                root, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **left_out(kind)
+            )
     except Exception as error:  # of diffusers, transformers, safetensors: each has its own
         raise HostError(f"{root}: its weights cannot be loaded", got=error) from error
     pipe.set_progress_bar_config(disable=True)
@@ -61,6 +69,16 @@ def open_with_weights(root: Path, pipeline: str | None = None, dtype: torch.dtyp
         if isinstance(component, nn.Module):
             component.eval()
     return pipe
+
+
+def left_out(kind: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's constructor that leave out what it can do without; see LEFT_OUT."""
+    optional, parameters = getattr(kind, "_optional_components", ()), inspect.signature(kind.__init__).parameters
+    return {
+        name: without
+        for name, without in LEFT_OUT.items()
+        if name in parameters and (without is not None or name in optional)
+    }
 
 
 def find_pipeline(name: str) -> Any:
@@ -88,6 +106,13 @@ def _part(root: Path, name: str, given: Any, kind: Any, make: Callable[[Any, Pat
     if not class_name:
         return None
     found = _class_of(str(library), str(class_name), kind)
+    if found is None and library in LIBRARIES:
+        raise RecipeError(
+            f"{root}: component {name} is of a class that the installed {library} does not have",
+            expected=f"a class of {library}",
+            got=class_name,
+            hint=f"install the version of {library} that the checkpoint was made with, or a newer one",
+        )
     if found is None:
         raise RecipeError(
             f"{root}: component {name} needs code that comes with the checkpoint, which never runs",
@@ -108,7 +133,7 @@ def _part(root: Path, name: str, given: Any, kind: Any, make: Callable[[Any, Pat
 def _class_of(library: str, name: str, kind: Any) -> Any:
     """In diffusers a component may be of a pipeline's own folder, which the index calls by its last name; where the
     pipeline is of the user's own module, so may they be."""
-    if library in ("diffusers", "transformers"):
+    if library in LIBRARIES:
         return getattr(importlib.import_module(library), name, None)
     own = sys.modules[kind.__module__]
     if kind.__module__.partition(".")[0] != "diffusers" and hasattr(own, name):

@@ -148,7 +148,9 @@ class Op:
 class Call:
     """A module of a component was called: `module` is its name, such as unet, or vae.decoder. `outputs`: values by path
     in what it returned. `written`: values by path in (args, kwargs), that it put into lists and dicts there. `inside`:
-    what it did, whose sources are its arguments by path in (args, kwargs), and its weights."""
+    what it did, whose sources are its arguments by path in (args, kwargs), and its weights; as captured, or by lengths.
+    Without one the module's own code says what it does; `recorded` is what it did then, for arguments of these sizes.
+    `changed`: the pipeline had changed the module for the time of the call, whose code does something else now."""
 
     module: str
     args: tuple[Any, ...]
@@ -157,6 +159,8 @@ class Call:
     where: str = ""
     written: tuple[tuple[Path, int], ...] = ()
     inside: Program | None = None
+    recorded: Program | None = None
+    changed: bool = False
 
 
 @dataclass(frozen=True)

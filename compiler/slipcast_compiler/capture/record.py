@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
+from slipcast_compiler.capture.changed import States
 from slipcast_compiler.capture.edges import leaving_watched, offline
+from slipcast_compiler.capture.labels import label_events, written_across
 from slipcast_compiler.capture.program import (
     Call,
     Guard,
@@ -43,9 +46,12 @@ from slipcast_compiler.capture.program import (
 )
 from slipcast_compiler.capture.shapes import ShapeRunner, is_pure, is_random, run_on_meta, zeros
 from slipcast_compiler.capture.where import here, package_of, raised_at
+from slipcast_compiler.capture.written import without_writes
 
 _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero")
+_CHOICES = ("aten::multinomial", "aten::bernoulli", "aten::poisson", "aten::binomial")
 FEW = 4096  # numbers, of what is a mask rather than an embedding
+LARGE = 1 << 20  # numbers, of what is computed for its shape alone
 CALLS = "the call's generator"  # what a draw is by
 _COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a module makes of them
 Bound = frozenset[str]
@@ -75,7 +81,8 @@ def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
             got=type(result).__name__,
             hint="--set output_type=pt or latent, if the pipeline has that argument",
         )
-    return program
+    across = written_across(program, label_events(program))
+    return (without_writes(program) if across else None) or program
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
@@ -105,9 +112,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._events: list[Op | Call] = []
         self._marks: list[Mark] = []
         self._guards: list[Guard] = []
+        self._states = States()
+        self._called_as: list[tuple[int, nn.Module, int]] = []  # the place of each call, and the state of its module
 
     def program(self, result: Any) -> Program:
         """What was recorded, of a call that returned `result`."""
+        self._note_changes()
         results = tuple((path, self._refer(tensor)) for path, tensor in leaves(opened(result)))
         return Program(
             type(self._pipe).__name__,
@@ -121,6 +131,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             self._sigmas(),
             live_bytes=self._shapes.live.peak,
         )
+
+    def _note_changes(self) -> None:
+        """RecipeError where a module was another one for its call, and what it did then cannot be told."""
+        now = {module: self._states.of(module) for module in {module for _, module, _ in self._called_as}}
+        for place, module, state in self._called_as:
+            call = self._events[place]
+            if state == now[module] or not isinstance(call, Call):
+                continue
+            if call.inside is None:
+                raise RecipeError(
+                    f"{type(self._pipe).__name__} changes its component {call.module} for the time of a call",
+                    expected="operators that can be recorded there",
+                    got=f"none, at {call.where}",
+                    hint="an argument of the pipeline may turn off what needs it",
+                )
+            self._events[place] = replace(call, changed=True)
 
     def _sigmas(self) -> tuple[float, ...]:
         found = getattr(find_scheduler(self._pipe), "sigmas", None)
@@ -156,6 +182,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         """Of a call that failed with this error, in words of its user; `pictures`: arguments that it was not given."""
         problem, place = f"{type(self._pipe).__name__} cannot be captured", raised_at(error)
         if self._failed and self._failed[1] is error:
+            if isinstance(error, RuntimeError) and "meta" in str(error).lower():
+                return RecipeError(
+                    f"{problem}: its component {self._failed[0]} reads numbers that it computes",
+                    expected="arithmetic on tensors, which is the same for every prompt",
+                    got=place,
+                    hint="what is done there follows from the weights: of this no program can be made",
+                )
             problem += f": its component {self._failed[0]} fails"
         if isinstance(error, SlipcastError):
             problem += f": {error.message}"
@@ -179,6 +212,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._memory[value] = _storage(tensor)
         self._specs[value] = tuple(tensor.shape), tensor.dtype
         return value
+
+    def _same(self, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The other, which is one value with the tensor from here on."""
+        self._ids[id(other)] = self._ids[id(tensor)]
+        self._kept.append(other)
+        return other
 
     def _refer(self, tensor: Any) -> Any:
         """As an argument of an event: a value, or a constant as it is now."""
@@ -255,6 +294,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         bound = self._bound_by((args, kwargs))
         if not bound:
             return func(*args, **kwargs)
+        if func is torch.ops.aten.alias.default and id(args[0]) in self._ids:  # such as a cut to a length that it has
+            return self._same(args[0], func(*args))
         self._read(func, args, bound)
         self._open_written(func, args, kwargs, bound)
         given = rebuild((args, kwargs), self._refer)
@@ -268,6 +309,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         return out
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func._schema.name in _CHOICES:
+            raise RecipeError(
+                "it draws from probabilities that it computes",
+                expected="draws of noise, which a runtime makes as torch does",
+                got=f"{func._schema.name} at {here()}",
+                hint="of such a pipeline, as of those that sample tokens, no bundle can be made",
+            )
         with self._unseen():
             before = [each.get_state() for each in self._generators]  # Python's objects are made anew on the way here
             out = func(*args, **kwargs)
@@ -364,6 +412,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         bound = self._bound_by((args, kwargs))
         given = rebuild((args, kwargs), self._refer)
         name = self._modules[id(module)]
+        self._called_as.append((len(self._events), module, self._states.of(module)))
         with self._unseen():
             try:
                 found = self._shapes.run(module, name, args, kwargs, self._is_known)
@@ -392,8 +441,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         return out
 
     def _is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a component may read a tensor's numbers: those of a mask, or of a time, follow from prompts alone."""
-        return tensor.ndim <= 2 and tensor.numel() <= FEW and self._bound_by(tensor) <= {"prompt"}
+        """Whether a component may read a tensor's numbers: those of a mask, or of a time, follow from prompts alone;
+        constants are what they are."""
+        bound = self._bound_by(tensor)
+        return tensor.numel() <= LARGE if not bound else bound <= {"prompt"} and _is_few(tensor)
 
     @contextlib.contextmanager
     def _steps_marked(self, scheduler: Any) -> Iterator[None]:
@@ -470,6 +521,10 @@ def _place(given: Any, path: Path, value: Any) -> None:
         given.append(value)
     else:
         given[path[-1]] = value
+
+
+def _is_few(tensor: torch.Tensor) -> bool:
+    return bool(tensor.ndim <= 2 and tensor.numel() <= FEW)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -195,9 +195,14 @@ def find_guidance(program: Program, step: Predict, output: int) -> str | None:
             continue
         for difference, scale in (product.args[:2], product.args[1::-1]):
             branches = operator(difference, "sub")
-            if branches and start in branches.args[:2] and not isinstance(scale, Ref):
+            if branches and start in branches.args[:2] and _is_number(scale):
                 return _named(made, branches, start, float(scale))
     return None
+
+
+def _is_number(value: Any) -> bool:
+    """Of each frame of a video it may be another one."""
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, int | float)
 
 
 def find_ending(program: Program, step: Predict, output: int) -> str:

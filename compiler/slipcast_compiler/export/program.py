@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ from slipcast_compiler.capture.results import output_of
 from slipcast_compiler.capture.splitting import split
 from slipcast_compiler.capture.texts import Template
 from slipcast_compiler.export.component import OPSET, contract_of, settle
+from slipcast_compiler.export.forms import as_known
+from slipcast_compiler.export.operators import check_operators
 from slipcast_compiler.export.pairs import as_pairs
-from slipcast_compiler.export.replayed import Replayed, carried
+from slipcast_compiler.export.replayed import Replayed, as_recorded, carried
 from slipcast_compiler.export.streamed import NOTHING, Weights, attach
 from slipcast_compiler.export.symbols import symbols_kept
 from slipcast_compiler.graph.weights import share_with
@@ -88,6 +91,16 @@ def export_program(
     (folder / PROGRAM).write_text(record.model_dump_json())
     (folder / PARTS).write_text(json.dumps(describe_parts(variants, pipe)))
     return record
+
+
+def check_program(variants: Sequence[Found], pipe: Any) -> None:
+    """RecipeError for what export_program would refuse after some time: a source that no runtime has, results of
+    several kinds, an operator that has no form in ONNX."""
+    _output(variants, pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        for found in variants:
+            _variant(found, pipe, Path(folder))
+    check_operators(list({part.name: part for found in variants for part in found.cut.parts}.values()))
 
 
 def _export_parts(
@@ -196,7 +209,24 @@ def _row_name(part: Part, at: int, full: bool = False) -> str:
 
 
 def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weights, folder: Path) -> None:
-    """Writes the part's graph and contract."""
+    """Writes the part's graph and contract. Where the code of its modules cannot be traced, they are what they did."""
+    try:
+        model, module = _trace(part, components)
+    except RecipeError:
+        recorded = part if part.free else as_recorded(part)
+        if recorded is part:
+            raise
+        model, module = _trace(recorded, components)
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    attach(model.graph, own, {f"components.{name}": each for name, each in weights.items()})
+    settle(model)
+    _name_dimensions(model, part)
+    ir.save(model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
+    (folder / f"{part.name}.json").write_text(contract_of(model).model_dump_json())
+
+
+def _trace(part: Part, components: Mapping[str, nn.Module]) -> tuple[ir.Model, nn.Module]:
+    """The part's graph, and the module that has its weights. RecipeError where it has no graph."""
     program = part.program
     module = Replayed(part, components, program.specs).eval()
     given = [program.specs[value] for value in part.inputs]
@@ -209,7 +239,7 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weigh
         with torch.no_grad(), quiet(), symbols_kept(module):
             traced = torch.export.export(module, examples, dynamic_shapes=(_free(part, given),))
             _check_sizes(part, traced, given)
-            traced = as_pairs(traced)
+            traced = as_known(as_pairs(traced))
             exported = torch.onnx.export(
                 traced, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=inputs,
                 output_names=outputs,
@@ -224,12 +254,7 @@ def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weigh
             hint="`slipcast --debug compile ...` shows where; the pipeline's code or a newer torch may avoid it",
         ) from error
     assert exported is not None
-    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    attach(exported.model.graph, own, {f"components.{name}": each for name, each in weights.items()})
-    settle(exported.model)
-    _name_dimensions(exported.model, part)
-    ir.save(exported.model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
-    (folder / f"{part.name}.json").write_text(contract_of(exported.model).model_dump_json())
+    return exported.model, module
 
 
 def _share(name: str, exported: Sequence[str], folder: Path) -> None:
@@ -241,11 +266,16 @@ def _share(name: str, exported: Sequence[str], folder: Path) -> None:
 
 
 def _check_sizes(part: Part, traced: torch.export.ExportedProgram, given: Sequence[Spec]) -> None:
-    """AssertionError where what was traced is not for all sizes: a branch that one of them takes is the graph's."""
+    """AssertionError where what was traced is not for all sizes, and for the shortest and the longest texts: a branch
+    that one of them takes is the graph's."""
+    lengths = part.program.lengths
     guards = [each for name, each in traced.module().named_children() if name == "_guards_fn"]  # that torch puts there
-    for sizes in part.sizes if part.free else ():
+    for sizes in part.sizes if part.free or lengths else ():
+        shortest = {**sizes, **{each.name: each.minimum for each in lengths}}
+        longest = {**sizes, **{each.name: each.maximum for each in lengths}}
         for each in guards:
-            each(*_examples(given, sizes, torch.device("meta")))
+            each(*_examples(given, shortest, torch.device("meta")))
+            each(*_examples(given, longest, torch.device("meta")))
 
 
 def _examples(given: Sequence[Spec], sizes: Mapping[str, int], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -306,7 +336,11 @@ def _source(
         argument, *places = source.detail
         listed = len(places) == 1 and isinstance(places[0], int)
         if (places and not listed) or dtype != torch.float32:
-            raise _unknown(f"the array {what}", "an argument of the call, in float32", f"{dtype} {list(shape)}")
+            raise _unknown(
+                f"the array {what}", "an argument of the call, in float32", f"{dtype} {list(shape)}",
+                hint="pictures that a processor resizes are not for bundles yet: give what comes of them, if the "
+                "pipeline takes it (image_embeds, depth_map)",
+            )  # fmt: skip
         return ImageSource(value=name, argument=argument, place=places[0] if places else None, shape=shape)
     tokenizer, field = source.detail[0], source.detail[-1]
     if field not in FIELDS or len(shape) != 2 or shape[0] != 1:
@@ -365,5 +399,5 @@ def _padding(source: Source) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _unknown(what: str, expected: str, got: str) -> RecipeError:
-    return RecipeError(f"{what} cannot be had in a runtime", expected=expected, got=got)
+def _unknown(what: str, expected: str, got: str, hint: str | None = None) -> RecipeError:
+    return RecipeError(f"{what} cannot be had in a runtime", expected=expected, got=got, hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -46,6 +47,15 @@ class Replayed(nn.Module):  # type: ignore[misc]
         for event in part.events:
             run(event, values, components, lengths)
         return tuple(carried(values[value]) for value in part.outputs)
+
+
+def as_recorded(part: Part) -> Part:
+    """The part, whose modules are what they did when they were recorded, where that is known; else the same one."""
+    events = tuple(
+        replace(event, inside=event.recorded) if isinstance(event, Call) and event.recorded else event
+        for event in part.events
+    )
+    return part if events == part.events else replace(part, events=events)
 
 
 def carried(tensor: torch.Tensor) -> torch.Tensor:

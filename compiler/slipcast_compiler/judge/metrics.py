@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 Samples = dict[str, npt.NDArray[np.float64]]  # metric -> its value for each image; what was not run is not there
 MAX_PSNR = 100.0  # of equal pictures, whose PSNR is infinite, which JSON does not have
 RESAMPLES = 2000
+SSIM_WINDOW = 11  # pixels
 DISTRACTORS = 64  # captions that retrieval chooses from, besides a picture's own
 
 
@@ -31,9 +32,12 @@ def psnr(a: Floats, b: Floats) -> float:
 
 
 def ssim(a: Floats, b: Floats) -> float:
-    """Structural similarity with the Gaussian window of Wang et al., 2004, as most papers give it."""
+    """Structural similarity with the Gaussian window of Wang et al., 2004, as most papers give it. What is smaller than
+    the window is continued by its mirror image."""
     from skimage.metrics import structural_similarity
 
+    missing = [(0, max(0, SSIM_WINDOW - size)) for size in a.shape[:2]]
+    a, b = (np.pad(picture, (*missing, (0, 0)), mode="symmetric") for picture in (a, b))
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(a, b, channel_axis=-1, data_range=1.0, **window))  # type: ignore[no-untyped-call]
 

@@ -38,6 +38,7 @@ PIPELINES: dict[str, Tiny] = {
     "stable_diffusion": Tiny(unets.stable_diffusion, SIZE),
     "stable_diffusion_img2img": Tiny(unets.stable_diffusion_img2img, STEPS | PART, ORIGINAL),
     "stable_diffusion_inpaint": Tiny(unets.stable_diffusion_inpaint, SIZE, MASKED),
+    "perturbed_attention": Tiny(unets.perturbed_attention, SIZE),
     "stable_diffusion_controlnet": Tiny(unets.stable_diffusion_controlnet, SIZE, ORIGINAL),
     "latent_consistency": Tiny(unets.latent_consistency, SIZE),
     "stable_diffusion_xl": Tiny(unets.stable_diffusion_xl, SIZE),
@@ -87,13 +88,15 @@ PIPELINES: dict[str, Tiny] = {
     "wan": Tiny(frames.wan, SHORT | {"num_frames": 5}),
     "wan_2_2": Tiny(frames.wan_2_2, SHORT | {"num_frames": 5, "num_inference_steps": 6}),
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
+    "cogvideox": Tiny(frames.cogvideox, SHORT | {"height": 16, "width": 16, "num_frames": 8}),
+    "kandinsky_5_video": Tiny(frames.kandinsky_5_video, SIZE | {"num_frames": 5}),
     "stable_audio": Tiny(frames.stable_audio, STEPS | {"audio_end_in_s": 1.0}),
     "stable_audio_edm": Tiny(frames.stable_audio_edm, STEPS | {"audio_end_in_s": 1.0}),
 }
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = (
-    "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "cogview_4", "qwen_image", "qwen_image_2_1", "lumina_2", "z_image",
-    "bria",
+    "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "kandinsky_5_video", "cogview_4", "qwen_image", "qwen_image_2_1",
+    "lumina_2", "z_image", "bria",
 )  # fmt: skip
 
 

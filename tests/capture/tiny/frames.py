@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny.parts import flow, t5_text, umt5_text, word_tokenizer
+from tiny.parts import clip_text, clip_tokenizer, flow, qwen25_vl_text, t5_text, umt5_text, word_tokenizer
 
 
 def _wan_transformer() -> Any:
@@ -48,6 +48,41 @@ def ltx() -> Any:
     return LTXPipeline(
         transformer=transformer, vae=vae, scheduler=flow(), text_encoder=t5_text(), tokenizer=word_tokenizer(128)
     )
+
+
+def cogvideox() -> Any:
+    """Of another size than its positions are for: its denoiser then makes them in a way that no tracer can follow."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2, text_embed_dim=32,
+        num_layers=1, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=16,
+    )  # fmt: skip
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    return CogVideoXPipeline(
+        transformer=transformer, vae=vae, scheduler=CogVideoXDDIMScheduler(), text_encoder=t5_text(),
+        tokenizer=word_tokenizer(),
+    )  # fmt: skip
+
+
+def kandinsky_5_video() -> Any:
+    """It writes each step's result into a part of its latents."""
+    from diffusers import AutoencoderKLHunyuanVideo, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=32, in_text_dim2=32, time_dim=16, model_dim=16, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), visual_cond=True,
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+    )  # fmt: skip
+    return Kandinsky5T2VPipeline(
+        transformer=transformer, vae=vae, scheduler=flow(shift=7.0), text_encoder=qwen25_vl_text(),
+        tokenizer=word_tokenizer(512), text_encoder_2=clip_text(length=77), tokenizer_2=clip_tokenizer(77),
+    )  # fmt: skip
 
 
 def stable_audio(scheduler: str = "CosineDPMSolverMultistepScheduler") -> Any:

@@ -28,6 +28,13 @@ def _stable_diffusion_parts() -> dict[str, Any]:
     }
 
 
+def perturbed_attention() -> Any:
+    """It has other attention processors in its denoiser for the time of a call."""
+    from diffusers import StableDiffusionPAGPipeline
+
+    return StableDiffusionPAGPipeline(**_stable_diffusion_parts() | PLAIN)
+
+
 def stable_diffusion_img2img() -> Any:
     from diffusers import StableDiffusionImg2ImgPipeline
 

@@ -1,0 +1,51 @@
+"""Operators of a traced graph in forms that the exporter knows, where it stops at others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ATEN = torch.ops.aten
+
+
+def as_known(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program; it is another one only where an operator is in another form."""
+    called = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    forms = {operator: form for operator, form in _FORMS.items() if operator in called}
+    return program.run_decompositions(forms) if forms else program
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, *args: Any, **kw: Any
+) -> Any:
+    """Attention of one head, without a dimension for heads: ONNX's operator has one."""
+    if query.ndim != 3 or key.ndim != 3 or value.ndim != 3:
+        return NotImplemented
+    mask = kw.pop("attn_mask", mask)
+    mask = mask.unsqueeze(-3) if mask is not None and mask.ndim == 3 else mask
+    heads = (each.unsqueeze(1) for each in (query, key, value))
+    return _ATEN.scaled_dot_product_attention.default(*heads, mask, *args, **kw).squeeze(1)
+
+
+def _clamp(x: torch.Tensor, low: Any = None, high: Any = None) -> Any:
+    """Bounds of one kind: the exporter's type promotion stops at an integer beside a float."""
+    if not x.is_floating_point() or {type(low), type(high)} != {int, float}:
+        return NotImplemented
+    return _ATEN.clamp.default(x, float(low), float(high))
+
+
+def _repeat(x: torch.Tensor, repeats: Any, dim: int | None = None, **_: Any) -> Any:
+    """The exporter's own takes a dimension too many for some ranks."""
+    if dim is None:
+        return NotImplemented
+    dim %= x.ndim
+    shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
+    return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+
+
+_FORMS = {
+    _ATEN.clamp.default: _clamp,
+    _ATEN.repeat_interleave.self_int: _repeat,
+    _ATEN.scaled_dot_product_attention.default: _attention,
+}

@@ -1,0 +1,67 @@
+"""Operators that the exporter stops at, in other forms; and those that it does not know, told before it is asked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from slipcast.errors import RecipeError
+from slipcast_compiler.capture.program import Call, Op, Program, Ref
+from slipcast_compiler.export.component import OPSET
+from slipcast_compiler.export.forms import as_known
+from slipcast_compiler.export.operators import check_operators
+from slipcast_compiler.host.quiet import quiet
+
+ATEN = torch.ops.aten
+
+
+class Attention(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(5, 5).triu(1) - 1
+        return torch.nn.functional.scaled_dot_product_attention(x, x.sin(), x.cos(), attn_mask=mask, scale=0.3)
+
+
+class Clamped(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x, min=1, max=1.5)
+
+
+class Repeated(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(3, dim=0) + x.repeat_interleave(1, dim=-1)[:1]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Repeated(), (2, 4)), (Repeated(), (2, 3, 4))]
+)
+def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:
+    import onnxruntime
+
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2
+    with quiet(), torch.no_grad():
+        exported = torch.onnx.export(
+            as_known(torch.export.export(module, (x,))), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+        )
+    assert exported is not None
+    session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-5, atol=1e-5)
+
+
+def _part(*events: Any) -> Any:
+    return SimpleNamespace(name="denoiser", events=events)
+
+
+def test_an_operator_without_a_form_is_told_with_its_line() -> None:
+    known = Op(ATEN.add.Tensor, (Ref(0), 1), {}, (1,))
+    written = Op(ATEN.add_.Tensor, (Ref(0), 1), {}, (2,))
+    unknown = Op(ATEN.kthvalue.default, (Ref(0), 1), {}, (3, 4), "mine.py:7")
+    check_operators([_part(known, written)])
+    inside = Program("", (), (known, unknown), (), (), {}, (), {})
+    for events in ((known, unknown), (Call("unet", (), {}, (), inside=inside),)):
+        with pytest.raises(RecipeError, match="denoiser cannot be exported") as refused:
+            check_operators([_part(*events)])
+        assert refused.value.got == "aten.kthvalue.default at mine.py:7"

@@ -29,14 +29,14 @@ class Clamped(torch.nn.Module):
         return torch.clamp(x, min=1, max=1.5)
 
 
-class Repeated(torch.nn.Module):
+class Copied(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(3, dim=0) + x.repeat_interleave(1, dim=-1)[:1]
+        into = torch.zeros(1, 4, 4)
+        into[:, 1:] = x.to(torch.float64)
+        return into
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"), [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Repeated(), (2, 4)), (Repeated(), (2, 3, 4))]
-)
+@pytest.mark.parametrize(("module", "shape"), [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4))])
 def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:
     import onnxruntime
 

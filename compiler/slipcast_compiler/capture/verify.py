@@ -19,7 +19,7 @@ LIMIT = 1e-4  # of the relative L2 error of a result
 
 @dataclass(frozen=True)
 class Verdict:
-    """`error`: of the worst result, relative L2; None where the program of the other call has other sources.
+    """`error`: of the worst result, relative L2; None where the program of the other call has other sources, or sizes.
     `difference`: what is the first to differ, and where in the pipeline's code, if it is not the same."""
 
     error: float | None
@@ -43,7 +43,10 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
     values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    found = replay(program, values, components)
+    try:
+        found = replay(program, values, components)
+    except (RuntimeError, IndexError) as error:  # of operators, for sizes that do not go together
+        return Verdict(None, f"it has other sizes for another prompt: {str(error).strip().splitlines()[0]}")
     with torch.no_grad(), _seeded():
         wanted = dict(leaves(opened(pipe(**again))))
     error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())

@@ -12,8 +12,7 @@ _ATEN = torch.ops.aten
 def as_known(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program; it is another one only where an operator is in another form."""
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    forms = {operator: form for operator, form in _FORMS.items() if operator in called}
-    return program.run_decompositions(forms) if forms else program
+    return program.run_decompositions(dict(_FORMS)) if called & _CALLED else program
 
 
 def _attention(
@@ -35,17 +34,14 @@ def _clamp(x: torch.Tensor, low: Any = None, high: Any = None) -> Any:
     return _ATEN.clamp.default(x, float(low), float(high))
 
 
-def _repeat(x: torch.Tensor, repeats: Any, dim: int | None = None, **_: Any) -> Any:
-    """The exporter's own takes a dimension too many for some ranks."""
-    if dim is None:
-        return NotImplemented
-    dim %= x.ndim
-    shape = [*x.shape[: dim + 1], repeats, *x.shape[dim + 1 :]]
-    return x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> Any:
+    """The exporter's own gives the source as it is, of whatever shape and dtype."""
+    return source.to(x.dtype).expand(x.shape)
 
 
 _FORMS = {
     _ATEN.clamp.default: _clamp,
-    _ATEN.repeat_interleave.self_int: _repeat,
+    _ATEN.copy.default: _copy,
     _ATEN.scaled_dot_product_attention.default: _attention,
 }
+_CALLED = {*_FORMS, _ATEN.copy_.default}  # which becomes copy

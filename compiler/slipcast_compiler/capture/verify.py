@@ -45,8 +45,8 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
     try:
         found = replay(program, values, components)
-    except (RuntimeError, IndexError) as error:  # of operators, for sizes that do not go together
-        return Verdict(None, f"it has other sizes for another prompt: {str(error).strip().splitlines()[0]}")
+    except (RuntimeError, IndexError) as refused:  # of operators, for sizes that do not go together
+        return Verdict(None, f"it has other sizes for another prompt: {str(refused).strip().splitlines()[0]}")
     with torch.no_grad(), _seeded():
         wanted = dict(leaves(opened(pipe(**again))))
     error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())

@@ -60,6 +60,7 @@ def test_a_bundle_takes_prompts_of_all_lengths_in_its_range(kind: Any, tmp_path:
         assert refused.value.expected == f"{legal.minimum} to {legal.maximum} tokens"
 
 
+@pytest.mark.slow
 def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
     tables = TargetTable(engine="onnxruntime"), TargetTable(engine="openvino")
     bundle = make_bundle(open_pipeline("flux"), "flux", tmp_path, *tables)

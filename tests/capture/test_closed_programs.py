@@ -45,11 +45,12 @@ def bundles(name: str, folder: Path) -> dict[str, Path]:
     return {kind: folder / kind for kind in made}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gone"),
     [
         ("stable_diffusion_xl", {"conditioning", "denoiser_prompt"}),
-        pytest.param("wan", {"conditioning"}, marks=pytest.mark.slow),  # whose texts have lengths
+        ("wan", {"conditioning"}),  # whose texts have lengths
     ],
 )
 def test_it_draws_what_the_open_bundle_draws(name: str, gone: set[str], tmp_path: Path) -> None:

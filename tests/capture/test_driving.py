@@ -160,7 +160,8 @@ def test_a_run_chooses_steps_and_guidance(name: str, tmp_path: Any) -> None:
                 loaded("a star", **wrong)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("sana", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "sana"])
 def test_a_run_chooses_at_each_of_several_sizes(name: str, tmp_path: Any) -> None:
     """A model may be told the size, which is the same at all steps: a row of the table for each size."""
     pipe, heights = open_pipeline(name), (32, 64)
@@ -180,6 +181,7 @@ def test_a_run_chooses_at_each_of_several_sizes(name: str, tmp_path: Any) -> Non
             assert distance(made.images[0], np.asarray(wanted))["psnr"] > 100
 
 
+@pytest.mark.slow
 def test_what_steps_alone_decide_is_exact_in_half_precision(tmp_path: Any) -> None:
     """bf16 has 8 bits, and a timestep 10: its embedding would be another's."""
     tables = (TargetTable(engine="onnxruntime"), TargetTable(engine="openvino", precision="bf16"))

@@ -22,12 +22,12 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.schedule import early_exit
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits, replay_program
 
+pytestmark = pytest.mark.slow  # a bundle for each; test_captured.py has the lever end to end
+
 STEPS = 6
 
 
-@pytest.fixture(
-    scope="module", params=["stable_diffusion_xl", pytest.param("stable_diffusion_3", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["stable_diffusion_xl", "stable_diffusion_3"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of noise levels above 1, and of flow matching."""
     name = request.param

@@ -28,13 +28,13 @@ from slipcast_compiler.schedule.held import hold
 from slipcast_compiler.schedule.program_caching import cache_program_features
 from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
 
+pytestmark = pytest.mark.slow  # a bundle for each; test_captured.py has the lever end to end
+
 IMAGES = (("a large star", 3), ("a circle", 4))
 COMPONENTS = ("start", "denoiser")
 
 
-@pytest.fixture(
-    scope="module", params=["stable_diffusion_xl", pytest.param("stable_diffusion_3", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["stable_diffusion_xl", "stable_diffusion_3"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProgramManifest]:
     """A bundle, of noise that is scaled to its first level, and of noise as it is drawn."""
     folder = tmp_path_factory.mktemp(request.param)

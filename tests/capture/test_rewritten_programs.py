@@ -105,9 +105,8 @@ def test_the_bundle_is_the_masked_pipeline(name: str, tmp_path: Path) -> None:
         assert parameters[0] < parameters[1]
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENOISERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENOISERS)
 def test_denoisers_are_what_the_loop_calls(name: str) -> None:
     pipe = open_pipeline(name)
     assert denoisers_of(find_each(pipe, [given_of(name)])) == DENOISERS[name]

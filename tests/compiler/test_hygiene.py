@@ -45,15 +45,16 @@ def test_group_norms_are_spelled_out(batch: int, shape: str) -> None:
 
 @pytest.mark.parametrize("sizes", ["h,4", "4,w", "t,h,w", "4,5"])
 @pytest.mark.parametrize("shared", [False, True])
-def test_group_norms_of_free_sizes_and_shared_weights_are_too(sizes: str, shared: bool) -> None:
-    body = SCALES + "y = GroupNormalization <num_groups = 3> (x, s, b) "
+@pytest.mark.parametrize("scales", [SCALES, SCALES.replace("s =", "s_ =") + "s = Expand(s_, n) "])
+def test_group_norms_of_free_sizes_and_shared_weights_are_too(sizes: str, shared: bool, scales: str) -> None:
+    body = "n = Constant <value_ints = [6]> () " + scales + "y = GroupNormalization <num_groups = 3> (x, s, b) "
     body += "other = GroupNormalization <num_groups = 2> (x, s, b) z = Add(y, other)" if shared else ""
     model = _model(f"float[batch,6,{sizes}] x", body, f"float[batch,6,{sizes}] {'z' if shared else 'y'}")
     shape = [int(size) if size.isdigit() else 3 for size in sizes.split(",")]
     x = np.random.default_rng(0).standard_normal((2, 6, *shape), np.float32)
     wanted = _onnxruntime(model, {"x": x})
     tidy(model.graph)
-    assert _kinds(model).count("InstanceNormalization") == 1 + shared
+    assert _kinds(model).count("InstanceNormalization") == 1 + shared and "GroupNormalization" not in _kinds(model)
     np.testing.assert_allclose(_onnxruntime(model, {"x": x}), wanted, rtol=1e-5, atol=1e-5)
 
 

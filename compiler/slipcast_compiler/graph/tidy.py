@@ -85,7 +85,7 @@ def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
         return
     groups, epsilon = node.attributes.get_int("num_groups"), node.attributes.get_float("epsilon", 1e-5)
     sizes = list(x.shape[1:])
-    scale, bias = (_along_channels(graph, weight, len(sizes)) for weight in weights)
+    scale, bias = (_along_channels(graph, node, weight, len(sizes)) for weight in weights)
     name = f"groups_{groups}"
     ones = constant(graph, f"{name}_ones", np.ones(groups, np.float32))
     zeros = constant(graph, f"{name}_zeros", np.zeros(groups, np.float32))
@@ -110,12 +110,14 @@ def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-def _along_channels(graph: ir.Graph, weight: ir.Value, dims: int) -> ir.Value:
-    """The weight of a normalisation as [channels, 1, ...]: reshaped itself, or where others have it too a copy."""
-    assert weight.const_value is not None
-    assert weight.name is not None
-    values = weight.const_value.numpy()
-    values = values.reshape(-1, *(1 for _ in range(dims - 1)))
+def _along_channels(graph: ir.Graph, node: ir.Node, weight: ir.Value, dims: int) -> ir.Value:
+    """A weight of a normalisation as [channels, 1, ...]: reshaped itself, or a copy where others have it too."""
+    target = [-1, *(1 for _ in range(dims - 1))]
+    if weight.const_value is None:  # computed, where the normalisation has none of its own
+        reshaped = ir.node("Reshape", [weight, constant(graph, f"channels_{dims}", np.array(target))])
+        graph.insert_before(node, reshaped)
+        return reshaped.outputs[0]
+    values = weight.const_value.numpy().reshape(target)
     if len(weight.uses()) > 1:
         return constant(graph, f"{weight.name}_{dims}", values)
     weight.const_value, weight.shape = ir.tensor(values, name=weight.name), ir.Shape(values.shape)

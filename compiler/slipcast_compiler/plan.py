@@ -16,6 +16,7 @@ from slipcast.engines import ENGINES
 from slipcast.errors import HostError, RecipeError
 from slipcast.run.guard import NEIGHBOURS
 from slipcast.sampling.samplers import find_sampler
+from slipcast_compiler.capture.lora import with_adapters
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.judge.originals import Evaluation
@@ -136,6 +137,8 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     """
     check_targets(recipe.targets)
     checkpoint = open_checkpoint(recipe.model, folder)
+    if recipe.lora:
+        checkpoint = Checkpoint(*with_adapters(recipe, folder, checkpoint.root, checkpoint.name))
     if bool(checkpoint.architecture.text) != bool(recipe.family):
         raise RecipeError(
             f"{checkpoint.name} takes {'a prompt' if checkpoint.architecture.text else 'no prompts'}",

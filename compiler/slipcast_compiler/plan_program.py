@@ -21,6 +21,7 @@ from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
+from slipcast_compiler.capture.lora import with_adapters
 from slipcast_compiler.capture.parts import denoisers_of, describe_parts
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import capture, find_scheduler
@@ -59,8 +60,8 @@ from slipcast_compiler.schedule.skips import check_skips
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
     {
-        "name", "model", "call", "family", "sampling", "timesteps", "caching", "early_exit", "profile", "passes",
-        "evaluate", "gate", "targets",
+        "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "early_exit", "profile",
+        "passes", "evaluate", "gate", "targets",
     }
 )  # fmt: skip
 OF_THE_LOOP = ("timesteps", "caching", "early_exit")  # tables that are for steps which slipcast's samplers take
@@ -183,7 +184,8 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
     found, name = locate(recipe.model, folder)
-    root = plainly_named(found, recipe.model.variant)
+    found, name = with_adapters(recipe, folder, found, name)
+    root = plainly_named(found, None if recipe.lora else recipe.model.variant)
     checkpoint = Checkpoint(root, name)
     pipe = open_streamed(root, recipe.model.pipeline).pipe
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)

@@ -36,6 +36,11 @@ def plainly_named(root: Path, wish: str | None) -> Path:
     return Path(made.name)
 
 
+def link_plainly(root: Path, wish: str | None, made: Path) -> None:
+    """Fill the empty directory `made` with links to all components, of the variant `wish` where they have it."""
+    _link(root, _components(root), wish, made)
+
+
 def check_variant(name: str, wish: str | None, known: set[str]) -> None:
     """RecipeError where no component of a checkpoint has the variant that it is to prefer."""
     if wish and wish not in known:

@@ -40,6 +40,20 @@ class ModelTable(Strict):
     pipeline: Annotated[str, Field(min_length=1)] | None = None
 
 
+class LoraTable(Strict):
+    """A LoRA, added to the weights before anything else: a .safetensors file (relative to the recipe), or a hub id with
+    a revision and a file."""
+
+    # the file, or the hub id
+    path: Annotated[str, Field(min_length=1)]
+    # of a hub id: a commit, a tag or a branch
+    revision: str | None = None
+    # of a hub id: which of its files
+    file: Annotated[str, Field(min_length=1)] | None = None
+    # by how much it counts; below 0 it is taken away
+    scale: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = 1.0
+
+
 class FamilyTable(Strict):
     """The prompt family: templates with slots, a list, or a file with one prompt a line."""
 
@@ -169,6 +183,7 @@ class Recipe(Strict):
     # the bundle's, and of its directory
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     model: ModelTable
+    lora: Annotated[tuple[LoraTable, ...], AsTuple] = ()
     # of a captured pipeline: its arguments, by their own names
     call: Annotated[dict[str, Any], Field(default_factory=dict)]
     family: FamilyTable | None = None  # an unconditional model has none

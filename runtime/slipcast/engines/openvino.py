@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -18,6 +19,7 @@ import numpy as np
 from slipcast.bundle.manifest import TensorSpec
 from slipcast.engines import Array, LayerTime, cpu_threads
 from slipcast.engines.files import ModelFile, contents
+from slipcast.engines.kept import find, store
 from slipcast.engines.resources import out_of_memory
 from slipcast.errors import ArtifactError
 
@@ -128,12 +130,28 @@ class OpenVinoEngine:
         return static
 
     def _compile(self, shapes: dict[str, tuple[int, ...]], streams: int) -> _Static:
+        options = self._options | ({"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"})
         # Not kept after that: a compiled graph has its weights in an order of its own.
         graph, self._graph = self._graph or self._read(), None
+        core = openvino.Core()
         with self._refusals():
+            key = self._key(core, shapes, options)
+            if key and (kept := find(key)):
+                with suppress(RuntimeError):  # not what this library wrote: it is compiled again
+                    return _Static(core.import_model(BytesIO(kept), "CPU", options))
             graph.reshape(shapes)
-            options = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
-            return _Static(openvino.Core().compile_model(graph, "CPU", self._options | options))
+            compiled = core.compile_model(graph, "CPU", options)
+            if key:
+                store(key, lambda: cast(bytes, compiled.export_model().getvalue()))
+            return _Static(compiled)
+
+    def _key(self, core: Any, shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]) -> str | None:
+        """All that a compiled graph depends on; None where files have no digests that were verified."""
+        digests = [file.entry.sha256 for file in (self._model, self._weights) if not isinstance(file, Path)]
+        if len(digests) < 2:
+            return None
+        host = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        return repr((openvino.get_version(), host, digests, sorted(shapes.items()), sorted(options.items())))
 
     def _read(self) -> Any:
         with self._refusals():

@@ -91,9 +91,8 @@ def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
 
 
-# Dozens of exports in one process, which no compile does, leave it in a state in which transformers' from_pretrained does
-# not fill CLIP's position ids. Why is not known; pictures that a test draws with diffusers in the same process are wrong
-# then, or none.
+# Dozens of exports in one process, which no compile does, leave it in a state in which from_pretrained of transformers
+# does not fill CLIP's position ids. Why is not known; what a test draws with diffusers there is wrong then, or nothing.
 EXPORTING = Path(__file__).parent / "capture" / "test_bundles.py"
 
 

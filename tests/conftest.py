@@ -91,21 +91,15 @@ def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind
 
 
-# Dozens of exports in one process, which no compile does, leave it in a state in which from_pretrained of transformers
-# does not fill CLIP's position ids. Why is not known; what a test draws with diffusers there is wrong then, or nothing.
-EXPORTING = Path(__file__).parent / "capture" / "test_bundles.py"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests stay on one worker (--dist loadfile), and files come in this order.
 
     One file that needs the compiled bundle is first, and the others are last: so that one worker compiles it while the
-    others have something else to do. After them all comes EXPORTING.
+    others have something else to do.
     """
     bundled: dict[Path, None] = {item.path: None for item in items if not BUNDLED.isdisjoint(item.fixturenames)}  # type: ignore[attr-defined]
     first, *late = bundled or [None]
-    places = {first: 0, **dict.fromkeys(late, 2), EXPORTING: 3}
-    items.sort(key=lambda item: places.get(item.path, 1))
+    items.sort(key=lambda item: 0 if item.path == first else 2 if item.path in late else 1)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast_compiler.capture.edges import leaving_watched
@@ -209,6 +210,9 @@ def _numbers_kept() -> Iterator[None]:
         yield
     finally:
         torch.tensor = usual
+        # torch remembers which functions take the device of a context: if it first asked in here, not this one, and
+        # transformers, which asks it whether it is on meta, would leave position ids as the allocator gave them.
+        _device_constructors.cache_clear()
 
 
 def _needed(program: Program) -> Program:

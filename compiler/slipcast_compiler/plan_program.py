@@ -184,8 +184,9 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
     found, name = locate(recipe.model, folder)
-    found, name = with_adapters(recipe, folder, found, name)
-    root = plainly_named(found, None if recipe.lora else recipe.model.variant)
+    root = plainly_named(found, recipe.model.variant)
+    if recipe.lora:
+        root, name = with_adapters(recipe, folder, found, name)
     checkpoint = Checkpoint(root, name)
     pipe = open_streamed(root, recipe.model.pipeline).pipe
     call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)

@@ -52,9 +52,7 @@ class Adapter:
 
 
 def with_adapters(recipe: Recipe, folder: Path, root: Path, name: str) -> tuple[Path, str]:
-    """The checkpoint of a recipe, and what it is called, with its [[lora]] fused; the same where it has none."""
-    if not recipe.lora:
-        return root, name
+    """The checkpoint of a recipe with its [[lora]] fused, and what it is called then."""
     adapters = [find_adapter(table, folder) for table in recipe.lora]
     told = [f" + {each.file.name} (scale {each.scale:g}, sha256 {each.sha256[:12]})" for each in adapters]
     return fuse(root, recipe.model, adapters), name + "".join(told)
@@ -95,7 +93,7 @@ def fuse(root: Path, model: ModelTable, adapters: Sequence[Adapter]) -> Path:
 
     RecipeError where diffusers cannot load an adapter into this pipeline, or where a part of it goes nowhere.
     """
-    total = hashlib.sha256(digest(root, None).encode())
+    total = hashlib.sha256(f"{root}\0{digest(root, None)}\n".encode())  # the path too: links lead there
     for each in adapters:
         total.update(f"{each.sha256}\0{each.scale}\0{model.variant}\n".encode())
     made = CONVERTED / f"{root.name}-lora-{total.hexdigest()[:16]}"
@@ -253,6 +251,6 @@ def _as_bfloat16(values: npt.NDArray[Any]) -> bytes:
 
 _WRITTEN: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
     "F32": lambda values: values.astype("<f4").tobytes(),
-    "F16": lambda values: np.clip(values, -65504, 65504).astype("<f2").tobytes(),
+    "F16": lambda values: values.astype("<f2").tobytes(),
     "BF16": _as_bfloat16,
 }

@@ -22,7 +22,7 @@ from slipcast_compiler.capture.record import Recorder, capture
 from slipcast_compiler.capture.replay import replay
 from slipcast_compiler.capture.roll import roll
 from slipcast_compiler.capture.run import capture_model, render_all
-from slipcast_compiler.capture.shapes import META, run_for_shapes
+from slipcast_compiler.capture.shapes import META, ShapeRunner, run_for_shapes
 from slipcast_compiler.capture.summary import render, summarise
 
 SHAPES = Path(__file__).parents[2] / "recipes" / "models" / "shapes"
@@ -208,7 +208,7 @@ def test_the_recorder_leaves_everything_as_it_was() -> None:
     after = type(pipe), type(pipe.tokenizer), torch.nn.Module.__call__, torch.Tensor.numpy, socket.socket.connect
     assert after == classes
     assert "step" not in vars(pipe.scheduler)
-    assert not Recorder(pipe).program({}).events
+    assert not Recorder(pipe, ShapeRunner()).program({}).events
 
 
 def test_no_name_of_a_pipeline_or_model_stands_in_the_code() -> None:

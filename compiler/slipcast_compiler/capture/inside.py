@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,12 +55,13 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
     """Within it, operators are recorded; `program` is what came of them.
 
     It is a mode of the dispatcher's first key. torch lets three classes there, of which this is the one that does
-    nothing else with operators; all of its methods are replaced.
+    nothing else with operators; all of its methods are replaced. `decides`: is called with a tensor whose numbers are
+    read into Python.
     """
 
-    def __init__(self, module: torch.nn.Module, name: str, given: Any) -> None:
+    def __init__(self, module: torch.nn.Module, name: str, given: Any, decides: Callable[..., None]) -> None:
         TorchDispatchMode.__init__(self, _dispatch_key=torch._C.DispatchKey.PreDispatch)
-        self._name, self._failed = name, False
+        self._name, self._failed, self._decides = name, False, decides
         self._ids: dict[int, int] = {}
         self._alive: dict[tuple[str, int], weakref.ref[Any]] = {}  # nothing is kept alive: memory is told by what is
         self._homes: dict[int, int] = {}  # storage -> its number
@@ -82,11 +83,6 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
         """The mode, and what comes before the dispatcher."""
         with enable_python_dispatcher(), leaving_watched(self._leaving), _numbers_kept(), self:
             yield
-
-    @property
-    def values_decide(self) -> bool:
-        """Whether numbers were read into Python: tolist() is no operator."""
-        return bool(self._guards)
 
     def program(self, returned: Any, written: Mapping[Path, Any]) -> Program | None:
         """What gives these results: their paths begin with "returned" or "written". None where something came from
@@ -132,6 +128,7 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
         return out
 
     def _leaving(self, name: str, tensor: torch.Tensor) -> None:
+        self._decides(tensor)
         self._guards.append(Guard(name, here(), ("given",)))
 
     def _enter(self, tensor: torch.Tensor, kind: Kind, detail: tuple[Any, ...]) -> int:

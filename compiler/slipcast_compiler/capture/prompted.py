@@ -17,8 +17,10 @@ from slipcast_compiler.capture.generalise import (
     unify,
     without_insides,
 )
+from slipcast_compiler.capture.laws import PADDED
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.shapes import ShapeRunner
 from slipcast_compiler.capture.texts import (
     AWKWARD,
     OTHER_PROMPT,
@@ -39,7 +41,8 @@ Make = Callable[[str], Mapping[str, Any]]  # from a prompt to a call
 class Prompted:
     """A program, how texts reach its tokenizers, by source, and the call. `prompts`: on which it has to be verified;
     those whose captures left out some of its operators, such as padding where none was missing, are among them.
-    `captured`: the prompts that it was made of. `opaque`: whether what calls do inside is left out."""
+    `captured`: the prompts that it was made of. `opaque`: whether what calls do inside is left out. `shapes`: what ran
+    in their captures."""
 
     program: Program
     templates: Mapping[int, Template]
@@ -47,6 +50,7 @@ class Prompted:
     prompts: tuple[str, ...]
     captured: tuple[str, ...]
     opaque: bool
+    shapes: ShapeRunner
 
 
 def capture_prompted(pipe: Any, call: Make) -> Prompted:
@@ -55,11 +59,12 @@ def capture_prompted(pipe: Any, call: Make) -> Prompted:
 
     RecipeError where captures are not of one program.
     """
+    shapes = ShapeRunner()
     try:
-        return _capture_for(pipe, call, AWKWARD)
+        return _capture_for(pipe, call, AWKWARD, shapes)
     except RecipeError as refused:
         try:
-            found = _capture_for(pipe, call, UNQUOTED)
+            found = _capture_for(pipe, call, UNQUOTED, shapes)
         except RecipeError:
             raise refused from None
     return replace(found, templates={value: replace(each, unquoted=True) for value, each in found.templates.items()})
@@ -70,9 +75,9 @@ def capture_again(pipe: Any, call: Make, prompted: Prompted) -> Program:
     their lengths, else for one. RecipeError where captures are not of one program."""
     with quiet():
         if not prompted.program.lengths:
-            programs = [_capture(pipe, call, PROMPT)]
+            programs = [_capture(pipe, call, PROMPT, prompted.shapes)]
         else:
-            programs = [_capture(pipe, call, prompt) for prompt in prompted.captured]
+            programs = [_capture(pipe, call, prompt, prompted.shapes) for prompt in prompted.captured]
     programs = [without_insides(program) for program in programs] if prompted.opaque else programs
     program = generalise(programs)
     if len(program.lengths) != len(prompted.program.lengths):
@@ -82,7 +87,7 @@ def capture_again(pipe: Any, call: Make, prompted: Prompted) -> Program:
     return replace(program, lengths=lengths)
 
 
-def _capture(pipe: Any, call: Make, prompt: str) -> Program:
+def _capture(pipe: Any, call: Make, prompt: str, shapes: ShapeRunner) -> Program:
     """With other prompts that are of other lengths, too."""
     words = len(prompt.split())
     others: dict[str, Callable[[str], str]] = {
@@ -91,25 +96,26 @@ def _capture(pipe: Any, call: Make, prompt: str) -> Program:
         UNQUOTED: lambda text: f"{text} a a a",
         SHORT: lambda _: SHORT,
     }
-    return capture(pipe, with_others(call(prompt), others.get(prompt, lambda _: _words(words - words // 5))))
+    return capture(pipe, with_others(call(prompt), others.get(prompt, lambda _: _words(words - words // 5))), shapes)
 
 
 def _words(count: int) -> str:
     return " ".join([SHORT] * count)
 
 
-def _capture_for(pipe: Any, call: Make, awkward: str) -> Prompted:
+def _capture_for(pipe: Any, call: Make, awkward: str, shapes: ShapeRunner) -> Prompted:
     with quiet():
-        captured = {prompt: _capture(pipe, call, prompt) for prompt in (PROMPT, awkward)}
+        captured = {prompt: _capture(pipe, call, prompt, shapes) for prompt in (PROMPT, awkward)}
         first, second = captured.values()
-        made = _Made(program, (PROMPT,)) if (program := unify([first, second])) else _for_lengths(pipe, call, captured)
+        program = unify([first, second])
+        made = _Made(program, (PROMPT,)) if program else _for_lengths(pipe, call, captured, shapes)
     one, other = call(PROMPT), with_others(call(awkward), lambda text: f"{text} a a a")
     templates = find_templates((first, second), (one, other))
     same = zip(first.needed_sources, made.program.needed_sources, strict=True)
     by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
     others = (OTHER_PROMPT,) if made.program.lengths else ()  # of a length that was not captured
     prompts = tuple(dict.fromkeys((awkward, *others, *made.unlike)))
-    return Prompted(made.program, by_source, one, prompts, made.captured, made.opaque)
+    return Prompted(made.program, by_source, one, prompts, made.captured, made.opaque, shapes)
 
 
 @dataclass(frozen=True)
@@ -120,23 +126,30 @@ class _Made:
     opaque: bool = False
 
 
-def _for_lengths(pipe: Any, call: Make, given: Mapping[str, Program]) -> _Made:
+def _for_lengths(pipe: Any, call: Make, given: Mapping[str, Program], shapes: ShapeRunner) -> _Made:
     """Of the longest text with which these and a short one have a program in common; if none has, of the texts for
     which most is done, to be verified on the others. RecipeError where there is none."""
-    few = {**given, SHORT: _capture(pipe, call, SHORT)}
+    few = {**given, SHORT: _capture(pipe, call, SHORT, shapes)}
     captured = dict(few)
     for text in map(_words, WORDS):
         try:
-            captured[text] = _capture(pipe, call, text)
+            captured[text] = _capture(pipe, call, text, shapes)
             return _Made(generalise([*few.values(), captured[text]]), (*few, text))
         except RecipeError as error:  # of the pipeline, which may take no text of this length, or of what was captured
             refused = error
+        if found := _of_alike(captured, PADDED):
+            return found
+    return _of_alike(captured, 2) or _of_opaque_calls(captured, refused)
+
+
+def _of_alike(captured: Mapping[str, Program], least: int) -> _Made | None:
+    """Of the texts for which the same is done, and most, if there are at least so many."""
     for alike in _alike(captured):
         unlike = {text: program for text, program in captured.items() if text not in alike}
-        if len(alike) > 1 and all(is_within(program, next(iter(alike.values()))) for program in unlike.values()):
+        if len(alike) >= least and all(is_within(program, next(iter(alike.values()))) for program in unlike.values()):
             with contextlib.suppress(RecipeError):
                 return _Made(extend(generalise([*alike.values()]), [*unlike.values()]), tuple(alike), tuple(unlike))
-    return _of_opaque_calls(captured, refused)
+    return None
 
 
 def _of_opaque_calls(captured: Mapping[str, Program], refused: RecipeError) -> _Made:

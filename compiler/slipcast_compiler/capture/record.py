@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
-from slipcast_compiler.capture.changed import States
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
 from slipcast_compiler.capture.program import (
@@ -57,14 +56,15 @@ _COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a
 Bound = frozenset[str]
 
 
-def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
+def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = None) -> Program:
     """The program of pipe(**call). The pipeline's modules may be on the meta device; images among the arguments are
-    given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent").
+    given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent"). `shapes`: what
+    has run in other captures of the pipeline.
 
     RecipeError for a call that fails, and for a pipeline that a program cannot follow.
     """
     generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
-    recorder = Recorder(pipe, generators)
+    recorder = Recorder(pipe, shapes or ShapeRunner(), generators)
     for name, value in call.items():
         for path, tensor in leaves(value):
             recorder.enter(tensor, "image", (name, *path))
@@ -88,10 +88,10 @@ def capture(pipe: Any, call: Mapping[str, Any]) -> Program:
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """See the module's docstring."""
 
-    def __init__(self, pipe: Any, generators: tuple[torch.Generator, ...] = ()) -> None:
+    def __init__(self, pipe: Any, shapes: ShapeRunner, generators: tuple[torch.Generator, ...] = ()) -> None:
         super().__init__()
         self._pipe, self._generators, self._inside = pipe, generators, 0
-        self._package, self._shapes = package_of(type(pipe)), ShapeRunner()
+        self._package, self._shapes = package_of(type(pipe)), shapes
         self._failed: tuple[str, Exception] | None = None  # the module that raised
         self._modules: dict[int, str] = {}
         self._weights: dict[int, tuple[str, torch.Tensor]] = {}
@@ -112,7 +112,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._events: list[Op | Call] = []
         self._marks: list[Mark] = []
         self._guards: list[Guard] = []
-        self._states = States()
         self._called_as: list[tuple[int, nn.Module, int]] = []  # the place of each call, and the state of its module
 
     def program(self, result: Any) -> Program:
@@ -134,7 +133,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     def _note_changes(self) -> None:
         """RecipeError where a module was another one for its call, and what it did then cannot be told."""
-        now = {module: self._states.of(module) for module in {module for _, module, _ in self._called_as}}
+        now = {module: self._shapes.states.of(module) for module in {module for _, module, _ in self._called_as}}
         for place, module, state in self._called_as:
             call = self._events[place]
             if state == now[module] or not isinstance(call, Call):
@@ -412,7 +411,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         bound = self._bound_by((args, kwargs))
         given = rebuild((args, kwargs), self._refer)
         name = self._modules[id(module)]
-        self._called_as.append((len(self._events), module, self._states.of(module)))
+        self._called_as.append((len(self._events), module, self._shapes.states.of(module)))
         with self._unseen():
             try:
                 found = self._shapes.run(module, name, args, kwargs, self._is_known)

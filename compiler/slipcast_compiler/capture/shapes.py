@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.changed import States
+from slipcast_compiler.capture.deciding import Deciding
 from slipcast_compiler.capture.inside import Inside
 from slipcast_compiler.capture.live import LiveBytes
 from slipcast_compiler.capture.program import Path, Program, held_by, leaves, opened, rebuild
@@ -49,32 +51,37 @@ class Shaped:
 
 
 class ShapeRunner:
-    """Runs modules, each once for arguments of the same shapes: a denoiser has the same at every step. `live`: what
-    their values took."""
+    """Runs modules, each once for arguments of the same shapes, and of the same values where those decide: a denoiser
+    has the same at every step, and a text encoder in every capture of a prompt. `live`: what their values took;
+    `states`: of the modules."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, Shaped] = {}
-        self.live = LiveBytes()
+        # by the shapes of arguments: of those whose values decided, what these were; and what came out
+        self._known = defaultdict[Any, list[tuple[dict[int, torch.Tensor], Shaped]]](list)
+        self.live, self.states = LiveBytes(), States()
 
     def run(
         self, module: torch.nn.Module, name: str, args: Any, kwargs: Any, is_known: IsKnown = _is_nothing
     ) -> Shaped:
         """Of a module that is called `name`, with these arguments. `is_known`: whether a tensor's floating-point
         numbers are, and may decide, such as those of a mask."""
-        key = _key(module, args, kwargs)
-        if key in self._known:
-            known = self._known[key]
-            return Shaped(rebuild(known.out, torch.empty_like), {}, known.inside)
         used = rebuild((args, kwargs), lambda leaf: leaf if is_known(leaf) else _to_meta(leaf))
-        before, mode, inside = rebuild(used, lambda leaf: leaf), _Shapes(self.live), Inside(module, name, used)
+        key, there = (self.states.of(module), _key(module, args, kwargs)), _there(used)
+        for values, known in self._known[key]:
+            if all(torch.equal(tensor, there[place]) for place, tensor in values.items()):
+                return Shaped(rebuild(known.out, torch.empty_like), {}, known.inside)
+        numbers = [tensor.detach().clone() for tensor in there]  # before the module, which may write to them
+        deciding = Deciding(there)
+        before, mode = rebuild(used, lambda leaf: leaf), _Shapes(self.live, deciding)
+        inside = Inside(module, name, used, deciding.read)
         with _left_as_it_was(module), torch.no_grad(), mode, inside.recording():
             out = module(*used[0], **used[1])
         written = dict(_written(before, used))
         shaped = Shaped(out, written, inside.program(opened(out), written))
         found = [tensor for _, tensor in leaves(out)]
-        values_decide = mode.values_decide or inside.values_decide
-        if key and found and not written and not values_decide and all(each.device == META for each in found):
-            self._known[key] = Shaped(rebuild(out, torch.empty_like), {}, shaped.inside)
+        if key[1] and found and not written and all(each.device == META for each in found):
+            values = {place: numbers[place] for place in deciding.found}
+            self._known[key].append((values, replace(shaped, out=rebuild(out, torch.empty_like))))
         return shaped
 
 
@@ -136,12 +143,12 @@ def is_random(func: Any, args: Any, kwargs: Any) -> bool:
 class _Shapes(TorchDispatchMode):  # type: ignore[misc]
     """Operators whose tensors are all on the CPU run there; where one is on meta, or is a weight, all go there.
 
-    `values_decide`: whether a shape, or what Python does, came from the value of an integer.
+    `deciding`: is told what they do there, and which of them read numbers.
     """
 
-    def __init__(self, live: LiveBytes) -> None:
+    def __init__(self, live: LiveBytes, deciding: Deciding) -> None:
         super().__init__()
-        self.values_decide, self._live = False, live
+        self._live, self._deciding = live, deciding
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,9 +158,11 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
                 expected="draws in the pipeline's own code, with its generator",
                 got=f"{func._schema.name} at {here()}",
             )
-        self.values_decide |= any(tag in func.tags for tag in _VALUES_DECIDE)
+        if any(tag in func.tags for tag in _VALUES_DECIDE):
+            self._deciding.read(*_there((args, kwargs)))
         if not any(map(_is_shape, tree_leaves((args, kwargs)))):
             made = func(*args, **kwargs)
+            self._deciding.compute(func, (args, kwargs), made)
             # Integers stay real where a module makes or moves them "where its weights are".
             if kwargs.get("device") == META and not (made.is_floating_point() or made.is_complex()):
                 made = func(*args, **kwargs | {"device": torch.device("cpu")})
@@ -174,7 +183,7 @@ class _Shapes(TorchDispatchMode):  # type: ignore[misc]
         found: list[Any] = []
         for index in indices:
             if index is not None and index.dtype == torch.bool and index.device != META:
-                self.values_decide = True
+                self._deciding.read(index)
                 found += list(index.nonzero(as_tuple=True))
             else:
                 found.append(index)
@@ -188,6 +197,11 @@ def _key(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         return None
     told = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in given]
     return id(module), structure, tuple(told)
+
+
+def _there(used: Any) -> list[torch.Tensor]:
+    """The tensors that a module is given as they are."""
+    return [leaf for leaf in tree_leaves(used) if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
 
 
 def run_on_meta(func: Any, args: Any, kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from slipcast_compiler.capture.program import Call, Op, Program, Ref
 from slipcast_compiler.export.component import OPSET
 from slipcast_compiler.export.forms import as_known
 from slipcast_compiler.export.operators import check_operators
+from slipcast_compiler.graph.tidy import tidy
 from slipcast_compiler.host.quiet import quiet
 
 ATEN = torch.ops.aten
@@ -36,7 +37,16 @@ class Copied(torch.nn.Module):
         return into
 
 
-@pytest.mark.parametrize(("module", "shape"), [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4))])
+class Chosen(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        high, row = x > 1, x[:1] > 0.5
+        return torch.where(row, high, ~row).masked_fill(x > 1.9, False) * x
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4)), (Chosen(), (3, 4))],
+)
 def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:
     import onnxruntime
 
@@ -46,6 +56,7 @@ def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, s
             as_known(torch.export.export(module, (x,))), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
         )
     assert exported is not None
+    tidy(exported.model.graph)
     session = onnxruntime.InferenceSession(exported.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-5, atol=1e-5)

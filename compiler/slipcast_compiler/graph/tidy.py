@@ -73,6 +73,25 @@ def _widen_mask(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(3, wide.outputs[0])
 
 
+def _choose_truths(graph: ir.Graph, node: ir.Node) -> None:
+    """One of two masks, by a third: for ONNX Runtime that is logic, it has no Where of booleans."""
+    condition, yes, no = node.inputs
+    if node.outputs[0].dtype != ir.DataType.BOOL:
+        return
+    other = ir.node("Not", [condition])
+    both = [ir.node("And", [condition, yes]), ir.node("And", [other.outputs[0], no])]
+    either = ir.node("Or", [each.outputs[0] for each in both], name=node.name)
+    if condition.shape is not None:
+        _describe(other, condition, condition.shape)
+    for each in (*both, either):  # their own shapes may be smaller; only what comes of them is known
+        each.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+    either.outputs[0].shape = node.outputs[0].shape
+    graph.insert_before(node, [other, *both, either])
+    node.outputs[0].replace_all_uses_with(either.outputs[0], replace_graph_outputs=True)
+    either.outputs[0].name, node.outputs[0].name = node.outputs[0].name, None
+    graph.remove(node, safe=True)
+
+
 def _spell_out_group_norm(graph: ir.Graph, node: ir.Node) -> None:
     """As instance normalisation of [batch, groups, rest], then scale and shift.
 
@@ -140,5 +159,5 @@ def _describe(node: ir.Node, like: ir.Value, shape: Sequence[int | ir.SymbolicDi
 
 _REWRITES = {
     "Squeeze": _drop_idle_squeeze, "Unsqueeze": _reshape_instead, "Attention": _widen_mask,
-    "GroupNormalization": _spell_out_group_norm, "GatherND": _widen_places,
+    "GroupNormalization": _spell_out_group_norm, "GatherND": _widen_places, "Where": _choose_truths,
 }  # fmt: skip

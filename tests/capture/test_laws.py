@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from slipcast_compiler.capture.laws import Series
+from slipcast_compiler.capture.laws import Series, find_sums
 from slipcast_compiler.capture.program import Affine, Length
 
 COUNTS = (501, 251, 121, 61, 91, 76, 46, 31)
@@ -55,3 +55,31 @@ def test_too_few_lengths_tell_none() -> None:
     four = Series(SERIES.length, COUNTS[:4])
     assert four.padded([_up(count, 8) for count in COUNTS[:4]], (0,)) is None
     assert Affine("length", 1, 0).at({"length": 4}) == 4
+
+
+@pytest.mark.parametrize(
+    ("law", "says"),
+    [
+        (lambda m, n: 2 * m + n - 3, "2*length+length_2-3"),
+        (lambda m, n: 64 - m - n, "-length-length_2+64"),
+        (lambda m, n: _up(m, 32) + _up(n, 32), "up(length, 32)+up(length_2, 32)"),
+        (lambda m, n: _up(m, 32) + _up(n, 32) - m - n, "-length+up(length, 32)-length_2+up(length_2, 32)"),
+        (lambda m, n: m * n, None),
+        (lambda m, n: max(m, n), None),
+    ],
+)
+def test_what_two_lengths_make_together(law: Callable[[int, int], int], says: str | None) -> None:
+    others = (3, 70, 99, 51, 50, 5, 40, 33)
+    series = SERIES, Series(Length("length_2", 2, 501, 1, 1), others)
+    values = [law(*counts) for counts in zip(COUNTS, others, strict=True)]
+    found = find_sums(series, values, {"length": {(32, 0)}, "length_2": {(32, 0)}})
+    assert [str(each) for each in found] == [says] * (says is not None)
+    assert all(each.at({"length": 200, "length_2": 90}) == law(200, 90) for each in found)
+    assert all(each.lengths == {"length", "length_2"} for each in found)
+    few = [Series(each.length, each.counts[:3]) for each in series]
+    assert not find_sums(few, values[:3], {})
+
+
+def test_lengths_that_go_together_tell_no_sum() -> None:
+    series = SERIES, Series(Length("length_2", 2, 501, 1, 1), tuple(count + 2 for count in COUNTS))
+    assert not find_sums(series, [3 * count for count in COUNTS], {})

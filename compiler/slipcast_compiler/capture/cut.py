@@ -374,7 +374,7 @@ def _followed(program: Program, events: Iterable[Event]) -> list[Length]:
     names = set[str]()
 
     def note(value: Any) -> Any:
-        names.update([value.length] if isinstance(value, Affine) else [])
+        names.update(value.lengths if isinstance(value, Affine) else [])
         return value
 
     for event in events:
@@ -388,7 +388,7 @@ def _told(program: Program, length: Length, inputs: Iterable[int]) -> Length:
     """The length as an input's shape tells it; as the program has it where none does: its source is an input then."""
     for value in inputs:
         for dim, size in enumerate(program.specs[value][0]):
-            if isinstance(size, Affine) and (size.length, size.scale) == (length.name, 1):
+            if isinstance(size, Affine) and size == Affine(length.name, 1, size.offset):
                 return replace(length, value=value, dim=dim, offset=size.offset)
     return length
 

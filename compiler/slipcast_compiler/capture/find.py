@@ -85,7 +85,7 @@ def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompte
             raise not_driven("its numbers of steps are listed", str(steps))
         check_form(program)
         again = other_steps(steps)
-        other = capture_again(pipe, _with(make, STEPS, again), prompted)
+        other = capture_again(_with(make, STEPS, again), prompted)
         found.append(Captured(program, steps, other, again, **_guided(pipe, make, prompted, captured)))
     return found
 
@@ -99,7 +99,7 @@ def _guided(pipe: Any, make: Make, prompted: Prompted, captured: Sequence[Prompt
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 1 or listed:
         return {}
     try:
-        guided = capture_again(pipe, _with(make, GUIDANCE, float(scale) + 1), prompted)
+        guided = capture_again(_with(make, GUIDANCE, float(scale) + 1), prompted)
     except RecipeError:
         return {}
     return {"guidance": float(scale), "guided": guided, "other_guidance": float(scale) + 1}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.laws import Series
+from slipcast_compiler.capture.laws import Series, find_sums
 from slipcast_compiler.capture.padding import pad_sources
 from slipcast_compiler.capture.program import (
     Affine,
@@ -120,6 +120,7 @@ class _Unifier:
         self._followed: set[str] = set()
         self._nested = nested  # of what is inside of calls: nothing there is computed when capturing
         self._shifts: dict[str, set[int]] = {}  # of lengths that were met: length + shift
+        self._multiples: dict[str, set[tuple[int, int]]] = {}  # to which lengths were padded, and their shifts
         self._padded: dict[Any, list[Affine]] = {}
         self._insides: dict[tuple[int, ...], Program] = {}
 
@@ -259,9 +260,9 @@ class _Unifier:
         first = tensors[0]
         laws = [self._integer(each, where) for each in zip(*(each.flatten().tolist() for each in tensors), strict=True)]
         affine = [law for law in laws if isinstance(law, Affine)]
-        if len({(law.length, law.padded, law.multiple, law.shift) for law in affine}) > 1:
+        if len({(law.length, law.padded, law.multiple, law.shift, law.more) for law in affine}) > 1:
             raise self._refuse("integers that follow one length", [list(map(str, laws))], where)
-        base = replace(affine[0], scale=1, offset=0) if not affine[0].padded else None
+        base = replace(affine[0], scale=1, offset=0) if not (affine[0].padded or affine[0].more) else None
         if base is None:
             raise self._refuse("integers that are a * length + b", [list(map(str, laws))], where)
         scales = [law.scale if isinstance(law, Affine) else 0 for law in laws]
@@ -288,21 +289,24 @@ class _Unifier:
             return values[0]
         laws = self._laws(tuple(values))
         if len(laws) != 1:
-            raise self._refuse("integers that are a * length + b, of the length of one text", values, where)
+            raise self._refuse("integers that are a * length + b", values, where)
         law = laws[0]
-        self._followed.add(law.length)
-        if law.scale == 1 and not law.padded:
+        self._followed |= law.lengths
+        if law == Affine(law.length, 1, law.offset):
             self._shifts.setdefault(law.length, {0}).add(law.offset)
+        if law.padded and not law.more:
+            self._multiples.setdefault(law.length, set()).add((law.multiple, law.shift))
         return law
 
     def _laws(self, values: tuple[int, ...]) -> list[Affine]:
         known = [law for series in self._series if (law := series.affine(values))]
         if known:
             return known
-        key = values, tuple(map(len, self._shifts.values()))
+        key = values, tuple(map(len, self._shifts.values())), tuple(map(len, self._multiples.values()))
         if key not in self._padded:
             shifts = [(series, self._shifts.get(series.length.name, {0})) for series in self._series]
-            self._padded[key] = [law for series, each in shifts if (law := series.padded(values, each))]
+            found = [law for series, each in shifts if (law := series.padded(values, each))]
+            self._padded[key] = found or find_sums(self._series, values, self._multiples)
         return self._padded[key]
 
     def _same(self, values: Sequence[Any], where: str) -> None:

@@ -32,7 +32,7 @@ class Ref:
 @dataclass(frozen=True)
 class Affine:
     """An integer that follows a length: scale * length + offset; where code pads to a multiple of some number, with
-    padded * (length + shift, up to the next multiple of that) besides."""
+    padded * (length + shift, up to the next multiple of that) besides. `more`: what is added, of another length."""
 
     length: str
     scale: int
@@ -40,12 +40,19 @@ class Affine:
     padded: int = 0
     multiple: int = 1
     shift: int = 0
+    more: Affine | None = None
+
+    @property
+    def lengths(self) -> frozenset[str]:
+        """The names of all that it follows."""
+        return frozenset([self.length]) | (self.more.lengths if self.more else frozenset())
 
     def __str__(self) -> str:
         shifted = f"{self.length}{self.shift:+d}" if self.shift else self.length
         terms = [(self.scale, self.length), (self.padded, f"up({shifted}, {self.multiple})")]
         told = [f"{by:+d}*{what}".replace("+1*", "+").replace("-1*", "-") for by, what in terms if by]
-        return "".join(told).removeprefix("+") + (f"{self.offset:+d}" if self.offset else "")
+        more = f"+{self.more}".replace("+-", "-") if self.more else ""
+        return "".join(told).removeprefix("+") + more + (f"{self.offset:+d}" if self.offset else "")
 
     def at(self, lengths: Mapping[str, Any]) -> Any:
         """For these lengths, which may be symbols."""
@@ -53,7 +60,7 @@ class Affine:
         found = self.scale * length + self.offset
         if self.padded:
             found += self.padded * self.multiple * ((length + self.shift + self.multiple - 1) // self.multiple)
-        return found
+        return found + self.more.at(lengths) if self.more else found
 
 
 Spec = tuple[tuple[int | Affine, ...], torch.dtype]  # what a value is: its shape and dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slipcast.errors import RecipeError
@@ -38,11 +38,36 @@ Make = Callable[[str], Mapping[str, Any]]  # from a prompt to a call
 
 
 @dataclass(frozen=True)
+class Capturing:
+    """Captures pipe(**call(prompt)). `others`: whether its other prompts are of other lengths then, too; else they are
+    as the call has them, and no run chooses them. `shapes`: what ran in other captures."""
+
+    pipe: Any
+    call: Make
+    others: bool = True
+    shapes: ShapeRunner = field(default_factory=ShapeRunner)
+
+    def __call__(self, prompt: str) -> Program:
+        words = len(prompt.split())
+        changes: dict[str, Callable[[str], str]] = {
+            PROMPT: lambda text: text,
+            AWKWARD: lambda text: f"{text} a a a",
+            UNQUOTED: lambda text: f"{text} a a a",
+            SHORT: lambda _: SHORT,
+        }
+        change = changes.get(prompt, lambda _: _words(words - words // 5))
+        return capture(self.pipe, self.given(prompt, change), self.shapes)
+
+    def given(self, prompt: str, change: Callable[[str], str]) -> Mapping[str, Any]:
+        """The call for a prompt, with its other prompts changed."""
+        return with_others(self.call(prompt), change) if self.others else self.call(prompt)
+
+
+@dataclass(frozen=True)
 class Prompted:
     """A program, how texts reach its tokenizers, by source, and the call. `prompts`: on which it has to be verified;
     those whose captures left out some of its operators, such as padding where none was missing, are among them.
-    `captured`: the prompts that it was made of. `opaque`: whether what calls do inside is left out. `shapes`: what ran
-    in their captures."""
+    `captured`: the prompts that it was made of. `opaque`: whether what calls do inside is left out."""
 
     program: Program
     templates: Mapping[int, Template]
@@ -50,34 +75,45 @@ class Prompted:
     prompts: tuple[str, ...]
     captured: tuple[str, ...]
     opaque: bool
-    shapes: ShapeRunner
+    capturing: Capturing
 
 
 def capture_prompted(pipe: Any, call: Make) -> Prompted:
     """Capture pipe(**call(prompt)) for two prompts, one of them awkward; where their lengths are to be seen in what it
-    does, for a short and a long one too. Where quoted words go another way, of texts without quotation marks.
+    does, for a short and a long one too. Where quoted words go another way, of texts without quotation marks. Where
+    two lengths together decide what it does, of one: the other prompts stay as they are.
 
     RecipeError where captures are not of one program.
     """
-    shapes = ShapeRunner()
+    capturing = Capturing(pipe, call)
     try:
-        return _capture_for(pipe, call, AWKWARD, shapes)
+        found = _capture_for(capturing, AWKWARD)
     except RecipeError as refused:
-        try:
-            found = _capture_for(pipe, call, UNQUOTED, shapes)
-        except RecipeError:
+        for each, awkward in ((capturing, UNQUOTED), (replace(capturing, others=False), AWKWARD)):
+            with contextlib.suppress(RecipeError):
+                found = _capture_for(each, awkward)
+                break
+        else:
             raise refused from None
-    return replace(found, templates={value: replace(each, unquoted=True) for value, each in found.templates.items()})
+        if awkward == UNQUOTED:
+            by_source = found.templates.items()
+            return replace(found, templates={value: replace(each, unquoted=True) for value, each in by_source})
+    if found.opaque and len(found.program.lengths) > 1:
+        with contextlib.suppress(RecipeError):
+            of_one = _capture_for(replace(capturing, others=False), AWKWARD)
+            return found if of_one.opaque else of_one
+    return found
 
 
-def capture_again(pipe: Any, call: Make, prompted: Prompted) -> Program:
+def capture_again(call: Make, prompted: Prompted) -> Program:
     """What is the same as a program but for a number in the call: for the prompts that it was made of, if it follows
     their lengths, else for one. RecipeError where captures are not of one program."""
+    capturing = replace(prompted.capturing, call=call)
     with quiet():
         if not prompted.program.lengths:
-            programs = [_capture(pipe, call, PROMPT, prompted.shapes)]
+            programs = [capturing(PROMPT)]
         else:
-            programs = [_capture(pipe, call, prompt, prompted.shapes) for prompt in prompted.captured]
+            programs = [capturing(prompt) for prompt in prompted.captured]
     programs = [without_insides(program) for program in programs] if prompted.opaque else programs
     program = generalise(programs)
     if len(program.lengths) != len(prompted.program.lengths):
@@ -87,35 +123,23 @@ def capture_again(pipe: Any, call: Make, prompted: Prompted) -> Program:
     return replace(program, lengths=lengths)
 
 
-def _capture(pipe: Any, call: Make, prompt: str, shapes: ShapeRunner) -> Program:
-    """With other prompts that are of other lengths, too."""
-    words = len(prompt.split())
-    others: dict[str, Callable[[str], str]] = {
-        PROMPT: lambda text: text,
-        AWKWARD: lambda text: f"{text} a a a",
-        UNQUOTED: lambda text: f"{text} a a a",
-        SHORT: lambda _: SHORT,
-    }
-    return capture(pipe, with_others(call(prompt), others.get(prompt, lambda _: _words(words - words // 5))), shapes)
-
-
 def _words(count: int) -> str:
     return " ".join([SHORT] * count)
 
 
-def _capture_for(pipe: Any, call: Make, awkward: str, shapes: ShapeRunner) -> Prompted:
+def _capture_for(capturing: Capturing, awkward: str) -> Prompted:
     with quiet():
-        captured = {prompt: _capture(pipe, call, prompt, shapes) for prompt in (PROMPT, awkward)}
+        captured = {prompt: capturing(prompt) for prompt in (PROMPT, awkward)}
         first, second = captured.values()
         program = unify([first, second])
-        made = _Made(program, (PROMPT,)) if program else _for_lengths(pipe, call, captured, shapes)
-    one, other = call(PROMPT), with_others(call(awkward), lambda text: f"{text} a a a")
+        made = _Made(program, (PROMPT,)) if program else _for_lengths(capturing, captured)
+    one, other = capturing.call(PROMPT), capturing.given(awkward, lambda text: f"{text} a a a")
     templates = find_templates((first, second), (one, other))
     same = zip(first.needed_sources, made.program.needed_sources, strict=True)
     by_source = {its.id: templates[source.id] for source, its in same if source.id in templates}
     others = (OTHER_PROMPT,) if made.program.lengths else ()  # of a length that was not captured
     prompts = tuple(dict.fromkeys((awkward, *others, *made.unlike)))
-    return Prompted(made.program, by_source, one, prompts, made.captured, made.opaque, shapes)
+    return Prompted(made.program, by_source, one, prompts, made.captured, made.opaque, capturing)
 
 
 @dataclass(frozen=True)
@@ -126,14 +150,14 @@ class _Made:
     opaque: bool = False
 
 
-def _for_lengths(pipe: Any, call: Make, given: Mapping[str, Program], shapes: ShapeRunner) -> _Made:
+def _for_lengths(capturing: Capturing, given: Mapping[str, Program]) -> _Made:
     """Of the longest text with which these and a short one have a program in common; if none has, of the texts for
     which most is done, to be verified on the others. RecipeError where there is none."""
-    few = {**given, SHORT: _capture(pipe, call, SHORT, shapes)}
+    few = {**given, SHORT: capturing(SHORT)}
     captured = dict(few)
     for text in map(_words, WORDS):
         try:
-            captured[text] = _capture(pipe, call, text, shapes)
+            captured[text] = capturing(text)
             return _Made(generalise([*few.values(), captured[text]]), (*few, text))
         except RecipeError as error:  # of the pipeline, which may take no text of this length, or of what was captured
             refused = error

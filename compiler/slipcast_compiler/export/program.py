@@ -306,7 +306,7 @@ def _free(part: Part, given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
     known = {each.name: Dim(each.name, min=each.minimum, max=each.maximum) for each in part.free}
 
     def free(size: Affine) -> Any:
-        if size.length not in known:
+        if size.more or size.length not in known:
             return Dim.DYNAMIC
         scaled = known[size.length] * size.scale if size.scale != 1 else known[size.length]
         return scaled + size.offset if size.offset else scaled

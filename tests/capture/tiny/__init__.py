@@ -69,6 +69,7 @@ PIPELINES: dict[str, Tiny] = {
     "flux_2_klein": Tiny(transformers.flux_2_klein, SIZE | {"text_encoder_out_layers": (1, 2)}),
     "flux_2_dev": Tiny(transformers.flux_2_dev, SIZE | {"text_encoder_out_layers": (1, 2)}),
     "z_image": Tiny(transformers.z_image, SIZE),
+    "z_image_guided": Tiny(transformers.z_image, SIZE | {"negative_prompt": "white", "guidance_scale": 3.0}),
     "qwen_image": Tiny(transformers.qwen_image, SIZE | {"negative_prompt": "white", "true_cfg_scale": 4.0}),
     "qwen_image_2_1": Tiny(transformers.qwen_image_2_1, SIZE | {"negative_prompt": "white", "true_cfg_scale": 4.0}),
     "krea_2": Tiny(transformers.krea_2, SHORT),
@@ -96,7 +97,7 @@ PIPELINES: dict[str, Tiny] = {
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = (
     "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "kandinsky_5_video", "cogview_4", "qwen_image", "qwen_image_2_1",
-    "lumina_2", "z_image", "bria",
+    "lumina_2", "z_image", "z_image_guided", "bria",
 )  # fmt: skip
 
 

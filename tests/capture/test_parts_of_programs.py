@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import ftfy
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -13,6 +14,7 @@ from tiny import call_of, open_pipeline
 from torch import nn
 
 from slipcast.errors import RecipeError
+from slipcast.run.texts import clean_text
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.cut import Cut, cut
 from slipcast_compiler.capture.find import Found
@@ -142,11 +144,14 @@ CALLS = {"prompt": ONE, "negative_prompt": "white"}, {"prompt": AWKWARD, "negati
         lambda text: text.lower(),
         lambda text: f"<|user|>{text.strip().lower()}<|end|>",
         lambda text: f"describe: {text}",
+        lambda text: f"describe: {clean_text(text)}",
+        lambda text: clean_text(ftfy.fix_text(text)),
+        ftfy.fix_text,
     ],
 )
 def test_how_a_prompt_is_changed_is_found(change: Any) -> None:
     templates = find_templates((_program(change(ONE), "white"), _program(change(AWKWARD), "white")), CALLS)
-    texts = {"prompt": " Something ELSE ", "negative_prompt": "black"}
+    texts = {"prompt": " Something ELSE, a cat\u2019s &amp; ", "negative_prompt": "black"}
     assert (templates[0](texts), templates[1](texts)) == (change(texts["prompt"]), "black")
 
 

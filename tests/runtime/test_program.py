@@ -6,6 +6,8 @@ import copy
 import gc
 import json
 import logging
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +319,24 @@ class TestRequests:
         load(root)("  A &amp;lt;RED&gt;\t \n circle ")
         given = next(arrays.ids for name, arrays in engines.calls if name == "conditioning")
         np.testing.assert_array_equal(given, tokens(root, "a <red> circle"))
+
+    def test_mended_texts(self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sources = programs.program()["sources"]
+        sources[0] |= {"mend": True}
+        root = write_program(tmp_path / "b", program=programs.program(sources=sources))
+        monkeypatch.setitem(sys.modules, "ftfy", None)
+        load(root)("a plain circle")
+        for text in ("a cat\u2019s circle", "this &amp; that", "two\r\nlines"):
+            with pytest.raises(RequestError, match="mends with ftfy, which is not installed") as refused:
+                load(root)(text)
+            assert refused.value.hint == "pip install ftfy"
+        ftfy: Any = types.ModuleType("ftfy")
+        ftfy.fix_text = lambda text: text.replace("\u2019", "'")
+        monkeypatch.setitem(sys.modules, "ftfy", ftfy)
+        engines.calls.clear()
+        load(root)("a cat\u2019s circle")
+        given = next(arrays.ids for name, arrays in engines.calls if name == "conditioning")
+        np.testing.assert_array_equal(given, tokens(root, "a cat's circle"))
 
     def test_long_texts(self, engines: Fakes, bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
         text = "a red circle and a blue square and a green star and a circle"

@@ -26,6 +26,7 @@ from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
+from slipcast_compiler.capture.processing import is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
     Guard,
@@ -173,7 +174,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     continue
                 if _is_scheduler(part):
                     stack.enter_context(self._steps_marked(part))
-                elif callable(getattr(part, "decode", None)) or "processor" in name or "extractor" in name:
+                elif callable(getattr(part, "decode", None)) or is_processor(name, part):
                     stack.enter_context(self._texts_watched(name, part))
             yield
 
@@ -447,24 +448,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _steps_marked(self, scheduler: Any) -> Iterator[None]:
-        usual = scheduler.step
+        own, usual = type(scheduler), type(scheduler).step
         signature = inspect.signature(usual)
 
         @functools.wraps(usual)  # pipelines read from its signature what it can be given, such as a generator
-        def step(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
+        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not scheduler:  # a copy that the pipeline made, for a second latent
+                return usual(this, *args, **kwargs)
+            given = signature.bind(this, *args, **kwargs).arguments
             output, sample = (rebuild(given.get(name), self._refer) for name in ("model_output", "sample"))
             begin = len(self._events)
-            out = usual(*args, **kwargs)
+            out = usual(this, *args, **kwargs)
             result = next((self._refer(tensor) for _, tensor in leaves(opened(out))), None)
             self._marks.append(Mark(output, sample, result, begin, len(self._events)))
             return out
 
-        scheduler.step = step
+        scheduler.__class__ = type(own.__name__, (own,), {"step": step, "__module__": own.__module__})
         try:
             yield
         finally:
-            del scheduler.step
+            scheduler.__class__ = own
 
     @contextlib.contextmanager
     def _texts_watched(self, name: str, tokenizer: Any) -> Iterator[None]:
@@ -473,6 +476,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         def call(this: Any, *args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return own.__call__(this, *args, **kwargs)
+            if is_processor(name, this) and (made := process(this, own, args, kwargs, self._unseen)) is not None:
+                return made
             with self._unseen():
                 out = own.__call__(this, *args, **kwargs)
                 texts = kwargs.get("text", args[0] if args else None)

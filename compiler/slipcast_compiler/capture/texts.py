@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast.run.texts import clean_text
+from slipcast.run.texts import clean_text, mend_text
 from slipcast_compiler.capture.program import Program, Source
 
 # Awkward on purpose: blanks at both ends and within, capitals, marks of HTML, an address, punctuation, another script.
@@ -21,14 +21,15 @@ AWKWARD = "  A Big <b>RED</b> circle, \t50% off &amp;lt; http://example.org/a_b.
 
 UNQUOTED = AWKWARD.replace("\u201c", "").replace("\u201d", "")
 OTHER_PROMPT = "two large things and some words more"  # of another length than the others have
-BLANKS = ((False, False), (True, False), (False, True))  # whether a text is stripped, and cleaned
+# Whether a text is stripped, cleaned, and mended.
+CHANGES = ((False, False, False), (True, False, False), (False, True, False), (False, True, True), (False, False, True))
 SHORT = "a"  # a token in most vocabularies, as it is after a blank
 
 
 @dataclass(frozen=True)
 class Template:
-    """The text is prefix + the text of `argument` + suffix, where that is cleaned, stripped or in lower case first;
-    without `argument` it is the prefix. `unquoted`: this is so of texts without quoted words alone."""
+    """The text is prefix + the text of `argument` + suffix, where that is mended, cleaned, stripped or in lower case
+    first; without `argument` it is the prefix. `unquoted`: this is so of texts without quoted words alone."""
 
     argument: str | None
     prefix: str = ""
@@ -36,11 +37,13 @@ class Template:
     lower: bool = False
     strip: bool = False
     clean: bool = False
+    mend: bool = False
     unquoted: bool = False
 
     def __call__(self, texts: Mapping[str, str]) -> str:
         """The text for these texts of the call."""
         given = texts[self.argument] if self.argument else ""
+        given = mend_text(given) if self.mend else given
         given = clean_text(given) if self.clean else given.strip() if self.strip else given
         return self.prefix + (given.lower() if self.lower else given) + self.suffix
 
@@ -86,8 +89,8 @@ def _single(source: Source, program: Program) -> str:
 def _template(
     texts: tuple[str, str], arguments: tuple[Mapping[str, str], Mapping[str, str]], source: Source, program: Program
 ) -> Template:
-    for name, (strip, clean), lower in product(arguments[0], BLANKS, (False, True)):
-        plain = Template(name, lower=lower, strip=strip, clean=clean)
+    for name, (strip, clean, mend), lower in product(arguments[0], CHANGES, (False, True)):
+        plain = Template(name, lower=lower, strip=strip, clean=clean, mend=mend)
         prefix, text, suffix = texts[0].partition(plain(arguments[0]) or "\0")  # an empty one is constant
         found = replace(plain, prefix=prefix, suffix=suffix)
         if text and text not in suffix and tuple(map(found, arguments)) == texts:
@@ -95,7 +98,10 @@ def _template(
     if texts[0] == texts[1]:
         return Template(None, texts[0])
     raise _refuse(
-        source, program, "prefix + prompt + suffix, perhaps cleaned, stripped and in lower case", repr(texts[1])[:300]
+        source,
+        program,
+        "prefix + prompt + suffix, perhaps mended, cleaned, stripped and in lower case",
+        repr(texts[1])[:300],
     )
 
 

@@ -352,8 +352,8 @@ def _source(
         if (places and not listed) or dtype != torch.float32:
             raise _unknown(
                 f"the array {what}", "an argument of the call, in float32", f"{dtype} {list(shape)}",
-                hint="pictures that a processor resizes are not for bundles yet: give what comes of them, if the "
-                "pipeline takes it (image_embeds, depth_map)",
+                hint="of processors, those that resize, crop, rescale and normalise are for bundles: give what comes "
+                "of the picture, if the pipeline takes it (image_embeds, depth_map)",
             )  # fmt: skip
         return ImageSource(value=name, argument=argument, place=places[0] if places else None, shape=shape)
     tokenizer, field = source.detail[0], source.detail[-1]
@@ -371,6 +371,7 @@ def _source(
         lower=template.lower,
         strip=template.strip,
         clean=template.clean,
+        mend=template.mend,
         unquoted=template.unquoted,
         special_tokens=given.special_tokens,
         shape=(1, str(size) if isinstance(size := program.specs[source.id][0][1], Affine) else size),

@@ -18,10 +18,11 @@ class PromptSource(Strict):
     Its `position_ids` count tokens from 0 on; what pads them is 0.
 
     `tokenizer`: a tokenizer.json of the `tokenizers` library, with padding and truncation set as the pipeline sets
-    them. `lower`, `strip` and `clean` are applied to the user's text; `clean`: HTML's entities are characters, twice
-    over, and blanks between words are one space. `unquoted`: a text with words between quotation marks is refused,
-    which the pipeline takes apart. A text that gives another length than that of `shape` is refused; a name there is
-    one of the program's lengths, and so is `length`, that of a text without what pads it.
+    them. `mend`, `clean`, `strip` and `lower` are applied to the user's text, in this order; `mend`: as ftfy.fix_text
+    does; `clean`: HTML's entities are characters, twice over, and blanks between words are one space. `unquoted`: a
+    text with words between quotation marks is refused, which the pipeline takes apart. A text that gives another
+    length than that of `shape` is refused; a name there is one of the program's lengths, and so is `length`, that
+    of a text without what pads it.
     """
 
     kind: Literal["prompt"] = "prompt"
@@ -34,6 +35,7 @@ class PromptSource(Strict):
     lower: bool = False
     strip: bool = False
     clean: bool = False
+    mend: bool = False
     unquoted: bool = False
     special_tokens: bool = True
     dtype: Literal["int64", "int32"] = "int64"

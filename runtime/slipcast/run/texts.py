@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +93,7 @@ def render(source: PromptSource, text: str) -> str:
     """What the tokenizer is given for a user's text; of a constant source, whatever the text."""
     if source.argument is None:
         return source.prefix + source.suffix
+    text = mend_text(text) if source.mend else text
     text = clean_text(text) if source.clean else text.strip() if source.strip else text
     return source.prefix + (text.lower() if source.lower else text) + source.suffix
 
@@ -101,6 +102,22 @@ def clean_text(text: str) -> str:
     """As diffusers' pipelines do: entities of HTML as characters, twice over, and blanks as one space, none at the
     ends."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def mend_text(text: str) -> str:
+    """As ftfy.fix_text does, which leaves plain text as it is. RequestError where ftfy is needed and not installed."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        raise RequestError(
+            f"a text has characters that the pipeline mends with ftfy, which is not installed: {shorten(text)}",
+            expected="letters, digits and punctuation of ASCII, or ftfy",
+            got=shorten("".join(sorted({each for each in text if not each.isascii() or each == "&"}))),
+            hint="pip install ftfy",
+        ) from None
+    return cast(str, fix_text(text))
 
 
 def _check_unquoted(name: str, text: str) -> None:

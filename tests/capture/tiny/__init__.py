@@ -87,6 +87,7 @@ PIPELINES: dict[str, Tiny] = {
     "bria": Tiny(transformers.bria, SHORT),
     "ovis_image": Tiny(transformers.ovis_image, SIZE),
     "wan": Tiny(frames.wan, SHORT | {"num_frames": 5}),
+    "wan_image": Tiny(frames.wan_image, SHORT | {"num_frames": 5}, ORIGINAL),
     "wan_2_2": Tiny(frames.wan_2_2, SHORT | {"num_frames": 5, "num_inference_steps": 6}),
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
     "cogvideox": Tiny(frames.cogvideox, SHORT | {"height": 16, "width": 16, "num_frames": 8}),
@@ -96,8 +97,8 @@ PIPELINES: dict[str, Tiny] = {
 }
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = (
-    "wan", "wan_2_2", "kandinsky_3", "kandinsky_5", "kandinsky_5_video", "cogview_4", "qwen_image", "qwen_image_2_1",
-    "lumina_2", "z_image", "z_image_guided", "bria",
+    "wan", "wan_image", "wan_2_2", "kandinsky_3", "kandinsky_5", "kandinsky_5_video", "cogview_4", "qwen_image",
+    "qwen_image_2_1", "lumina_2", "z_image", "z_image_guided", "bria",
 )  # fmt: skip
 
 

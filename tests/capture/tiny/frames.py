@@ -7,12 +7,12 @@ from typing import Any
 from tiny.parts import clip_text, clip_tokenizer, flow, qwen25_vl_text, t5_text, umt5_text, word_tokenizer
 
 
-def _wan_transformer() -> Any:
+def _wan_transformer(in_channels: int = 16, **other: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, **other,
     )  # fmt: skip
 
 
@@ -24,6 +24,23 @@ def wan(**other: Any) -> Any:
     return WanPipeline(
         transformer=_wan_transformer(), vae=vae, scheduler=scheduler, text_encoder=umt5_text(),
         tokenizer=word_tokenizer(), **other,
+    )  # fmt: skip
+
+
+def wan_image() -> Any:
+    """Given a picture, which an image encoder reads too, of another size."""
+    from diffusers import AutoencoderKLWan, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        image_size=24, patch_size=4,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return WanImageToVideoPipeline(
+        transformer=_wan_transformer(in_channels=36, image_dim=4), vae=vae, scheduler=flow(),
+        tokenizer=word_tokenizer(), text_encoder=umt5_text(), image_encoder=CLIPVisionModel(config),
+        image_processor=CLIPImageProcessor(crop_size=24, size={"shortest_edge": 28}),
     )  # fmt: skip
 
 

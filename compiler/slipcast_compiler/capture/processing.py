@@ -1,0 +1,224 @@
+"""What a pipeline's image processor does, as arithmetic on tensors: resize, crop, rescale, normalise.
+
+A picture that a call is given is a tensor in [0, 1], of 8 bits; a processor is meant for PIL's pictures. It is given
+one of the same numbers, and what it makes of that is what counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+KNOWN = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}  # of what processors can do
+PIXELS = "pixel_values"
+SIZES = (("size", "do_resize"), ("crop_size", "do_center_crop"))
+Unseen = Callable[[], contextlib.AbstractContextManager[None]]
+HALF = 11  # bits of half a factor
+CLOSE = 1e-3  # of the mean distance to what a processor gives; PIL may round single levels otherwise
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What an image processor is told to do. `size`: (height, width) or a shortest edge; `mean` and `std` by channel;
+    `whole`: whether it is given pictures of PIL, whose levels it rescales."""
+
+    size: tuple[int, int] | int | None
+    resample: int
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    whole: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Of float32 [n, 3, height, width] in [0, 1]."""
+        if self.size is not None:
+            levels = (x * 255 + 0.5).floor()
+            x = _resize(levels, self._resized(*x.shape[-2:]), self.resample) / 255
+        if self.crop is not None:
+            top, left = ((size - crop) // 2 for size, crop in zip(x.shape[-2:], self.crop, strict=True))
+            x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (torch.tensor(each).reshape(1, -1, 1, 1) for each in (self.mean, self.std))
+        return (x - mean) / std
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self.size, int):
+            assert self.size is not None
+            return self.size
+        short, long = sorted((height, width))
+        other = int(self.size * long / short)
+        return (self.size, other) if height <= width else (other, self.size)
+
+
+def find_processing(processor: Any, kwargs: Mapping[str, Any], channels: int) -> Processing | None:
+    """What a processor that is called with these arguments is told to do; None where it does something else too."""
+
+    def told(name: str) -> Any:
+        value = kwargs.get(name)
+        return getattr(processor, name, None) if value is None else value
+
+    steps = {name for name in (*dir(processor), *kwargs) if name.startswith("do_") and told(name)}
+    if steps - KNOWN or kwargs.get("return_tensors") != "pt":
+        return None
+    size, crop = (told(name) if step in steps else None for name, step in SIZES)
+    normal = "do_normalize" in steps
+    mean, std = (
+        _each(told(name) if normal else usual, channels) for name, usual in (("image_mean", 0), ("image_std", 1))
+    )
+    resized, cropped = _pair(size, "shortest_edge"), _pair(crop)
+    if isinstance(cropped, int) or (size is not None and resized is None) or (crop is not None and cropped is None):
+        return None
+    return Processing(resized, int(told("resample") or 0), cropped, mean, std, "do_rescale" in steps)
+
+
+def _pair(size: Any, edge: str = "") -> tuple[int, int] | int | None:
+    """(height, width), or a shortest edge alone."""
+    if isinstance(size, int):
+        return size if edge else (size, size)
+    found = dict(size) if size is not None else {}
+    given = {name: value for name, value in found.items() if value is not None}
+    if given.keys() == {"height", "width"}:
+        return given["height"], given["width"]
+    return given[edge] if given.keys() == {edge} else None
+
+
+def _each(value: Any, channels: int) -> tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),) * channels
+
+
+def _resize(levels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    """Of [..., height, width], whole numbers up to 255, as PIL does it: row by row, and column by column."""
+    dims = -1, -2
+    sizes = dict(zip(dims, reversed(size), strict=True))
+    if size != levels.shape[-2:] and _columns_first(tuple(levels.shape[-2:]), size, resample):
+        dims = -2, -1
+    for dim in dims:
+        levels = _resize_along(levels, dim, sizes[dim], resample) if levels.shape[dim] != sizes[dim] else levels
+    return levels
+
+
+def _columns_first(before: tuple[int, int], after: tuple[int, int], resample: int) -> bool:
+    """In which order PIL resizes, as it rounds in between: asked of it, since versions differ."""
+    picture = torch.randint(0, 256, before, generator=torch.Generator().manual_seed(0)).float()
+    wanted = Image.fromarray(picture.to(torch.uint8).numpy()).resize(after[::-1], Image.Resampling(resample))
+    apart = []
+    for dims in ((-1, -2), (-2, -1)):
+        made = picture
+        for dim in dims:
+            made = _resize_along(made, dim, after[dim], resample) if made.shape[dim] != after[dim] else made
+        apart.append(float((made - torch.from_numpy(np.array(wanted, np.float32))).abs().sum()))
+    return apart[1] < apart[0]
+
+
+def _resize_along(levels: torch.Tensor, dim: int, to: int, resample: int) -> torch.Tensor:
+    """With factors of 22 bits, which are summed in two halves: float32 has whole numbers of 24."""
+    factors = (_filter(levels.shape[dim], to, resample) * 2.0 ** (2 * HALF)).round()
+    high = (factors / 2**HALF).floor()
+    low = factors - high * 2**HALF
+
+    def summed(by: torch.Tensor) -> torch.Tensor:
+        return levels @ by.float().T if dim == -1 else by.float() @ levels
+
+    whole = summed(high) + (summed(low) / 2**HALF).floor()
+    return ((whole + 2 ** (HALF - 1)) / 2**HALF).floor().clamp(0, 255)
+
+
+def _filter(size: int, to: int, resample: int) -> torch.Tensor:
+    """float64 [to, size]: what PIL's filter takes of each row, as it resizes the rows of the unit matrix."""
+    rows = Image.fromarray(np.eye(size, dtype=np.float32)).resize((size, to), Image.Resampling(resample))
+    return torch.from_numpy(np.array(rows, np.float64))
+
+
+def as_pictures(x: torch.Tensor) -> list[Image.Image]:
+    """Of float32 [n, channels, height, width] in [0, 1]."""
+    levels = (x.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(each if each.shape[-1] == 3 else each[..., 0]) for each in levels]
+
+
+def process(processor: Any, own: Any, args: Any, kwargs: Mapping[str, Any], unseen: Unseen) -> Any | None:
+    """What a processor of the class `own` gives that is called so, by arithmetic on the images; None where it does
+    something else. Within `unseen` nothing is recorded."""
+    images, kwargs = pictures_in(args, kwargs), _besides(kwargs)
+    found = find_processing(processor, kwargs, images.shape[1]) if images is not None else None
+    if images is None or found is None:
+        return None
+    call = functools.partial(own.__call__, processor)
+    with unseen():
+        if not _agrees(call, images, kwargs, found):
+            return None
+        made = _of_pictures(call, images, kwargs, found)
+    made[PIXELS] = found(images)
+    return made
+
+
+def _of_pictures(call: Callable[..., Any], images: torch.Tensor, kwargs: Mapping[str, Any], found: Processing) -> Any:
+    return call(images=as_pictures(images) if found.whole else images, **kwargs)
+
+
+def _agrees(call: Callable[..., Any], like: torch.Tensor, kwargs: Mapping[str, Any], found: Processing) -> bool:
+    """Whether that is what the processor does, for a picture as large as these images."""
+    levels = torch.randint(0, 256, (1, *like.shape[1:]), generator=torch.Generator().manual_seed(0))
+    picture = levels.to(torch.float32) / 255
+    try:
+        made, own = _of_pictures(call, picture, kwargs, found), found(picture)
+    except (ValueError, TypeError, RuntimeError):  # of sizes that do not go together, or of what is no picture
+        return False
+    pixels = made.get(PIXELS) if hasattr(made, "get") and len(made) == 1 else None
+    if not isinstance(pixels, torch.Tensor) or pixels.shape != own.shape:
+        return False
+    return float((pixels - own).abs().mean()) <= CLOSE * float(pixels.abs().mean())
+
+
+def _besides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != "images"}
+
+
+@contextlib.contextmanager
+def pictures_processed(pipe: Any) -> Iterator[None]:
+    """Within it, image processors of a pipeline are given pictures where they are called with tensors."""
+    with contextlib.ExitStack() as stack:
+        for name, part in pipe.components.items():
+            if is_processor(name, part):
+                stack.enter_context(_called_with_pictures(part))
+        yield
+
+
+def is_processor(name: str, part: Any) -> bool:
+    """Whether a component reads pictures, by its name."""
+    return part is not None and not isinstance(part, nn.Module) and ("processor" in name or "extractor" in name)
+
+
+def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The images that a processor is called with, float32 [n, channels, height, width]; None where they are others."""
+    images = kwargs.get("images", args[0] if len(args) == 1 else None)
+    if isinstance(images, list | tuple) and len(images) == 1:
+        images = images[0]
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.float32 or images.ndim not in (3, 4):
+        return None
+    images = images if images.ndim == 4 else images[None]
+    return images if images.shape[1] in (1, 3) else None
+
+
+@contextlib.contextmanager
+def _called_with_pictures(part: Any) -> Iterator[None]:
+    own = type(part)
+
+    def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+        images, besides = pictures_in(args, kwargs), _besides(kwargs)
+        found = find_processing(this, besides, images.shape[1]) if images is not None else None
+        if images is None or found is None:
+            return own.__call__(this, *args, **kwargs)
+        return _of_pictures(functools.partial(own.__call__, this), images, besides, found)
+
+    part.__class__ = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
+    try:
+        yield
+    finally:
+        part.__class__ = own

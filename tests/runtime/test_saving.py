@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,28 @@ def test_sounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (file,) = slipcast.save(made("audio", 2 * heard, rate=16000.0), tmp_path / "x.npz")
     with np.load(file) as arrays:
         np.testing.assert_array_equal(arrays["0000"], 2 * heard)
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "names"),
+    [
+        ("x.png", 1, ["x.png", "x.wav"]),
+        ("x.gif", 2, ["x-7.gif", "x-8.gif", "x-7.wav", "x-8.wav"]),
+        ("out", 1, [*(f"7-{at:04}.png" for at in range(COUNT)), "7.wav"]),
+        ("x.mp4", 2, ["x-7.mp4", "x-8.mp4"]),
+    ],
+)
+def test_videos_with_sound(tmp_path: Path, path: str, count: int, names: list[str]) -> None:
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    heard = np.sin(np.arange(16000, dtype=np.float32) / 20).reshape(2, 8000)
+    output = replace(made("frames", *[frames()] * count, rate=24.0), sounds=(heard,) * count, sound_rate=32000.0)
+    files = slipcast.save(output, tmp_path / path)
+    assert [file.name for file in files] == names
+    if path.endswith(".mp4"):
+        assert next(imageio_ffmpeg.read_frames(str(files[0])))["audio_codec"] == "aac"
+        return
+    with wave.open(str(files[-1])) as file:
+        assert file.getparams()[:4] == (2, 2, 32000, 8000)
 
 
 def test_pictures_as_arrays_are_pictures(tmp_path: Path) -> None:

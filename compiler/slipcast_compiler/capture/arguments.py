@@ -36,7 +36,7 @@ def describe_arguments(pipe: Any, variants: Sequence[Found], calls: Sequence[Map
         "why_not": found.why_not,
         "listed": {name: each for name, each in values.items() if len(each) > 1},
         "fixed": {name: each[0] for name, each in values.items() if len(each) == 1},
-        "gives": output_of(found.program, pipe, fixed[0])[0],
+        "gives": output_of(found.program, pipe, fixed[0]).kind,
     }
 
 

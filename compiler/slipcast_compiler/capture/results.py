@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,24 +17,40 @@ FRAME_RATES = ("frame_rate", "fps")  # among the arguments of a call
 MOST_CHANNELS = 8  # of a sound
 
 
-def output_of(program: Program, pipe: Any, fixed: Mapping[str, Any]) -> tuple[Output, float | None]:
-    """What all results are, and the frames or samples a second, where the pipeline says so; `fixed`: what it was called
-    with besides texts and pictures. RecipeError where they are not of one kind.
+@dataclass(frozen=True)
+class Gives:
+    """What results are: those that are `values`, of one kind; `rate`: frames or samples a second, where the pipeline
+    says so. `sound`: of videos, the value that is their sound, and its rate."""
+
+    kind: Output
+    values: tuple[int, ...]
+    rate: float | None
+    sound: tuple[int, float] | None = None
+
+
+def output_of(program: Program, pipe: Any, fixed: Mapping[str, Any]) -> Gives:
+    """What all results are; `fixed`: what the pipeline was called with besides texts and pictures. RecipeError where
+    they are of several kinds, but for videos and their sound.
 
     A picture, or a video, is clamped to [0, 1] somewhere. A sound is made last by a component whose config has a
     sampling rate.
     """
-    found = [_kind(program, pipe, value) for _, value in program.results if isinstance(value, Ref)]
-    kinds = list(dict.fromkeys(kind for kind, _ in found))
-    if len(kinds) > 1:
+    found = {value.id: _kind(program, pipe, value) for _, value in program.results if isinstance(value, Ref)}
+    sounds = [(value, rate) for value, (kind, rate) in found.items() if kind == "audio" and rate]
+    kinds = {kind for kind, _ in found.values()}
+    sound = sounds[0] if kinds == {"frames", "audio"} and len(sounds) == 1 else None
+    values = tuple(value for value in found if not sound or value != sound[0])
+    named = list(dict.fromkeys(found[value][0] for value in values))
+    if len(named) > 1:
         raise RecipeError(
             f"{program.pipeline} returns more than one kind of result",
             expected="pictures, videos, sounds or arrays",
-            got=" and ".join(kinds),
+            got=" and ".join(named),
         )
-    kind, rate = found[0]
+    kind, rate = found[values[0]]
     given = [fixed[name] for name in FRAME_RATES if isinstance(fixed.get(name), int | float) and fixed[name] > 0]
-    return kind, (float(given[0]) if given else None) if kind == "frames" else rate
+    rate = (float(given[0]) if given else None) if kind == "frames" else rate
+    return Gives(kind, values, rate, sound)
 
 
 def _kind(program: Program, pipe: Any, value: Ref) -> tuple[Output, float | None]:

@@ -99,7 +99,7 @@ def _tabled(variant: Variant) -> dict[str, str | None]:
         *(variant.loop.calls if variant.loop else ()),
     ]
     read = [value for call in calls for value in call.inputs.values()]
-    read += variant.results
+    read += variant.given
     return {value: PROMPT if PROMPT in depends[value] else None for value in dict.fromkeys(read) if value in early}
 
 

@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.manifest import Component
-from slipcast.bundle.program import LengthRange, Output, ProgramCall, Variant
+from slipcast.bundle.program import LengthRange, Output, ProgramCall, Soundtrack, Variant
 from slipcast.bundle.program import Loop as LoopRecord
 from slipcast.bundle.program import Program as Record
 from slipcast.bundle.sources import ImageSource, NoiseSource, PromptSource
@@ -33,7 +33,7 @@ from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.parts import describe_parts
-from slipcast_compiler.capture.program import Affine, Program, Ref, Source, Spec
+from slipcast_compiler.capture.program import Affine, Program, Source, Spec
 from slipcast_compiler.capture.record import CALLS
 from slipcast_compiler.capture.results import output_of
 from slipcast_compiler.capture.splitting import split
@@ -131,7 +131,7 @@ def _export_parts(
 
 def _output(variants: Sequence[Found], pipe: Any) -> Output:
     """What results are; RecipeError where those of all variants are not of one kind."""
-    kinds = dict.fromkeys(output_of(found.program, pipe, {})[0] for found in variants)
+    kinds = dict.fromkeys(output_of(found.program, pipe, {}).kind for found in variants)
     if len(kinds) > 1:
         raise RecipeError(
             "what is listed under [call] makes results of several kinds", expected="one", got=" and ".join(kinds)
@@ -141,6 +141,7 @@ def _output(variants: Sequence[Found], pipe: Any) -> Output:
 
 def _variant(found: Found, pipe: Any, folder: Path) -> Variant:
     program, fixed = found.program, fixed_arguments(pipe, found.call, found.loop)
+    gives = output_of(program, pipe, fixed)
     return Variant(
         fixed=fixed,
         lengths={
@@ -151,8 +152,9 @@ def _variant(found: Found, pipe: Any, folder: Path) -> Variant:
         calls=tuple(_call(use, found.loop) for use in found.cut.uses),
         steps=found.cut.steps,
         loop=_loop(found.loop) if found.loop else None,
-        results=tuple(_value(value.id) for _, value in program.results if isinstance(value, Ref)),
-        rate=output_of(program, pipe, fixed)[1],
+        results=tuple(map(_value, gives.values)),
+        rate=gives.rate,
+        sound=Soundtrack(value=_value(gives.sound[0]), rate=gives.sound[1]) if gives.sound else None,
     )  # fmt: skip
 
 

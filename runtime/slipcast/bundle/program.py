@@ -138,14 +138,21 @@ class Loop(Strict):
         return tuple(name for name in (None if listed else self.steps, self.guidance) if name)
 
 
+class Soundtrack(Strict):
+    """The sound of a video: a value, float32 [n, channels, samples] or [n, samples], and samples a second."""
+
+    value: Name
+    rate: Rate
+
+
 class Variant(Strict):
     """A pipeline's call for one choice of what a bundle lists.
 
-    `fixed`: what the call had besides texts and pictures. `lengths`: how many tokens texts may have, by the names that
-    shapes of sources have. `sources`: where values enter: one of four kinds. `steps`: a step is
-    over after the call with this index. `results`: see Program's `output`. `rate`: how many frames, or samples of a
-    sound, a second has; a sound has one, a video where the pipeline says so. `loop`: the steps, where slipcast's
-    samplers take them; else they are among the calls.
+    `fixed`: what the call had besides texts and pictures. `lengths`: how many tokens texts may have, by the names
+    that shapes of sources have. `sources`: where values enter: one of four kinds. `steps`: a step is over after the
+    call with this index. `results`: see Program's `output`. `rate`: how many frames, or samples of a sound, a
+    second has; a sound has one, a video where the pipeline says so. `sound`: of videos that have one. `loop`: the
+    steps, where slipcast's samplers take them; else they are among the calls.
     """
 
     fixed: dict[ArgumentName, Fixed] = Field(default_factory=dict)
@@ -155,7 +162,13 @@ class Variant(Strict):
     steps: tuple[Count, ...] = ()
     results: Annotated[tuple[Name, ...], Field(min_length=1)]
     rate: Rate | None = None
+    sound: Soundtrack | None = None
     loop: Loop | None = None
+
+    @property
+    def given(self) -> tuple[Name, ...]:
+        """The values that a run gives: its results, and their sound."""
+        return (*self.results, self.sound.value) if self.sound else self.results
 
     @property
     def every_call(self) -> tuple[ProgramCall, ...]:
@@ -201,7 +214,7 @@ class Variant(Strict):
             _flow(call, made, f"calls[{place}]")
         if loop and loop.at == len(self.calls):
             _flow_through(loop, made)
-        if unmade := [name for name in self.results if name not in made]:
+        if unmade := [name for name in self.given if name not in made]:
             raise ValueError(f"results: nothing makes {unmade[0]!r}")
         return self
 
@@ -273,6 +286,8 @@ class Program(Variant):
     def _sounds_have_a_rate(self) -> Self:
         if self.output == "audio" and any(variant.rate is None for variant in self.every):
             raise ValueError("output is audio, and rate says nothing")
+        if self.output != "frames" and any(variant.sound for variant in self.every):
+            raise ValueError(f"output is {self.output}, and has a sound of its own")
         return self
 
     @model_validator(mode="after")

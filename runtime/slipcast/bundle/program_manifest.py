@@ -59,6 +59,8 @@ class ProgramManifest(BaseManifest):
                 _check_loop(f"{name}.loop", known, loop)
         for value in variant.results:
             _check_result(f"{name}.results", value, known[value], self.program.output)
+        if variant.sound:
+            _check_result(f"{name}.sound", variant.sound.value, known[variant.sound.value], "audio")
 
     @property
     def takes_prompt(self) -> bool:

@@ -26,7 +26,7 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         *(_sampling(program.loop) if program.loop else ()),
         *(f"  listed       {line}" for line in _choices(program)),
         f"  fixed        {', '.join(fixed) or 'nothing'}",
-        f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.results)}",
+        f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.given)}",
         *([f"  tokens       {', '.join(lengths)}"] if lengths else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
@@ -47,7 +47,8 @@ def _sampling(loop: Loop) -> Iterator[str]:
 
 def _rate(program: Program) -> str:
     unit = "frames" if program.output == "frames" else "samples"
-    return f" of {program.rate:g} {unit} a second" if program.rate else ""
+    sound = f" with sound of {program.sound.rate:g} samples a second" if program.sound else ""
+    return (f" of {program.rate:g} {unit} a second" if program.rate else "") + sound
 
 
 def _argument(program: Program, name: str) -> str:

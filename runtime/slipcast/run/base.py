@@ -37,7 +37,8 @@ class PipelineOutput:
     `seeds[i]` alone makes image i again. `seconds`: time by component; what is left of `total` is spent outside them.
     `guard[i]`: whether image i's prompt is of the family; empty where the bundle has no guard. `steps[i]`: how many
     image i took, fewer than asked for where it stopped early. `rate`: how many frames, or samples of a sound, a second
-    has; None where nobody says.
+    has; None where nobody says. `sounds`: of videos that have them, float32 [channels, samples] of each, at
+    `sound_rate` samples a second.
     """
 
     images: Any
@@ -48,6 +49,8 @@ class PipelineOutput:
     steps: tuple[int, ...] = ()
     kind: Output = "image"
     rate: float | None = None
+    sounds: tuple[npt.NDArray[np.float32], ...] = ()
+    sound_rate: float | None = None
 
 
 class BasePipeline:

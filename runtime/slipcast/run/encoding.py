@@ -46,8 +46,9 @@ def animated(form: str, unit_ms: int = 1) -> Encode:
     return encode
 
 
-def video(frames: Sequence[Image.Image], rate: float) -> bytes:
-    """H.264 in MP4, hardly to be told from the frames, by ffmpeg. An odd side gets its last line twice.
+def video(frames: Sequence[Image.Image], rate: float, track: bytes | None = None) -> bytes:
+    """H.264 in MP4, hardly to be told from the frames, by ffmpeg; with the sound of `track`, a WAV file, as AAC. An odd
+    side gets its last line twice.
 
     HostError where there is no ffmpeg, or where it fails.
     """
@@ -62,10 +63,14 @@ def video(frames: Sequence[Image.Image], rate: float) -> bytes:
     with tempfile.TemporaryDirectory(prefix="slipcast-") as scratch:
         file = Path(scratch) / "video.mp4"
         size = width + width % 2, height + height % 2
+        sounding: dict[str, str] = {}
+        if track:
+            (wav := file.with_suffix(".wav")).write_bytes(track)
+            sounding = {"audio_path": str(wav), "audio_codec": "aac"}
         try:
             writer = write_frames(
                 str(file), size, fps=rate, quality=7, macro_block_size=2, ffmpeg_log_level="error",
-                output_params=[*colours, "-movflags", "+faststart"],
+                output_params=[*colours, "-movflags", "+faststart"], **sounding,
             )  # fmt: skip
             writer.send(None)
             for each in levels:

@@ -77,9 +77,9 @@ class ProgramPipeline(BasePipeline):
         Calls from several threads take turns.
 
         Returns `images` as the bundle's output is: of "image" PIL images, or float32 [n, h, w, c] in [0, 1]; of
-        "frames" a list of PIL images each, or [n, frames, h, w, c]; of "audio" a list of float32 [channels, samples];
-        of "array" a list of arrays. Where a seed makes several, they come one after another; where they differ in size,
-        in a list.
+        "frames" a list of PIL images each, or [n, frames, h, w, c], and `sounds` where they have any; of
+        "audio" a list of float32 [channels, samples]; of "array" a list of arrays. Where a seed makes several,
+        they come one after another; where they differ in size, in a list.
 
         Raises RequestError (a ValueError) with what is legal before any engine runs; NumericalError, with the
         component, where a call yields NaN or infinity.
@@ -123,8 +123,12 @@ class ProgramPipeline(BasePipeline):
         results = [values.get(value, image) for image in range(images) for value in ready.variant.results]
         found = self._finish(results, request.output_type)
         seconds["total"] = time.perf_counter() - clock
-        kind, rate = self.program.output, ready.variant.rate
-        return PipelineOutput(found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate)
+        kind, rate, sound = self.program.output, ready.variant.rate, ready.variant.sound
+        sounds = _sounds([values.get(sound.value, image) for image in range(images)]) if sound else []
+        return PipelineOutput(
+            found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate,
+            sounds=tuple(sounds), sound_rate=sound.rate if sound else None,
+        )  # fmt: skip
 
     def _sampled(self, loop: Loop, request: ProgramRequest, ready: Ready) -> Sampled:
         # Thresholds and masks are of these steps: between others, images and features change more or less.
@@ -174,8 +178,13 @@ class ProgramPipeline(BasePipeline):
         if self.program.output == "array":
             return results
         if self.program.output == "audio":
-            return [np.atleast_2d(one) for many in results for one in many]
+            return _sounds(results)
         levels = as_levels(results)
         if output_type == "pil":
             return [as_pil(each) for each in levels]
         return np.stack(levels) if len({each.shape for each in levels}) == 1 else levels
+
+
+def _sounds(arrays: Sequence[Array]) -> list[Any]:
+    """Of [n, channels, samples] or [n, samples], each of the n as [channels, samples]."""
+    return [np.atleast_2d(one) for many in arrays for one in many]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def save(output: PipelineOutput, path: str | Path, *, fps: float | None = None) 
     Images: any format of Pillow's; several are one grid. Videos: .png, .webp or .gif, animated, or .mp4, which needs
     `slipcast[video]`; at `fps` frames a second, by default the pipeline's own number, or else 10. Sounds: .wav, in 16
     bits; or .npz, as arrays are. Several videos or sounds are a file each, with the seed in its name. A directory, or a
-    path without a suffix, holds a file each, called by its seed; of a video, its frames as PNG: SEED-0000.png.
+    path without a suffix, holds a file each, called by its seed; of a video, its frames as PNG: SEED-0000.png. The
+    sound of a video is in its .mp4; beside other files it is a .wav.
 
     RequestError for another suffix, and for what cannot be written; HostError where .mp4 needs what is not installed.
     """
@@ -45,11 +47,30 @@ def save(output: PipelineOutput, path: str | Path, *, fps: float | None = None) 
     check_output(path, kind, fps)
     rate = float(fps or output.rate or FPS)
     results = [_drawable(one, kind) for one in output.images]
+    sounds = _sounds(path, output)
     made = []
     for file, content in _files(path, kind, output.seeds, results).items():
-        write_whole(file, _encode(content, file, kind, rate))
+        encode = partial(video, track=sounds.pop(file.with_suffix(".wav"))) if _has_track(file, sounds) else None
+        write_whole(file, encode(content, rate) if encode else _encode(content, file, kind, rate))
+        made.append(file)
+    for file, content in sounds.items():
+        write_whole(file, content)
         made.append(file)
     return made
+
+
+def _sounds(path: Path, output: PipelineOutput) -> dict[Path, bytes]:
+    """Beside each video, its sound."""
+    if not output.sounds or not output.sound_rate:
+        return {}
+    folder = is_directory(path)
+    tracks = _files(path if folder else path.with_suffix(".wav"), "audio", output.seeds, output.sounds)
+    return {file: sound(samples, output.sound_rate) for file, samples in tracks.items()}
+
+
+def _has_track(file: Path, sounds: Mapping[Path, bytes]) -> bool:
+    """Whether a video's file holds its sound: .mp4 alone can."""
+    return file.suffix.lower() == ".mp4" and file.with_suffix(".wav") in sounds
 
 
 def check_output(path: Path, kind: Output = "image", fps: float | None = None) -> None:

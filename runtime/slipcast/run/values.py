@@ -37,7 +37,7 @@ def droppable(variant: Variant) -> list[tuple[str, ...]]:
     last = dict.fromkeys((source.value for source in variant.sources), 0)
     for place, call in enumerate(variant.calls):
         last |= dict.fromkeys([*call.inputs.values(), *call.outputs.values()], place)
-    kept = set(variant.results)
+    kept = set(variant.given)
     if loop := variant.loop:
         read = {loop.sample, *(value for call in loop.calls for value in call.inputs.values())}
         last |= {value: max(last.get(value, 0), loop.at) for value in read}

@@ -37,6 +37,11 @@ class Copied(torch.nn.Module):
         return into
 
 
+class Put(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_strided_scatter(x * 2, x[:2, 1:3].sin(), (2, 2), (4, 1), 5)
+
+
 class Chosen(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         high, row = x > 1, x[:1] > 0.5
@@ -45,7 +50,7 @@ class Chosen(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4)), (Chosen(), (3, 4))],
+    [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4)), (Chosen(), (3, 4)), (Put(), (3, 4))],
 )
 def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:
     import onnxruntime

@@ -26,6 +26,13 @@ def _mask(x: torch.Tensor) -> None:
     x.masked_fill_(x > 0, 0.5)
 
 
+def _into_a_constant(x: torch.Tensor) -> None:
+    mask = torch.zeros(3, 2)
+    mask[1:, :1] = x[:2, 1:]
+    mask[:, 1] = 2.0
+    x.mul_(mask)
+
+
 WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
     "all": lambda x: x.mul_(0.5),
     "a row": lambda x: x[1].add_(1.0),
@@ -33,6 +40,7 @@ WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
     "through a view of a view": lambda x: x.t()[:, 1:].unsqueeze(0).copy_(x.t()[:, :2].sin()),
     "in another shape": lambda x: x.view(6)[2:4].mul_(3.0),
     "where a mask is": _mask,
+    "into a constant": _into_a_constant,
 }
 
 

@@ -140,6 +140,10 @@ def _select(whole: Ref, part: Ref, view: Op, _: Shape) -> tuple[Any, tuple[Any, 
     return _ATEN.select_scatter.default, (whole, part, *view.args[1:])
 
 
+def _strided(whole: Ref, part: Ref, view: Op, _: Shape) -> tuple[Any, tuple[Any, ...]]:
+    return _ATEN.as_strided_scatter.default, (whole, part, *view.args[1:])
+
+
 def _shaped(_: Ref, part: Ref, view: Op, shape: Shape) -> tuple[Any, tuple[Any, ...]]:
     return _ATEN.reshape.default, (part, list(shape))
 
@@ -157,6 +161,7 @@ def _permuted(_: Ref, part: Ref, view: Op, shape: Shape) -> tuple[Any, tuple[Any
 _BACK: Mapping[str, Callable[[Ref, Ref, Op, Shape], tuple[Any, tuple[Any, ...]]]] = {
     "slice": _slice,
     "select": _select,
+    "as_strided": _strided,
     "view": _shaped,
     "_unsafe_view": _shaped,
     "reshape": _shaped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ _ATEN = torch.ops.aten
 def as_known(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program; it is another one only where an operator is in another form."""
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    return program.run_decompositions(dict(_FORMS)) if called & _CALLED else program
+    return program.run_decompositions(dict(FORMS)) if called & _CALLED else program
 
 
 def _attention(
@@ -39,9 +40,18 @@ def _copy(x: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> 
     return source.to(x.dtype).expand(x.shape)
 
 
-_FORMS = {
+def _put_strided(
+    x: torch.Tensor, source: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Any:
+    """By places in the tensor's memory, in which it lies row by row."""
+    places = torch.arange(x.numel()).as_strided(size, stride, offset or 0).flatten()
+    return _ATEN.scatter.src(x.reshape(-1), 0, places, source.reshape(-1)).reshape(x.shape)
+
+
+FORMS = {
+    _ATEN.as_strided_scatter.default: _put_strided,
     _ATEN.clamp.default: _clamp,
     _ATEN.copy.default: _copy,
     _ATEN.scaled_dot_product_attention.default: _attention,
 }
-_CALLED = {*_FORMS, _ATEN.copy_.default}  # which becomes copy
+_CALLED = {*FORMS, _ATEN.copy_.default}  # which becomes copy

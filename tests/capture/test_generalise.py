@@ -106,6 +106,16 @@ class Branching(Worded):
         return text.sin() if ids.shape[1] > 10 else text.cos()
 
 
+class AsLongAsTheLonger(Worded):
+    """Fills the shorter of two texts up, of which one is always the same."""
+
+    def of_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        text, other = super().of_text(ids, mask), self.denoiser(torch.ones(1, 4, 2))
+        short, long = (text, other) if ids.shape[1] < 4 else (other, text)
+        missing = long.shape[1] - short.shape[1]
+        return torch.cat([long, torch.cat([short, short.new_zeros(1, missing, 2)], dim=1)], dim=1)
+
+
 def made(kind: Any) -> Any:
     """A pipeline of this class."""
     return kind(Denoiser(), DDIMScheduler(), word_tokenizer(1024 if kind is not Padded else 128))
@@ -148,6 +158,26 @@ def test_what_follows_a_length_is_found_and_holds_for_others(kind: Any, laws: se
     for prompt in OTHERS:
         verdict = verify(found.program, pipe, make_call(pipe, {}, prompt, 3), make_call(pipe, {}, prompt, 3))
         assert verdict.error == 0 and verdict.holds
+
+
+def test_short_texts_that_go_another_way_are_left_out() -> None:
+    pipe = made(AsLongAsTheLonger)
+    found = find(pipe, {})
+    assert [(each.minimum, each.maximum) for each in found.program.lengths] == [(6, 501)]
+    for prompt in OTHERS[1:]:
+        assert verify(found.program, pipe, make_call(pipe, {}, prompt, 3), make_call(pipe, {}, prompt, 3)).error == 0
+
+
+def test_a_size_that_would_be_negative_is_refused() -> None:
+    program = find(made(AsLongAsTheLonger), {}).program
+    short = find(made(Worded), {}).program
+    with pytest.raises(RecipeError, match="the length of a prompt decides") as refused:
+        extend(program, [replace(short, sources=tuple(_one_token(each) for each in short.sources))])
+    assert refused.value.got == "length-4 with length 1"
+
+
+def _one_token(source: Any) -> Any:
+    return replace(source, value=source.value[:, :1]) if source.kind == "prompt" else source
 
 
 def test_a_part_whose_inputs_do_not_tell_a_length_is_given_the_tokens() -> None:

@@ -7,8 +7,9 @@ then cut where it is read. Anything else is refused, with the line of the pipeli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from slipcast_compiler.capture.program import (
     held_by,
     operator_of,
     outputs_of,
+    refs,
 )
 
 LONGEST = 1 << 20  # tokens
@@ -52,6 +54,17 @@ def form_of(program: Program) -> tuple[str, ...]:
     return tuple(found)
 
 
+def wiring_of(program: Program) -> tuple[tuple[int, ...], ...]:
+    """Of what runs, in its order, what reads what: values are numbered as they are made."""
+    numbers = {source.id: number for number, source in enumerate(program.needed_sources)}
+    found = list[tuple[int, ...]]()
+    for place in sorted(program.needed):
+        event = program.events[place]
+        found.append(tuple(numbers.get(ref.id, -1) for ref in refs((event.args, event.kwargs))))
+        numbers |= {value: len(numbers) + at for at, value in enumerate(outputs_of(event))}
+    return tuple(found)
+
+
 def without_insides(program: Program) -> Program:
     """A program of calls alone, but for those of which nothing else says what they do."""
     events = tuple(
@@ -69,15 +82,51 @@ def is_within(program: Program, other: Program) -> bool:
 
 def extend(program: Program, others: Sequence[Program]) -> Program:
     """A program that follows lengths, for the texts of other captures as well. RecipeError where it has none."""
-    places = [source.id for source in program.needed_sources]
     lengths = []
     for length in program.lengths:
-        own, of_any = program.needed_sources[places.index(length.value)], replace(length, minimum=0, maximum=LONGEST)
-        values = [other.needed_sources[places.index(length.value)].value for other in others]
-        counts = [int(of_any.of(own.padded(value))) for value in values]
-        counts += [length.minimum, length.maximum]
+        counts = [count_of(program, length, other) for other in others] + [length.minimum, length.maximum]
         lengths.append(replace(length, minimum=min(counts), maximum=max(counts)))
-    return replace(program, lengths=tuple(lengths))
+    return _checked(replace(program, lengths=tuple(lengths)))
+
+
+def _checked(program: Program) -> Program:
+    """The program; RecipeError where texts of its lengths would make a size negative: what is done for these is another
+    thing then, and was not captured."""
+    ends = product(*({length.minimum, length.maximum} for length in program.lengths))
+    counts = [dict(zip((length.name for length in program.lengths), each, strict=True)) for each in ends]
+    for size in _sizes(program):
+        if below := next((each for each in counts if size.at(each) < 0), None):
+            raise RecipeError(
+                f"{program.pipeline}: the length of a prompt decides what the pipeline does",
+                expected="sizes of at least 0",
+                got=f"{size} with {', '.join(f'{name} {count}' for name, count in below.items())}",
+                hint="an argument of the pipeline may pad its prompts to one length",
+            )
+    return program
+
+
+def without_small_sizes(program: Program) -> Program:
+    """A program of one length, for texts so long that no size is 0 or 1, with which a tracer does something else."""
+    (length,) = program.lengths
+    sizes = list(_sizes(program))
+    long = (n for n in range(length.minimum, length.maximum) if all(size.at({length.name: n}) > 1 for size in sizes))
+    return replace(program, lengths=(replace(length, minimum=next(long, length.minimum)),))
+
+
+def _sizes(program: Program) -> Iterator[Affine]:
+    """Of its values that follow a length, inside of calls too."""
+    for shape, _ in program.specs.values():
+        yield from (size for size in shape if isinstance(size, Affine))
+    for event in program.events:
+        if isinstance(event, Call) and event.inside:
+            yield from _sizes(event.inside)
+
+
+def count_of(program: Program, length: Length, other: Program) -> int:
+    """How long a length of the program is in another capture, which has the same sources."""
+    place = [source.id for source in program.needed_sources].index(length.value)
+    own, value = program.needed_sources[place], other.needed_sources[place].value
+    return int(replace(length, minimum=0, maximum=LONGEST).of(own.padded(value)))
 
 
 def generalise(programs: Sequence[Program]) -> Program:
@@ -86,7 +135,7 @@ def generalise(programs: Sequence[Program]) -> Program:
     RecipeError where the programs do not follow their lengths as the module's docstring says.
     """
     padded = pad_sources(programs)
-    return _Unifier(padded, _find_series(padded)).program()
+    return _checked(_Unifier(padded, _find_series(padded)).program())
 
 
 def _find_series(programs: Sequence[Program]) -> tuple[Series, ...]:

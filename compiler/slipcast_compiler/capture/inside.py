@@ -17,10 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._C._functorch import is_batchedtensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slipcast_compiler.capture.edges import leaving_watched
 from slipcast_compiler.capture.live import fused_attention
@@ -103,6 +105,7 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        self._failed |= any(map(_is_batched, tree_leaves((args, kwargs))))
         if self._failed:
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
@@ -170,6 +173,11 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
             self._kept.append(tensor)
             self._constants[key] = torch.empty_like(tensor, device=CPU) if tensor.is_meta else tensor.detach().clone()
         return self._constants[key]
+
+
+def _is_batched(value: Any) -> bool:
+    """Whether it is a tensor within vmap, of which nothing is told here: it has no memory of its own."""
+    return isinstance(value, torch.Tensor) and is_batchedtensor(value)
 
 
 def _is_mask(index: Any) -> bool:

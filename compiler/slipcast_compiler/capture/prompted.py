@@ -10,14 +10,17 @@ from typing import Any
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT
 from slipcast_compiler.capture.generalise import (
+    count_of,
     extend,
     form_of,
     generalise,
     is_within,
     unify,
+    wiring_of,
     without_insides,
+    without_small_sizes,
 )
-from slipcast_compiler.capture.laws import PADDED
+from slipcast_compiler.capture.laws import DISTINCT, PADDED
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.shapes import ShapeRunner
@@ -163,7 +166,7 @@ def _for_lengths(capturing: Capturing, given: Mapping[str, Program]) -> _Made:
             refused = error
         if found := _of_alike(captured, PADDED):
             return found
-    return _of_alike(captured, 2) or _of_opaque_calls(captured, refused)
+    return _of_alike(captured, 2) or _of_a_range(captured) or _of_opaque_calls(captured, refused)
 
 
 def _of_alike(captured: Mapping[str, Program], least: int) -> _Made | None:
@@ -174,6 +177,28 @@ def _of_alike(captured: Mapping[str, Program], least: int) -> _Made | None:
             with contextlib.suppress(RecipeError):
                 return _Made(extend(generalise([*alike.values()]), [*unlike.values()]), tuple(alike), tuple(unlike))
     return None
+
+
+def _of_a_range(captured: Mapping[str, Program]) -> _Made | None:
+    """Of the texts for which the same is done as for the first two, where those of which it is not are all shorter, or
+    longer: a run refuses them."""
+    first, second, *_ = captured
+    alike = next(group for group in _alike(captured) if first in group)
+    unlike = [program for text, program in captured.items() if text not in alike]
+    kinds = {tuple((source.kind, source.detail) for source in program.needed_sources) for program in captured.values()}
+    if second not in alike or len(alike) < DISTINCT or len(kinds) > 1:
+        return None
+    try:
+        program = generalise([*alike.values()])
+    except RecipeError:
+        return None
+    if len(program.lengths) != 1:
+        return None
+    (length,) = program.lengths
+    others = [count_of(program, length, other) for other in unlike]
+    if any(length.minimum <= each <= length.maximum for each in others):
+        return None
+    return _Made(without_small_sizes(program), tuple(alike))
 
 
 def _of_opaque_calls(captured: Mapping[str, Program], refused: RecipeError) -> _Made:
@@ -190,8 +215,8 @@ def _of_opaque_calls(captured: Mapping[str, Program], refused: RecipeError) -> _
 
 
 def _alike(programs: Mapping[str, Program]) -> list[dict[str, Program]]:
-    """By text, those that run the same operators; first those that run the most of them."""
+    """By text, those that run the same operators on the same values; first those that run the most of them."""
     groups: dict[Any, dict[str, Program]] = {}
     for text, program in programs.items():
-        groups.setdefault(form_of(program), {})[text] = program
-    return [groups[form] for form in sorted(groups, key=len, reverse=True)]
+        groups.setdefault((form_of(program), wiring_of(program)), {})[text] = program
+    return [groups[form] for form in sorted(groups, key=lambda form: len(form[0]), reverse=True)]

@@ -40,6 +40,21 @@ def offline(where: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Within it, torch.autocast takes the device of tensors without numbers for the CPU's: it has no such device."""
+    usual = torch.autocast.__init__
+
+    def init(this: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        usual(this, "cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    torch.autocast.__init__ = init
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = usual
+
+
+@contextlib.contextmanager
 def _before(owner: Any, name: str, first: Callable[..., None]) -> Iterator[None]:
     """Within it, owner.name(...) calls `first`, with the first argument if there is one, before it does what it did."""
     usual, own = getattr(owner, name), vars(owner).get(name)

@@ -58,12 +58,12 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
 
     It is a mode of the dispatcher's first key. torch lets three classes there, of which this is the one that does
     nothing else with operators; all of its methods are replaced. `decides`: is called with a tensor whose numbers are
-    read into Python.
+    read into Python. `failed`: whether what it does cannot be told.
     """
 
     def __init__(self, module: torch.nn.Module, name: str, given: Any, decides: Callable[..., None]) -> None:
         TorchDispatchMode.__init__(self, _dispatch_key=torch._C.DispatchKey.PreDispatch)
-        self._name, self._failed, self._decides = name, False, decides
+        self._name, self.failed, self._decides = name, False, decides
         self._ids: dict[int, int] = {}
         self._alive: dict[tuple[str, int], weakref.ref[Any]] = {}  # nothing is kept alive: memory is told by what is
         self._homes: dict[int, int] = {}  # storage -> its number
@@ -95,7 +95,7 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
             found = tuple((path, self._refer(tensor)) for path, tensor in results)
         except _UnknownErrorError:
             return None
-        if self._failed:
+        if self.failed:
             return None
         made = Program(
             self._name, tuple(self._sources), tuple(self._events), (), tuple(self._guards), self._memory, found,
@@ -105,8 +105,8 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        self._failed |= any(map(_is_batched, tree_leaves((args, kwargs))))
-        if self._failed:
+        self.failed |= any(map(_is_batched, tree_leaves((args, kwargs))))
+        if self.failed:
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in _READS:
@@ -117,7 +117,7 @@ class Inside(SchemaCheckMode):  # type: ignore[misc]
         try:
             given = rebuild((args, kwargs), self._refer)
         except _UnknownErrorError:
-            self._failed = True
+            self.failed = True
             return func(*args, **kwargs)
         with torch._C._DisablePythonDispatcher():  # below, as without this mode
             fused = fused_attention(func, args, kwargs)

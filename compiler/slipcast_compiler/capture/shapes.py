@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.changed import States
 from slipcast_compiler.capture.deciding import Deciding
+from slipcast_compiler.capture.edges import autocast_on_meta
 from slipcast_compiler.capture.inside import Inside
 from slipcast_compiler.capture.live import LiveBytes
 from slipcast_compiler.capture.program import Path, Program, held_by, leaves, opened, rebuild
@@ -30,6 +31,7 @@ MAPPED = 1 << 16  # bytes
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 _VALUES_DECIDE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_BEYOND_RECORDING = (AssertionError, NotImplementedError)  # of operators of higher order, which know few modes
 _PLAIN = (torch.Tensor, int, float, str, bool, torch.dtype, torch.device, type(None))
 
 
@@ -74,8 +76,13 @@ class ShapeRunner:
         deciding = Deciding(there)
         before, mode = rebuild(used, lambda leaf: leaf), _Shapes(self.live, deciding)
         inside = Inside(module, name, used, deciding.read)
-        with _left_as_it_was(module), torch.no_grad(), mode, inside.recording():
-            out = module(*used[0], **used[1])
+        with _left_as_it_was(module), torch.no_grad(), mode, autocast_on_meta():
+            try:
+                with inside.recording():
+                    out = module(*used[0], **used[1])
+            except _BEYOND_RECORDING:
+                inside.failed = True
+                out = module(*used[0], **used[1])
         written = dict(_written(before, used))
         shaped = Shaped(out, written, inside.program(opened(out), written))
         found = [tensor for _, tensor in leaves(out)]

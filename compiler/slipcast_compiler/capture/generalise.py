@@ -86,7 +86,26 @@ def extend(program: Program, others: Sequence[Program]) -> Program:
     for length in program.lengths:
         counts = [count_of(program, length, other) for other in others] + [length.minimum, length.maximum]
         lengths.append(replace(length, minimum=min(counts), maximum=max(counts)))
-    return _checked(replace(program, lengths=tuple(lengths)))
+    made = _checked(replace(program, lengths=tuple(lengths)))
+    for other in others:
+        counts_there = {length.name: count_of(program, length, other) for length in program.lengths}
+        given = zip(*(_given_to_calls(each, counts_there) for each in (program, other)), strict=False)
+        if unlike := next((pair for pair in given if pair[0] != pair[1]), None):
+            raise RecipeError(
+                f"{program.pipeline}: the length of a prompt decides what the pipeline does",
+                expected=f"{unlike[0]}", got=f"{unlike[1]} for texts of {counts_there}",
+            )  # fmt: skip
+    return made
+
+
+def _given_to_calls(program: Program, lengths: Mapping[str, int]) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:
+    """The modules that it calls, and the shapes of what these are given, for texts of some lengths."""
+    for place in sorted(program.needed):
+        event = program.events[place]
+        if isinstance(event, Call):
+            shapes = [program.specs[ref.id][0] for ref in refs((event.args, event.kwargs))]
+            sizes = (tuple(size.at(lengths) if isinstance(size, Affine) else size for size in each) for each in shapes)
+            yield event.module, tuple(sizes)
 
 
 def _checked(program: Program) -> Program:

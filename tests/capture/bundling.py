@@ -74,6 +74,7 @@ def compare(loaded: Any, pipe: Any, name: str, prompt: str, seed: int, **chosen:
     given = {key: value.numpy() for key, value in call.items() if key in PIPELINES[name].pictures}
     text = {"prompt": prompt} if PIPELINES[name].text else {}
     found = np.asarray(loaded(**text, **given, **chosen, seed=seed, output_type="np").images[0])
+    torch.manual_seed(seed)
     with torch.no_grad(), pictures_processed(pipe):
         result = pipe(**call)
     wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ftfy
+import numpy as np
 import pytest
 import torch
+from bundling import bundle_of
 from diffusers import DDIMScheduler
 from test_refusals import Denoiser, Plain
 from tiny import call_of, open_pipeline
 from torch import nn
 
+import slipcast
 from slipcast.errors import RecipeError
 from slipcast.run.texts import clean_text
 from slipcast_compiler.capture.call import make_call
@@ -107,6 +111,33 @@ class OtherDraws(Plain):
 class UniformDraws(Plain):
     def __call__(self, num_inference_steps: int = 5, generator: Any = None) -> dict[str, torch.Tensor]:
         return {"x": self.denoiser(torch.rand(3, 2, generator=generator))}
+
+
+class DrawsBesides(Plain):
+    """Draws by the call's generator, and by torch's own."""
+
+    def change(self, output: torch.Tensor, step: int) -> torch.Tensor:
+        return output + torch.randn(3, 2)
+
+
+class DrawsByTorchsOwn(Plain):
+    """Is given no generator."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int = 5) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return super().__call__(num_inference_steps) | {"y": torch.randn(2, 2)}
+
+
+@pytest.mark.parametrize("kind", [DrawsBesides, DrawsByTorchsOwn])
+def test_draws_by_torchs_own_generator_are_those_of_the_seed(kind: Any, tmp_path: Path) -> None:
+    pipe = kind(Denoiser(), DDIMScheduler())
+    bundle = bundle_of(pipe, "draws", [lambda _: make_call(pipe, {})], tmp_path)
+    with slipcast.load(bundle) as loaded:
+        found = loaded(seed=3).images
+    torch.manual_seed(3)
+    wanted = pipe(**make_call(pipe, {}, seed=3)).values()
+    for each, tensor in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(each, tensor, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "got"), [(OtherDraws, "another generator"), (UniformDraws, "rand.generator")])

@@ -52,7 +52,7 @@ _READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "
 _CHOICES = ("aten::multinomial", "aten::bernoulli", "aten::poisson", "aten::binomial")
 FEW = 4096  # numbers, of what is a mask rather than an embedding
 LARGE = 1 << 20  # numbers, of what is computed for its shape alone
-CALLS = "the call's generator"  # what a draw is by
+CALLS, TORCHS = "the call's generator", "torch's own generator"  # what a draw is by
 _COMPUTED = "computed"  # beside the kinds of sources: of weights, and of what a module makes of them
 Bound = frozenset[str]
 
@@ -317,10 +317,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 hint="of such a pipeline, as of those that sample tokens, no bundle can be made",
             )
         with self._unseen():
-            before = [each.get_state() for each in self._generators]  # Python's objects are made anew on the way here
+            names = {**dict.fromkeys(self._generators, CALLS), torch.default_generator: TORCHS}
+            before = [each.get_state() for each in names]  # Python's objects are made anew on the way here
             out = func(*args, **kwargs)
-            states = zip(self._generators, before, strict=True)
-            by = CALLS if any(not torch.equal(each.get_state(), was) for each, was in states) else "another generator"
+            states = zip(names.items(), before, strict=True)
+            drawn = (name for (each, name), was in states if not torch.equal(each.get_state(), was))
+            by = next(drawn, "another generator")
             for _, tensor in leaves(out):
                 self.enter(tensor, "noise", (str(func), by))
         return out

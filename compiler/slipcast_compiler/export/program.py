@@ -34,7 +34,7 @@ from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.parts import describe_parts
 from slipcast_compiler.capture.program import Affine, Program, Source, Spec
-from slipcast_compiler.capture.record import CALLS
+from slipcast_compiler.capture.record import CALLS, TORCHS
 from slipcast_compiler.capture.results import output_of
 from slipcast_compiler.capture.splitting import split
 from slipcast_compiler.capture.texts import Template
@@ -331,7 +331,9 @@ def _all_sources(found: Found) -> list[Source]:
     """Those that are needed, and every draw: the next one depends on it. What the scheduler draws is a sampler's own
     affair, where one has its place."""
     needed = {source.id for source in found.program.needed_sources}
-    every = [s for s in found.program.sources if (s.id in needed and s.kind != "weight") or CALLS in s.detail]
+    every = [
+        s for s in found.program.sources if (s.id in needed and s.kind != "weight") or {CALLS, TORCHS} & {*s.detail}
+    ]
     if not found.loop:
         return every
     read = {value for use in (*found.cut.uses, found.loop.use) for value in use.inputs} | {found.loop.sample}
@@ -345,9 +347,9 @@ def _source(
     name, shape, dtype = _value(source.id), tuple(source.value.shape), source.value.dtype
     what = ".".join(map(str, source.detail))
     if source.kind == "noise":
-        if "randn" not in what or CALLS not in source.detail or dtype != torch.float32:
-            raise _unknown("a draw", f"torch.randn in float32 by {CALLS}", f"{what} in {dtype}")
-        return NoiseSource(value=name, shape=shape)
+        if "randn" not in what or not {CALLS, TORCHS} & {*source.detail} or dtype != torch.float32:
+            raise _unknown("a draw", f"torch.randn in float32 by {CALLS}, or {TORCHS}", f"{what} in {dtype}")
+        return NoiseSource(value=name, shape=shape, generator="torch" if TORCHS in source.detail else "call")
     if source.kind == "image":
         argument, *places = source.detail
         listed = len(places) == 1 and isinstance(places[0], int)

@@ -142,7 +142,9 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
             advance(done, len(drawing.seeds))
             begin = time.perf_counter()
             call = make_call(pipe, given, prompt or "", seed)
-            results.append(draw_one(pipe, call, drawing.root))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)  # for draws that are not by the call's generator
+                results.append(draw_one(pipe, call, drawing.root))
             seconds.append(time.perf_counter() - begin)
             done += 1
         pictures = {name: value.numpy() for name, value in pictures_of(call).items()}

@@ -44,12 +44,15 @@ class PromptSource(Strict):
 
 
 class NoiseSource(Strict):
-    """Standard normal noise of an image's seed, drawn in the order of the sources, as torch's CPU generator does."""
+    """Standard normal noise of an image's seed, drawn in the order of the sources, as torch's CPU generator does.
+    `generator`: that of the call, or torch's own, which the pipeline draws by besides: that begins with the same seed,
+    as after torch.manual_seed."""
 
     kind: Literal["noise"] = "noise"
     value: Name
     dtype: Literal["float32"] = "float32"
     shape: tuple[Positive, ...]
+    generator: Literal["call", "torch"] = "call"
 
 
 class ImageSource(Strict):

@@ -83,7 +83,7 @@ def _source(source: Source) -> str:
             whole = " + ".join(part for part in parts if part) or "''"
             return f"{kind}: {source.field} of {whole} by {source.tokenizer}"
         case NoiseSource():
-            return f"{kind}: noise"
+            return f"{kind}: noise" + (" of torch's own generator" if source.generator == "torch" else "")
         case ImageSource():
             return f"{kind}: {source.name}"
         case TableSource():

@@ -51,22 +51,25 @@ class Noise:
     """The noise of an image's seed, drawn in the order of the sources, each when it is first asked for."""
 
     def __init__(self, sources: Iterable[NoiseSource], seed: int) -> None:
-        self._left, self._generator = list(sources), TorchGenerator(seed)
+        self._left = list(sources)
+        self._generators = {"call": TorchGenerator(seed), "torch": TorchGenerator(seed)}
         self._drawn: dict[str, Array] = {}
 
     def __call__(self, value: str) -> Array:
         """To be asked for once: it is not kept here."""
         while value not in self._drawn:
-            source = self._left.pop(0)
-            self._drawn[source.value] = self._generator.randn(source.shape)
+            self._draw(self._left.pop(0))
         return self._drawn.pop(value)
 
     def more(self, shape: tuple[int, ...]) -> Array:
         """What follows all that the sources draw."""
         for source in self._left:
-            self._drawn[source.value] = self._generator.randn(source.shape)
+            self._draw(source)
         self._left.clear()
-        return self._generator.randn(shape)
+        return self._generators["call"].randn(shape)
+
+    def _draw(self, source: NoiseSource) -> None:
+        self._drawn[source.value] = self._generators[source.generator].randn(source.shape)
 
 
 class Values:

@@ -25,6 +25,12 @@ class Attention(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(x, x.sin(), x.cos(), attn_mask=mask, scale=0.3)
 
 
+class SharedKeys(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = x[:1].sin()
+        return torch.nn.functional.scaled_dot_product_attention(x, key, key.cos())
+
+
 class Clamped(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.clamp(x, min=1, max=1.5)
@@ -50,7 +56,14 @@ class Chosen(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(Attention(), (2, 5, 8)), (Clamped(), (3, 4)), (Copied(), (3, 4)), (Chosen(), (3, 4)), (Put(), (3, 4))],
+    [
+        (Attention(), (2, 5, 8)),
+        (SharedKeys(), (3, 2, 5, 8)),
+        (Clamped(), (3, 4)),
+        (Copied(), (3, 4)),
+        (Chosen(), (3, 4)),
+        (Put(), (3, 4)),
+    ],
 )
 def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:
     import onnxruntime

@@ -19,7 +19,12 @@ def as_known(program: torch.export.ExportedProgram) -> torch.export.ExportedProg
 def _attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, *args: Any, **kw: Any
 ) -> Any:
-    """Attention of one head, without a dimension for heads: ONNX's operator has one."""
+    """Attention of one head, without a dimension for heads: ONNX's operator has one. Of many queries with the same keys
+    and values, which torch lets broadcast, and ONNX Runtime does not."""
+    batches = {each.shape[0] for each in (query, key, value) if each.ndim == 4 and isinstance(each.shape[0], int)}
+    if len(batches) == 2 and 1 in batches:
+        wide = (each.expand(max(batches), *each.shape[1:]) for each in (query, key, value))
+        return _ATEN.scaled_dot_product_attention.default(*wide, mask, *args, **kw)
     if query.ndim != 3 or key.ndim != 3 or value.ndim != 3:
         return NotImplemented
     mask = kw.pop("attn_mask", mask)

@@ -59,6 +59,14 @@ def test_a_processor_that_only_normalises_is_given_tensors() -> None:
     assert torch.equal(found["pixel_values"], processor(images=x, **GIVEN, **TENSORS)["pixel_values"])
 
 
+def test_a_processor_that_resizes_tensors_drops_what_is_between_levels() -> None:
+    processor, x = SiglipImageProcessor(size={"height": 30, "width": 44}), torch.rand(1, 3, 40, 50)
+    wanted = processor(images=x, do_rescale=False, **TENSORS)["pixel_values"]
+    found = process(processor, type(processor), (), {"images": x, "do_rescale": False, **TENSORS}, _Nothing)
+    assert found is not None
+    assert float(((found["pixel_values"] - wanted).abs() > 1e-5).float().mean()) <= ROUNDING
+
+
 class Padding(CLIPImageProcessor):  # type: ignore[misc]
     do_pad = True
 

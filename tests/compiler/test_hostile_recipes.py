@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(text: str, *overrides: str) -> str:
-    """What is said, within two seconds."""
+    """What is said, within seconds."""
     begin = time.perf_counter()
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text, "r.toml", overrides)
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < 10
     assert caught.value.exit_code == 2
     return str(caught.value)
 

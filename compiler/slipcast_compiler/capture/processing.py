@@ -40,7 +40,8 @@ class Processing:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Of float32 [n, 3, height, width] in [0, 1]."""
         if self.size is not None:
-            levels = (x * 255 + 0.5).floor()
+            # Of tensors, processors take what is below; of pictures, tensors are near whole levels.
+            levels = (x * 255 + 0.5 * self.whole).floor()
             x = _resize(levels, self._resized(*x.shape[-2:]), self.resample) / 255
         if self.crop is not None:
             top, left = ((size - crop) // 2 for size, crop in zip(x.shape[-2:], self.crop, strict=True))
@@ -164,8 +165,8 @@ def _of_pictures(call: Callable[..., Any], images: torch.Tensor, kwargs: Mapping
 
 def _agrees(call: Callable[..., Any], like: torch.Tensor, kwargs: Mapping[str, Any], found: Processing) -> bool:
     """Whether that is what the processor does, for a picture as large as these images."""
-    levels = torch.randint(0, 256, (1, *like.shape[1:]), generator=torch.Generator().manual_seed(0))
-    picture = levels.to(torch.float32) / 255
+    picture = torch.rand(1, *like.shape[1:], generator=torch.Generator().manual_seed(0))
+    picture = (picture * 255).round() / 255 if found.whole else picture
     try:
         made, own = _of_pictures(call, picture, kwargs, found), found(picture)
     except (ValueError, TypeError, RuntimeError):  # of sizes that do not go together, or of what is no picture

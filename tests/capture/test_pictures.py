@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 from bundling import bundle_of
-from diffusers import StableDiffusionControlNetPipeline
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from diffusers.utils import load_image
 from PIL import Image
+from test_refusals import Denoiser, Plain
 from tiny import open_pipeline
 from tiny.unets import controlnet
 
 import slipcast
 from slipcast.errors import RecipeError, RequestError
-from slipcast_compiler.capture.call import make_call, pictures_of
+from slipcast_compiler.capture.call import make_call, mirrored, pictures_of
+from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.verify import verify
 from slipcast_compiler.host.quiet import quiet
 
 ROTATED = 6  # of EXIF: a quarter to the right
@@ -43,6 +46,30 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "grey": draw(tmp_path / "grey.png", (64, 32), "L"),
         "palette": draw(tmp_path / "palette.png", (32, 32), "P"),
     }
+
+
+class Reading(Plain):
+    """Makes of a picture what it makes of it in torch, or in numpy."""
+
+    numpy = False
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, image: torch.Tensor, num_inference_steps: int = 3, generator: Any = None
+    ) -> Any:
+        seen = torch.from_numpy(image.numpy() * 2) if self.numpy else image * 2
+        return {"x": super().__call__(num_inference_steps, generator)["x"] + seen.mean(dim=(1, 2))[0, :2]}
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_program_is_verified_on_another_picture(numpy: bool) -> None:
+    pipe = Reading(Denoiser(), DDIMScheduler())
+    pipe.numpy = numpy
+    picture = {"image": torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))}
+    program = find(pipe, picture).program
+    calls = [mirrored(make_call(pipe, picture, seed=3)) for _ in range(2)]
+    assert torch.equal(calls[0]["image"], picture["image"].flip(-1))
+    assert verify(program, pipe, *calls).holds == (not numpy)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ class _Nothing:
     def __exit__(self, *_: object) -> None: ...
 
 
+def _process(processor: Any, args: Any, kwargs: Any) -> Any:
+    return process(processor, processor, args, kwargs, _Nothing)
+
+
 def _levels(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, (1, 3, *shape), generator=torch.Generator().manual_seed(1))
 
@@ -45,7 +49,7 @@ def test_it_gives_what_the_processor_makes_of_a_picture(processor: Any, kwargs: 
     picture = Image.fromarray(levels[0].permute(1, 2, 0).to(torch.uint8).numpy())
     wanted = processor(images=picture, **kwargs, **TENSORS)["pixel_values"]
     given = {"images": levels / 255, **kwargs, **TENSORS}
-    found = process(processor, type(processor), (), given, _Nothing)
+    found = _process(processor, (), given)
     assert found is not None and found["pixel_values"].shape == wanted.shape
     apart = (found["pixel_values"] - wanted).abs()
     assert float(apart.max()) < 1.01 / 255 / min(processor.image_std if processor.do_normalize else [1])
@@ -54,7 +58,7 @@ def test_it_gives_what_the_processor_makes_of_a_picture(processor: Any, kwargs: 
 
 def test_a_processor_that_only_normalises_is_given_tensors() -> None:
     processor, x = CLIPImageProcessor(), _levels(24, 24) / 255
-    found = process(processor, CLIPImageProcessor, (), {"images": x, **GIVEN, **TENSORS}, _Nothing)
+    found = _process(processor, (), {"images": x, **GIVEN, **TENSORS})
     assert found is not None
     assert torch.equal(found["pixel_values"], processor(images=x, **GIVEN, **TENSORS)["pixel_values"])
 
@@ -62,7 +66,7 @@ def test_a_processor_that_only_normalises_is_given_tensors() -> None:
 def test_a_processor_that_resizes_tensors_drops_what_is_between_levels() -> None:
     processor, x = SiglipImageProcessor(size={"height": 30, "width": 44}), torch.rand(1, 3, 40, 50)
     wanted = processor(images=x, do_rescale=False, **TENSORS)["pixel_values"]
-    found = process(processor, type(processor), (), {"images": x, "do_rescale": False, **TENSORS}, _Nothing)
+    found = _process(processor, (), {"images": x, "do_rescale": False, **TENSORS})
     assert found is not None
     assert float(((found["pixel_values"] - wanted).abs() > 1e-5).float().mean()) <= ROUNDING
 
@@ -88,7 +92,7 @@ class Inverting(CLIPImageProcessor):  # type: ignore[misc]
     ],
 )
 def test_what_else_it_does_is_not_taken_for_arithmetic(processor: Any, kwargs: Any) -> None:
-    assert process(processor, type(processor), (_levels(24, 24) / 255,), kwargs, _Nothing) is None
+    assert _process(processor, (_levels(24, 24) / 255,), kwargs) is None
 
 
 @pytest.mark.parametrize("images", ["a text", [_levels(8, 8), _levels(8, 8)], _levels(8, 8), torch.ones(1, 4, 8, 8)])
@@ -103,4 +107,5 @@ def test_a_processor_is_given_pictures_while_the_pipeline_is_asked() -> None:
     pipe: Any = type("Pipe", (), {"components": {"image_processor": processor, "tokenizer": None}})
     with pictures_processed(pipe):
         assert torch.equal(call()["pixel_values"], wanted["pixel_values"])
+        assert torch.equal(processor.preprocess(images=levels / 255, **TENSORS)["pixel_values"], wanted["pixel_values"])
     assert not torch.equal(call()["pixel_values"], wanted["pixel_values"])

@@ -101,6 +101,17 @@ def pictures_of(call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+def mirrored(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with other pictures: its own, from right to left."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, list):
+            return [other(each) for each in value]
+        return value.flip(-1) if isinstance(value, torch.Tensor) and value.ndim else value
+
+    return {name: other(value) for name, value in call.items()}
+
+
 def _read(argument: str, name: str, file: str, call: Mapping[str, Any], sizes: Sizes) -> torch.Tensor:
     """A picture, float32 [1, 3, height, width] in [0, 1], of a mask [1, 1, height, width]; or an array of a .npy file.
 

@@ -19,6 +19,7 @@ from torch import nn
 
 KNOWN = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}  # of what processors can do
 PIXELS = "pixel_values"
+ENTRIES = ("__call__", "preprocess")  # of a processor; a tokenizer has the first
 SIZES = (("size", "do_resize"), ("crop_size", "do_center_crop"))
 Unseen = Callable[[], contextlib.AbstractContextManager[None]]
 HALF = 11  # bits of half a factor
@@ -143,14 +144,15 @@ def as_pictures(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(each if each.shape[-1] == 3 else each[..., 0]) for each in levels]
 
 
-def process(processor: Any, own: Any, args: Any, kwargs: Mapping[str, Any], unseen: Unseen) -> Any | None:
-    """What a processor of the class `own` gives that is called so, by arithmetic on the images; None where it does
-    something else. Within `unseen` nothing is recorded."""
+def process(
+    call: Callable[..., Any], processor: Any, args: Any, kwargs: Mapping[str, Any], unseen: Unseen
+) -> Any | None:
+    """What a processor that is called so gives, by arithmetic on the images; None where it does something else. Within
+    `unseen` nothing is recorded."""
     images, kwargs = pictures_in(args, kwargs), _besides(kwargs)
     found = find_processing(processor, kwargs, images.shape[1]) if images is not None else None
     if images is None or found is None:
         return None
-    call = functools.partial(own.__call__, processor)
     with unseen():
         if not _agrees(call, images, kwargs, found):
             return None
@@ -187,7 +189,7 @@ def pictures_processed(pipe: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, part in pipe.components.items():
             if is_processor(name, part):
-                stack.enter_context(_called_with_pictures(part))
+                stack.enter_context(called_through(part, _with_pictures))
         yield
 
 
@@ -208,18 +210,23 @@ def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
-def _called_with_pictures(part: Any) -> Iterator[None]:
+def called_through(part: Any, watch: Callable[[Callable[..., Any], Any, Any, dict[str, Any]], Any]) -> Iterator[None]:
+    """Within it, a tokenizer or a processor is called through watch(method, part, args, kwargs)."""
     own = type(part)
 
-    def call(this: Any, *args: Any, **kwargs: Any) -> Any:
-        images, besides = pictures_in(args, kwargs), _besides(kwargs)
-        found = find_processing(this, besides, images.shape[1]) if images is not None else None
-        if images is None or found is None:
-            return own.__call__(this, *args, **kwargs)
-        return _of_pictures(functools.partial(own.__call__, this), images, besides, found)
+    def through(name: str) -> Callable[..., Any]:
+        method = getattr(own, name)
+        return lambda this, *args, **kwargs: watch(functools.partial(method, this), this, args, kwargs)
 
-    part.__class__ = type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
+    methods = {name: through(name) for name in ENTRIES if hasattr(own, name)}
+    part.__class__ = type(own.__name__, (own,), {**methods, "__module__": own.__module__})
     try:
         yield
     finally:
         part.__class__ = own
+
+
+def _with_pictures(call: Callable[..., Any], part: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    images, besides = pictures_in(args, kwargs), _besides(kwargs)
+    found = find_processing(part, besides, images.shape[1]) if images is not None else None
+    return call(*args, **kwargs) if images is None or found is None else _of_pictures(call, images, besides, found)

@@ -26,7 +26,7 @@ from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
-from slipcast_compiler.capture.processing import is_processor, process
+from slipcast_compiler.capture.processing import called_through, is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
     Guard,
@@ -471,17 +471,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         finally:
             scheduler.__class__ = own
 
-    @contextlib.contextmanager
-    def _texts_watched(self, name: str, tokenizer: Any) -> Iterator[None]:
-        own = type(tokenizer)
-
-        def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+    def _texts_watched(self, name: str, tokenizer: Any) -> contextlib.AbstractContextManager[None]:
+        def watch(call: Any, this: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             if self._inside:
-                return own.__call__(this, *args, **kwargs)
-            if is_processor(name, this) and (made := process(this, own, args, kwargs, self._unseen)) is not None:
+                return call(*args, **kwargs)
+            if is_processor(name, this) and (made := process(call, this, args, kwargs, self._unseen)) is not None:
                 return made
             with self._unseen():
-                out = own.__call__(this, *args, **kwargs)
+                out = call(*args, **kwargs)
                 texts = kwargs.get("text", args[0] if args else None)
                 first = texts[0] if isinstance(texts, list | tuple) and texts else texts
                 kind: Kind = "prompt" if isinstance(first, str | list) else "image"
@@ -490,11 +487,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                     self.enter(tensor, kind, (name, *path), given)
             return out
 
-        tokenizer.__class__ = type(own.__name__, (own,), {"__call__": call})
-        try:
-            yield
-        finally:
-            tokenizer.__class__ = own
+        return called_through(tokenizer, watch)
 
 
 def find_scheduler(pipe: Any) -> Any:

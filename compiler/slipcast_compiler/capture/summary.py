@@ -165,4 +165,4 @@ def _verdict_line(verdict: dict[str, Any]) -> str:
             f"verified: another prompt and seed give the pipeline's own result, relative error {verdict['error']:.2g}"
         )
     why = "" if verdict["error"] is None else f"relative error {verdict['error']:.2g}; the first to differ is "
-    return f"NOT the pipeline for another prompt and seed: {why}{verdict['difference']}"
+    return f"NOT the pipeline for another prompt, seed and picture: {why}{verdict['difference']}"

@@ -15,8 +15,8 @@ from tiny.parts import word_tokenizer
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.find import Found, find
-from slipcast_compiler.capture.generalise import extend
 from slipcast_compiler.capture.program import Affine, Call, Length, Padding, measure, rebuild
+from slipcast_compiler.capture.ranges import extend
 from slipcast_compiler.capture.verify import verify
 
 HERE = Path(__file__).name

@@ -109,3 +109,7 @@ def test_a_processor_is_given_pictures_while_the_pipeline_is_asked() -> None:
         assert torch.equal(call()["pixel_values"], wanted["pixel_values"])
         assert torch.equal(processor.preprocess(images=levels / 255, **TENSORS)["pixel_values"], wanted["pixel_values"])
     assert not torch.equal(call()["pixel_values"], wanted["pixel_values"])
+
+
+def test_a_picture_beside_a_text_is_left_to_the_processor() -> None:
+    assert pictures_in(("a text",), {"images": torch.ones(1, 3, 8, 8)}) is None

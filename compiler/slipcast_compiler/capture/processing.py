@@ -67,7 +67,7 @@ def find_processing(processor: Any, kwargs: Mapping[str, Any], channels: int) ->
         return getattr(processor, name, None) if value is None else value
 
     steps = {name for name in (*dir(processor), *kwargs) if name.startswith("do_") and told(name)}
-    if steps - KNOWN or kwargs.get("return_tensors") != "pt":
+    if not steps or steps - KNOWN or kwargs.get("return_tensors") != "pt":
         return None
     size, crop = (told(name) if step in steps else None for name, step in SIZES)
     normal = "do_normalize" in steps
@@ -200,7 +200,8 @@ def is_processor(name: str, part: Any) -> bool:
 
 def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The images that a processor is called with, float32 [n, channels, height, width]; None where they are others."""
-    images = kwargs.get("images", args[0] if len(args) == 1 else None)
+    given = [*args, *([kwargs["images"]] if "images" in kwargs else [])]
+    images = given[0] if len(given) == 1 else None
     if isinstance(images, list | tuple) and len(images) == 1:
         images = images[0]
     if not isinstance(images, torch.Tensor) or images.dtype != torch.float32 or images.ndim not in (3, 4):

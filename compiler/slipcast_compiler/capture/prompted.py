@@ -9,19 +9,10 @@ from typing import Any
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT
-from slipcast_compiler.capture.generalise import (
-    count_of,
-    extend,
-    form_of,
-    generalise,
-    is_within,
-    unify,
-    wiring_of,
-    without_insides,
-    without_small_sizes,
-)
+from slipcast_compiler.capture.generalise import generalise, unify, without_insides
 from slipcast_compiler.capture.laws import DISTINCT, PADDED
 from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.ranges import count_of, extend, form_of, is_within, wiring_of, without_small_sizes
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.shapes import ShapeRunner
 from slipcast_compiler.capture.texts import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.program import Program, Ref, Source, Tokenized, leaves
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.texts import AWKWARD, find_templates
+from slipcast_compiler.capture.verify import verify
 from slipcast_compiler.export.program import check_program, export_program
 from slipcast_compiler.export.replayed import Replayed
 
@@ -111,6 +113,30 @@ class OtherDraws(Plain):
 class UniformDraws(Plain):
     def __call__(self, num_inference_steps: int = 5, generator: Any = None) -> dict[str, torch.Tensor]:
         return {"x": self.denoiser(torch.rand(3, 2, generator=generator))}
+
+
+class TwoLatents(Plain):
+    """Steps a second latent by a copy of its scheduler, whose class it asks for."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int = 5, generator: Any = None) -> dict[str, torch.Tensor]:
+        x, y = torch.randn(3, 2, generator=generator), torch.randn(3, 2, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        other = copy.deepcopy(self.scheduler)
+        assert type(self.scheduler) is type(other) is DDIMScheduler
+        for time in self.scheduler.timesteps:
+            both = self.denoiser(x + y)
+            y = other.step(both.cos(), time, y).prev_sample
+            x = self.scheduler.step(both, time, x, eta=0.0).prev_sample
+        return {"x": x, "y": y}
+
+
+def test_a_copy_of_the_scheduler_steps_by_itself() -> None:
+    pipe = TwoLatents(Denoiser(), DDIMScheduler())
+    program = capture(pipe, make_call(pipe, {}))
+    assert len(program.marks) == 3
+    assert verify(program, pipe, make_call(pipe, {}, seed=3), make_call(pipe, {}, seed=3)).error == 0
+    assert "step" not in vars(pipe.scheduler)
 
 
 class DrawsBesides(Plain):

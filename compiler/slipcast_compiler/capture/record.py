@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -450,26 +451,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _steps_marked(self, scheduler: Any) -> Iterator[None]:
-        own, usual = type(scheduler), type(scheduler).step
+        usual = scheduler.step
         signature = inspect.signature(usual)
 
-        @functools.wraps(usual)  # pipelines read from its signature what it can be given, such as a generator
-        def step(this: Any, *args: Any, **kwargs: Any) -> Any:
-            if this is not scheduler:  # a copy that the pipeline made, for a second latent
-                return usual(this, *args, **kwargs)
-            given = signature.bind(this, *args, **kwargs).arguments
+        def step(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
             output, sample = (rebuild(given.get(name), self._refer) for name in ("model_output", "sample"))
             begin = len(self._events)
-            out = usual(this, *args, **kwargs)
+            out = usual(*args, **kwargs)
             result = next((self._refer(tensor) for _, tensor in leaves(opened(out))), None)
             self._marks.append(Mark(output, sample, result, begin, len(self._events)))
             return out
 
-        scheduler.__class__ = type(own.__name__, (own,), {"step": step, "__module__": own.__module__})
+        scheduler.step = _Step(scheduler, step)  # not of another class: pipelines ask for it
         try:
             yield
         finally:
-            scheduler.__class__ = own
+            del scheduler.step
 
     def _texts_watched(self, name: str, tokenizer: Any) -> contextlib.AbstractContextManager[None]:
         def watch(call: Any, this: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -488,6 +486,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             return out
 
         return called_through(tokenizer, watch)
+
+
+class _Step:
+    """A scheduler's step that is done in another way, and looks as it did: pipelines read from its signature what it
+    can be given, such as a generator. A copy of the scheduler, for a second latent, has the usual one."""
+
+    def __init__(self, scheduler: Any, step: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, scheduler.step)
+        self._scheduler, self._step = scheduler, step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return MethodType(type(self._scheduler).step, memo[id(self._scheduler)])
 
 
 def find_scheduler(pipe: Any) -> Any:

@@ -81,7 +81,7 @@ class ShapeRunner:
                 with inside.recording():
                     out = module(*used[0], **used[1])
             except _BEYOND_RECORDING:
-                inside.failed = True
+                inside.failed, used = True, rebuild(before, lambda leaf: leaf)  # without what it put into lists
                 out = module(*used[0], **used[1])
         written = dict(_written(before, used))
         shaped = Shaped(out, written, inside.program(opened(out), written))

@@ -134,10 +134,11 @@ def _sampling(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 def _call(checkpoint: Checkpoint) -> tuple[bool, str]:
     """Of a pipeline that is captured: whether it takes prompts, and its [call], in comments."""
+    from slipcast_compiler.capture.blocks import parameters_of
     from slipcast_compiler.capture.open import open_without_weights
 
     pipe = open_without_weights(checkpoint.root)
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
     lines = [f"# {name} = {json.dumps(value)}" for name, value in _defaults(pipe, parameters).items()]
     lines += [f"# {name} = ...  (has to be given)" for name in _missing(parameters)]
     if "negative_prompt" in parameters:

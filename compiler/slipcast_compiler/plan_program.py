@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
+from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.call import make_call, pictures_from
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
@@ -248,7 +248,7 @@ def _plan_passes(
 
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The call with the pipeline's own number of steps, where none is given: a capture alone is content with fewer."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    parameter = parameters_of(pipe).get("num_inference_steps")
     usual = {"num_inference_steps": parameter.default} if parameter and isinstance(parameter.default, int) else {}
     return {**usual, **given}
 

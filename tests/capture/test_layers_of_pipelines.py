@@ -33,7 +33,8 @@ LEFT_ALONE: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "hunyuan_dit": ({"time_extra_emb.pooler": POOLED}, {}),
     "deep_floyd": ({"add_embedding.pool": POOLED}, {}),
 }
-LEFT_ALONE["wan_2_2"] = LEFT_ALONE["wan_image"] = LEFT_ALONE["wan"]
+for name in ("wan_2_2", "wan_image", "wan_2_2_of_blocks"):
+    LEFT_ALONE[name] = LEFT_ALONE["wan"]
 NOTHING = ("kandinsky_2_2", "deep_floyd")  # can be removed: all blocks are of one kind
 ADDED = "the text's keys and values are added to its own, without queries"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slipcast.bundle.program import RUN_ARGUMENTS, TextArgument
+from slipcast_compiler.capture.blocks import OUTPUT, parameters_of
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.results import output_of
@@ -56,11 +57,8 @@ def render_arguments(arguments: Mapping[str, Any], lengths: Mapping[str, Sequenc
 
 def fixed_arguments(pipe: Any, call: Mapping[str, Any], loop: Loop | None) -> dict[str, Any]:
     """What the call had besides, that can be said in a word, and that no run chooses."""
-    usual = {
-        name: each.default
-        for name, each in inspect.signature(type(pipe).__call__).parameters.items()
-        if each.default is not inspect.Parameter.empty
-    }
+    known = parameters_of(pipe, call).items()
+    usual = {name: each.default for name, each in known if each.default is not inspect.Parameter.empty}
     given = usual | dict(call)
-    skipped = {"return_dict", *RUN_ARGUMENTS, *texts_of(call), *(loop.free if loop else ())}
+    skipped = {"return_dict", OUTPUT, *RUN_ARGUMENTS, *texts_of(call), *(loop.free if loop else ())}
     return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}

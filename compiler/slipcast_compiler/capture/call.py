@@ -14,6 +14,7 @@ import torch
 
 from slipcast.errors import RecipeError, RequestError
 from slipcast.run.pictures import fit_picture, open_array, open_picture
+from slipcast_compiler.capture.blocks import OUTPUT, is_of_blocks, is_picture, parameters_of
 
 PROMPT = "a picture of a small thing"
 STEPS = 3  # show a loop and its constants
@@ -28,8 +29,8 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
 
     RecipeError for one that the pipeline does not take, or that has to be given.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    known = [name for name, each in parameters.items() if name != "self" and each.kind is not each.VAR_KEYWORD]
+    parameters = parameters_of(pipe)
+    known = [name for name, each in parameters.items() if each.kind is not each.VAR_KEYWORD]
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -40,6 +41,8 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
                 hint=f"did you mean {near[0]}?" if near else None,
             )
     usual = {"prompt": prompt, "num_inference_steps": STEPS, "output_type": "pt"}
+    if is_of_blocks(pipe):
+        usual[OUTPUT] = parameters[OUTPUT].default
     call = {name: value for name, value in usual.items() if name in known} | read_pictures(pipe, given)
     for name in known:
         if name not in call and parameters[name].default is inspect.Parameter.empty:
@@ -51,7 +54,7 @@ def make_call(pipe: Any, given: Mapping[str, Any], prompt: str = PROMPT, seed: i
 
 def pictures_from(pipe: Any, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is given, with the files of pictures found from `folder` on."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
 
     def found(value: Any) -> Any:
         if isinstance(value, list):
@@ -69,7 +72,7 @@ def read_pictures(pipe: Any, given: Mapping[str, Any], sizes: Sizes = MappingPro
 
     `sizes`: of pictures that are neither to be as large as the call nor as they are. RecipeError for what is none.
     """
-    parameters, read = inspect.signature(type(pipe).__call__).parameters, dict(given)
+    parameters, read = parameters_of(pipe), dict(given)
     for name, value in given.items():
         if name not in parameters or not is_picture(parameters[name]):
             continue
@@ -80,14 +83,9 @@ def read_pictures(pipe: Any, given: Mapping[str, Any], sizes: Sizes = MappingPro
     return read
 
 
-def is_picture(parameter: inspect.Parameter) -> bool:
-    """Whether an argument of a pipeline is a picture, by its name or its type."""
-    return "image" in parameter.name.lower() or "image" in str(parameter.annotation).lower()
-
-
 def missing_pictures(pipe: Any, call: Mapping[str, Any]) -> list[str]:
     """The arguments of a pipeline that are pictures, by their type, and that a call has not."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = parameters_of(pipe)
     typed = [name for name, each in parameters.items() if "image" in str(each.annotation).lower()]
     return [name for name in typed if call.get(name) is None]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.cut import Cut, cut_together
 from slipcast_compiler.capture.driving import check_form, not_driven
@@ -93,7 +93,7 @@ def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompte
 def _guided(pipe: Any, make: Make, prompted: Prompted, captured: Sequence[Prompted]) -> dict[str, Any]:
     """The program for another guidance, and both scales; nothing where there is no other, or where it is listed."""
     call = make(PROMPT)
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(GUIDANCE)
+    parameter = parameters_of(pipe).get(GUIDANCE)
     scale = call.get(GUIDANCE, parameter.default if parameter else None)
     listed = len({each.call.get(GUIDANCE) for each in captured}) > 1
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale <= 1 or listed:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from slipcast.errors import RecipeError
+from slipcast_compiler.capture.blocks import parameters_of
 
 SIZE = ("height", "width")  # which go in pairs, by place
 _LISTS = re.compile(r"list|tuple|sequence", re.IGNORECASE)  # in the annotation of an argument that is one itself
@@ -37,7 +37,7 @@ def combinations(pipe: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], .
 
 
 def _is_listed(pipe: Any, name: str, value: Any) -> bool:
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    parameter = parameters_of(pipe).get(name)
     if parameter is None or not isinstance(value, list | tuple):
         return False
     if parameter.annotation is parameter.empty:

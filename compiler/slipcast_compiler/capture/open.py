@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slipcast.errors import ArtifactError, HostError, RecipeError, SlipcastError
+from slipcast_compiler.capture.blocks import is_of_blocks, open_blocks
 from slipcast_compiler.capture.shapes import META, is_pure, run_on_meta
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.model.checkpoint import Checkpoint
+from slipcast_compiler.model.configs import read_index
 
 LARGE = 1 << 20  # numbers
 LIBRARIES = ("diffusers", "transformers")
@@ -38,9 +40,11 @@ def open_without_weights(root: Path, pipeline: str | None = None) -> Any:
 
 def open_parts(root: Path, pipeline: str | None, make: Callable[[Any, Path], nn.Module]) -> Any:
     """The same pipeline of modules that make(class, folder) makes."""
-    index = Checkpoint(root, str(root)).index
+    index = read_index(root)
     with quiet():
         kind = find_pipeline(pipeline or str(index.get("_class_name")))
+        if is_of_blocks(kind):
+            return open_blocks(root, kind, partial(_part, root, kind=kind, make=make))
         parts: dict[str, Any] = left_out(kind)
         named = {name: given for name, given in index.items() if name[0] != "_" and name not in parts}
         parts |= {name: _part(root, name, given, kind, make) for name, given in named.items()}
@@ -56,12 +60,13 @@ def open_parts(root: Path, pipeline: str | None, make: Callable[[Any, Path], nn.
 
 def open_with_weights(root: Path, pipeline: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """The same pipeline with its weights, for inference. HostError where they cannot be loaded."""
-    kind = find_pipeline(pipeline or str(Checkpoint(root, str(root)).index.get("_class_name")))
+    kind = find_pipeline(pipeline or str(read_index(root).get("_class_name")))
+    given = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
         with quiet():
-            pipe = kind.from_pretrained(
-                root, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **left_out(kind)
-            )
+            if is_of_blocks(kind):
+                return open_parts(root, pipeline, lambda part, folder: part.from_pretrained(folder, **given).eval())
+            pipe = kind.from_pretrained(root, **given, **left_out(kind))
     except Exception as error:  # of diffusers, transformers, safetensors: each has its own
         raise HostError(f"{root}: its weights cannot be loaded", got=error) from error
     pipe.set_progress_bar_config(disable=True)

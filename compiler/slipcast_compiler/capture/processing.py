@@ -194,8 +194,10 @@ def pictures_processed(pipe: Any) -> Iterator[None]:
 
 
 def is_processor(name: str, part: Any) -> bool:
-    """Whether a component reads pictures, by its name."""
-    return part is not None and not isinstance(part, nn.Module) and ("processor" in name or "extractor" in name)
+    """Whether a component reads pictures, by its name. One that makes pictures too works on tensors, as a pipeline's
+    own code does, and is recorded like it."""
+    named = "processor" in name or "extractor" in name
+    return named and part is not None and not isinstance(part, nn.Module) and not hasattr(part, "postprocess")
 
 
 def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:

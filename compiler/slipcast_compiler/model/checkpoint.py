@@ -20,7 +20,7 @@ from slipcast.errors import ArtifactError, HostError, RecipeError
 from slipcast.sampling.schedules import NoiseProcess
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.architectures import Architecture, architecture
-from slipcast_compiler.model.configs import read_json
+from slipcast_compiler.model.configs import index_file, read_index, read_json
 from slipcast_compiler.model.library import library_class
 from slipcast_compiler.model.links import check_variant, linked
 from slipcast_compiler.model.single_file import convert
@@ -62,8 +62,8 @@ class Checkpoint:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json."""
-        return read_json(self.root / "model_index.json")
+        """See read_index."""
+        return read_index(self.root)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -160,14 +160,14 @@ class Checkpoint:
 
     def chosen_weights(self, folder: str) -> WeightFiles:
         """The variant of a component's weights that is taken."""
-        library = self.class_of(folder)[0] if (self.root / "model_index.json").exists() else ""
+        library = self.class_of(folder)[0] if index_file(self.root).exists() else ""
         return find_weight_files(self.root / folder, library, self.variant, read_json)
 
     @cached_property
     def files(self) -> list[Path]:
         """All files that a bundle depends on."""
         weighty = {source.folder for source in self.architecture.components.values()}
-        files = [self.root / "model_index.json"]
+        files = [index_file(self.root)]
         for folder in weighty | {text.tokenizer for text in self.architecture.text} | {"scheduler"}:
             inside = [file for file in (self.root / folder).rglob("*") if file.is_file()]
             if folder in weighty:

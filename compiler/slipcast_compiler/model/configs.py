@@ -8,7 +8,20 @@ from typing import Any
 
 from slipcast.errors import ArtifactError
 
+INDEXES = ("model_index.json", "modular_model_index.json")  # of pipelines, and of those that are made of blocks
 MAX_CONFIG_BYTES = 64 << 20  # an index of shards names every tensor
+
+
+def index_file(root: Path) -> Path:
+    """Of a diffusers directory. One that has both is a pipeline without blocks, and may be opened as one of blocks."""
+    return next((root / name for name in INDEXES if (root / name).is_file()), root / INDEXES[0])
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """The index of a diffusers directory: its class, and [library, class] of its components. A pipeline of blocks says
+    besides where each is loaded from; those in the directory itself count."""
+    entries = read_json(index_file(root)).items()
+    return {name: entry[:2] if isinstance(entry, list) and len(entry) == 3 else entry for name, entry in entries}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.model.configs import read_json
+from slipcast_compiler.model.configs import INDEXES, read_index, read_json
 from slipcast_compiler.model.weight_files import STEMS, WeightFiles, find_weight_files, is_weights, variants_of
 
 
@@ -57,13 +57,14 @@ def _lasting(root: Path, wish: str | None) -> TemporaryDirectory[str]:
 
 
 def _components(root: Path) -> list[str]:
-    entries = read_json(root / "model_index.json").items()
+    entries = read_index(root).items()
     return [name for name, entry in entries if isinstance(entry, list) and entry[-1] and (root / name).is_dir()]
 
 
 def _link(root: Path, folders: Iterable[str], wish: str | None, made: Path) -> None:
-    (made / "model_index.json").symlink_to((root / "model_index.json").absolute())
-    index = read_json(root / "model_index.json")
+    for file in filter(Path.is_file, (root / name for name in INDEXES)):
+        (made / file.name).symlink_to(file.absolute())
+    index = read_index(root)
     for folder in folders:
         (made / folder).mkdir()
         files = list((root / folder).iterdir())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tiny import edits, frames, transformers, unets
+from tiny import blocks, edits, frames, transformers, unets
 
 SIDE = 32  # pixels
 
@@ -32,6 +32,7 @@ PART = {"strength": 0.8, "num_inference_steps": 4}  # of the steps, four fifths:
 PICTURE, MASK, EMBEDDING = (1, 3, SIDE, SIDE), (1, 1, SIDE, SIDE), (1, 32)
 ORIGINAL = {"image": PICTURE}
 MASKED = {"image": PICTURE, "mask_image": MASK}
+IMAGES, VIDEOS = {"output": "images"}, {"output": "videos"}
 FREE = {"use_resolution_binning": False}
 
 PIPELINES: dict[str, Tiny] = {
@@ -92,13 +93,25 @@ PIPELINES: dict[str, Tiny] = {
     "ltx": Tiny(frames.ltx, SHORT | {"num_frames": 9}),
     "cogvideox": Tiny(frames.cogvideox, SHORT | {"height": 16, "width": 16, "num_frames": 8}),
     "kandinsky_5_video": Tiny(frames.kandinsky_5_video, SIZE | {"num_frames": 5}),
+    "flux_of_blocks": Tiny(blocks.of_blocks("FluxModularPipeline", transformers.flux), SHORT | IMAGES),
+    "flux_img2img_of_blocks": Tiny(
+        blocks.of_blocks("FluxModularPipeline", transformers.flux), SHORT | PART | IMAGES, ORIGINAL
+    ),
+    "stable_diffusion_xl_of_blocks": Tiny(
+        blocks.of_blocks("StableDiffusionXLModularPipeline", unets.stable_diffusion_xl), SIZE | IMAGES
+    ),
+    "z_image_of_blocks": Tiny(blocks.of_blocks("ZImageModularPipeline", transformers.z_image), SIZE | IMAGES),
+    "wan_2_2_of_blocks": Tiny(
+        blocks.of_blocks("Wan22ModularPipeline", frames.wan_2_2),
+        SHORT | VIDEOS | {"num_frames": 5, "num_inference_steps": 6},
+    ),
     "stable_audio": Tiny(frames.stable_audio, STEPS | {"audio_end_in_s": 1.0}),
     "stable_audio_edm": Tiny(frames.stable_audio_edm, STEPS | {"audio_end_in_s": 1.0}),
 }
 # Those whose shapes, or what they cut, follow the number of a prompt's words: one capture is of one length.
 LENGTHS = (
     "wan", "wan_image", "wan_2_2", "kandinsky_3", "kandinsky_5", "kandinsky_5_video", "cogview_4", "qwen_image",
-    "qwen_image_2_1", "lumina_2", "z_image", "z_image_guided", "bria",
+    "qwen_image_2_1", "lumina_2", "z_image", "z_image_guided", "bria", "z_image_of_blocks", "wan_2_2_of_blocks",
 )  # fmt: skip
 
 

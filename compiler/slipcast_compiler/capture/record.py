@@ -194,12 +194,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if isinstance(error, SlipcastError):
             problem += f": {error.message}"
             return type(error)(problem, expected=error.expected, got=error.got, hint=error.hint)
+        missing = [name for name, part in self._pipe.components.items() if part is None]
         return RecipeError(
             f"{problem} with these arguments",
             expected="a call that runs to its end",
             got=f"{type(error).__name__} at {place}: {error}".splitlines()[0],
             hint="give what it needs under [call], or with --set"
             + (f"; pictures that it was not given: {', '.join(pictures)}" if pictures else "")
+            + (f"; components that it has not: {', '.join(missing)}" if missing else "")
             + "; `slipcast --debug capture ...` shows where it failed",
         )
 

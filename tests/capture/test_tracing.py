@@ -44,6 +44,16 @@ def test_int_of_a_size_stays_a_symbol_and_is_int_again_after_it() -> None:
         torch.export.export(Cutting(), (torch.ones(5, 3, 8),), dynamic_shapes=({0: Dim.DYNAMIC},))
 
 
+class Counting(nn.Module):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.as_tensor(x.shape[0], device=x.device) + torch.as_tensor(x.shape[0], dtype=torch.float32)
+
+
+def test_a_size_in_a_tensor_stays_a_symbol() -> None:
+    traced, x = _traced(Counting()), torch.rand(9, 3, 8)
+    torch.testing.assert_close(traced.module()(x), x * 9 + 9)
+
+
 def test_int_is_what_it_was_for_all_else() -> None:
     module = Cutting()
     with symbols_kept(module):

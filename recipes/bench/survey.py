@@ -133,7 +133,7 @@ def examine(given: tuple[str, str, str], _: Advance) -> dict[str, Any]:
 
     import slipcast
     from slipcast_compiler.capture.call import mirrored
-    from slipcast_compiler.capture.processing import pictures_processed
+    from slipcast_compiler.capture.processing import call_pipeline
     from slipcast_compiler.capture.program import leaves
     from slipcast_compiler.host.quiet import quiet
 
@@ -169,8 +169,8 @@ def examine(given: tuple[str, str, str], _: Advance) -> dict[str, Any]:
             place = f"{Path(last.filename).name}:{last.lineno}"
             return found | {"failed": f"{type(error).__name__} at {place}: {error}"[:600]}
         torch.manual_seed(SEED)
-        with torch.no_grad(), pictures_processed(pipe):
-            result = pipe(**seeded(other, SEED))
+        with torch.no_grad():
+            result = call_pipeline(pipe, seeded(other, SEED))
         wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))
         return found | distance(np.asarray(drawn), wanted.float().numpy())
 

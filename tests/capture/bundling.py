@@ -14,7 +14,7 @@ from tiny import PIPELINES, call_of
 import slipcast
 from slipcast.progress import Stages, silent
 from slipcast_compiler.capture.find import find_for
-from slipcast_compiler.capture.processing import pictures_processed
+from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
 from slipcast_compiler.export.early import leave_loop
@@ -75,8 +75,8 @@ def compare(loaded: Any, pipe: Any, name: str, prompt: str, seed: int, **chosen:
     text = {"prompt": prompt} if PIPELINES[name].text else {}
     found = np.asarray(loaded(**text, **given, **chosen, seed=seed, output_type="np").images[0])
     torch.manual_seed(seed)
-    with torch.no_grad(), pictures_processed(pipe):
-        result = pipe(**call)
+    with torch.no_grad():
+        result = call_pipeline(pipe, call)
     wanted = next(each for _, each in leaves(dict(result.items()) if hasattr(result, "items") else result))
     return distance(found, wanted.float().numpy())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, SiglipImageProcessor, ViTImageProcessor
 
-from slipcast_compiler.capture.processing import pictures_in, pictures_processed, process
+from slipcast_compiler.capture.processing import call_pipeline, pictures_in, process
 
 TENSORS = {"return_tensors": "pt"}
 GIVEN = {"do_rescale": False, "do_resize": False, "do_center_crop": False}
@@ -104,10 +104,15 @@ def test_a_processor_is_given_pictures_while_the_pipeline_is_asked() -> None:
     processor, levels = CLIPImageProcessor(), _levels(64, 96)
     picture = Image.fromarray(levels[0].permute(1, 2, 0).to(torch.uint8).numpy())
     wanted, call = processor(images=picture, **TENSORS), partial(processor, images=[(levels / 255)[0]], **TENSORS)
-    pipe: Any = type("Pipe", (), {"components": {"image_processor": processor, "tokenizer": None}})
-    with pictures_processed(pipe):
-        assert torch.equal(call()["pixel_values"], wanted["pixel_values"])
-        assert torch.equal(processor.preprocess(images=levels / 255, **TENSORS)["pixel_values"], wanted["pixel_values"])
+
+    class Pipe:
+        components: ClassVar[dict[str, Any]] = {"image_processor": processor, "tokenizer": None}
+
+        def __call__(self, image: Any) -> None:
+            assert torch.equal(call()["pixel_values"], wanted["pixel_values"])
+            assert torch.equal(processor.preprocess(images=image, **TENSORS)["pixel_values"], wanted["pixel_values"])
+
+    call_pipeline(Pipe(), {"image": levels / 255})
     assert not torch.equal(call()["pixel_values"], wanted["pixel_values"])
 
 

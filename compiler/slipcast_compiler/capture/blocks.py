@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from slipcast.errors import ArtifactError
@@ -69,12 +70,16 @@ def parameters_of(pipe: Any, call: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def _parameter(name: str, default: Any, given: Any = None) -> inspect.Parameter:
-    """`given`: what a block says of it. Another block may make what it requires; but no block makes a picture."""
-    found = inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=given.type_hint if given else type(default)
-    )
-    required = given is not None and given.required and is_picture(found)
-    return found.replace(default=inspect.Parameter.empty) if required else found
+    """`given`: what a block says of it. Another block may make what it requires; but no block makes a picture. A picture
+    without a type is one of PIL, which all blocks take."""
+    found = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
+    if given is None:
+        return found
+    found = found.replace(annotation=given.type_hint)
+    if not is_picture(found):
+        return found
+    kind = Image.Image if given.type_hint is None else given.type_hint
+    return found.replace(annotation=kind, default=inspect.Parameter.empty if given.required else default)
 
 
 def is_picture(parameter: inspect.Parameter) -> bool:

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
+
+from slipcast_compiler.capture.pil import Picture, in_pil
+from slipcast_compiler.capture.resizing import as_pictures, resize
 
 KNOWN = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}  # of what processors can do
 PIXELS = "pixel_values"
 ENTRIES = ("__call__", "preprocess")  # of a processor; a tokenizer has the first
 SIZES = (("size", "do_resize"), ("crop_size", "do_center_crop"))
 Unseen = Callable[[], contextlib.AbstractContextManager[None]]
-HALF = 11  # bits of half a factor
 CLOSE = 1e-3  # of the mean distance to what a processor gives; PIL may round single levels otherwise
 
 
@@ -43,7 +43,7 @@ class Processing:
         if self.size is not None:
             # Of tensors, processors take what is below; of pictures, tensors are near whole levels.
             levels = (x * 255 + 0.5 * self.whole).floor()
-            x = _resize(levels, self._resized(*x.shape[-2:]), self.resample) / 255
+            x = resize(levels, self._resized(*x.shape[-2:]), self.resample) / 255
         if self.crop is not None:
             top, left = ((size - crop) // 2 for size, crop in zip(x.shape[-2:], self.crop, strict=True))
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
@@ -95,55 +95,6 @@ def _each(value: Any, channels: int) -> tuple[float, ...]:
     return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),) * channels
 
 
-def _resize(levels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
-    """Of [..., height, width], whole numbers up to 255, as PIL does it: row by row, and column by column."""
-    dims = -1, -2
-    sizes = dict(zip(dims, reversed(size), strict=True))
-    if size != levels.shape[-2:] and _columns_first(tuple(levels.shape[-2:]), size, resample):
-        dims = -2, -1
-    for dim in dims:
-        levels = _resize_along(levels, dim, sizes[dim], resample) if levels.shape[dim] != sizes[dim] else levels
-    return levels
-
-
-def _columns_first(before: tuple[int, int], after: tuple[int, int], resample: int) -> bool:
-    """In which order PIL resizes, as it rounds in between: asked of it, since versions differ."""
-    picture = torch.randint(0, 256, before, generator=torch.Generator().manual_seed(0)).float()
-    wanted = Image.fromarray(picture.to(torch.uint8).numpy()).resize(after[::-1], Image.Resampling(resample))
-    apart = []
-    for dims in ((-1, -2), (-2, -1)):
-        made = picture
-        for dim in dims:
-            made = _resize_along(made, dim, after[dim], resample) if made.shape[dim] != after[dim] else made
-        apart.append(float((made - torch.from_numpy(np.array(wanted, np.float32))).abs().sum()))
-    return apart[1] < apart[0]
-
-
-def _resize_along(levels: torch.Tensor, dim: int, to: int, resample: int) -> torch.Tensor:
-    """With factors of 22 bits, which are summed in two halves: float32 has whole numbers of 24."""
-    factors = (_filter(levels.shape[dim], to, resample) * 2.0 ** (2 * HALF)).round()
-    high = (factors / 2**HALF).floor()
-    low = factors - high * 2**HALF
-
-    def summed(by: torch.Tensor) -> torch.Tensor:
-        return levels @ by.float().T if dim == -1 else by.float() @ levels
-
-    whole = summed(high) + (summed(low) / 2**HALF).floor()
-    return ((whole + 2 ** (HALF - 1)) / 2**HALF).floor().clamp(0, 255)
-
-
-def _filter(size: int, to: int, resample: int) -> torch.Tensor:
-    """float64 [to, size]: what PIL's filter takes of each row, as it resizes the rows of the unit matrix."""
-    rows = Image.fromarray(np.eye(size, dtype=np.float32)).resize((size, to), Image.Resampling(resample))
-    return torch.from_numpy(np.array(rows, np.float64))
-
-
-def as_pictures(x: torch.Tensor) -> list[Image.Image]:
-    """Of float32 [n, channels, height, width] in [0, 1]."""
-    levels = (x.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each if each.shape[-1] == 3 else each[..., 0]) for each in levels]
-
-
 def process(
     call: Callable[..., Any], processor: Any, args: Any, kwargs: Mapping[str, Any], unseen: Unseen
 ) -> Any | None:
@@ -183,14 +134,14 @@ def _besides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "images"}
 
 
-@contextlib.contextmanager
-def pictures_processed(pipe: Any) -> Iterator[None]:
-    """Within it, image processors of a pipeline are given pictures where they are called with tensors."""
+def call_pipeline(pipe: Any, call: Mapping[str, Any]) -> Any:
+    """pipe(**call), with pictures of PIL in place of tensors where it, or an image processor of its, is meant for
+    those."""
     with contextlib.ExitStack() as stack:
         for name, part in pipe.components.items():
             if is_processor(name, part):
                 stack.enter_context(called_through(part, _with_pictures))
-        yield
+        return pipe(**in_pil(pipe, call))
 
 
 def is_processor(name: str, part: Any) -> bool:
@@ -206,6 +157,8 @@ def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     images = given[0] if len(given) == 1 else None
     if isinstance(images, list | tuple) and len(images) == 1:
         images = images[0]
+    if isinstance(images, Picture):
+        images = images.levels / 255
     if not isinstance(images, torch.Tensor) or images.dtype != torch.float32 or images.ndim not in (3, 4):
         return None
     images = images if images.ndim == 4 else images[None]

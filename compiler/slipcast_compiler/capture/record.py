@@ -27,6 +27,7 @@ from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
+from slipcast_compiler.capture.pil import followed, in_pil
 from slipcast_compiler.capture.processing import called_through, is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
@@ -67,12 +68,13 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
     """
     generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
     recorder = Recorder(pipe, shapes or ShapeRunner(), generators)
+    given = in_pil(pipe, call)
     for name, value in call.items():
         for path, tensor in leaves(value):
             recorder.enter(tensor, "image", (name, *path))
     try:
-        with recorder.watching(), torch.no_grad(), recorder:
-            result = pipe(**call)
+        with recorder.watching(), torch.no_grad(), recorder, followed(given, call):
+            result = pipe(**given)
     except Exception as error:  # the pipeline's own code, which may fail in any way
         raise recorder.refusal(error, missing_pictures(pipe, call)) from error
     program = recorder.program(result)

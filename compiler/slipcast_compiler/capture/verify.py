@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slipcast_compiler.capture.processing import pictures_processed
+from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, opened, outputs_of
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import Values, replay, run
@@ -48,8 +48,8 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
         found = replay(program, values, components)
     except (RuntimeError, IndexError) as refused:  # of operators, for sizes that do not go together
         return Verdict(None, f"it has other sizes for another prompt: {str(refused).strip().splitlines()[0]}")
-    with torch.no_grad(), _seeded(), pictures_processed(pipe):
-        wanted = dict(leaves(opened(pipe(**again))))
+    with torch.no_grad(), _seeded():
+        wanted = dict(leaves(opened(call_pipeline(pipe, again))))
     error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
     difference = None if error <= LIMIT else first_difference(program, other, components)
     return Verdict(error, difference)

@@ -19,7 +19,7 @@ from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call, pictures_of
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
-from slipcast_compiler.capture.processing import pictures_processed
+from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -154,8 +154,8 @@ def draw(drawing: PipelineDrawing, advance: Advance) -> list[dict[str, Any]]:
 
 def draw_one(pipe: Any, call: Mapping[str, Any], root: Path) -> Any:
     """What a pipeline returns for one image, as it lays it, in fp32; see draw."""
-    with quiet(), pictures_processed(pipe):
-        result = pipe(**call)
+    with quiet():
+        result = call_pipeline(pipe, call)
     tensor = next(found for _, found in leaves(dict(result.items()) if hasattr(result, "items") else result))
     array = tensor.float().numpy()[0]
     if not np.isfinite(array).all():

@@ -70,8 +70,8 @@ def parameters_of(pipe: Any, call: Mapping[str, Any] | None = None) -> dict[str,
 
 
 def _parameter(name: str, default: Any, given: Any = None) -> inspect.Parameter:
-    """`given`: what a block says of it. Another block may make what it requires; but no block makes a picture. A picture
-    without a type is one of PIL, which all blocks take."""
+    """`given`: what a block says of it. Another block may make what it requires; but no block makes a picture. One
+    without a type may be of PIL: all blocks take those."""
     found = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
     if given is None:
         return found

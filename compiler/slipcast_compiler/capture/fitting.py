@@ -1,7 +1,8 @@
 """The size in which a picture is given, so that the pipeline need not resize it.
 
-A pipeline resizes a PIL image by Lanczos's filter, and a tensor by torch, to other numbers. Pictures are captured as
-tensors: where the pipeline would resize one, it is given in that size from the start, as the runtime will give it.
+A run resizes the pictures that it is given by Lanczos's filter, as pipelines do with PIL's. Where the pipeline would
+resize one, it is given in that size from the start, as the runtime will give it; where it takes tensors alone, and
+resizes them by torch to other numbers, too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def fitting(program: Program) -> dict[str, tuple[int, int]]:
         if source.kind == "image" and source.value.ndim == 4:
             name, *places = source.detail
             carried[source.id] = f"{name}{''.join(f'[{place}]' for place in places)}", _size(program, source.id)
-    found = dict[str, tuple[int, int]]()
+    found = dict(program.resized)
     for event in program.events:
         read = [ref.id for ref in refs((event.args, event.kwargs))]
         if not isinstance(event, Op) or len(read) != 1 or read[0] not in carried:

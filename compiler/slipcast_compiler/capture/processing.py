@@ -137,11 +137,20 @@ def _besides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def call_pipeline(pipe: Any, call: Mapping[str, Any]) -> Any:
     """pipe(**call), with pictures of PIL in place of tensors where it, or an image processor of its, is meant for
     those."""
+    generators = {key: value.get_state() for key, value in call.items() if isinstance(value, torch.Generator)}
     with contextlib.ExitStack() as stack:
         for name, part in pipe.components.items():
             if is_processor(name, part):
                 stack.enter_context(called_through(part, _with_pictures))
-        return pipe(**in_pil(pipe, call))
+        given = in_pil(pipe, call)
+        try:
+            return pipe(**given)
+        except (TypeError, ValueError, AttributeError):
+            if all(given[name] is value for name, value in call.items()):
+                raise
+        for name, state in generators.items():
+            call[name].set_state(state)
+        return pipe(**call)  # one that takes tensors alone
 
 
 def is_processor(name: str, part: Any) -> bool:
@@ -158,7 +167,7 @@ def pictures_in(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     if isinstance(images, list | tuple) and len(images) == 1:
         images = images[0]
     if isinstance(images, Picture):
-        images = images.levels / 255
+        images = images.numbers() / 255
     if not isinstance(images, torch.Tensor) or images.dtype != torch.float32 or images.ndim not in (3, 4):
         return None
     images = images if images.ndim == 4 else images[None]

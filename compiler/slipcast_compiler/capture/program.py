@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -198,7 +198,8 @@ class Program:
     """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
     returned, a Ref or a constant tensor. `specs`: by value. `sigmas`: noise levels of its scheduler, if it has any.
     `lengths`: that arguments and shapes follow; those of a program as it was captured are numbers. `live_bytes`: what a
-    component's values take at once, beside its weights, at the most."""
+    component's values take at once, beside its weights, at the most. `resized`: the (width, height) that PIL resizes a
+    picture to, by name, where nothing else is done with it."""
 
     pipeline: str
     sources: tuple[Source, ...]
@@ -211,6 +212,7 @@ class Program:
     sigmas: tuple[float, ...] = ()
     lengths: tuple[Length, ...] = ()
     live_bytes: int = 0
+    resized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -27,7 +27,7 @@ from slipcast.errors import RecipeError, SlipcastError
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
-from slipcast_compiler.capture.pil import followed, in_pil
+from slipcast_compiler.capture.pil import Seen, followed, in_pil
 from slipcast_compiler.capture.processing import called_through, is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
@@ -64,16 +64,40 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
     given as tensors, and the result's tensors are what the program gives (output_type "pt" or "latent"). `shapes`: what
     has run in other captures of the pipeline.
 
+    The pipeline is given PIL's pictures where it takes such, or tensors where it does with those what is not followed.
     RecipeError for a call that fails, and for a pipeline that a program cannot follow.
     """
     generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
+    states, given = [each.get_state() for each in generators], in_pil(pipe, call)
+    program, refused = None, None
+    try:
+        program, seen = _capture(pipe, call, given, shapes)
+        if not seen.escaped:
+            return replace(program, resized=seen.resized)
+    except RecipeError as error:
+        refused = error
+    if any(given[name] is not value for name, value in call.items()):
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        with contextlib.suppress(RecipeError):
+            return _capture(pipe, call, call, shapes)[0]
+    if program is None:
+        assert refused is not None
+        raise refused
+    return program
+
+
+def _capture(
+    pipe: Any, call: Mapping[str, Any], given: Mapping[str, Any], shapes: ShapeRunner | None
+) -> tuple[Program, Seen]:
+    """The program of pipe(**given), and what became of its pictures. `call`: the same, with tensors."""
+    generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
     recorder = Recorder(pipe, shapes or ShapeRunner(), generators)
-    given = in_pil(pipe, call)
     for name, value in call.items():
         for path, tensor in leaves(value):
             recorder.enter(tensor, "image", (name, *path))
     try:
-        with recorder.watching(), torch.no_grad(), recorder, followed(given, call):
+        with recorder.watching(), torch.no_grad(), recorder, followed(given, call) as seen:
             result = pipe(**given)
     except Exception as error:  # the pipeline's own code, which may fail in any way
         raise recorder.refusal(error, missing_pictures(pipe, call)) from error
@@ -86,7 +110,7 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
             hint="--set output_type=pt or latent, if the pipeline has that argument",
         )
     across = written_across(program, label_events(program))
-    return (without_writes(program) if across else None) or program
+    return (without_writes(program) if across else None) or program, seen
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[misc]

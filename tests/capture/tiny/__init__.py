@@ -68,6 +68,9 @@ PIPELINES: dict[str, Tiny] = {
     "flux_fill": Tiny(edits.flux_fill, SHORT, MASKED),
     "flux_controlnet": Tiny(edits.flux_controlnet, SHORT, {"control_image": PICTURE}),
     "flux_2_klein": Tiny(transformers.flux_2_klein, SIZE | {"text_encoder_out_layers": (1, 2)}),
+    "flux_2_klein_edit": Tiny(
+        transformers.flux_2_klein, STEPS | {"text_encoder_out_layers": (1, 2)}, {"image": (1, 3, 64, 80)}
+    ),
     "flux_2_dev": Tiny(transformers.flux_2_dev, SIZE | {"text_encoder_out_layers": (1, 2)}),
     "z_image": Tiny(transformers.z_image, SIZE),
     "z_image_guided": Tiny(transformers.z_image, SIZE | {"negative_prompt": "white", "guidance_scale": 3.0}),
@@ -96,6 +99,11 @@ PIPELINES: dict[str, Tiny] = {
     "flux_of_blocks": Tiny(blocks.of_blocks("FluxModularPipeline", transformers.flux), SHORT | IMAGES),
     "flux_img2img_of_blocks": Tiny(
         blocks.of_blocks("FluxModularPipeline", transformers.flux), SHORT | PART | IMAGES, ORIGINAL
+    ),
+    "flux_kontext_of_blocks": Tiny(
+        blocks.of_blocks("FluxKontextModularPipeline", edits.flux_kontext),
+        SHORT | IMAGES | {"max_area": SIDE * SIDE, "_auto_resize": False},
+        ORIGINAL,
     ),
     "stable_diffusion_xl_of_blocks": Tiny(
         blocks.of_blocks("StableDiffusionXLModularPipeline", unets.stable_diffusion_xl), SIZE | IMAGES

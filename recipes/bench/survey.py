@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -85,7 +86,8 @@ def described(checkout: Path, module: str, name: str) -> tuple[Any, dict[str, An
         test = getattr(importlib.import_module(module), name)()
         torch.manual_seed(0)
         pipe = test.pipeline_class(**test.get_dummy_components())
-        call = dict(test.get_dummy_inputs("cpu"))
+        takes = inspect.signature(test.get_dummy_inputs).parameters
+        call = dict(test.get_dummy_inputs(*["cpu"] * ("device" in takes)))
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().float()

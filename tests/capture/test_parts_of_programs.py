@@ -23,6 +23,7 @@ from slipcast.run.texts import clean_text
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.cut import Cut, cut
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import Program, Ref, Source, Tokenized, leaves
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.texts import AWKWARD, find_templates
@@ -55,7 +56,7 @@ def test_the_parts_are_the_pipeline(name: str) -> None:
     program = capture(pipe, call_of(name, ONE, 1))
     (found,) = run(cut(program), program, pipe)
     with torch.no_grad():
-        result = pipe(**call_of(name, ONE, 1))
+        result = call_pipeline(pipe, call_of(name, ONE, 1))
     torch.testing.assert_close(found, next(tensor for _, tensor in leaves(dict(result.items()))), rtol=0, atol=1e-6)
 
 

@@ -161,11 +161,11 @@ def _defaults(pipe: Any, parameters: Mapping[str, inspect.Parameter]) -> dict[st
 
 
 def _missing(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Arguments without a default, but for self and what stands for any others."""
+    """Arguments without a default, but for what stands for any others."""
     empty = [
         name for name, each in parameters.items() if each.default is each.empty and each.kind is not each.VAR_KEYWORD
     ]
-    return [name for name in empty if name not in ("self", *OWN)]
+    return [name for name in empty if name not in OWN]
 
 
 def is_model(path: Path) -> bool:

@@ -104,13 +104,31 @@ def test_an_argument_that_no_block_reads_is_refused() -> None:
     assert refused.value.hint == "did you mean guidance_scale?"
 
 
-def test_blocks_of_a_checkpoint_never_run(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changed", [{}, {"_class_name": "ModularPipeline"}, {"_blocks_class_name": "SequentialPipelineBlocks"}]
+)
+def test_blocks_of_a_checkpoint_never_run(saved: Path, tmp_path: Path, changed: dict[str, str]) -> None:
+    """Nor do others in their place."""
     index = json.loads((saved / "modular_model_index.json").read_text("utf-8"))
-    index |= {"_class_name": "ModularPipeline", "_blocks_class_name": "OwnBlocks"}
+    index |= {"_blocks_class_name": "OwnBlocks"} | changed
     (tmp_path / "modular_model_index.json").write_text(json.dumps(index), "utf-8")
     (tmp_path / "block.py").write_text("raise SystemExit('this ran')", "utf-8")
-    with pytest.raises(ArtifactError, match="cannot be made"):
+    with pytest.raises(ArtifactError, match="its blocks cannot be made"):
         open_without_weights(tmp_path)
+
+
+def test_what_blocks_make_need_not_be_given() -> None:
+    """What some of them require others make; pictures are known by their type, or their name."""
+    import diffusers
+
+    for name, pictures in (
+        ("WanImage2VideoModularPipeline", {"image", "last_image"}),
+        ("FluxModularPipeline", {"image", "resized_image"}),
+    ):
+        known = parameters_of(with_manners(getattr(diffusers, name)()))
+        assert {key for key, each in known.items() if "PIL" in str(each.annotation)} == pictures
+        assert not {key for key, each in known.items() if each.default is each.empty} - pictures
+    assert "audio_guidance_scale" in parameters_of(with_manners(diffusers.LTX2ModularPipeline()))
 
 
 def test_it_stays_of_its_class() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from test_refusals import Denoiser, Plain
+from transformers import CLIPImageProcessor
 
+from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.pil import Picture, Seen, followed, in_pil
@@ -35,6 +38,8 @@ ESCAPING: dict[str, Callable[[Image.Image], Image.Image]] = {
     "turned": lambda image: image.rotate(90),
     "beyond its sides": lambda image: image.crop((-2, 0, 10, 10)),
     "of a box": lambda image: image.resize((8, 8), LANCZOS, box=(0, 0, 10, 10)),
+    "blurred": lambda image: image.filter(ImageFilter.BLUR),
+    "flipped": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     "in another space": lambda image: image.convert("HSV"),
 }
 
@@ -82,13 +87,39 @@ def test_its_tensor_is_what_it_is(done: Callable[[Image.Image], Image.Image]) ->
 
 
 @pytest.mark.parametrize("done", ESCAPING.values(), ids=ESCAPING)
-def test_what_is_not_followed_is_plain(done: Callable[[Image.Image], Image.Image]) -> None:
-    assert not isinstance(done(followed_in(picture())), Picture)
+def test_what_is_not_followed_is_plain_and_has_escaped(done: Callable[[Image.Image], Image.Image]) -> None:
+    call = {"image": picture()}
+    given = in_pil(editing(lambda pipe, image: image), call)
+    with followed(given, call) as seen:
+        assert not isinstance(done(given["image"]), Picture)
+    assert seen.escaped
+
+
+def test_one_that_is_pasted_is_followed() -> None:
+    call = {"image": picture()}
+    given = in_pil(editing(lambda pipe, image: image), call)
+    with followed(given, call) as seen:
+        for box in ((4, 6), (-3, -5), (30, 20), None, (-40, 0)):
+            canvas = Image.new("RGB", (36, 24), (1, 2, 3))
+            canvas.paste(given["image"], box)
+            canvas.paste(given["image"].resize((9, 9), LANCZOS), (1, 1))
+            assert isinstance(canvas, Picture)
+            wanted = np.array(canvas.plain(), np.float32).transpose(2, 0, 1)[None]
+            assert np.abs(canvas.levels.numpy() - wanted).max() <= 1
+    assert not seen.escaped
+    assert Image.Image.paste.__name__ == "paste"
+
+
+def test_copies_remember() -> None:
+    image = followed_in(picture())
+    for copied in (copy.copy(image), copy.deepcopy(image)):
+        assert isinstance(copied, Picture) and torch.equal(copied.levels, image.levels)
 
 
 def test_arrays_beyond_what_pictures_are_stay_as_they_are() -> None:
     pipe = editing(lambda pipe, image: image)
-    for array in (picture() * 2, picture().repeat(2, 1, 1, 1), picture(channels=4), torch.ones(1, 8)):
+    fine = picture() * 0.9
+    for array in (picture() * 2, fine, picture().repeat(2, 1, 1, 1), picture(channels=4), torch.ones(1, 8)):
         assert in_pil(pipe, {"image": array})["image"] is array
 
 
@@ -129,13 +160,74 @@ def test_one_whose_numbers_are_read_is_given_as_a_tensor() -> None:
     assert verify(find(pipe, call).program, pipe, *again).holds
 
 
-def test_one_that_is_read_and_not_followed_is_no_part_of_a_program() -> None:
+def read_by_numpy(pipe: Any, image: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(image).astype(np.float32)).permute(2, 0, 1)[None]
+
+
+def drawn_on(pipe: Any, image: Any) -> torch.Tensor:
+    changed = image.copy()
+    ImageDraw.Draw(changed).rectangle((0, 0, 12, 12), 0)
+    made: torch.Tensor = pipe.processor.preprocess(changed)
+    return made
+
+
+def behind_a_processor(pipe: Any, image: Any) -> torch.Tensor:
+    return torch.from_numpy(pipe.processor.pil_to_numpy(image)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("make", [read_by_numpy, drawn_on, behind_a_processor])
+def test_one_that_is_read_and_not_followed_is_refused(make: Any) -> None:
+    """Of one colour, too: then it looks the same from right to left."""
+    for image in (picture(), torch.ones(1, 3, 24, 36)):
+        with pytest.raises(RecipeError, match="reads the numbers of a picture where they cannot be followed"):
+            capture(editing(make), {"image": image})
+
+
+def test_what_is_compared_with_is_what_the_pipeline_makes_of_pil() -> None:
+    """A processor that is told not to rescale gives levels of a picture, and of a tensor what it was."""
+    processor = CLIPImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+
     def make(pipe: Any, image: Any) -> torch.Tensor:
-        return torch.from_numpy(np.array(image).astype(np.float32)).permute(2, 0, 1)[None]
+        made: torch.Tensor = processor(images=image, return_tensors="pt").pixel_values.float()
+        return made
+
+    pipe, call = editing(make), {"image": picture()}
+    type(pipe).components = property(  # type: ignore[method-assign]
+        lambda self: {"denoiser": self.denoiser, "scheduler": self.scheduler, "feature_extractor": processor}
+    )
+    found = call_pipeline(pipe, make_call(pipe, call, seed=5))["x"]
+    real = pipe(**make_call(pipe, {}, seed=5) | {"image": followed_in(call["image"]).plain()})["x"]
+    assert torch.equal(found, real)
+
+
+def test_draws_are_the_same_in_a_second_attempt() -> None:
+    """Of torch's own generator, too."""
+
+    def make(pipe: Any, image: Any) -> torch.Tensor:
+        drawn = torch.randn(1, 1, 1, 1)
+        return read_by_numpy(pipe, image) + drawn if isinstance(image, Image.Image) else image * 255 + drawn
 
     pipe, call = editing(make), {"image": picture()}
     again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
-    assert not verify(find(pipe, call).program, pipe, *again).holds
+    assert verify(find(pipe, call).program, pipe, *again).holds
+
+
+def test_the_refusal_is_that_of_what_it_takes() -> None:
+    def tensors(pipe: Any, image: Any) -> torch.Tensor:
+        image.clone()
+        raise KeyError("of its own")
+
+    def pictures(pipe: Any, image: Any) -> torch.Tensor:
+        if not isinstance(image, Image.Image):
+            raise ValueError("has to be of PIL")
+        raise ValueError("too small")
+
+    for make, says in ((tensors, "of its own"), (pictures, "too small")):
+        with pytest.raises(RecipeError, match="cannot be captured") as refused:
+            capture(editing(make), {"image": picture()})
+        assert says in str(refused.value)
+        with pytest.raises((KeyError, ValueError), match=says):
+            call_pipeline(editing(make), {"image": picture()})
 
 
 def test_a_pipeline_that_takes_tensors_alone_is_given_them() -> None:
@@ -154,8 +246,9 @@ def test_where_numbers_escape_is_told() -> None:
     call = {"image": picture()}
     given = in_pil(editing(lambda pipe, image: image), call)
     with followed(given, call) as seen:
+        VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(given["image"]))
+        assert not seen.escaped
         np.array(given["image"])
-        VaeImageProcessor.pil_to_numpy(given["image"])
-    assert len(seen.escaped) == 1
+    assert seen.escaped and all("test_pil.py" in place for place in seen.escaped)
     assert seen.uses == {"image": {None}}
     assert Seen().resized == {}

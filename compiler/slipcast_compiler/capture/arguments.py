@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slipcast.bundle.program import RUN_ARGUMENTS, TextArgument
-from slipcast_compiler.capture.blocks import OUTPUT, parameters_of
+from slipcast_compiler.capture.blocks import OUTPUT, is_of_blocks, parameters_of
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.results import output_of
@@ -27,9 +27,9 @@ def describe_arguments(pipe: Any, variants: Sequence[Found], calls: Sequence[Map
     and what it `gives`. `calls`: as given."""
     found, loop = variants[0], variants[0].loop
     texts = text_arguments(found.templates, found.call)
-    fixed = [fixed_arguments(pipe, call, loop) for call in calls]
+    fixed = [fixed_arguments(pipe, {**texts_of(found.call), **call}, loop) for call in calls]
     usual = {loop.steps: loop.sampling.steps, loop.guidance: loop.sampling.guidance_scale} if loop else {}
-    values = {name: list(dict.fromkeys(each[name] for each in fixed)) for name in fixed[0]}
+    values = {name: list(dict.fromkeys(each[name] for each in fixed if name in each)) for name in fixed[0]}
     return {
         "texts": {name: each.default for name, each in texts.items()},
         "pictures": [source.detail[0] for source in found.program.needed_sources if source.kind == "image"],
@@ -60,5 +60,6 @@ def fixed_arguments(pipe: Any, call: Mapping[str, Any], loop: Loop | None) -> di
     known = parameters_of(pipe, call).items()
     usual = {name: each.default for name, each in known if each.default is not inspect.Parameter.empty}
     given = usual | dict(call)
-    skipped = {"return_dict", OUTPUT, *RUN_ARGUMENTS, *texts_of(call), *(loop.free if loop else ())}
+    own = {OUTPUT} if is_of_blocks(pipe) else set()
+    skipped = {"return_dict", *own, *RUN_ARGUMENTS, *texts_of(call), *(loop.free if loop else ())}
     return {k: v for k, v in given.items() if isinstance(v, int | float | str | bool) and k not in skipped}

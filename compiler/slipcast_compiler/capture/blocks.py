@@ -7,8 +7,10 @@ documentation. Here they are given the manners of the others.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def open_blocks(root: Path, kind: Any, part: Callable[[str, Any], Any]) -> Any:
     None: only some of the things that such a pipeline can do need them. ArtifactError where it cannot be made."""
     file, index = index_file(root), read_index(root)
     known = {"modular_config_dict" if file.name == INDEXES[1] else "config_dict": read_json(file)}
+    _check_blocks(root, index)
     try:
         pipe = kind(pretrained_model_name_or_path=str(root), **known)
     except Exception as error:  # such as blocks whose code comes with the checkpoint
@@ -57,40 +60,59 @@ def with_manners(pipe: Any) -> Any:
     return pipe
 
 
-def parameters_of(pipe: Any, call: Mapping[str, Any] | None = None) -> dict[str, inspect.Parameter]:
+def parameters_of(pipe: Any, call: Mapping[str, Any] | None = None) -> dict[str, Parameter]:
     """The arguments of pipe(...) by name. A pipeline of blocks takes what its blocks read (of a call: those that it
     runs), the scale of its guidance, and `output`: the name, or names, of what it returns."""
     if not is_of_blocks(pipe):
-        _, *given = inspect.signature(type(pipe).__call__).parameters.values()
-        return {each.name: each for each in given}
-    blocks = pipe.blocks.get_execution_blocks(**call) if call is not None and _chooses(pipe.blocks) else pipe.blocks
-    read = {each.name: _parameter(each.name, each.default, each) for each in blocks.inputs if each.name}
-    guided = {name: _parameter(name, getattr(part, SCALE)) for name, part in _guiders(pipe).items()}
-    return guided | read | {OUTPUT: _parameter(OUTPUT, pipe.blocks.outputs[0].name)}
+        return {name: each for name, each in signature(type(pipe).__call__).parameters.items() if name != "self"}
+    blocks, made = pipe.blocks, {each.name for each in pipe.blocks.intermediate_outputs}
+    if call is not None and _chooses(blocks):
+        usual = {each.name: each.default for each in blocks.inputs if each.name}
+        blocks = blocks.get_execution_blocks(**usual | dict(call)) or blocks
+    read = {each.name: _parameter(each, each.name in made) for each in blocks.inputs if each.name}
+    guided = {name: _keyword(name, getattr(part, SCALE)) for name, part in _guiders(pipe).items()}
+    return guided | read | {OUTPUT: _keyword(OUTPUT, pipe.blocks.outputs[0].name)}
 
 
-def _parameter(name: str, default: Any, given: Any = None) -> inspect.Parameter:
-    """`given`: what a block says of it. Another block may make what it requires; but no block makes a picture. One
-    without a type may be of PIL: all blocks take those."""
-    found = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
-    if given is None:
-        return found
-    found = found.replace(annotation=given.type_hint)
-    if not is_picture(found):
-        return found
-    kind = Image.Image if given.type_hint is None else given.type_hint
-    return found.replace(annotation=kind, default=inspect.Parameter.empty if given.required else default)
+def _parameter(given: Any, made: bool) -> Parameter:
+    """Of what a block reads; `made`: whether another block makes it. A picture that none makes has to be given, where
+    it is required. One without a type is known by its name."""
+    kind = given.type_hint
+    if kind is None and re.fullmatch(r"(\w+_)?images?", given.name):
+        kind = Image.Image
+    found = Parameter(given.name, Parameter.KEYWORD_ONLY, default=given.default, annotation=kind)
+    required = given.required and not made and "image" in str(kind).lower()
+    return found.replace(default=Parameter.empty) if required else found
 
 
-def is_picture(parameter: inspect.Parameter) -> bool:
+def _keyword(name: str, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=type(default))
+
+
+def is_picture(parameter: Parameter) -> bool:
     """Whether an argument of a pipeline is a picture, by its name or its type."""
     return "image" in parameter.name.lower() or "image" in str(parameter.annotation).lower()
 
 
 def _guiders(pipe: Any) -> dict[str, Any]:
-    """Components that guide, by the argument for their scale: of guider_2 it is guidance_scale_2."""
+    """Components that guide, by the argument for their scale: of guider_2 it is guidance_scale_2, of audio_guider
+    audio_guidance_scale."""
     parts = {name: part for name, part in pipe.components.items() if not isinstance(part, nn.Module)}
-    return {SCALE + name.removeprefix("guider"): part for name, part in parts.items() if hasattr(part, SCALE)}
+    return {name.replace("guider", SCALE): part for name, part in parts.items() if hasattr(part, SCALE)}
+
+
+def _check_blocks(root: Path, index: Mapping[str, Any]) -> None:
+    """ArtifactError for blocks that are not diffusers' own, in whose place it would put those that it has."""
+    named = index.get("_blocks_class_name")
+    own = getattr(importlib.import_module("diffusers"), str(named), None)
+    if index.get("auto_map") or (named and not getattr(own, "block_classes", None)):
+        raise ArtifactError(
+            f"{root}: its blocks cannot be made",
+            expected="blocks of diffusers",
+            got=str(named),
+            hint="code that comes with a checkpoint never runs: put it into a module of your own, and name that in "
+            "model.pipeline",
+        )
 
 
 @contextlib.contextmanager

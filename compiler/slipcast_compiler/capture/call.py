@@ -100,12 +100,18 @@ def pictures_of(call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def mirrored(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with other pictures: its own, from right to left."""
+    """The call with other pictures: its own, from right to left; noise for what is the same so."""
 
     def other(value: Any) -> Any:
         if isinstance(value, list):
             return [other(each) for each in value]
-        return value.flip(-1) if isinstance(value, torch.Tensor) and value.ndim else value
+        if not isinstance(value, torch.Tensor) or not value.ndim:
+            return value
+        turned = value.flip(-1)
+        if not torch.equal(turned, value) or not value.is_floating_point():
+            return turned
+        noise = torch.randint(0, 256, value.shape, generator=torch.Generator().manual_seed(0))
+        return (noise / 255).to(value.dtype)
 
     return {name: other(value) for name, value in call.items()}
 
@@ -135,4 +141,4 @@ def _image(name: str, parameter: inspect.Parameter, call: Mapping[str, Any]) -> 
             expected=f"{name} = VALUE under [call], or --set {name}=VALUE of `slipcast capture`",
             got="nothing",
         )
-    return torch.full((1, 3, call.get("height", SIDE), call.get("width", SIDE)), 0.5)
+    return torch.full((1, 3, call.get("height", SIDE), call.get("width", SIDE)), 128 / 255)

@@ -2,8 +2,8 @@
 
 What counts is what a pipeline makes of PIL's pictures, as people give it: some take nothing else (FLUX.2's editing),
 and some take a tensor for what their image processor would have made (FLUX's ControlNets). What PIL does to such a
-picture is done to its tensor as well, by the same arithmetic: resize, crop, copy, convert; and so it comes to
-diffusers' image processors. Where its numbers are read in any other way, it has escaped.
+picture is done to its tensor as well, by the same arithmetic: resize, crop, copy, convert, paste into another; and so
+it comes to diffusers' image processors. Where its numbers are read in any other way, it has escaped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.resizing import as_pictures, resize
@@ -27,6 +28,7 @@ from slipcast_compiler.capture.where import here
 _PIL = re.compile(r"\bImage\b|\bPipelineImageInput\b")  # in a type, or in its text
 GREY = (19595, 38470, 7471)  # of PIL: weights of red, green, blue, of 65536
 MODES = {1: "L", 3: "RGB"}
+WHOLE = 1e-3  # of a level
 
 
 @dataclass
@@ -49,16 +51,17 @@ _SEEN: ContextVar[Seen | None] = ContextVar("_SEEN", default=None)
 
 class Picture(Image.Image):
     """`levels`: float32 [1, channels, height, width], whole numbers up to 255, which are those of the picture. `name`:
-    of one that was given, and is as large as it was."""
+    of one that was given, and is as large as it was. `followed`: while PIL does what is done to the levels too."""
 
     levels: torch.Tensor
     name: str | None = None
+    followed: bool = False
 
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        if (seen := _SEEN.get()) is not None:
+    def load(self) -> Any:
+        """PIL's own, through which all that reads or changes a picture's numbers goes."""
+        if not self.followed and (seen := _SEEN.get()) is not None:
             seen.escaped.append(here())
-        return cast(dict[str, Any], super().__array_interface__)
+        return super().load()
 
     def numbers(self, resized: tuple[int, int] | None = None) -> torch.Tensor:
         """Its levels, for a use that is noted."""
@@ -68,47 +71,65 @@ class Picture(Image.Image):
 
     def plain(self) -> Image.Image:
         """The same picture, without its memory."""
-        return super().copy()
+        with self.following():
+            return super().copy()
 
     def resize(self, size: Any, resample: Any = None, box: Any = None, reducing_gap: Any = None) -> Image.Image:
-        made = super().resize(size, resample, box, reducing_gap)
         if box is not None or reducing_gap is not None:
-            return made
+            return super().resize(size, resample, box, reducing_gap)
         kind = Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample)
+        with self.following():
+            made = super().resize(size, kind)
         if made.size == self.size:
             return remembering(made, self.levels, self.name)
         levels = self.numbers(made.size if kind == Image.Resampling.LANCZOS else None)
         return remembering(made, resize(levels, (made.height, made.width), kind))
 
     def crop(self, box: Any = None) -> Image.Image:
-        made = super().crop(box)
         left, top, right, bottom = (round(side) for side in box or (0, 0, *self.size))
         if left < 0 or top < 0 or right > self.width or bottom > self.height:
-            return made  # with what is not in the picture
+            return super().crop(box)  # with what is not in the picture
+        with self.following():
+            made = super().crop(box)
         return remembering(made, self.numbers()[..., top:bottom, left:right])
 
     def copy(self) -> Image.Image:
-        return remembering(super().copy(), self.levels, self.name)
+        return remembering(self.plain(), self.levels, self.name)
+
+    def __copy__(self) -> Image.Image:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Image.Image:
+        return self.copy()
 
     def convert(self, mode: str | None = None, *args: Any, **kwargs: Any) -> Image.Image:
-        made = super().convert(mode, *args, **kwargs)
-        if args or kwargs:
-            return made
-        if made.mode == self.mode:
-            return remembering(made, self.levels, self.name)
-        if (self.mode, made.mode) == ("L", "RGB"):
+        if mode == self.mode and not args and not kwargs:
+            return self.copy()
+        if (self.mode, mode) not in (("L", "RGB"), ("RGB", "L")) or args or kwargs:
+            return super().convert(mode, *args, **kwargs)
+        with self.following():
+            made = super().convert(mode)
+        if mode == "RGB":
             return remembering(made, self.levels.repeat(1, 3, 1, 1), self.name)
-        if (self.mode, made.mode) == ("RGB", "L"):
-            weights = torch.tensor(GREY, dtype=torch.float32).reshape(1, 3, 1, 1)
-            grey = (((self.levels * weights).sum(1, keepdim=True) + 0x8000) / 0x10000).floor()
-            return remembering(made, grey, self.name)
-        return made
+        weights = torch.tensor(GREY, dtype=torch.float32).reshape(1, 3, 1, 1)
+        grey = (((self.levels * weights).sum(1, keepdim=True) + 0x8000) / 0x10000).floor()
+        return remembering(made, grey, self.name)
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Within it, whoever asks PIL for something does the same to the levels."""
+        self.followed = True
+        try:
+            yield
+        finally:
+            self.followed = False
 
 
 class _Pixels(np.ndarray[Any, np.dtype[np.float32]]):
     """float32 [n, height, width, channels] in [0, 1] of pictures that remember their tensors: these, as `tensor`."""
 
     tensor: torch.Tensor
+    taken: bool = False
 
 
 def remembering(picture: Image.Image, levels: torch.Tensor, name: str | None = None) -> Picture:
@@ -120,10 +141,33 @@ def remembering(picture: Image.Image, levels: torch.Tensor, name: str | None = N
 
 
 def in_pil(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call, with pictures of PIL for those arguments that may be such, by their types. Numbers beyond [0, 1], and
-    several pictures in a tensor, stay as they are."""
+    """The call, with pictures of PIL for those arguments that may be such, by their types. Several pictures in a
+    tensor, and numbers that are no levels of 8 bits, stay as they are."""
     known = parameters_of(pipe)
     return {name: _in_pil(value, name) if _is_pil(known.get(name)) else value for name, value in call.items()}
+
+
+def plainly(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What in_pil made of a call, with pictures that remember nothing."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return value.plain() if isinstance(value, Picture) else value
+
+    return {name: plain(value) for name, value in given.items()}
+
+
+def rewinding(call: Mapping[str, Any]) -> Callable[[], None]:
+    """What sets the call's generators, and torch's own, to where they are now."""
+    found = [torch.default_generator, *(each for each in tree_leaves(dict(call)) if isinstance(each, torch.Generator))]
+    states = [each.get_state() for each in found]
+
+    def rewind() -> None:
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state)
+
+    return rewind
 
 
 def levels_of(picture: torch.Tensor) -> torch.Tensor:
@@ -139,7 +183,8 @@ def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen
 
     for name, value in given.items():
         _follow(value, call[name])
-    to_numpy, to_tensor = Processor.pil_to_numpy, Processor.numpy_to_pt
+    to_numpy, to_tensor, paste = Processor.pil_to_numpy, Processor.numpy_to_pt, Image.Image.paste
+    made = list[_Pixels]()
 
     def pil_to_numpy(images: Any) -> Any:
         several = images if isinstance(images, list) else [images]
@@ -147,19 +192,35 @@ def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen
             return to_numpy(images)
         pixels: _Pixels = to_numpy([each.plain() for each in several]).view(_Pixels)
         pixels.tensor = torch.cat([each.numbers() / 255 for each in several])
+        made.append(pixels)
         return pixels
 
     def numpy_to_pt(images: Any) -> Any:
-        return images.tensor if isinstance(images, _Pixels) else to_tensor(images)
+        if not any(images is each for each in made):
+            return to_tensor(images)
+        images.taken = True
+        return images.tensor
+
+    def pasted(self: Image.Image, im: Any, box: Any = None, mask: Any = None) -> None:
+        if isinstance(im, Picture) and mask is None and im.mode == self.mode and (box is None or len(box) == 2):
+            levels = self.levels if isinstance(self, Picture) else _levels_in(self)
+            with self.following() if isinstance(self, Picture) else contextlib.nullcontext():
+                paste(self, im.plain(), box)
+            remembering(self, _with(levels, im.numbers(), *(box or (0, 0))))
+        else:
+            paste(self, im, box, mask)
 
     Processor.pil_to_numpy, Processor.numpy_to_pt = staticmethod(pil_to_numpy), staticmethod(numpy_to_pt)
+    Image.Image.paste = pasted  # type: ignore[method-assign]
     seen = Seen()
     token = _SEEN.set(seen)
     try:
         yield seen
+        seen.escaped += ["numpy, behind an image processor" for each in made if not each.taken]
     finally:
         _SEEN.reset(token)
         Processor.pil_to_numpy, Processor.numpy_to_pt = staticmethod(to_numpy), staticmethod(to_tensor)
+        Image.Image.paste = paste  # type: ignore[method-assign]
 
 
 def _is_pil(parameter: inspect.Parameter | None) -> bool:
@@ -171,8 +232,26 @@ def _in_pil(value: Any, name: str) -> Any:
         return [_in_pil(each, f"{name}[{at}]") for at, each in enumerate(value)]
     if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.shape[0] != 1 or value.shape[1] not in MODES:
         return value
-    within = bool(value.min() >= 0 and value.max() <= 1)
-    return remembering(as_pictures(value)[0], levels_of(value.detach()), name) if within else value
+    levels = levels_of(value.detach())
+    of_8_bits = bool(((value.detach() * 255 - levels).abs() <= WHOLE).all())
+    return remembering(as_pictures(value)[0], levels, name) if of_8_bits else value
+
+
+def _levels_in(picture: Image.Image) -> torch.Tensor:
+    numbers = np.array(picture, np.float32).reshape(1, picture.height, picture.width, -1)
+    return torch.from_numpy(numbers.transpose(0, 3, 1, 2).copy())
+
+
+def _with(levels: torch.Tensor, other: torch.Tensor, left: int, top: int) -> torch.Tensor:
+    """Levels with others in their place, as far as they are within."""
+    (height, width), (rows, columns) = levels.shape[-2:], other.shape[-2:]
+    first, last = max(top, 0), min(top + rows, height)
+    begin, end = max(left, 0), min(left + columns, width)
+    if first >= last or begin >= end:
+        return levels
+    part = other[..., first - top : last - top, begin - left : end - left]
+    middle = torch.cat([levels[..., first:last, :begin], part, levels[..., first:last, end:]], dim=-1)
+    return torch.cat([levels[..., :first, :], middle, levels[..., last:, :]], dim=-2)
 
 
 def _follow(given: Any, value: Any) -> None:

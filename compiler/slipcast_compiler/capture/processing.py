@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from slipcast_compiler.capture.pil import Picture, in_pil
+from slipcast_compiler.capture.pil import Picture, in_pil, plainly, rewinding
 from slipcast_compiler.capture.resizing import as_pictures, resize
 
 KNOWN = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}  # of what processors can do
@@ -100,9 +101,10 @@ def process(
 ) -> Any | None:
     """What a processor that is called so gives, by arithmetic on the images; None where it does something else. Within
     `unseen` nothing is recorded."""
+    remembers = any(isinstance(each, Picture) for each in tree_leaves([args, dict(kwargs)]))
     images, kwargs = pictures_in(args, kwargs), _besides(kwargs)
     found = find_processing(processor, kwargs, images.shape[1]) if images is not None else None
-    if images is None or found is None:
+    if images is None or found is None or (remembers and not found.whole):
         return None
     with unseen():
         if not _agrees(call, images, kwargs, found):
@@ -136,21 +138,22 @@ def _besides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def call_pipeline(pipe: Any, call: Mapping[str, Any]) -> Any:
     """pipe(**call), with pictures of PIL in place of tensors where it, or an image processor of its, is meant for
-    those."""
-    generators = {key: value.get_state() for key, value in call.items() if isinstance(value, torch.Generator)}
+    those; with tensors where it fails with them."""
     with contextlib.ExitStack() as stack:
         for name, part in pipe.components.items():
             if is_processor(name, part):
                 stack.enter_context(called_through(part, _with_pictures))
-        given = in_pil(pipe, call)
+        given, rewind = in_pil(pipe, call), rewinding(call)
         try:
-            return pipe(**given)
-        except (TypeError, ValueError, AttributeError):
+            return pipe(**plainly(given))
+        except Exception as error:  # the pipeline's own code, which may fail in any way
             if all(given[name] is value for name, value in call.items()):
                 raise
-        for name, state in generators.items():
-            call[name].set_state(state)
-        return pipe(**call)  # one that takes tensors alone
+            rewind()
+            try:
+                return pipe(**call)
+            except (TypeError, AttributeError, ValueError):  # it takes pictures alone, and fails for a reason
+                raise error from None
 
 
 def is_processor(name: str, part: Any) -> bool:

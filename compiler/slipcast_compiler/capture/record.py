@@ -24,10 +24,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slipcast.errors import RecipeError, SlipcastError
+from slipcast_compiler.capture.blocks import is_of_blocks
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
-from slipcast_compiler.capture.pil import Seen, followed, in_pil
+from slipcast_compiler.capture.pil import Seen, followed, in_pil, rewinding
 from slipcast_compiler.capture.processing import called_through, is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
@@ -67,24 +68,28 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
     The pipeline is given PIL's pictures where it takes such, or tensors where it does with those what is not followed.
     RecipeError for a call that fails, and for a pipeline that a program cannot follow.
     """
-    generators = tuple(value for value in call.values() if isinstance(value, torch.Generator))
-    states, given = [each.get_state() for each in generators], in_pil(pipe, call)
-    program, refused = None, None
+    given, rewind, seen, refused = in_pil(pipe, call), rewinding(call), Seen(), None
     try:
         program, seen = _capture(pipe, call, given, shapes)
         if not seen.escaped:
             return replace(program, resized=seen.resized)
     except RecipeError as error:
         refused = error
-    if any(given[name] is not value for name, value in call.items()):
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        with contextlib.suppress(RecipeError):
-            return _capture(pipe, call, call, shapes)[0]
-    if program is None:
-        assert refused is not None
-        raise refused
-    return program
+        if all(given[name] is value for name, value in call.items()):
+            raise
+    rewind()
+    try:
+        return _capture(pipe, call, call, shapes)[0]
+    except RecipeError as error:
+        if seen.escaped:
+            raise RecipeError(
+                f"{type(pipe).__name__} reads the numbers of a picture where they cannot be followed",
+                expected="PIL's resize, crop, convert and paste, and diffusers' image processors; or tensors",
+                got=seen.escaped[0],
+            ) from error
+        if isinstance(refused and refused.__cause__, TypeError | AttributeError):
+            raise  # it takes tensors alone
+        raise refused or error from error
 
 
 def _capture(
@@ -220,7 +225,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if isinstance(error, SlipcastError):
             problem += f": {error.message}"
             return type(error)(problem, expected=error.expected, got=error.got, hint=error.hint)
-        missing = [name for name, part in self._pipe.components.items() if part is None]
+        parts = self._pipe.components.items() if is_of_blocks(self._pipe) else ()
+        missing = [name for name, part in parts if part is None]
         return RecipeError(
             f"{problem} with these arguments",
             expected="a call that runs to its end",

@@ -7,11 +7,11 @@ import traceback
 from pathlib import Path
 from typing import Any, cast
 
-LIBRARIES = ("site-packages/torch/", "site-packages/accelerate/", "slipcast_compiler/capture")
+LIBRARIES = ("site-packages/torch/", "site-packages/accelerate/", "site-packages/PIL/", "slipcast_compiler/capture")
 
 
 def here(package: str = "") -> str:
-    """The line that runs now: the innermost one of code that is neither torch's nor ours, or that is the package's."""
+    """The line that runs now: the innermost of code that is neither a library's nor ours, or that is the package's."""
     frame = cast(Any, sys._getframe(1))
     while frame is not None:
         file = frame.f_code.co_filename
@@ -22,7 +22,7 @@ def here(package: str = "") -> str:
 
 
 def raised_at(error: BaseException) -> str:
-    """The innermost line that an error came from, of code that is neither torch's nor ours."""
+    """The innermost line that an error came from, of code that is neither a library's nor ours."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
     return _told(frames[-1].filename, frames[-1].lineno) if frames else ""
 

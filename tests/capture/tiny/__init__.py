@@ -137,6 +137,7 @@ def open_pipeline(name: str) -> Any:
 def call_of(name: str, prompt: str, seed: int) -> dict[str, Any]:
     tiny, generator = PIPELINES[name], torch.Generator("cpu").manual_seed(seed)
     pictures = {each: torch.rand(shape, generator=generator) for each, shape in tiny.pictures.items()}
+    pictures = {each: (rand * 255).round() / 255 if rand.ndim == 4 else rand for each, rand in pictures.items()}
     if "mask_image" in pictures:
         pictures["mask_image"] = (pictures["mask_image"] > 0.5).float()
     text = {"prompt": prompt} if tiny.text else {}

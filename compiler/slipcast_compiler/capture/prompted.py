@@ -11,7 +11,7 @@ from slipcast.errors import RecipeError
 from slipcast_compiler.capture.call import PROMPT
 from slipcast_compiler.capture.generalise import generalise, unify, without_insides
 from slipcast_compiler.capture.laws import DISTINCT, PADDED
-from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.program import Call, Program
 from slipcast_compiler.capture.ranges import count_of, extend, form_of, is_within, wiring_of, without_small_sizes
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.shapes import ShapeRunner
@@ -193,7 +193,11 @@ def _of_a_range(captured: Mapping[str, Program]) -> _Made | None:
 
 
 def _of_opaque_calls(captured: Mapping[str, Program], refused: RecipeError) -> _Made:
-    """The same where what components do inside cannot be made one: they may follow sizes by themselves."""
+    """The same where what components do inside cannot be made one: they may follow sizes by themselves, if they read no
+    numbers."""
+    inside = (event.inside for program in captured.values() for event in program.events if isinstance(event, Call))
+    if any(each and each.guards for each in inside):
+        raise refused
     opaque = {text: without_insides(program) for text, program in captured.items()}
     texts = tuple(opaque)
     few = [opaque.pop(text) for text in texts[:3]]

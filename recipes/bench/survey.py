@@ -63,14 +63,26 @@ def without_hub() -> Iterator[None]:
     def t5_config(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         return parts.t5_text().config
 
-    made = {"T5EncoderModel": parts.t5_text, "UMT5EncoderModel": parts.umt5_text}
+    def processor(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls(**kwargs)
+
+    def of(module: str, config: str, **sizes: int) -> Any:
+        small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4} | sizes
+        return lambda cls, *_, **__: getattr(transformers, module)(getattr(transformers, config)(**small))
+
+    replaced = {
+        "AutoConfig": t5_config,
+        "AutoTokenizer": tokenizer,
+        "PreTrainedTokenizerBase": tokenizer,
+        "ImageProcessingMixin": processor,
+        "T5EncoderModel": lambda cls, *_, **__: parts.t5_text(),
+        "UMT5EncoderModel": lambda cls, *_, **__: parts.umt5_text(),
+        "BertModel": of("BertModel", "BertConfig", vocab_size=64),
+        "SiglipVisionModel": of("SiglipVisionModel", "SiglipVisionConfig", image_size=30, patch_size=2),
+    }
     with contextlib.ExitStack() as stack:
-        replaced = [(transformers.AutoConfig, t5_config), (transformers.AutoTokenizer, tokenizer)]
-        replaced += [(transformers.PreTrainedTokenizerBase, tokenizer)]
-        replaced += [
-            (getattr(transformers, name), lambda cls, *_, _make=make, **__: _make()) for name, make in made.items()
-        ]
-        for kind, function in replaced:
+        for name, function in replaced.items():
+            kind = getattr(transformers, name)
             stack.enter_context(unittest.mock.patch.object(kind, "from_pretrained", classmethod(function)))
         yield
 

@@ -153,7 +153,7 @@ def test_one_whose_numbers_are_read_is_given_as_a_tensor() -> None:
     def make(pipe: Any, image: Any) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
             return image * 255
-        return torch.from_numpy(np.array(image).astype(np.float32)).permute(2, 0, 1)[None]
+        return read_by_numpy(pipe, image) * 255
 
     pipe, call = editing(make), {"image": picture()}
     again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
@@ -161,7 +161,10 @@ def test_one_whose_numbers_are_read_is_given_as_a_tensor() -> None:
 
 
 def read_by_numpy(pipe: Any, image: Any) -> torch.Tensor:
-    return torch.from_numpy(np.array(image).astype(np.float32)).permute(2, 0, 1)[None]
+    return (
+        torch.from_numpy(np.frombuffer(image.tobytes(), np.uint8).reshape(1, 24, 36, 3).copy()).permute(0, 3, 1, 2)
+        / 255
+    )
 
 
 def drawn_on(pipe: Any, image: Any) -> torch.Tensor:
@@ -172,7 +175,7 @@ def drawn_on(pipe: Any, image: Any) -> torch.Tensor:
 
 
 def behind_a_processor(pipe: Any, image: Any) -> torch.Tensor:
-    return torch.from_numpy(pipe.processor.pil_to_numpy(image)).permute(0, 3, 1, 2)
+    return torch.tensor(pipe.processor.pil_to_numpy(image)).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("make", [read_by_numpy, drawn_on, behind_a_processor])
@@ -205,7 +208,7 @@ def test_draws_are_the_same_in_a_second_attempt() -> None:
 
     def make(pipe: Any, image: Any) -> torch.Tensor:
         drawn = torch.randn(1, 1, 1, 1)
-        return read_by_numpy(pipe, image) + drawn if isinstance(image, Image.Image) else image * 255 + drawn
+        return (read_by_numpy(pipe, image) if isinstance(image, Image.Image) else image) + drawn
 
     pipe, call = editing(make), {"image": picture()}
     again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
@@ -248,7 +251,55 @@ def test_where_numbers_escape_is_told() -> None:
     with followed(given, call) as seen:
         VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(given["image"]))
         assert not seen.escaped
-        np.array(given["image"])
+        given["image"].tobytes()
     assert seen.escaped and all("test_pil.py" in place for place in seen.escaped)
     assert seen.uses == {"image": {None}}
     assert Seen().resized == {}
+
+
+def by_hand(image: Any) -> Any:
+    numbers = np.array(image.convert("RGB").resize((36, 24), LANCZOS, reducing_gap=1)).astype(np.float32) / 127.5 - 1
+    return torch.from_numpy(np.transpose(numbers, [2, 0, 1])).unsqueeze(0)
+
+
+def a_mask(image: Any) -> Any:
+    grey = np.array(image.convert("L")).astype(np.float32) / 255.0
+    mask = grey[None, None]
+    mask[mask < 0.5] = 0
+    mask[mask >= 0.5] = 1
+    return torch.from_numpy(1 - mask)
+
+
+def a_batch(image: Any) -> Any:
+    several = [np.asarray(each, dtype=np.float64)[None, :, 2:-2] for each in (image, image.crop((0, 0, 36, 24)))]
+    joined = np.concatenate(several, axis=0).transpose(0, 3, 1, 2)
+    return torch.from_numpy(2.0 * joined / 255.0 - 1.0).to(torch.float32)
+
+
+def stacked(image: Any) -> Any:
+    numbers = np.stack([np.array(image), np.array(image)], axis=0).reshape(2, 24, 36, 3)
+    return torch.from_numpy(np.expand_dims(-(numbers / 255), 0))[0].permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize("make", [by_hand, a_mask, a_batch, stacked])
+def test_numpy_is_followed(make: Callable[[Any], Any]) -> None:
+    pipe, call = editing(lambda pipe, image: make(image)), {"image": picture()}
+    program = find(pipe, call).program
+    assert "image" in {source.kind for source in program.needed_sources}
+    again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
+    assert verify(program, pipe, *again).holds
+    assert np.array.__module__ == "numpy" and torch.from_numpy.__name__ == "from_numpy"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image: torch.from_numpy(np.ascontiguousarray(np.array(image)[::1, ::-1])).permute(2, 0, 1)[None].float(),
+        lambda image: torch.tensor(np.array(image)).permute(2, 0, 1)[None].float(),
+        lambda image: torch.from_numpy(np.array(image) + 200).permute(2, 0, 1)[None].float(),
+        lambda image: torch.from_numpy(np.sqrt(np.array(image, np.float32))).permute(2, 0, 1)[None],
+    ],
+)
+def test_numpy_that_is_not_followed_is_refused(make: Callable[[Any], Any]) -> None:
+    with pytest.raises(RecipeError, match="reads the numbers of a picture where they cannot be followed"):
+        capture(editing(lambda pipe, image: make(image)), {"image": picture()})

@@ -2,8 +2,8 @@
 
 What counts is what a pipeline makes of PIL's pictures, as people give it: some take nothing else (FLUX.2's editing),
 and some take a tensor for what their image processor would have made (FLUX's ControlNets). What PIL does to such a
-picture is done to its tensor as well, by the same arithmetic: resize, crop, copy, convert, paste into another; and so
-it comes to diffusers' image processors. Where its numbers are read in any other way, it has escaped.
+picture is done to its tensor as well, by the same arithmetic: resize, crop, copy, convert, paste into another; and what
+numpy does to its numbers, until they are a tensor. Where they are read in any other way, it has escaped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 from slipcast_compiler.capture.blocks import parameters_of
+from slipcast_compiler.capture.pixels import Root, remember, tensors_of_pixels
 from slipcast_compiler.capture.resizing import as_pictures, resize
 from slipcast_compiler.capture.where import here
 
@@ -75,7 +76,8 @@ class Picture(Image.Image):
             return super().copy()
 
     def resize(self, size: Any, resample: Any = None, box: Any = None, reducing_gap: Any = None) -> Image.Image:
-        if box is not None or reducing_gap is not None:
+        reduced = reducing_gap is not None and (self.width >= 2 * size[0] or self.height >= 2 * size[1])
+        if box is not None or reduced:
             return super().resize(size, resample, box, reducing_gap)
         kind = Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample)
         with self.following():
@@ -125,13 +127,6 @@ class Picture(Image.Image):
             self.followed = False
 
 
-class _Pixels(np.ndarray[Any, np.dtype[np.float32]]):
-    """float32 [n, height, width, channels] in [0, 1] of pictures that remember their tensors: these, as `tensor`."""
-
-    tensor: torch.Tensor
-    taken: bool = False
-
-
 def remembering(picture: Image.Image, levels: torch.Tensor, name: str | None = None) -> Picture:
     """The same picture, which from here on is this tensor."""
     picture.__class__ = Picture
@@ -177,29 +172,23 @@ def levels_of(picture: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen]:
-    """Within it, pictures that in_pil made of a call are followed into diffusers' image processors. To be entered where
-    operators on the call's tensors are seen."""
-    from diffusers.image_processor import VaeImageProcessor as Processor
-
+    """Within it, pictures that in_pil made of a call are followed, through PIL and numpy, until they are tensors again.
+    To be entered where operators on the call's tensors are seen."""
     for name, value in given.items():
         _follow(value, call[name])
-    to_numpy, to_tensor, paste = Processor.pil_to_numpy, Processor.numpy_to_pt, Image.Image.paste
-    made = list[_Pixels]()
+    array, asarray, paste, roots = np.array, np.asarray, Image.Image.paste, list[Root]()
 
-    def pil_to_numpy(images: Any) -> Any:
-        several = images if isinstance(images, list) else [images]
-        if not all(isinstance(each, Picture) for each in several):
-            return to_numpy(images)
-        pixels: _Pixels = to_numpy([each.plain() for each in several]).view(_Pixels)
-        pixels.tensor = torch.cat([each.numbers() / 255 for each in several])
-        made.append(pixels)
-        return pixels
+    def read(usual: Any) -> Callable[..., Any]:
+        def reading(value: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(value, Picture):
+                return usual(value, *args, **kwargs)
+            roots.append([False])
+            levels = value.numbers()[0].permute(1, 2, 0)
+            pixels = remember(usual(value.plain()), levels[..., 0] if value.mode == "L" else levels, roots[-1])
+            kind = args[0] if args else kwargs.pop("dtype", None)
+            return pixels if kind is None else pixels.astype(kind)
 
-    def numpy_to_pt(images: Any) -> Any:
-        if not any(images is each for each in made):
-            return to_tensor(images)
-        images.taken = True
-        return images.tensor
+        return reading
 
     def pasted(self: Image.Image, im: Any, box: Any = None, mask: Any = None) -> None:
         if isinstance(im, Picture) and mask is None and im.mode == self.mode and (box is None or len(box) == 2):
@@ -210,17 +199,16 @@ def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen
         else:
             paste(self, im, box, mask)
 
-    Processor.pil_to_numpy, Processor.numpy_to_pt = staticmethod(pil_to_numpy), staticmethod(numpy_to_pt)
-    Image.Image.paste = pasted  # type: ignore[method-assign]
     seen = Seen()
     token = _SEEN.set(seen)
+    np.array, np.asarray, Image.Image.paste = read(array), read(asarray), pasted  # type: ignore[method-assign]
     try:
-        yield seen
-        seen.escaped += ["numpy, behind an image processor" for each in made if not each.taken]
+        with tensors_of_pixels():
+            yield seen
+        seen.escaped += ["numpy" for (taken,) in roots if not taken]
     finally:
+        np.array, np.asarray, Image.Image.paste = array, asarray, paste  # type: ignore[method-assign]
         _SEEN.reset(token)
-        Processor.pil_to_numpy, Processor.numpy_to_pt = staticmethod(to_numpy), staticmethod(to_tensor)
-        Image.Image.paste = paste  # type: ignore[method-assign]
 
 
 def _is_pil(parameter: inspect.Parameter | None) -> bool:

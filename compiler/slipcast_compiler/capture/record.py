@@ -84,7 +84,7 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
         if seen.escaped:
             raise RecipeError(
                 f"{type(pipe).__name__} reads the numbers of a picture where they cannot be followed",
-                expected="PIL's resize, crop, convert and paste, and diffusers' image processors; or tensors",
+                expected="PIL's resize, crop, convert and paste, and arithmetic of numpy; or tensors",
                 got=seen.escaped[0],
             ) from error
         if isinstance(refused and refused.__cause__, TypeError | AttributeError):

@@ -32,11 +32,15 @@ FOLLOWED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "smaller": lambda image: image.resize((17, 11), LANCZOS),
     "larger, cut": lambda image: image.resize((80, 60), Image.Resampling.BILINEAR).crop((8, 8, 72, 56)),
     "by its default": lambda image: image.resize((30, 30)),
+    "reduced": lambda image: image.resize((9, 12), Image.Resampling.BICUBIC, reducing_gap=1),
+    "reduced by six": lambda image: image.resize((12, 12), LANCZOS, reducing_gap=1.0),
+    "reduced at once": lambda image: image.resize((6, 4), LANCZOS, reducing_gap=2.0),
     "nearest": lambda image: image.resize((21, 13), Image.Resampling.NEAREST),
 }
 ESCAPING: dict[str, Callable[[Image.Image], Image.Image]] = {
     "turned": lambda image: image.rotate(90),
     "beyond its sides": lambda image: image.crop((-2, 0, 10, 10)),
+    "reduced, not evenly": lambda image: image.resize((7, 5), LANCZOS, reducing_gap=1.0),
     "of a box": lambda image: image.resize((8, 8), LANCZOS, box=(0, 0, 10, 10)),
     "blurred": lambda image: image.filter(ImageFilter.BLUR),
     "flipped": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.pixels import Root, remember, tensors_of_pixels
-from slipcast_compiler.capture.resizing import as_pictures, resize
+from slipcast_compiler.capture.resizing import as_pictures, reduce, resize
 from slipcast_compiler.capture.where import here
 
 _PIL = re.compile(r"\bImage\b|\bPipelineImageInput\b")  # in a type, or in its text
@@ -76,15 +76,18 @@ class Picture(Image.Image):
             return super().copy()
 
     def resize(self, size: Any, resample: Any = None, box: Any = None, reducing_gap: Any = None) -> Image.Image:
-        reduced = reducing_gap is not None and (self.width >= 2 * size[0] or self.height >= 2 * size[1])
-        if box is not None or reduced:
-            return super().resize(size, resample, box, reducing_gap)
         kind = Image.Resampling(Image.Resampling.BICUBIC if resample is None else resample)
+        factors = [1, 1]
+        if reducing_gap is not None and kind != Image.Resampling.NEAREST:
+            factors = [int(own / to / reducing_gap) or 1 for own, to in zip(self.size, size, strict=True)]
+        if box is not None or any(own % factor for own, factor in zip(self.size, factors, strict=True)):
+            return super().resize(size, resample, box, reducing_gap)
         with self.following():
-            made = super().resize(size, kind)
+            made = super().resize(size, kind, None, reducing_gap)
         if made.size == self.size:
             return remembering(made, self.levels, self.name)
-        levels = self.numbers(made.size if kind == Image.Resampling.LANCZOS else None)
+        plainly_resized = kind == Image.Resampling.LANCZOS and factors == [1, 1]
+        levels = reduce(self.numbers(made.size if plainly_resized else None), factors[1], factors[0])
         return remembering(made, resize(levels, (made.height, made.width), kind))
 
     def crop(self, box: Any = None) -> Image.Image:

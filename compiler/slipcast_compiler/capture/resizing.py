@@ -20,6 +20,18 @@ def resize(levels: torch.Tensor, size: tuple[int, int], resample: int) -> torch.
     return levels
 
 
+def reduce(levels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The mean of each block of so many rows and columns, as PIL's Image.reduce rounds it: its factor, of 24 bits, is a
+    little less than 1 / n, so that a half of n that is no power of two is rounded down."""
+    if rows == columns == 1:
+        return levels
+    *others, height, width = levels.shape
+    count = rows * columns
+    sums = levels.reshape(*others, height // rows, rows, width // columns, columns).sum((-3, -1))
+    less = 0.0 if count & (count - 1) == 0 else 0.5
+    return ((sums + (count // 2 - less)) / count).floor()
+
+
 def _columns_first(before: tuple[int, int], after: tuple[int, int], resample: int) -> bool:
     """In which order PIL resizes, as it rounds in between: asked of it, since versions differ."""
     levels = np.random.default_rng(0).integers(0, 256, before, np.uint8)

@@ -29,10 +29,12 @@ def describe_arguments(pipe: Any, variants: Sequence[Found], calls: Sequence[Map
     texts = text_arguments(found.templates, found.call)
     fixed = [fixed_arguments(pipe, {**texts_of(found.call), **call}, loop) for call in calls]
     usual = {loop.steps: loop.sampling.steps, loop.guidance: loop.sampling.guidance_scale} if loop else {}
-    values = {name: list(dict.fromkeys(each[name] for each in fixed if name in each)) for name in fixed[0]}
+    pictures = [source.detail[0] for source in found.program.needed_sources if source.kind == "image"]
+    names = [name for name in fixed[0] if name not in pictures]
+    values = {name: list(dict.fromkeys(each[name] for each in fixed if name in each)) for name in names}
     return {
         "texts": {name: each.default for name, each in texts.items()},
-        "pictures": [source.detail[0] for source in found.program.needed_sources if source.kind == "image"],
+        "pictures": pictures,
         "numbers": {name: value for name, value in usual.items() if name},
         "why_not": found.why_not,
         "listed": {name: each for name, each in values.items() if len(each) > 1},

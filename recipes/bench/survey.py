@@ -5,7 +5,8 @@
 DIFFUSERS is a checkout of diffusers: its tests build a tiny pipeline of nearly every class, with random weights, and
 call it. Nobody here wrote those calls, and nothing in Slipcast knows them. Bundles are for ONNX Runtime in fp32; each
 draws a prompt, a seed and a picture that it was not captured with. No hub is asked: what tests load from it is made
-here, or the pipeline counts as not built. NAMES: parts of names of classes. Each runs in a process of its own. diffusers' tests need requests-mock and parameterized.
+here, or the pipeline counts as not built. NAMES: parts of names of classes. Each runs in a process of its own.
+diffusers' tests need requests-mock and parameterized.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from slipcast_compiler.capture.blocks import is_of_blocks
 from slipcast_compiler.capture.call import missing_pictures
 from slipcast_compiler.capture.edges import leaving_watched, offline
 from slipcast_compiler.capture.labels import label_events, written_across
-from slipcast_compiler.capture.pil import Seen, followed, in_pil, rewinding
+from slipcast_compiler.capture.pil import Picture, Seen, followed, in_pil, rewinding
 from slipcast_compiler.capture.processing import called_through, is_processor, process
 from slipcast_compiler.capture.program import (
     Call,
@@ -87,8 +87,8 @@ def capture(pipe: Any, call: Mapping[str, Any], shapes: ShapeRunner | None = Non
                 expected="PIL's resize, crop, convert and paste, and arithmetic of numpy; or tensors",
                 got=seen.escaped[0],
             ) from error
-        if isinstance(refused and refused.__cause__, TypeError | AttributeError):
-            raise  # it takes tensors alone
+        if refused and Picture.__name__ in str(refused.__cause__):
+            raise  # it takes tensors alone, and says so
         raise refused or error from error
 
 

@@ -147,7 +147,7 @@ def examine(given: tuple[str, str, str], _: Advance) -> dict[str, Any]:
     from bundling import bundle_of, distance
 
     import slipcast
-    from slipcast_compiler.capture.call import mirrored
+    from slipcast_compiler.capture.call import with_other_pictures
     from slipcast_compiler.capture.processing import call_pipeline
     from slipcast_compiler.capture.program import leaves
     from slipcast_compiler.host.quiet import quiet
@@ -159,7 +159,7 @@ def examine(given: tuple[str, str, str], _: Advance) -> dict[str, Any]:
             return {"not_built": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         text = isinstance(call.get("prompt"), str | list)
         one = dict(call) | {"prompt": "a small red circle on white"} if text else dict(call)
-        other = mirrored(call) | ({"prompt": PROMPT} if text else {})
+        other = with_other_pictures(call) | ({"prompt": PROMPT} if text else {})
 
         def seeded(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
             return arguments | ({"generator": torch.Generator("cpu").manual_seed(seed)} if "generator" in call else {})

@@ -18,7 +18,7 @@ from tiny.unets import controlnet
 
 import slipcast
 from slipcast.errors import RecipeError, RequestError
-from slipcast_compiler.capture.call import make_call, mirrored, pictures_of
+from slipcast_compiler.capture.call import make_call, pictures_of, with_other_pictures
 from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.record import capture
@@ -67,8 +67,8 @@ def test_a_program_is_verified_on_another_picture(numpy: bool) -> None:
     pipe.numpy = numpy
     picture = {"image": torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))}
     program = find(pipe, picture).program
-    calls = [mirrored(make_call(pipe, picture, seed=3)) for _ in range(2)]
-    assert torch.equal(calls[0]["image"], picture["image"].flip(-1))
+    calls = [with_other_pictures(make_call(pipe, picture, seed=3)) for _ in range(2)]
+    assert torch.equal(calls[0]["image"], 1 - picture["image"].flip(-1, -2))
     assert verify(program, pipe, *calls).holds == (not numpy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_refusals import Denoiser, Plain
 from transformers import CLIPImageProcessor
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.capture.call import make_call
+from slipcast_compiler.capture.call import make_call, with_other_pictures
 from slipcast_compiler.capture.find import find
 from slipcast_compiler.capture.pil import Picture, Seen, followed, in_pil
 from slipcast_compiler.capture.processing import call_pipeline
@@ -147,7 +148,7 @@ def test_the_size_that_it_is_resized_to(make: Any, resized: dict[str, tuple[int,
     program = capture(pipe, make_call(pipe, call))
     assert program.resized == resized
     assert [source.kind for source in program.needed_sources if source.kind == "image"] == ["image"]
-    again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
+    again = [make_call(pipe, with_other_pictures(call), seed=5) for _ in range(2)]
     assert verify(find(pipe, call).program, pipe, *again).holds
 
 
@@ -160,7 +161,7 @@ def test_one_whose_numbers_are_read_is_given_as_a_tensor() -> None:
         return read_by_numpy(pipe, image) * 255
 
     pipe, call = editing(make), {"image": picture()}
-    again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
+    again = [make_call(pipe, with_other_pictures(call), seed=5) for _ in range(2)]
     assert verify(find(pipe, call).program, pipe, *again).holds
 
 
@@ -179,7 +180,7 @@ def drawn_on(pipe: Any, image: Any) -> torch.Tensor:
 
 
 def behind_a_processor(pipe: Any, image: Any) -> torch.Tensor:
-    return torch.tensor(pipe.processor.pil_to_numpy(image)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.sqrt(pipe.processor.pil_to_numpy(image))).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("make", [read_by_numpy, drawn_on, behind_a_processor])
@@ -215,7 +216,7 @@ def test_draws_are_the_same_in_a_second_attempt() -> None:
         return (read_by_numpy(pipe, image) if isinstance(image, Image.Image) else image) + drawn
 
     pipe, call = editing(make), {"image": picture()}
-    again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
+    again = [make_call(pipe, with_other_pictures(call), seed=5) for _ in range(2)]
     assert verify(find(pipe, call).program, pipe, *again).holds
 
 
@@ -285,25 +286,104 @@ def stacked(image: Any) -> Any:
     return torch.from_numpy(np.expand_dims(-(numbers / 255), 0))[0].permute(0, 3, 1, 2).float()
 
 
-@pytest.mark.parametrize("make", [by_hand, a_mask, a_batch, stacked])
+def in_place(image: Any) -> Any:
+    numbers = np.array(image, dtype=np.float32)
+    numbers /= 255
+    numbers -= 0.5
+    return torch.tensor(numbers[None]).permute(0, 3, 1, 2)
+
+
+def masked_by_another(image: Any) -> Any:
+    numbers, grey = np.array(image).astype(np.float32), np.array(image.convert("L"))
+    numbers[grey / 255 > 0.5] = -1
+    return torch.from_numpy(numbers.copy().transpose(2, 0, 1)[None])
+
+
+def of_whole_numbers(image: Any) -> Any:
+    numbers = torch.from_numpy(np.array(image))
+    assert numbers.dtype == torch.uint8
+    return (numbers.permute(2, 0, 1)[None] // 2).float()
+
+
+def written_after(image: Any) -> Any:
+    first = torch.from_numpy(np.array(image, np.float32))
+    first[first < 127.5] = 0
+    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None] - first.permute(2, 0, 1)[None]
+
+
+FOLLOWED_IN_NUMPY = [by_hand, a_mask, a_batch, stacked, in_place, masked_by_another, of_whole_numbers, written_after]
+
+
+@pytest.mark.parametrize("make", FOLLOWED_IN_NUMPY)
 def test_numpy_is_followed(make: Callable[[Any], Any]) -> None:
     pipe, call = editing(lambda pipe, image: make(image)), {"image": picture()}
     program = find(pipe, call).program
     assert "image" in {source.kind for source in program.needed_sources}
-    again = [make_call(pipe, {"image": call["image"].flip(-1)}, seed=5) for _ in range(2)]
+    again = [make_call(pipe, with_other_pictures(call), seed=5) for _ in range(2)]
     assert verify(program, pipe, *again).holds
     assert np.array.__module__ == "numpy" and torch.from_numpy.__name__ == "from_numpy"
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda image: torch.from_numpy(np.ascontiguousarray(np.array(image)[::1, ::-1])).permute(2, 0, 1)[None].float(),
-        lambda image: torch.tensor(np.array(image)).permute(2, 0, 1)[None].float(),
-        lambda image: torch.from_numpy(np.array(image) + 200).permute(2, 0, 1)[None].float(),
-        lambda image: torch.from_numpy(np.sqrt(np.array(image, np.float32))).permute(2, 0, 1)[None],
-    ],
-)
+def as_tensor(numbers: Any) -> torch.Tensor:
+    return torch.from_numpy(numbers).permute(2, 0, 1)[None].float()
+
+
+def within_its_range(image: Any) -> Any:
+    numbers = np.array(image).astype(np.float32)
+    return as_tensor((numbers - numbers.min()) / (numbers.max() - numbers.min()))
+
+
+def negative_if_light(image: Any) -> Any:
+    numbers = np.array(image).astype(np.float32) / 255
+    return as_tensor(numbers if numbers.mean() < 0.5 else 1 - numbers)
+
+
+def from_its_first_light_row(image: Any) -> Any:
+    numbers = np.array(image).astype(np.float32) / 255
+    first = int(np.nonzero((numbers > 0.5).any(axis=(1, 2)))[0][0])
+    return as_tensor(numbers[first : first + 8])
+
+
+def written_through_a_view(image: Any) -> Any:
+    numbers = np.array(image).astype(np.float32) / 255
+    view = numbers[None]
+    view[view < 0.5] = 0
+    return as_tensor(numbers)
+
+
+def made_small(image: Any) -> Any:
+    image = image.copy()
+    image.thumbnail((18, 12))
+    return as_tensor(np.array(image))
+
+
+ESCAPING_IN_NUMPY = [
+    within_its_range, negative_if_light, from_its_first_light_row, written_through_a_view, made_small,
+    lambda image: as_tensor(np.ascontiguousarray(np.array(image)[::1, ::-1])),
+    lambda image: as_tensor(np.array(image) + 200),
+    lambda image: as_tensor(np.sqrt(np.array(image, np.float32))),
+    lambda image: as_tensor(np.clip(a=np.array(image, np.float32), a_min=0, a_max=99)),
+    lambda image: as_tensor(np.array(np.array(image).tolist(), np.float32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ESCAPING_IN_NUMPY)
 def test_numpy_that_is_not_followed_is_refused(make: Callable[[Any], Any]) -> None:
+    def of_pictures(pipe: Any, image: Any) -> Any:
+        assert isinstance(image, Image.Image)
+        return make(image)
+
     with pytest.raises(RecipeError, match="reads the numbers of a picture where they cannot be followed"):
-        capture(editing(lambda pipe, image: make(image)), {"image": picture()})
+        capture(editing(of_pictures), {"image": picture()})
+
+
+def test_uses_are_seen_in_other_threads_and_where_another_is_pasted() -> None:
+    call = {"image": picture()}
+    given = in_pil(editing(lambda pipe, image: image), call)
+    with followed(given, call) as seen:
+        canvas = given["image"].copy()
+        canvas.paste(given["image"].resize((9, 9), LANCZOS), (1, 1))
+        assert seen.uses == {"image": {None, (9, 9)}} and not seen.escaped
+        with ThreadPoolExecutor() as pool:
+            pool.submit(given["image"].tobytes).result()
+    assert seen.escaped

@@ -99,16 +99,19 @@ def pictures_of(call: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def mirrored(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with other pictures: its own, from right to left; noise for what is the same so."""
+def with_other_pictures(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with pictures that differ in all that a pipeline may read of them: the negatives of its own, upside down
+    and from right to left, or noise where that is nearly the same; arrays that are no pictures, the other way round."""
 
     def other(value: Any) -> Any:
         if isinstance(value, list):
             return [other(each) for each in value]
         if not isinstance(value, torch.Tensor) or not value.ndim:
             return value
-        turned = value.flip(-1)
-        if not torch.equal(turned, value) or not value.is_floating_point():
+        if value.ndim < 3 or not value.is_floating_point() or value.min() < 0 or value.max() > 1:
+            return value.flip(-1)
+        turned = 1 - value.flip(-1, -2)
+        if (turned - value).abs().max() > 0.1:
             return turned
         noise = torch.randint(0, 256, value.shape, generator=torch.Generator().manual_seed(0))
         return (noise / 255).to(value.dtype)

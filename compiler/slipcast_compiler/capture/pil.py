@@ -12,7 +12,6 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves
 
 from slipcast_compiler.capture.blocks import parameters_of
-from slipcast_compiler.capture.pixels import Root, remember, tensors_of_pixels
+from slipcast_compiler.capture.pixels import Reading, remember, tensors_of_pixels
 from slipcast_compiler.capture.resizing import as_pictures, reduce, resize
 from slipcast_compiler.capture.where import here
 
@@ -47,28 +46,31 @@ class Seen:
         return {name: size for name, size in only.items() if size is not None}
 
 
-_SEEN: ContextVar[Seen | None] = ContextVar("_SEEN", default=None)
-
-
 class Picture(Image.Image):
     """`levels`: float32 [1, channels, height, width], whole numbers up to 255, which are those of the picture. `name`:
-    of one that was given, and is as large as it was. `followed`: while PIL does what is done to the levels too."""
+    of one that was given, and is as large as it was. `seen`: what is told of its uses. `followed`: while PIL does what
+    is done to the levels too."""
 
     levels: torch.Tensor
     name: str | None = None
+    seen: Seen | None = None
     followed: bool = False
 
     def load(self) -> Any:
         """PIL's own, through which all that reads or changes a picture's numbers goes."""
-        if not self.followed and (seen := _SEEN.get()) is not None:
-            seen.escaped.append(here())
+        if not self.followed and self.seen:
+            self.seen.escaped.append(here())
         return super().load()
 
     def numbers(self, resized: tuple[int, int] | None = None) -> torch.Tensor:
         """Its levels, for a use that is noted."""
-        if self.name is not None and (seen := _SEEN.get()) is not None:
-            seen.uses.setdefault(self.name, set()).add(resized)
+        if self.seen and self.name is not None:
+            self.seen.uses.setdefault(self.name, set()).add(resized)
         return self.levels
+
+    def made(self, picture: Image.Image, levels: torch.Tensor, same_size: bool = False) -> Picture:
+        """Of this one, by PIL and by arithmetic."""
+        return remembering(picture, levels, self.name if same_size else None, self.seen)
 
     def plain(self) -> Image.Image:
         """The same picture, without its memory."""
@@ -85,10 +87,10 @@ class Picture(Image.Image):
         with self.following():
             made = super().resize(size, kind, None, reducing_gap)
         if made.size == self.size:
-            return remembering(made, self.levels, self.name)
+            return self.made(made, self.levels, True)
         plainly_resized = kind == Image.Resampling.LANCZOS and factors == [1, 1]
         levels = reduce(self.numbers(made.size if plainly_resized else None), factors[1], factors[0])
-        return remembering(made, resize(levels, (made.height, made.width), kind))
+        return self.made(made, resize(levels, (made.height, made.width), kind))
 
     def crop(self, box: Any = None) -> Image.Image:
         left, top, right, bottom = (round(side) for side in box or (0, 0, *self.size))
@@ -96,10 +98,15 @@ class Picture(Image.Image):
             return super().crop(box)  # with what is not in the picture
         with self.following():
             made = super().crop(box)
-        return remembering(made, self.numbers()[..., top:bottom, left:right])
+        return self.made(made, self.numbers()[..., top:bottom, left:right])
+
+    def thumbnail(self, size: Any, resample: Any = Image.Resampling.BICUBIC, reducing_gap: Any = 2.0) -> None:
+        if self.seen:
+            self.seen.escaped.append(here())
+        super().thumbnail(size, resample, reducing_gap)
 
     def copy(self) -> Image.Image:
-        return remembering(self.plain(), self.levels, self.name)
+        return self.made(self.plain(), self.levels, True)
 
     def __copy__(self) -> Image.Image:
         return self.copy()
@@ -115,10 +122,10 @@ class Picture(Image.Image):
         with self.following():
             made = super().convert(mode)
         if mode == "RGB":
-            return remembering(made, self.levels.repeat(1, 3, 1, 1), self.name)
+            return self.made(made, self.levels.repeat(1, 3, 1, 1), True)
         weights = torch.tensor(GREY, dtype=torch.float32).reshape(1, 3, 1, 1)
         grey = (((self.levels * weights).sum(1, keepdim=True) + 0x8000) / 0x10000).floor()
-        return remembering(made, grey, self.name)
+        return self.made(made, grey, True)
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -130,11 +137,13 @@ class Picture(Image.Image):
             self.followed = False
 
 
-def remembering(picture: Image.Image, levels: torch.Tensor, name: str | None = None) -> Picture:
+def remembering(
+    picture: Image.Image, levels: torch.Tensor, name: str | None = None, seen: Seen | None = None
+) -> Picture:
     """The same picture, which from here on is this tensor."""
     picture.__class__ = Picture
     found = cast(Picture, picture)
-    found.levels, found.name = levels, name
+    found.levels, found.name, found.seen = levels, name, seen
     return found
 
 
@@ -177,41 +186,40 @@ def levels_of(picture: torch.Tensor) -> torch.Tensor:
 def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen]:
     """Within it, pictures that in_pil made of a call are followed, through PIL and numpy, until they are tensors again.
     To be entered where operators on the call's tensors are seen."""
+    seen, readings = Seen(), list[Reading]()
     for name, value in given.items():
-        _follow(value, call[name])
-    array, asarray, paste, roots = np.array, np.asarray, Image.Image.paste, list[Root]()
+        _follow(value, call[name], seen)
+    array, asarray, paste = np.array, np.asarray, Image.Image.paste
 
     def read(usual: Any) -> Callable[..., Any]:
         def reading(value: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(value, Picture):
+            if not isinstance(value, Picture) or set(kwargs) - {"dtype", "copy"} or len(args) > 1:
                 return usual(value, *args, **kwargs)
-            roots.append([False])
-            levels = value.numbers()[0].permute(1, 2, 0)
-            pixels = remember(usual(value.plain()), levels[..., 0] if value.mode == "L" else levels, roots[-1])
-            kind = args[0] if args else kwargs.pop("dtype", None)
+            readings.append(Reading())
+            levels = value.numbers()[0].permute(1, 2, 0).clone()
+            pixels = remember(usual(value.plain()), levels[..., 0] if value.mode == "L" else levels, readings[-1])
+            kind = args[0] if args else kwargs.get("dtype")
             return pixels if kind is None else pixels.astype(kind)
 
         return reading
 
     def pasted(self: Image.Image, im: Any, box: Any = None, mask: Any = None) -> None:
-        if isinstance(im, Picture) and mask is None and im.mode == self.mode and (box is None or len(box) == 2):
-            levels = self.levels if isinstance(self, Picture) else _levels_in(self)
-            with self.following() if isinstance(self, Picture) else contextlib.nullcontext():
-                paste(self, im.plain(), box)
-            remembering(self, _with(levels, im.numbers(), *(box or (0, 0))))
-        else:
+        corner = box is None or (isinstance(box, tuple | list) and len(box) == 2)
+        if not isinstance(im, Picture) or mask is not None or im.mode != self.mode or not corner:
             paste(self, im, box, mask)
+            return
+        levels = self.numbers() if isinstance(self, Picture) else _levels_in(self)
+        with self.following() if isinstance(self, Picture) else contextlib.nullcontext():
+            paste(self, im.plain(), box)
+        remembering(self, _with(levels, im.numbers(), *(box or (0, 0))), seen=seen)
 
-    seen = Seen()
-    token = _SEEN.set(seen)
     np.array, np.asarray, Image.Image.paste = read(array), read(asarray), pasted  # type: ignore[method-assign]
     try:
         with tensors_of_pixels():
             yield seen
-        seen.escaped += ["numpy" for (taken,) in roots if not taken]
+        seen.escaped += ["arithmetic of numpy" for each in readings if each.escaped or not each.taken]
     finally:
         np.array, np.asarray, Image.Image.paste = array, asarray, paste  # type: ignore[method-assign]
-        _SEEN.reset(token)
 
 
 def _is_pil(parameter: inspect.Parameter | None) -> bool:
@@ -245,9 +253,9 @@ def _with(levels: torch.Tensor, other: torch.Tensor, left: int, top: int) -> tor
     return torch.cat([levels[..., :first, :], middle, levels[..., last:, :]], dim=-2)
 
 
-def _follow(given: Any, value: Any) -> None:
+def _follow(given: Any, value: Any, seen: Seen) -> None:
     if isinstance(given, list) and isinstance(value, Sequence):
         for each, one in zip(given, value, strict=True):
-            _follow(each, one)
+            _follow(each, one, seen)
     elif isinstance(given, Picture):
-        given.levels = levels_of(value)
+        given.levels, given.seen = levels_of(value), seen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,6 +34,7 @@ def reduce(levels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return ((sums + (count // 2 - less)) / count).floor()
 
 
+@functools.cache
 def _columns_first(before: tuple[int, int], after: tuple[int, int], resample: int) -> bool:
     """In which order PIL resizes, as it rounds in between: asked of it, since versions differ."""
     levels = np.random.default_rng(0).integers(0, 256, before, np.uint8)
@@ -59,6 +62,7 @@ def _resize_along(levels: torch.Tensor, dim: int, to: int, resample: int) -> tor
     return ((whole + 2 ** (HALF - 1)) / 2**HALF).floor().clamp(0, 255)
 
 
+@functools.cache
 def _filter(size: int, to: int, resample: int) -> torch.Tensor:
     """float64 [to, size]: what PIL's filter takes of each row, as it resizes the rows of the unit matrix."""
     rows = Image.fromarray(np.eye(size, dtype=np.float32)).resize((size, to), Image.Resampling(resample))

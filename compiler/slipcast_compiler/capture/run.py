@@ -8,7 +8,7 @@ from typing import Any
 
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.arguments import describe_arguments, render_arguments
-from slipcast_compiler.capture.call import PROMPT, make_call, mirrored
+from slipcast_compiler.capture.call import PROMPT, make_call, with_other_pictures
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.listed import combinations
@@ -60,7 +60,7 @@ def _verify(program: Program, root: Path, pipeline: str | None, given: Mapping[s
     prompt = given.get("prompt", PROMPT)
     other = with_pictures(pipe, {name: value for name, value in given.items() if name != "prompt"})
     text = OTHER_PROMPT if prompt != OTHER_PROMPT else PROMPT
-    calls = [mirrored(make_call(pipe, other, text, seed=1)) for _ in range(2)]
+    calls = [with_other_pictures(make_call(pipe, other, text, seed=1)) for _ in range(2)]
     with quiet():
         return verify(program, pipe, *calls)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from slipcast.errors import ArtifactError, CheckFailed
 from slipcast.progress import Advance
-from slipcast_compiler.capture.call import make_call, mirrored
+from slipcast_compiler.capture.call import make_call, with_other_pictures
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.open import open_with_weights
@@ -73,7 +73,7 @@ def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, A
 def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str) -> float:
     """The program's error for a prompt, and for other texts and pictures where there are any; CheckFailed where it is
     another pipeline then."""
-    made = (mirrored(make_call(pipe, given, prompt, seed=1)) for _ in range(2))
+    made = (with_other_pictures(make_call(pipe, given, prompt, seed=1)) for _ in range(2))
     calls = [with_others(call, lambda text: f"{text} {SHORT}") for call in made]
     verdict = verify(program, pipe, *calls)
     if verdict.error is not None and math.isnan(verdict.error):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import PIPELINES, call_of, open_pipeline
 
+from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.model.layers import layers_of, linear_layers
 from slipcast_compiler.model.rewrite import UNCHANGED, Denoiser, Rewrite, load, write_tensors
 from slipcast_compiler.passes.trial import tried_layers
@@ -39,7 +40,7 @@ NOTHING = ("kandinsky_2_2", "deep_floyd")  # can be removed: all blocks are of o
 ADDED = "the text's keys and values are added to its own, without queries"
 
 
-class EndError(Exception):
+class EndError(BaseException):  # not an error of the pipeline, which is asked again then
     """Ends a pipeline at the first call of its denoiser."""
 
 
@@ -58,7 +59,7 @@ def _denoiser(name: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, An
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad(), pytest.raises(EndError):
-        pipe(**call_of(name, "a small red circle on white", 1))
+        call_pipeline(pipe, call_of(name, "a small red circle on white", 1))
     handle.remove()
     module, generator = copy.deepcopy(module).requires_grad_(False), torch.Generator().manual_seed(0)
     for parameter in module.parameters():

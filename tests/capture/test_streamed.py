@@ -36,7 +36,7 @@ SAVED = [name for name in PIPELINES if name not in OWN]
 def save(name: str, folder: Path) -> Path:
     """As large models are published: in bf16, and in shards."""
     torch.manual_seed(0)
-    PIPELINES[name].make().to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    PIPELINES[name].make().to(torch.bfloat16).save_pretrained(str(folder), max_shard_size="100KB")
     return folder
 
 

@@ -21,7 +21,11 @@ def read_index(root: Path) -> dict[str, Any]:
     """The index of a diffusers directory: its class, and [library, class] of its components. A pipeline of blocks says
     besides where each is loaded from; those in the directory itself count."""
     entries = read_json(index_file(root)).items()
-    return {name: entry[:2] if isinstance(entry, list) and len(entry) == 3 else entry for name, entry in entries}
+    return {name: entry[:2] if _is_loaded_from(entry) else entry for name, entry in entries}
+
+
+def _is_loaded_from(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict)
 
 
 def read_json(path: Path) -> dict[str, Any]:

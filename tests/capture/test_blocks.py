@@ -16,6 +16,7 @@ from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.open import open_with_weights, open_without_weights
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.host.quiet import quiet
+from slipcast_compiler.model.configs import read_index
 
 MADE = "StableDiffusionXLModularPipeline"
 SIZE = {"height": 32, "width": 32}
@@ -137,3 +138,10 @@ def test_it_stays_of_its_class() -> None:
     pipe = getattr(diffusers, MADE)()
     assert isinstance(with_manners(pipe), getattr(diffusers, MADE))
     assert type(pipe).__name__ == MADE
+
+
+def test_a_list_of_three_in_a_config_is_no_component(tmp_path: Path) -> None:
+    made = ["diffusers", "UNet2DConditionModel", {"subfolder": "unet"}]
+    entries = {"layers": [1, 2, 3], "unet": made, "vae": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(entries), "utf-8")
+    assert read_index(tmp_path) == entries | {"unet": made[:2]}

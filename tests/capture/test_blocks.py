@@ -58,6 +58,16 @@ def test_any_directory_may_be_opened_as_one(saved: Path, plain: Path) -> None:
     assert programs[0].pipeline == MADE
 
 
+def test_one_may_be_opened_as_a_pipeline_without_blocks(saved: Path) -> None:
+    """With weights, too: what a dry run opens, a compile opens."""
+    name = "StableDiffusionXLPipeline"
+    opened, whole = open_without_weights(saved, name), open_with_weights(saved, name)
+    assert capture(opened, make_call(opened, SIZE)).pipeline == type(whole).__name__ == name
+    call = [call_of("stable_diffusion_xl", "a red star", 3) for _ in range(2)]
+    with torch.no_grad():
+        assert torch.equal(whole(**call[0])[0], open_pipeline("stable_diffusion_xl")(**call[1])[0])
+
+
 def test_its_components_may_be_left_out_where_a_call_needs_none(saved: Path, tmp_path: Path) -> None:
     for file in saved.iterdir():
         if file.name != "vae":

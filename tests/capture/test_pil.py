@@ -373,8 +373,9 @@ def test_numpy_that_is_not_followed_is_refused(make: Callable[[Any], Any]) -> No
         assert isinstance(image, Image.Image)
         return make(image)
 
-    with pytest.raises(RecipeError, match="reads the numbers of a picture where they cannot be followed"):
+    with pytest.raises(RecipeError, match="reads the numbers of a picture where they cannot be followed") as refused:
         capture(editing(of_pictures), {"image": picture()})
+    assert "test_pil.py:" in str(refused.value.got)
 
 
 def test_uses_are_seen_in_other_threads_and_where_another_is_pasted() -> None:

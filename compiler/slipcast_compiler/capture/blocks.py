@@ -110,8 +110,8 @@ def _check_blocks(root: Path, index: Mapping[str, Any]) -> None:
             f"{root}: its blocks cannot be made",
             expected="blocks of diffusers",
             got=str(named),
-            hint="code that comes with a checkpoint never runs: put it into a module of your own, and name that in "
-            "model.pipeline",
+            hint="code that comes with a checkpoint never runs; model.pipeline may name a pipeline without blocks that "
+            "takes its components",
         )
 
 

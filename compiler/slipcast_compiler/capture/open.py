@@ -20,7 +20,7 @@ from slipcast.errors import ArtifactError, HostError, RecipeError, SlipcastError
 from slipcast_compiler.capture.blocks import is_of_blocks, open_blocks
 from slipcast_compiler.capture.shapes import META, is_pure, run_on_meta
 from slipcast_compiler.host.quiet import quiet
-from slipcast_compiler.model.configs import read_index
+from slipcast_compiler.model.configs import INDEXES, index_file, read_index
 
 LARGE = 1 << 20  # numbers
 LIBRARIES = ("diffusers", "transformers")
@@ -64,7 +64,7 @@ def open_with_weights(root: Path, pipeline: str | None = None, dtype: torch.dtyp
     given = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
     try:
         with quiet():
-            if is_of_blocks(kind):
+            if is_of_blocks(kind) or index_file(root).name == INDEXES[1]:  # which no other pipeline's loader reads
                 return open_parts(root, pipeline, lambda part, folder: part.from_pretrained(folder, **given).eval())
             pipe = kind.from_pretrained(root, **given, **left_out(kind))
     except Exception as error:  # of diffusers, transformers, safetensors: each has its own

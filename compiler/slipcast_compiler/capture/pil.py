@@ -195,7 +195,7 @@ def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen
         def reading(value: Any, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(value, Picture) or set(kwargs) - {"dtype", "copy"} or len(args) > 1:
                 return usual(value, *args, **kwargs)
-            readings.append(Reading())
+            readings.append(Reading(here()))
             levels = value.numbers()[0].permute(1, 2, 0).clone()
             pixels = remember(usual(value.plain()), levels[..., 0] if value.mode == "L" else levels, readings[-1])
             kind = args[0] if args else kwargs.get("dtype")
@@ -217,7 +217,7 @@ def followed(given: Mapping[str, Any], call: Mapping[str, Any]) -> Iterator[Seen
     try:
         with tensors_of_pixels():
             yield seen
-        seen.escaped += ["arithmetic of numpy" for each in readings if each.escaped or not each.taken]
+        seen.escaped += [each.escaped or each.place for each in readings if each.escaped or not each.taken]
     finally:
         np.array, np.asarray, Image.Image.paste = array, asarray, paste  # type: ignore[method-assign]
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils._device import _device_constructors
 
+from slipcast_compiler.capture.where import here
+
 _UFUNCS: dict[Any, Callable[..., Any]] = {
     np.add: torch.add,
     np.subtract: torch.sub,
@@ -33,10 +35,11 @@ _TYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "float64"
 
 @dataclass
 class Reading:
-    """Of a picture, into an array. `taken`: a tensor was made of it; `escaped`: something else was."""
+    """Of a picture, into an array, and where. `taken`: a tensor was made of it; `escaped`: where something else was."""
 
+    place: str
     taken: bool = False
-    escaped: bool = False
+    escaped: str = ""
 
 
 class Pixels(np.ndarray[Any, np.dtype[Any]]):
@@ -206,7 +209,7 @@ def _escape(given: Any) -> None:
     for each in given:
         if isinstance(each, Pixels) and each.tensor is not None:
             for reading in each.readings:
-                reading.escaped = True
+                reading.escaped = reading.escaped or here()
 
 
 def _all_known(given: Any) -> bool:

@@ -7,7 +7,13 @@ import traceback
 from pathlib import Path
 from typing import Any, cast
 
-LIBRARIES = ("site-packages/torch/", "site-packages/accelerate/", "site-packages/PIL/", "slipcast_compiler/capture")
+LIBRARIES = (
+    "site-packages/torch/",
+    "site-packages/accelerate/",
+    "site-packages/PIL/",
+    "site-packages/numpy/",
+    "slipcast_compiler/capture",
+)
 
 
 def here(package: str = "") -> str:

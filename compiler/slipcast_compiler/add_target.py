@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.evidence import calibration_prompts, held_out_prompts
-from slipcast.bundle.manifest import SCHEMA_VERSION, Addition, Manifest, Target
+from slipcast.bundle.manifest import SCHEMA_VERSION, Addition, EngineFiles, Manifest, Target
 from slipcast.bundle.reader import Bundle, check_digests, open_bundle
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
@@ -32,7 +32,7 @@ from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.metrics import psnr
 from slipcast_compiler.precision.mixed import IMAGES, SAMPLES, Found, check_cast, measure_cast
 from slipcast_compiler.recipe.seeds import CALIBRATION, GATE
-from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.recipe.targets import QUANTIZED, TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -89,13 +89,14 @@ def add_target(
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
         with stages.stage(f"build {table.name}") as advance:
-            int8 = {"denoiser": None} if table.precision == "int8" else {}
-            target = build_target(table, Sources(sources, bundle.manifest.image, int8), pool, cache, advance, casts)
+            quantized = _quantized(bundle, portable) if table.precision in QUANTIZED else {}
+            made_from = Sources(sources, bundle.manifest.image, quantized)
+            target = build_target(table, made_from, pool, cache, advance, casts)
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         publish.write_manifest(folder, fields)
         if casts:
-            check_cast(folder, target, casts, inputs, stages)
+            check_cast(folder, target, quantized, casts, inputs, stages)
         if not_run := refusal(target):
             logger.warning("%s was not run here and is compared with nothing: %s", target.id, not_run)
         else:
@@ -108,14 +109,16 @@ def add_target(
 
 
 def _measured(bundle: Bundle, portable: Target, digests: dict[str, str]) -> tuple[Target, dict[str, Source]]:
-    """The target in fp32 whose graphs a cast is measured on, also that of a denoiser in INT8 (see casts.py); of a
-    bundle that has none, all but the denoiser."""
+    """The target in fp32 whose graphs a cast is measured on, also that of what is quantised (see casts.py); of a bundle
+    that has none, all that is not."""
     for target in bundle.manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, "fp32"):
             return target, _sources(bundle, target, digests)
-    logger.warning("%s has no denoiser in fp32, on which its cast could be measured", bundle.manifest.name)
-    sources = _sources(bundle, portable, digests)
-    return portable, {name: source for name, source in sources.items() if name != "denoiser"}
+    logger.warning(
+        "%s has no target in fp32, on which casts of what is quantised could be measured", bundle.manifest.name
+    )
+    sources, quantized = _sources(bundle, portable, digests), _quantized(bundle, portable)
+    return portable, {name: source for name, source in sources.items() if name not in quantized}
 
 
 def _inputs(bundle: Bundle, target: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
@@ -131,8 +134,9 @@ def _inputs(bundle: Bundle, target: Target, components: Collection[str], cache: 
 
 
 def find_portable(manifest: Manifest, precision: str) -> Target:
-    """The target whose graphs one in `precision` is built from: ONNX, in int8 where that is asked for, else in fp32."""
-    wanted = "int8" if precision == "int8" else "fp32"
+    """The target whose graphs one in `precision` is built from: ONNX, quantised where that is asked for, else in
+    fp32."""
+    wanted = precision if precision in QUANTIZED else "fp32"
     for target in manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, wanted):
             return target
@@ -141,6 +145,17 @@ def find_portable(manifest: Manifest, precision: str) -> Target:
         expected=f"a target {PORTABLE} in {wanted}", got=", ".join(target.id for target in manifest.targets),
         hint=f'compile it with [[targets]] engine = "{PORTABLE}", precision = "{wanted}" beside the others',
     )  # fmt: skip
+
+
+def _quantized(bundle: Bundle, portable: Target) -> dict[str, None]:
+    """The components of a quantised target that are: their graphs read integers."""
+    import onnx
+
+    def reads_integers(files: EngineFiles) -> bool:
+        graph = onnx.load(bundle.root / files.model, load_external_data=False).graph
+        return any(node.op_type == "DequantizeLinear" for node in graph.node)
+
+    return {name: None for name, files in portable.components.items() if reads_integers(files)}
 
 
 def _check_version(manifest: Manifest) -> None:

@@ -62,7 +62,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:
-        sources = {table.name: sources_of(graphs, table.precision == "int8") for table in tables}
+        sources = {table.name: sources_of(graphs, table.precision) for table in tables}
         targets = tuple(build_targets(sources, tables, folder, cache, stages, casts.found))
         fields = write_contents(graphs, folder)
         publish.write_manifest(folder, {**fields, "targets": targets})

@@ -31,8 +31,8 @@ from slipcast_compiler.plan_program import ProgramPlan
 from slipcast_compiler.precision.programs import (
     images_needed,
     measure_program_casts,
-    needs_calls,
     quantize_denoisers,
+    quantize_program_weights,
     record_calls,
 )
 from slipcast_compiler.profile.profile import Profile
@@ -96,15 +96,19 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             images = plan.calibration(IMAGES)
             graphs, caching = cache_program_features(graphs, images, besides[0], features, cache, advance)
 
-    # The loop's graphs in INT8, and what half precision would spoil in any: measured on calibration prompts.
-    casts = None
-    if needs_calls(recipe.targets, options := recipe.quantize_options):
+    # The loop's graphs in INT8, linear layers in INT4, and what half precision would spoil in any: measured on
+    # calibration prompts.
+    casts, samples = None, recipe.samples_needed
+    if samples or any(table.half for table in recipe.targets):
         with stages.stage("record inputs") as advance:
-            images = plan.calibration(images_needed(options, graphs.record))
-            inputs = record_calls(graphs, images, besides, options, cache, advance)
-        if options:
+            images = plan.calibration(images_needed(samples, graphs.record))
+            inputs = record_calls(graphs, images, besides, samples, cache, advance)
+        if int8 := recipe.quantize_options:
             with stages.stage("quantize denoiser") as advance:
-                graphs = quantize_denoisers(graphs, inputs, options, cache, advance)
+                graphs = quantize_denoisers(graphs, inputs, int8, cache, advance)
+        if int4 := recipe.int4_options:
+            with stages.stage("quantize weights") as advance:
+                graphs = quantize_program_weights(graphs, inputs, int4, cache, advance)
         casts = measure_program_casts(graphs, inputs, recipe.targets, cache, stages)
         graphs = replace(graphs, casts=casts.found)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from slipcast.bundle.manifest import FALLBACK
 from slipcast.engines import ENGINES
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.plan import Plan
-from slipcast_compiler.recipe.targets import BYTES
+from slipcast_compiler.recipe.targets import BYTES, TargetTable
 from slipcast_compiler.search.space import Space
 
 
@@ -61,6 +62,24 @@ def count_parameters(plan: Plan) -> dict[str, int]:
     return parameters | ({FALLBACK: parameters["denoiser"]} if guard and guard.policy == "fallback" else {})
 
 
+def engine_bytes(plan: Plan, parameters: dict[str, int], tables: Iterable[TargetTable]) -> int:
+    """Of the engines of targets, for what is shipped."""
+    shipped = {name: count for name, count in parameters.items() if name not in plan.not_shipped}
+    linear = {name: count_linear(plan, name) for name in shipped}
+    return sum(table.bytes_of(name, count, linear[name]) for table in tables for name, count in shipped.items())
+
+
+def count_linear(plan: Plan, component: str) -> int:
+    """Of a component's parameters, those that are matrices, and not tables of embeddings."""
+    components = plan.checkpoint.architecture.components
+    weights = plan.checkpoint.weights(components["denoiser" if component == FALLBACK else component].folder)
+    return sum(
+        math.prod(weight.entry.shape)
+        for name, weight in weights.items()
+        if len(weight.entry.shape) == 2 and not name.endswith("_embedding.weight")
+    )
+
+
 def prompt_table_bytes(plan: Plan) -> int:
     """Of the table for a closed family's prompts, without the header."""
     texts, denoiser = plan.checkpoint.architecture.text, plan.checkpoint.architecture.components["denoiser"]
@@ -75,22 +94,14 @@ def prompt_table_bytes(plan: Plan) -> int:
 
 def bundle_bytes(plan: Plan, parameters: dict[str, int]) -> int:
     """Of the published bundle, without its report."""
-    shipped = {name: count for name, count in parameters.items() if name not in plan.not_shipped}
-    engines = sum(count * table.bytes_of(name) for table in plan.recipe.targets for name, count in shipped.items())
-    return engines + prompt_table_bytes(plan)
+    return engine_bytes(plan, parameters, plan.recipe.targets) + prompt_table_bytes(plan)
 
 
 def cache_bytes(plan: Plan, parameters: dict[str, int]) -> int:
     """Of the cache's new entries: the exported weights once in fp32, and the engines that are not those files."""
     exported = sum(parameters.values()) * BYTES["fp32"]
-    engines = sum(
-        count * table.bytes_of(name)
-        for table in plan.recipe.targets
-        if (table.engine, table.precision) != ("onnxruntime", "fp32")
-        for name, count in parameters.items()
-        if name not in plan.not_shipped
-    )
-    return exported + engines + prompt_table_bytes(plan)
+    tables = [each for each in plan.recipe.targets if (each.engine, each.precision) != ("onnxruntime", "fp32")]
+    return exported + engine_bytes(plan, parameters, tables) + prompt_table_bytes(plan)
 
 
 def memory_bytes(parameters: dict[str, int]) -> int:

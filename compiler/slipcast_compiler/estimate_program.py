@@ -49,17 +49,18 @@ def estimate(
     that read texts alone."""
     weights = [weight.numel() for module in components for weight in module.parameters()]
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    sizes = {name: part["parameters"] for name, part in parts.items()}
-    shipped = {name: 0 if closed and [*parts[name]["reads"]] == ["prompt"] else size for name, size in sizes.items()}
+    left_out = {name for name, part in parts.items() if closed and [*part["reads"]] == ["prompt"]}
+
+    def shipped(table: TargetTable, names: Iterable[str]) -> int:
+        kept = {name: parts[name] for name in names if name not in left_out}
+        return sum(table.bytes_of(name, part["parameters"], part["linear"]) for name, part in kept.items())
+
     # Of parts that call the same modules, such as those for other sizes, weights are on the disk once.
     held = {
         (name.partition("_")[0], tuple(part["modules"])): name for name, part in reversed(list(parts.items()))
     }.values()
-    resident = {
-        table.name: max(sum(shipped[name] * table.bytes_of(name) for name in names) for names in variants)
-        for table in tables
-    }
-    engines = {table.name: sum(shipped[name] * table.bytes_of(name) for name in held) for table in tables}
+    resident = {table.name: max(shipped(table, names) for names in variants) for table in tables}
+    engines = {table.name: shipped(table, held) for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
         original={
@@ -74,7 +75,7 @@ def estimate(
         },
         disk={
             "bundle": sum(engines.values()),
-            "cache": sum(sizes[name] for name in held) * BYTES["fp32"]
+            "cache": sum(parts[name]["parameters"] for name in held) * BYTES["fp32"]
             + sum(engines[name] for name in engines.keys() - linked),
         },
     )

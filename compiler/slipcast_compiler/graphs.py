@@ -13,6 +13,7 @@ from slipcast_compiler.model.rewrite import Rewrite
 from slipcast_compiler.passes.apply import apply_passes, needs_profile
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.precision.calibration import calibration_samples
+from slipcast_compiler.precision.int4 import quantize_all_weights
 from slipcast_compiler.precision.quantize import quantize
 from slipcast_compiler.profile.profile import make_profile
 from slipcast_compiler.schedule.caching import cache_features
@@ -58,13 +59,19 @@ def make_graphs(plan: Plan, cache: Cache, stages: Stages) -> Graphs:
         with stages.stage("cache features") as advance:
             graphs = cache_features(graphs, recipe.caching, cache, advance)
 
-    # The denoiser in INT8, for the targets that ask for it: one graph, which every engine reads.
-    if options := recipe.quantize_options:
-        components = tuple(graphs.components) if any(table.half for table in recipe.targets) else ("denoiser",)
+    # The denoiser in INT8, and linear layers in INT4, for the targets that ask for it: one graph, which every engine
+    # reads.
+    if count := recipe.samples_needed:
+        all_are_read = recipe.int4_options or any(table.half for table in recipe.targets)
+        components = tuple(graphs.components) if all_are_read else ("denoiser",)
         with stages.stage("calibrate") as advance:
-            samples = calibration_samples(graphs, plan.measuring, components, options.samples, cache, advance)
-        with stages.stage("quantize denoiser") as advance:
-            graphs = quantize(graphs, samples, options, cache, advance)
+            samples = calibration_samples(graphs, plan.measuring, components, count, cache, advance)
+        if int8 := recipe.quantize_options:
+            with stages.stage("quantize denoiser") as advance:
+                graphs = quantize(graphs, samples, int8, cache, advance)
+        if int4 := recipe.int4_options:
+            with stages.stage("quantize weights") as advance:
+                graphs = quantize_all_weights(graphs, samples, int4, cache, advance)
 
     # How a runtime tells prompts out of the family, and what draws those.
     if recipe.guard:

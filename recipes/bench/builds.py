@@ -51,7 +51,7 @@ def sources(plan: Plan, cache: Cache, stages: Stages) -> dict[str, Mapping[str, 
     with stages.stage("calibrate") as advance:
         samples = calibration_samples(graphs, plan.measuring, ("denoiser",), options.samples, cache, advance)
     with stages.stage("quantize denoiser") as advance:
-        quantized = sources_of(quantize(graphs, samples, options, cache, advance), int8=True)
+        quantized = sources_of(quantize(graphs, samples, options, cache, advance), "int8")
     return {"fp16": sources_of(graphs).components, "int8": {"denoiser": quantized.components["denoiser"]}}
 
 

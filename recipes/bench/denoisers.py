@@ -107,10 +107,9 @@ def build(plan: Plan, cache: Cache, stages: Stages, title: str) -> dict[str, Bui
             plan.recipe.name, plan.original, plan.family, plan.sampling, plan.reference, {"denoiser": exported}
         )
         graphs = quantize(graphs, samples, options, cache, advance)
-    assert graphs.quantized
     contract = Component.model_validate_json((exported / "denoiser.json").read_text())
     found = {}
-    for precision, source in (("bf16", exported), ("int8", graphs.quantized.folder)):
+    for precision, source in (("bf16", exported), ("int8", graphs.quantized["int8"]["denoiser"].folder)):
         with stages.stage(f"build {precision}{title}"):
             folder = cache.get(
                 "bench-engine",

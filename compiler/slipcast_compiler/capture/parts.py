@@ -11,7 +11,7 @@ from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import DENOISER
 from slipcast_compiler.capture.program import Call
-from slipcast_compiler.capture.summary import count_parameters
+from slipcast_compiler.capture.summary import count_linear, count_parameters
 
 # When a part of a program runs, by the beginning of its name.
 WHEN = {
@@ -51,6 +51,7 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
             made = {
                 "modules": modules,
                 "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
+                "linear": sum(count_linear(pipe, module) for module in dict.fromkeys(modules)),
                 "operators": len(part.events) - len(modules),
                 "uses": inside.get(part.name, 0) + sum(use.part == part.name for use in variant.cut.uses),
                 "constants": len(part.table),

@@ -106,6 +106,12 @@ def count_parameters(pipe: Any, name: str) -> int:
     return sum(parameter.numel() for parameter in module_of(pipe, name).parameters())
 
 
+def count_linear(pipe: Any, name: str) -> int:
+    """Of those, the weights of linear layers."""
+    layers = {id(each): each for each in module_of(pipe, name).modules() if isinstance(each, nn.Linear)}
+    return sum(each.weight.numel() for each in layers.values())
+
+
 def _loop(program: Program, loop: Loop) -> dict[str, Any]:
     return {"carried": loop.carried, "steps": len(program.marks), "phases": [_phase(program, p) for p in loop.phases]}
 

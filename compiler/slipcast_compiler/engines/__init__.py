@@ -19,7 +19,7 @@ from slipcast_compiler.engines.pool import Pool
 from slipcast_compiler.engines.timings import find_timings
 from slipcast_compiler.export.graphs import Check, Graphs
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.recipe.targets import REST, TargetTable
+from slipcast_compiler.recipe.targets import QUANTIZED, REST, TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -49,22 +49,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a target is built from. `sizes`: what those of engines with profiles follow from. `int8`: by component whose
-    graph is in INT8, what sees whether an engine reads it right, where there is one. `exact`: what is in fp32 whatever
-    the target."""
+    """What a target is built from. `sizes`: what those of engines with profiles follow from. `quantized`: by component
+    whose graph is in INT8 or INT4, what sees whether an engine reads it right, where there is one. `exact`: what is in
+    fp32 whatever the target."""
 
     components: Mapping[str, Source]
     sizes: tensorrt.Sizes
-    int8: Mapping[str, Check | None] = field(default_factory=dict)
+    quantized: Mapping[str, Check | None] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
 
 
-def sources_of(graphs: Graphs, int8: bool = False) -> Sources:
-    """Directories in the cache are named by a hash of their inputs; `int8`: with the quantised denoiser."""
-    quantized = graphs.quantized if int8 else None
-    folders = {**graphs.components, **({"denoiser": quantized.folder} if quantized else {})}
+def sources_of(graphs: Graphs, precision: str = "fp32") -> Sources:
+    """Of a target in a precision, with what is quantised for it. Directories in the cache are named by a hash of their
+    inputs."""
+    quantized = graphs.quantized.get(precision, NONE)
+    folders = {**graphs.components, **{name: each.folder for name, each in quantized.items()}}
     components = {name: Source(folder / f"{name}.onnx", folder.name) for name, folder in folders.items()}
-    return Sources(components, graphs.original.image, {"denoiser": quantized.check} if quantized else NONE)
+    return Sources(components, graphs.original.image, {name: each.check for name, each in quantized.items()})
 
 
 def build_targets(
@@ -112,7 +113,7 @@ def build_target(
     engines: dict[str, EngineFiles] = {}
     for done, name in enumerate(sources.components):
         advance(done, len(sources.components))
-        rest = table.precision == "int8" and name not in sources.int8
+        rest = table.precision in QUANTIZED and name not in sources.quantized
         own = table.model_copy(update={"precision": REST[table.engine]}) if rest else table
         own = table.model_copy(update={"precision": "fp32"}) if name in sources.exact else own
         entry = _build_engine(own, name, sources, list(casts[name]["fp32"]) if name in casts else [], cache)
@@ -136,7 +137,7 @@ def _build_engine(table: TargetTable, name: str, sources: Sources, fp32: list[st
 
     def make(out: Path) -> None:
         files = BUILDERS[table.engine](source.model, table.precision, out, *options, *timings, fp32=fp32)
-        if table.precision == "int8" and (check := sources.int8[name]):
+        if table.precision in QUANTIZED and (check := sources.quantized[name]):
             check(table.engine, out, files)
         (out / "files.json").write_text(files.model_dump_json())
 

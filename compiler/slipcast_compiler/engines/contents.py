@@ -26,7 +26,7 @@ PORTABLE = TargetTable(engine="onnxruntime")  # any machine can draw with it whi
 
 def write_bundle(graphs: Graphs, table: TargetTable, folder: Path, cache: Cache) -> Target:
     """A bundle with one target, without evidence: what is drawn with while a compile goes on. Returns the target."""
-    sources = sources_of(graphs, table.precision == "int8")
+    sources = sources_of(graphs, table.precision)
     target = build_target(table, sources, Pool(folder), cache, silent)
     write_manifest(folder, {**write_contents(graphs, folder), "targets": (target,)})
     return target

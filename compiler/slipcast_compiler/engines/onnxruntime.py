@@ -12,8 +12,8 @@ from slipcast_compiler.host.files import link
 
 
 def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) -> EngineFiles:
-    """The graph and its weights, linked: what is int8 is so in the graph, the rest is fp32; or cast it to fp16, all but
-    the nodes `fp32`."""
+    """The graph and its weights, linked: what is quantised is so in the graph, the rest is fp32; or cast it to fp16,
+    all but the nodes `fp32`."""
     if precision == "fp16":
         need_graph_libraries()
         from slipcast_compiler.graph.casting import cast_graph
@@ -21,7 +21,7 @@ def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) ->
         cast_graph(model, precision, out / model.name, fp32)
         data = out / f"{model.name}.data"
         return EngineFiles(model=model.name, weights=data.name if data.is_file() else None)
-    assert precision in ("fp32", "int8"), precision
+    assert precision in ("fp32", "int8", "int4"), precision
     files = external_files(model)  # a part may have none; others have their weights in one that they share
     assert len(files) < 2, files
     for name in (model.name, *files):

@@ -17,8 +17,8 @@ from slipcast_compiler.engines.needs import need_graph_libraries
 
 def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) -> EngineFiles:
     """Convert a graph. But for fp32, its fp32 weights are kept in fp16, which halves the file; the host rounds them
-    further. What is int8 stays so, and so do the nodes `fp32`. A graph that has its weights in another's file is given
-    that one's .bin."""
+    further. What is quantised stays so, and so do the nodes `fp32`. A graph that has its weights in another's file is
+    given that one's .bin."""
     target = out / f"{model.stem}.xml"
     _convert(model, precision, target, fp32)
     if owner_model := _owner(model):

@@ -41,14 +41,14 @@ class Split:
 class ProgramGraphs:
     """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
     `samplings`: by variant, in place of its loop's; `closed`: all prompts of a closed family, and the table of them;
-    `split`: the denoiser in two, for feature caching; `quantized`: by component, what takes its place in INT8;
-    `casts`: by target's name, see build_target."""
+    `split`: the denoiser in two, for feature caching; `quantized`: by precision, by component, what takes
+    its place there; `casts`: by target's name, see build_target."""
 
     entry: Path
     samplings: tuple[Sampling, ...] = ()
     closed: tuple[tuple[str, ...], Path] | None = None
     split: Split | None = None
-    quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    quantized: Mapping[str, Mapping[str, Quantized]] = field(default_factory=dict)
     casts: Mapping[str, Casts] = field(default_factory=dict)
 
     @property
@@ -91,9 +91,9 @@ class ProgramGraphs:
         """Where its graph lies."""
         return self.split.folder if self.split and component in (DENOISER, SHALLOW) else self.entry
 
-    def sources(self, int8: bool = False) -> Sources:
-        """Of a target; in INT8 with what is."""
-        quantized = self.quantized if int8 else {}
+    def sources(self, precision: str = "fp32") -> Sources:
+        """Of a target in a precision, with what is quantised for it."""
+        quantized = self.quantized.get(precision, {})
         found = {
             name: Source(folder / f"{name}.onnx", f"{folder.name}/{name}")
             for name in self.contracts
@@ -152,7 +152,7 @@ def write_bundle(
     """A bundle in `folder`, complete but for the evidence; the manifest's fields, with the targets, beside those that
     are given."""
     record = graphs.record
-    sources = {table.name: graphs.sources(table.precision == "int8") for table in tables}
+    sources = {table.name: graphs.sources(table.precision) for table in tables}
     targets = build_targets(sources, tables, folder, cache, stages, graphs.casts)
     tokenizers = {each.tokenizer for variant in record.every for each in variant.sources if each.kind == "prompt"}
     for name in (*sorted(tokenizers), *([TABLE] if record.table else [])):

@@ -19,8 +19,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Quantized:
-    """The denoiser in INT8: a directory with denoiser.onnx and its weights, what it was calibrated on, and what engines
-    are checked by."""
+    """A component in INT8 or INT4: a directory with NAME.onnx and its weights, what it was calibrated on, and what
+    engines are checked by."""
 
     folder: Path
     samples: Path
@@ -33,8 +33,9 @@ class Graphs:
 
     `sampling`: what the bundle runs; `reference`: what the original does. `step`: where the graph is that a table of
     timesteps is made with; `prompts`: a table of the `closed` family's; `caching`: which steps are shallow; `guard`:
-    what tells strangers, by the recipe's table; `profile`: what passes chose by. `fields`: what the manifest says
-    besides; `reports`: by stage, what the report tells.
+    what tells strangers, by the recipe's table; `quantized`: by precision, by component, what takes its place there;
+    `profile`: what passes chose by. `fields`: what the manifest says besides; `reports`: by stage, what the report
+    tells.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Graphs:
     closed: tuple[str, ...] = ()
     caching: Caching | None = None
     guard: tuple[GuardTable, Path] | None = None
-    quantized: Quantized | None = None
+    quantized: Mapping[str, Mapping[str, Quantized]] = field(default_factory=dict)
     profile: Path | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, Any] = field(default_factory=dict)

@@ -31,10 +31,14 @@ def layers_of(graph: Any) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for node in graph.node:
         if node.op_type in WEIGHTED and node.input[1] in constants and node.input[0] not in constants:
-            name = node.input[1].removeprefix("model.").removeprefix("components.")
-            layer = name.removesuffix(".T").removesuffix(".weight")
+            layer = layer_of(node.input[1])
             found[layer] = (*found.get(layer, ()), node.name)
     return found
+
+
+def layer_of(weight: str) -> str:
+    """The layer whose weight a constant is, by the constant's name."""
+    return weight.removeprefix("model.").removeprefix("components.").removesuffix(".T").removesuffix(".weight")
 
 
 def smooth(
@@ -81,7 +85,7 @@ def smooth(
         for node in layers:
             name, by = node.input[1], scale if turned[node.name] else scale[:, None]
             constants[name].CopyFrom(numpy_helper.from_array(weights[node.name] * by, name))
-    _drop_unread(graph)
+    drop_unread(graph)
     return len(norms)
 
 
@@ -164,14 +168,15 @@ def select(quantised: Any, original: Any, nodes: set[str], weights_only: bool) -
             node.input[:] = before[node.name].input
         elif node.name in before and weights_only:
             node.input[0] = before[node.name].input[0]
-    _drop_unread(model.graph)
+    drop_unread(model.graph)
     known = {tensor.name for tensor in model.graph.initializer}
     read = _read(model.graph)
     model.graph.initializer.extend(t for t in original.graph.initializer if t.name in read and t.name not in known)
     return model
 
 
-def _drop_unread(graph: Any) -> None:
+def drop_unread(graph: Any) -> None:
+    """Take out, in place, what no output of the graph depends on."""
     wanted = {value.name for value in graph.output}
     kept = []
     for node in reversed(graph.node):

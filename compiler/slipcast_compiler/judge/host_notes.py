@@ -12,7 +12,7 @@ NO_BF16 = "this processor has no bf16 instructions: what would be in bf16 was co
 
 def host_notes(targets: Iterable[Target]) -> dict[str, str]:
     """Target -> one line, for those of which there is something to say."""
-    rounded = [t for t in targets if t.engine == "openvino" and t.precision in ("bf16", "int8") and not refusal(t)]
+    rounded = [t for t in targets if t.engine == "openvino" and t.precision != "fp32" and not refusal(t)]
     if not rounded:
         return {}
     from slipcast.engines.openvino import bf16_is_native

@@ -107,7 +107,10 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "timesteps": evidence.timesteps,
         "caching": evidence.caching,
         "early_exit": evidence.exits,
-        "quantized": {name: read_report(made) for name, made in evidence.graphs.quantized.items()},
+        "quantized": {
+            precision: {name: read_report(each) for name, each in made.items()}
+            for precision, made in evidence.graphs.quantized.items()
+        },
         "mixed_precision": dict(evidence.graphs.casts),
         "gives": program.output,
     }

@@ -92,12 +92,13 @@ class Record(BaseRecord):
 
 class PartRecord(Strict):
     """A part of a captured program, which is one component of the bundle: the `modules` that it calls, in order, with
-    their `parameters`, and how many `operators` are between them. `uses`: how often a picture takes it; `constants`:
-    how many of its inputs are of the table, and differ from use to use; `reads`: how many others follow noise, pictures
-    and texts."""
+    their `parameters`, so many of which are of `linear` layers, and how many `operators` are between them. `uses`: how
+    often a picture takes it; `constants`: how many of its inputs are of the table, and differ from use to use; `reads`:
+    how many others follow noise, pictures and texts."""
 
     modules: tuple[str, ...]
     parameters: int
+    linear: int
     operators: int
     uses: int
     constants: int
@@ -120,8 +121,8 @@ class ProgramRecord(BaseRecord):
     it may be. `texts`, `pictures`, `listed`, `fixed`: the arguments that a run takes, those of which it may take one of
     some values, and those that it cannot change. `variants`: of each combination of what is listed, the first of which
     is the default. `sampling`: of slipcast's samplers, where they take its steps, and `free`, the arguments by which a
-    run chooses them; else `not_free` says why. `passes`: what each reports, of all denoisers; `quantized`: by component
-    in INT8, and `mixed_precision`, by target, as Record's."""
+    run chooses them; else `not_free` says why. `passes`: what each reports, of all denoisers; `quantized`:
+    by precision and component; `mixed_precision`, by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
@@ -140,7 +141,7 @@ class ProgramRecord(BaseRecord):
     timesteps: Told | None = None
     caching: Told | None = None
     early_exit: Told | None = None
-    quantized: dict[str, Told]
+    quantized: dict[str, dict[str, Told]]
     mixed_precision: dict[str, Told]
     gives: Output
 

@@ -1,4 +1,4 @@
-"""What a denoiser read and gave while pictures were drawn, and how far another one is off on it."""
+"""What a component read and gave while pictures were drawn, and how far another one is off on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Evaluations in `folder`, 0000.npz and so on, arrays by name: `outputs` are what the denoiser gave in fp32, all
+    """Evaluations in `folder`, 0000.npz and so on, arrays by name: `outputs` are what a component gave in fp32, all
     others what it read.
 
     `guidance`: what its outputs are guided by, where their rows are two branches, the unconditional ones first; else 1.
@@ -53,7 +53,7 @@ class Evaluations:
                 norm += float(np.square(wanted[name]).sum())
         if not np.isfinite(difference):
             raise NumericalError(
-                "the quantised denoiser's prediction is not finite", expected="finite numbers", got=difference
+                "what a quantised component gives is not finite", expected="finite numbers", got=difference
             )
         return float(np.sqrt(difference / norm))
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.precision.sensitivity import RANKED, search
-from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 
 logger = logging.getLogger("slipcast")
 
@@ -81,15 +81,17 @@ def measure_cast(
     return found
 
 
-def check_cast(folder: Path, target: Target, found: Found, inputs: Path, stages: Stages) -> None:
+def check_cast(
+    folder: Path, target: Target, quantized: Collection[str], found: Found, inputs: Path, stages: Stages
+) -> None:
     """Note in `found`, as `engine_error`, how far the engines of a target in the bundle at `folder` are off that have
-    nodes in fp32, if they can run here; with a warning where that is more than was allowed.
+    nodes in fp32, if they can run here; with a warning where that is more than was allowed. Those that are
+    `quantized` have a check of their own.
 
     For an engine may fuse what is in fp32 with what is not: OpenVINO 2026.4 forgets it of linear layers with a bias,
     and of attention.
     """
-    int8 = target.precision == "int8"  # which has a check of its own
-    kept = tuple(name for name, of in found.items() if of["fp32"] and not (int8 and IN_INT8.fullmatch(name)))
+    kept = tuple(name for name, of in found.items() if of["fp32"] and name not in quantized)
     if not kept or refusal(target):
         return
     with stages.stage(f"check {target.id}") as advance:

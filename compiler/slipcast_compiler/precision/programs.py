@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +19,30 @@ from slipcast_compiler.model.original import Images
 from slipcast_compiler.precision.calibration import TRAJECTORIES
 from slipcast_compiler.precision.casts import Casts, measure_on
 from slipcast_compiler.precision.evaluations import Evaluations
+from slipcast_compiler.precision.int4 import quantize_weights
 from slipcast_compiler.precision.mixed import IMAGES, SAMPLES
 from slipcast_compiler.precision.quantize import quantize_component
-from slipcast_compiler.recipe.passes import Quantize
+from slipcast_compiler.recipe.passes import Quantize, QuantizeInt4
 from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
 
 
-def images_needed(options: Quantize | None, program: Program) -> int:
-    """How many images to record: see calibration_samples; for casts alone IMAGES; one of each variant in any case."""
+def images_needed(samples: int | None, program: Program) -> int:
+    """How many images to record for so many `samples` of each component: see calibration_samples; for casts alone,
+    where there are none, IMAGES; one of each variant in any case."""
     count, steps = IMAGES, program.usual_steps
-    if options:
-        count = min(options.samples, max(TRAJECTORIES, math.ceil(options.samples / max(steps, 1))))
+    if samples:
+        count = min(samples, max(TRAJECTORIES, math.ceil(samples / max(steps, 1))))
     return max(count, len(program.every))
 
 
 def record_calls(
-    graphs: ProgramGraphs, images: Images, given: Sequence[Mapping[str, Any]], options: Quantize | None, cache: Cache,
+    graphs: ProgramGraphs, images: Images, given: Sequence[Mapping[str, Any]], samples: int | None, cache: Cache,
     advance: Advance,
 ) -> Path:  # fmt: skip
     """A directory with evaluations of each component in fp32, COMPONENT/0000.npz and so on, from the cache or made:
-    SAMPLES of each, or as many as INT8 is calibrated on. `given`: by variant, what its calls take besides a text."""
-    count, components = options.samples if options else SAMPLES, tuple(graphs.contracts)
+    SAMPLES of each, or as many as quantisation is calibrated on. `given`: by variant, what its calls take besides a
+    text."""
+    count, components = samples or SAMPLES, tuple(graphs.contracts)
     digests = [digest_given(each) for each in given]
 
     def make(out: Path) -> None:
@@ -65,7 +68,22 @@ def quantize_denoisers(
         if IN_INT8.fullmatch(name):
             recorded = Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs))
             made[name] = quantize_component(graphs.entry, name, recorded, options, cache, advance)
-    return replace(graphs, quantized=made)
+    return replace(graphs, quantized={**graphs.quantized, "int8": made})
+
+
+def quantize_program_weights(
+    graphs: ProgramGraphs, inputs: Path, options: QuantizeInt4, cache: Cache, advance: Advance
+) -> ProgramGraphs:
+    """With the linear layers of its components in INT4 beside those in fp32; see int4.quantize_weights."""
+    sources = graphs.sources()
+    contracts = {name: each for name, each in graphs.contracts.items() if name not in sources.exact}
+    recorded = {
+        name: Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs))
+        for name, contract in contracts.items()
+    }
+    folders = {name: sources.components[name].model.parent for name in contracts}
+    made = quantize_weights(folders, recorded, options, cache, advance)
+    return replace(graphs, quantized={**graphs.quantized, "int4": made})
 
 
 def measure_program_casts(
@@ -74,9 +92,4 @@ def measure_program_casts(
     """casts.measure_casts, on what record_calls recorded."""
     sources = graphs.sources()
     cast = {name: source for name, source in sources.components.items() if name not in sources.exact}
-    return measure_on(inputs, cast, tables, cache, stages)
-
-
-def needs_calls(tables: Collection[TargetTable], options: Quantize | None) -> bool:
-    """Whether anything is to be measured on what components read."""
-    return bool(options) or any(table.half for table in tables)
+    return measure_on(inputs, cast, graphs.quantized, tables, cache, stages)

@@ -16,7 +16,7 @@ import fnmatch
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,10 +62,10 @@ class EngineCheck:
             error = run_isolated(signed_error, self.model, self.recorded).result
         if error > self.max_error * ENGINE_MARGIN:
             raise CheckFailed(
-                f"{engine} gives other numbers for the INT8 {self.model.stem} than its graph says",
+                f"{engine} gives other numbers for the quantised {self.model.stem} than its graph says",
                 expected=f"at most {self.max_error * ENGINE_MARGIN:.4f} off, as a relative L2 norm",
                 got=f"{error:.4f}",
-                hint="name the layers it gets wrong in passes.quantize.protect, or take another engine or precision",
+                hint="name the layers it gets wrong under protect in the recipe, or take another engine or precision",
             )
 
 
@@ -77,7 +77,8 @@ def quantize(graphs: Graphs, samples: Path, options: Quantize, cache: Cache, adv
     guidance = graphs.sampling.guidance_scale if graphs.family else 1.0
     recorded = Evaluations(samples / "denoiser", guidance=guidance)
     made = quantize_component(graphs.components["denoiser"], "denoiser", recorded, options, cache, advance)
-    return graphs.add(report={"quantize": read_report(made)}, quantized=made)
+    quantized = {**graphs.quantized, "int8": {"denoiser": made}}
+    return graphs.add(report={"quantize": read_report(made)}, quantized=quantized)
 
 
 def quantize_component(
@@ -116,7 +117,7 @@ def quantize_graph(source: Path, recorded: Evaluations, options: Quantize, out: 
         weighted = qdq.layers_of(model.graph)
         attentions = {} if options.weights_only else sdpa.attentions_of(model.graph)
         layers = weighted | {layer: (node,) for layer, node in attentions.items()}
-        protected = _protected(options.protect, layers)
+        protected = protected_layers("quantize", options.protect, layers)
         free = [layer for layer in layers if layer not in protected]
         nodes = {node for layer in free if layer in weighted for node in weighted[layer]}
         smoothed = 0
@@ -172,12 +173,13 @@ def signed_error(model: Path, recorded: Evaluations, _: Advance) -> float:
         return recorded.error(qdq.session(signed))
 
 
-def _protected(patterns: tuple[str, ...], layers: Mapping[str, Any]) -> set[str]:
+def protected_layers(table: str, patterns: tuple[str, ...], layers: Collection[str]) -> set[str]:
+    """Those that the table's patterns fit; RecipeError where one fits none."""
     found = set()
     for pattern in patterns:
         if not (fitting := fnmatch.filter(layers, pattern)):
             raise RecipeError(
-                f"passes.quantize.protect: {pattern!r} fits no layer", expected=f"a pattern such as {min(layers)!r}",
+                f"passes.{table}.protect: {pattern!r} fits no layer", expected=f"a pattern such as {min(layers)!r}",
                 got=f"{len(layers)} layers with other names",
             )  # fmt: skip
         found.update(fitting)

@@ -98,6 +98,25 @@ class Quantize(Strict):
     symmetric: bool = False
 
 
+class QuantizeInt4(Strict):
+    """[passes.quantize_int4]: how the linear layers of targets in int4 are quantised, in every component that has many.
+
+    `group_size`: how many inputs of a layer share a scale; fewer where they do not divide its inputs. `rank`: of the
+    branch in full precision that holds what 4 bits would lose most of; 0 for none. `samples`: evaluations of each
+    component that inputs are weighed by. `max_error`: the most that a component's outputs may be off on them, as a
+    relative L2 norm against fp32, a denoiser's with guidance; the layers that do most damage are kept in higher
+    precision until it holds. `measurements`: how many choices of layers are tried for that. `protect`: patterns of
+    layers that are kept in any case, such as "transformer.*.ff.*".
+    """
+
+    group_size: Literal[16, 32, 64, 128] = 64
+    rank: Annotated[int, Field(ge=0, le=1024)] = 16
+    samples: Annotated[int, Field(ge=1, le=9999)] = 16
+    max_error: Annotated[float, Field(gt=0)] = 0.1
+    measurements: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    protect: Texts = ()
+
+
 class PassesTable(Strict):
     """[passes]: a table for each pass that is on; they run in this order."""
 
@@ -106,8 +125,9 @@ class PassesTable(Strict):
     low_rank: LowRank | None = None
     recover: Recover | None = None
     quantize: Quantize | None = None  # after the export, on the graph
+    quantize_int4: QuantizeInt4 | None = None  # likewise
 
     def chosen(self) -> list[tuple[str, Any]]:
         """(name, options) of the passes over weights that are on, in their order."""
-        names = [name for name in type(self).model_fields if name != "quantize"]
+        names = [name for name in type(self).model_fields if not name.startswith("quantize")]
         return [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from slipcast.bundle.validation import dotted, problems
 from slipcast.errors import RecipeError
 from slipcast_compiler.recipe.lines import Location, key_lines
-from slipcast_compiler.recipe.recipe import NEEDS, Recipe, int8_contradiction
+from slipcast_compiler.recipe.recipe import NEEDS, Recipe, precision_contradictions
 from slipcast_compiler.recipe.targets import TargetTable
 from slipcast_compiler.recipe.values import read_plain
 
@@ -159,6 +159,5 @@ def _hidden_contradictions(error: ValidationError, document: dict[str, Any]) -> 
         if not {"gate", "evaluate"} & bad and limit in gate and needed not in evaluate:
             yield ("gate", limit), f"gate.{limit} needs evaluate.{needed}"
     if not {"targets", "passes"} & bad:
-        wanted = any(target.get("precision") == "int8" for target in document.get("targets", []))
-        if problem := int8_contradiction(wanted, "quantize" in document.get("passes", {})):
-            yield ("passes", "quantize") if not wanted else ("targets",), problem
+        precisions = {str(target.get("precision")) for target in document.get("targets", [])}
+        yield from precision_contradictions(precisions, document.get("passes", {}).keys())

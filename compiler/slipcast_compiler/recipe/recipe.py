@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
 from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 
 from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
-from slipcast_compiler.recipe.passes import PassesTable, Quantize
+from slipcast_compiler.recipe.passes import PassesTable, Quantize, QuantizeInt4
 from slipcast_compiler.recipe.sampling import (
     CachingTable,
     CutTable,
@@ -222,8 +223,9 @@ class Recipe(Strict):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
         if self.caching and self.passes.quantize:
             raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")
-        wanted = any(target.precision == "int8" for target in self.targets)
-        if problem := int8_contradiction(wanted, self.passes.quantize is not None):
+        precisions = {target.precision for target in self.targets}
+        tables = {name for name in ("quantize", "quantize_int4") if getattr(self.passes, name) is not None}
+        for _, problem in precision_contradictions(precisions, tables):
             raise ValueError(problem)
         return self
 
@@ -234,6 +236,17 @@ class Recipe(Strict):
         if options and any(each.precision == "int8" and ENGINES[each.engine].device == "cuda" for each in self.targets):
             return options.model_copy(update={"symmetric": True})
         return options
+
+    @property
+    def int4_options(self) -> QuantizeInt4 | None:
+        """[passes.quantize_int4], or its defaults, where a target is in int4."""
+        wanted = any(target.precision == "int4" for target in self.targets)
+        return (self.passes.quantize_int4 or QuantizeInt4()) if wanted else None
+
+    @property
+    def samples_needed(self) -> int | None:
+        """How many evaluations of a component quantisation is calibrated on, if anything is quantised."""
+        return max((each.samples for each in (self.quantize_options, self.int4_options) if each), default=None)
 
     def asked_of_original(self) -> ReferenceTable:
         """[reference], completed by [sampling]; a schedule of its own replaces that of [sampling] altogether."""
@@ -259,8 +272,10 @@ def slots_of(template: str) -> list[str]:
     return names
 
 
-def int8_contradiction(target: bool, table: bool) -> str | None:
-    """What is wrong with a target in int8 and [passes.quantize], one without the other."""
-    if target == table:
-        return None
-    return "a target in int8 needs [passes.quantize]" if target else "no target has precision int8: [passes.quantize]"
+def precision_contradictions(precisions: Set[str], tables: Set[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with the precisions of targets and the tables of [passes] for them, and where."""
+    if "int8" in precisions and "quantize" not in tables:
+        yield ("targets",), "a target in int8 needs [passes.quantize]"
+    for name, precision in (("quantize", "int8"), ("quantize_int4", "int4")):
+        if name in tables and precision not in precisions:
+            yield ("passes", name), f"no target has precision {precision}: [passes.{name}]"

@@ -12,7 +12,10 @@ from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
 from slipcast_compiler.recipe.values import AsTuple
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # of one weight
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one weight
+INT4_BYTES = 0.6  # of one weight with its share of scales, and of a branch beside
+LEAST_LINEAR = 0.1  # of a component's weights: where linear layers have less, INT4 would spoil more than it saves
+QUANTIZED = ("int8", "int4")  # some components are, and the others in REST
 # Keys of TargetTable -> the engines they are for.
 ENGINE_KEYS = {
     "compute_capabilities": ("tensorrt-rtx",), "max_images": ("tensorrt-rtx", "tensorrt"),
@@ -21,7 +24,7 @@ ENGINE_KEYS = {
 }  # fmt: skip
 # The components that a target in int8 has in INT8: denoisers, of which a captured program may have several.
 IN_INT8 = re.compile(r"denoiser(_\d+)?")
-# What such a target is in besides: the other components, and what is left of the denoiser.
+# What a quantised target is in besides: the other components, and what is left of those that are quantised.
 REST = {"onnxruntime": "fp32", "openvino": "bf16", "tensorrt-rtx": "fp16", "tensorrt": "fp16"}
 
 
@@ -40,7 +43,7 @@ class TargetTable(Strict):
     # see docs/targets.md
     engine: Literal[tuple(ENGINES)]  # type: ignore[valid-type]
     # what the engine offers of these
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
     compute_capabilities: Annotated[tuple[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], ...] | None, AsTuple] = (
         Field(default=None, min_length=1)
     )
@@ -59,14 +62,20 @@ class TargetTable(Strict):
 
     @property
     def half(self) -> Literal["fp16", "bf16"] | None:
-        """The precision of what is in neither fp32 nor int8, if anything is."""
-        precision = REST[self.engine] if self.precision == "int8" else self.precision
+        """The precision of what is in neither fp32 nor quantised, if anything is."""
+        precision = REST[self.engine] if self.precision in QUANTIZED else self.precision
         return precision if precision in ("fp16", "bf16") else None  # type: ignore[return-value]
 
-    def bytes_of(self, component: str) -> int:
-        """Of one weight of a component; OpenVINO keeps fp16 whatever it computes in but fp32."""
-        rest = self.precision == "int8" and not IN_INT8.fullmatch(component)
-        return BYTES[REST[self.engine] if rest else self.precision]
+    def bytes_of(self, component: str, weights: int, linear: int) -> int:
+        """Of all weights of a component, so many of which are of linear layers; OpenVINO keeps fp16 whatever it
+        computes in but fp32."""
+        if self.precision not in QUANTIZED:
+            return weights * BYTES[self.precision]
+        rest = weights * BYTES[REST[self.engine]]
+        if self.precision == "int8":
+            return weights if IN_INT8.fullmatch(component) else rest
+        saved = linear * (BYTES[REST[self.engine]] - INT4_BYTES)
+        return round(rest - saved) if linear >= LEAST_LINEAR * weights else rest
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:

@@ -39,8 +39,11 @@ class Candidate:
     def key(self) -> str:
         """What decides its engines; candidates that differ in the rest share them."""
         components = {name: folder.name for name, folder in self.graphs.components.items()}
-        int8 = self.graphs.quantized and self.graphs.quantized.folder.name
-        return json.dumps([components, int8, self.table.model_dump(mode="json")], sort_keys=True)
+        quantized = {
+            precision: {name: each.folder.name for name, each in made.items()}
+            for precision, made in self.graphs.quantized.items()
+        }
+        return json.dumps([components, quantized, self.table.model_dump(mode="json")], sort_keys=True)
 
     def build(self, folder: Path, cache: Cache) -> str:
         """Its engines, in `folder`, which is new: a bundle of its own. Returns the target's id.
@@ -71,15 +74,16 @@ def apply(plan: Plan, overrides: Mapping[str, Any]) -> Plan:
 
 
 def apply_trial(plan: Plan, overrides: Mapping[str, Any]) -> Plan:
-    """The same for measuring: without a guard, and INT8 of the measured target alone. Else its stages are those of the
-    compile, which finds them in the cache."""
+    """The same for measuring: without a guard, and quantised for the measured target alone. Else its stages are those
+    of the compile, which finds them in the cache."""
     document = apply(plan, overrides).recipe.model_dump(mode="json", exclude_none=True)
     document.pop("guard", None)
     place = measured_target(plan)
-    if document["targets"][place]["precision"] != "int8":
-        document["passes"].pop("quantize", None)
-        first = document["targets"][place]
-        document["targets"] = [t for t in document["targets"] if t["precision"] != "int8" or t is first]
+    first = document["targets"][place]
+    for precision, table in (("int8", "quantize"), ("int4", "quantize_int4")):
+        if first["precision"] != precision:
+            document["passes"].pop(table, None)
+            document["targets"] = [t for t in document["targets"] if t["precision"] != precision]
     return replan(plan, _validated(document))
 
 

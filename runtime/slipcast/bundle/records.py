@@ -90,7 +90,7 @@ class Target(Strict):
 
     engine: Name
     device: Name
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"]
     components: dict[ComponentName, EngineFiles]
     built: Built | None = None
     early_exit: Annotated[float, Field(gt=0)] | None = None

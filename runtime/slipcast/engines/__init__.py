@@ -182,8 +182,10 @@ ENGINES: dict[str, EngineKind] = {
         note=REPLACES,
         builds_with="nothing",
     ),
-    "openvino": EngineKind("slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8"), by_rows=True),
-    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8")),
+    "openvino": EngineKind(
+        "slipcast.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "int8", "int4"), by_rows=True
+    ),
+    "onnxruntime": EngineKind("slipcast.engines.onnxruntime", "onnxruntime", None, ("fp32", "int8", "int4")),
 }
 
 

@@ -48,7 +48,7 @@ logger = logging.getLogger("slipcast")
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 _PARAMETER = re.compile(r"(?:model\.)?(.+)\.(?:weight|bias)(?![a-z])")
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 is in the graph; the hint is for the rest
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}  # integers are in the graph: for the rest
 
 
 STREAMS = 2  # requests that run side by side, each on its share of the threads

@@ -134,7 +134,7 @@ class TestCasts:
         np.savez(bundle.parent / "inputs" / "denoiser" / "0000.npz", **other)
         found: Any = {"denoiser": {"fp32": {"conv": "Conv"}, "limit": 0.01}}
         (target,) = open_bundle(bundle).manifest.targets
-        check_cast(bundle, target, found, bundle.parent / "inputs", Stages())
+        check_cast(bundle, target, (), found, bundle.parent / "inputs", Stages())
         assert found["denoiser"]["engine_error"] == pytest.approx(0.01 / 0.51, rel=0.01)
         assert "denoiser on onnxruntime-cpu-fp32 is 0.02 off, more than 0.01" in caplog.text
 

@@ -422,13 +422,16 @@ def test_a_recipe_chooses_the_sampler(made: Made) -> None:
 
 
 @pytest.mark.slow
-def test_int8_and_half_precision(place: Path) -> None:
-    """The loop is calibrated and quantised, and what bf16 would spoil is found, on the pipeline's own calls."""
+def test_integers_and_half_precision(place: Path) -> None:
+    """The loop is calibrated and quantised, linear layers of all components are in 4 bits, and what bf16 would spoil is
+    found, on the pipeline's own calls."""
     text = RECIPE[: RECIPE.index("[gate]")].replace('"tiny"', '"small"') + "[passes.quantize]\nsamples = 4\n"
     for target in (
         '"onnxruntime"\nprecision = "int8"',
         '"openvino"\nprecision = "int8"',
         '"openvino"\nprecision = "bf16"',
+        '"onnxruntime"\nprecision = "int4"',
+        '"openvino"\nprecision = "int4"',
     ):
         text += f"[[targets]]\nengine = {target}\n"
     (place / "small.toml").write_text(text)
@@ -436,20 +439,23 @@ def test_int8_and_half_precision(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     bundle = place / "artifacts" / "small"
     record = typed_program_record(json.loads((bundle / "report.json").read_text("utf-8")))
-    found = record.quantized["denoiser"]
+    found = record.quantized["int8"]["denoiser"]
     assert 0 < found["quantised"] <= found["layers"] and 0 < found["error"] <= found["options"]["max_error"]
     assert any(layer.startswith("unet.") for layer in found["kept"] | dict.fromkeys(found["tried"][0][:1]))
     casts = record.mixed_precision
-    assert set(casts) == {"openvino-int8", "openvino-bf16"}
+    assert set(casts) == {"openvino-int8", "openvino-bf16", "openvino-int4"}
+    assert {"conditioning", "denoiser_prompt"} <= record.quantized["int4"].keys()
+    assert not {"denoiser", "decoder"} & record.quantized["int4"].keys()  # of which most are convolutions
+    for each in record.quantized["int4"].values():
+        assert 0 < each["quantised"] <= each["layers"] and each["error"] <= each["options"]["max_error"]
     assert all(each["error"] <= each["limit"] for found in casts.values() for each in found.values())
     whole = {target["id"]: target["quality"]["psnr_worst"] for target in record.targets}
-    assert all(30 < psnr < 90 for psnr in whole.values()), whole
-    operators = {
-        node.op_type
-        for node in onnx.load(bundle / "onnxruntime-int8" / "denoiser.onnx", load_external_data=False).graph.node
-    }
-    assert "DequantizeLinear" in operators
-    assert "layers are in INT8" in (bundle / "report.html").read_text("utf-8")
+    assert all(20 < psnr < 90 for psnr in whole.values()), whole
+    for integers, name in (("int8", "denoiser"), ("int4", "conditioning")):
+        graph = onnx.load(bundle / f"onnxruntime-{integers}" / f"{name}.onnx", load_external_data=False).graph
+        assert "DequantizeLinear" in {node.op_type for node in graph.node}
+    page = (bundle / "report.html").read_text("utf-8")
+    assert "layers are in INT8" in page and "linear layers are in INT4" in page
 
 
 @pytest.mark.slow

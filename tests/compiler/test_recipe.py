@@ -55,7 +55,7 @@ engine = "tensorrt-rxt"
         "r.toml:1: name", "r.toml:3: model.pth: unknown key 'pth', did you mean 'path'?",
         "r.toml:2: model.path: missing",
         "colour", "r.toml:10: sampling.sampler", "r.toml:11: sampling.steps", "r.toml:12: sampling.guidance_scale",
-        "onnxruntime offers fp32, int8, not bf16", "r.toml:18: targets[1].engine",
+        "onnxruntime offers fp32, int8, int4, not bf16", "r.toml:18: targets[1].engine",
     ):  # fmt: skip
         assert expected in message, message
     assert caught.value.exit_code == 2

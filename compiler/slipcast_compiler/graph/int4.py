@@ -114,7 +114,7 @@ def pack(weight: Floats, importance: Floats, packing: Packing) -> Packed:
     counts = np.square(by).reshape(-1, group, 1)
     largest = np.abs(rest).max(axis=1)
     scales: Any = np.ones_like(largest)
-    least: Any = np.full(largest.shape, np.inf, np.float32)
+    least: Any = np.full_like(largest, np.inf)
     for clip in CLIPS:
         tried = np.where(largest > 0, largest * np.float32(clip / MOST), 1)
         error = (counts * np.square(_rounded(rest, tried) * tried[:, None] - rest)).sum(axis=1)
@@ -178,7 +178,8 @@ def importances(
         total = {name: total.get(name, np.float32(0)) + outputs[name] for name in outputs}
     found: dict[str, Floats] = {}
     for linear in (each for every in layers.values() for each in every):
-        found[linear.weight] = found.get(linear.weight, np.float32(0)) + total[sums[read[linear.node]]] / count
+        mean = total[sums[read[linear.node]]] / np.float32(count)
+        found[linear.weight] = found.get(linear.weight, np.float32(0)) + mean
     return found
 
 

@@ -7,6 +7,7 @@ OpenVINO both find that pair, keep the weight in 4 bits in memory, and multiply 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
+from slipcast.engines import cpu_threads
 from slipcast_compiler.graph.qdq import Arrays, drop_unread, layer_of, session
 from slipcast_compiler.graph.weights import read_tensor
 
@@ -25,6 +27,7 @@ Floats = npt.NDArray[np.float32]
 
 LEAST, MOST = -8, 7
 CLIPS = np.linspace(1.0, 0.6, 9)  # shares of a group's largest weight that become the largest integer
+BLOCK = 128  # outputs that are quantised at once, as many as fit into a cache
 LEAST_GROUP = 16  # ONNX Runtime has no kernel for smaller ones
 LEAST_GROUPS = 2  # of one alone OpenVINO 2026.4 makes a form that keeps it from storing all other weights in fp16
 
@@ -110,18 +113,27 @@ def pack(weight: Floats, importance: Floats, packing: Packing) -> Packed:
     by = np.maximum(by, 1e-3)  # inputs that are 0 on calibration prompts may not be so on others
     down, up = _largest(weight * by[:, None], rank)
     down /= by[:, None]
-    rest = (weight - down @ up).reshape(inputs // group, group, outputs)
+    rest = weight - down @ up
+    blocks = np.array_split(rest, range(BLOCK, outputs, BLOCK), axis=1)
     counts = np.square(by).reshape(-1, group, 1)
+    with ThreadPoolExecutor(cpu_threads()) as pool:
+        found = list(pool.map(lambda block: _quantised(block, counts), blocks))
+    integers, scales = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    return Packed(integers, scales, down, up)
+
+
+def _quantised(weight: Floats, counts: Floats) -> tuple[npt.NDArray[Any], Floats]:
+    """The integers of some outputs, and the scales of their groups; `counts` [groups, group, 1]: of each input."""
+    rest = weight.reshape(*counts.shape[:2], -1)
     largest = np.abs(rest).max(axis=1)
     scales: Any = np.ones_like(largest)
     least: Any = np.full_like(largest, np.inf)
     for clip in CLIPS:
-        tried = np.where(largest > 0, largest * np.float32(clip / MOST), 1)
+        tried = np.where(largest > 0, largest * np.float32(clip / MOST), np.float32(1))
         error = (counts * np.square(_rounded(rest, tried) * tried[:, None] - rest)).sum(axis=1)
         better = error < least
         scales, least = np.where(better, tried, scales), np.where(better, error, least)
-    integers = _rounded(rest, scales).reshape(inputs, outputs).astype(ml_dtypes.int4)
-    return Packed(integers, scales.astype(np.float32), down, up)
+    return _rounded(rest, scales).reshape(weight.shape).astype(ml_dtypes.int4), scales
 
 
 def _rounded(groups: Floats, scales: Floats) -> Floats:

@@ -111,7 +111,7 @@ class QuantizeInt4(Strict):
 
     group_size: Literal[16, 32, 64, 128] = 64
     rank: Annotated[int, Field(ge=0, le=1024)] = 16
-    samples: Annotated[int, Field(ge=1, le=9999)] = 16
+    samples: Annotated[int, Field(ge=1, le=9999)] = 8
     max_error: Annotated[float, Field(gt=0)] = 0.1
     measurements: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     protect: Texts = ()

@@ -41,7 +41,7 @@ def write_checkpoint(configs: str, out: Path, changes: list[str], seed: int) -> 
     else:
         from captures import make
 
-        out.mkdir()
+        out.mkdir(parents=True)
         make(configs, out, silent)
     for change in changes:
         key, value = change.split("=", 1)

@@ -112,6 +112,12 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         casts = measure_program_casts(graphs, inputs, recipe.targets, cache, stages)
         graphs = replace(graphs, casts=casts.found)
 
+    # Beside each denoiser one that adds what adapters say, for the runs that set some.
+    if recipe.adapters:
+        with stages.stage("adapter slots") as advance:
+            precisions = {table.precision for table in recipe.targets}
+            graphs = graphs.with_slots(recipe.adapters, precisions, cache, advance)
+
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:
         about = {

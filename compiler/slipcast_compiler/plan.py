@@ -137,6 +137,12 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     """
     check_targets(recipe.targets)
     checkpoint = open_checkpoint(recipe.model, folder)
+    if recipe.adapters:
+        raise RecipeError(
+            f"[adapters] is for captured pipelines, and {checkpoint.name} is one that is described",
+            expected="a recipe without [adapters]",
+            hint="have it captured: name its pipeline, such as --set model.pipeline=StableDiffusionPipeline",
+        )
     if recipe.lora:
         checkpoint = Checkpoint(*with_adapters(recipe, folder, checkpoint.root, checkpoint.name))
     if bool(checkpoint.architecture.text) != bool(recipe.family):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from slipcast_compiler.plan import check_targets
 from slipcast_compiler.profile.profile import calibration_prompts
 from slipcast_compiler.profile.program import ProgramCalibration, measuring_bytes
 from slipcast_compiler.recipe.family import Family, expand
+from slipcast_compiler.recipe.passes import AdaptersTable
 from slipcast_compiler.recipe.recipe import OWN, Recipe
 from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
@@ -60,8 +62,8 @@ from slipcast_compiler.schedule.skips import check_skips
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
     {
-        "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "early_exit", "profile",
-        "passes", "evaluate", "gate", "targets",
+        "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "adapters", "early_exit",
+        "profile", "passes", "evaluate", "gate", "targets",
     }
 )  # fmt: skip
 OF_THE_LOOP = ("timesteps", "caching", "early_exit")  # tables that are for steps which slipcast's samplers take
@@ -215,6 +217,8 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     _check_loop(recipe, variants, samplings, checkpoint)
     if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
         check_skips(capture(pipe, variants[0].call), recipe.caching.share)
+    if recipe.adapters:
+        _check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(recipe.evaluate, family, sizes, folder)
     return ProgramPlan(
@@ -312,6 +316,23 @@ def _check_finer(found: Found, sampling: Sampling, fine_steps: int) -> None:
             got=f"{finer:g}",
             hint="sampling.schedule: another one, such as linspace or karras",
         )
+
+
+def _check_adapters(table: AdaptersTable, variants: Sequence[Found], pipe: Any) -> None:
+    """RecipeError where a pattern fits no linear layer of a denoiser."""
+    layers = [
+        f"{denoiser}.{name}"
+        for denoiser in denoisers_of(variants)
+        for name, layer in module_of(pipe, denoiser).named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    for pattern in table.layers:
+        if not fnmatch.filter(layers, pattern):
+            raise RecipeError(
+                f"adapters.layers: {pattern!r} fits no linear layer of a denoiser",
+                expected=f"a pattern such as *.{layers[0].rpartition('.')[2]}" if layers else "a pipeline with some",
+                got=f"{len(layers)} layers with other names",
+            )
 
 
 def _sizes(variants: Sequence[Found]) -> list[tuple[int, int]]:

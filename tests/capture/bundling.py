@@ -36,19 +36,24 @@ def bundle_of(
 ) -> Path:
     """The bundle of pipe(**call(prompt)), with a variant of each call."""
     cache = Cache(folder / "cache")
+    return write(ProgramGraphs(export_here(pipe, name, calls, cache)), name, folder, cache, *tables)
+
+
+def export_here(pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], cache: Cache) -> Path:
+    """The entry of a cache that has the exported program."""
 
     def export(out: Path) -> None:
         export_program(find_for(pipe, calls), pipe, out, silent)
         leave_loop(out)
 
-    return write(cache.get("program", {"name": name}, export), name, folder, cache, *tables)
+    return cache.get("program", {"name": name}, export)
 
 
-def write(entry: Path, name: str, folder: Path, cache: Cache, *tables: TargetTable) -> Path:
-    """The bundle of an exported program."""
+def write(graphs: ProgramGraphs, name: str, folder: Path, cache: Cache, *tables: TargetTable) -> Path:
+    """The bundle of graphs of an exported program."""
     about = {"name": name.replace("_", "-"), "base_model": name, "source_sha256": "0" * 64, "family": None}
     (bundle := folder / "bundle").mkdir()
-    write_bundle(ProgramGraphs(entry), tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())
+    write_bundle(graphs, tables or (TargetTable(engine="onnxruntime"),), about, bundle, cache, Stages())
     return bundle
 
 

@@ -16,6 +16,7 @@ from slipcast_compiler.capture.find import find_each
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.parts import denoisers_of
 from slipcast_compiler.capture.summary import module_of
+from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.export.pipeline import export_pipeline
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.host.cache import Cache
@@ -96,7 +97,7 @@ def test_the_bundle_is_the_masked_pipeline(name: str, tmp_path: Path) -> None:
         export_pipeline(root, None, (call,), rewrites, True, out, silent)
 
     entry = cache.get("program", {}, export)
-    with slipcast.load(write(entry, name, tmp_path, cache)) as loaded:
+    with slipcast.load(write(ProgramGraphs(entry), name, tmp_path, cache)) as loaded:
         assert compare(loaded, masked, name, OTHER, 7)["relative_error"] < 1e-4
         assert compare(loaded, whole, name, OTHER, 7)["relative_error"] > 1e-3
     for denoiser in DENOISERS[name]:

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, call_cli, compile_here
 from slipcast.errors import ArtifactError, CheckFailed, HostError, NumericalError, RequestError
@@ -477,3 +478,37 @@ def test_a_pipeline_that_is_given_a_picture(tmp_path: Path) -> None:
     assert (drawn["grey"] != drawn["red"]).any()
     done = call_cli("run", "artifacts/tiny", "--prompt", "a circle", "--seed", "1", cwd=tmp_path)
     assert done.returncode == 2 and "image is missing" in done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_are_set_by_a_run(place: Path) -> None:
+    """Of engines in 4 bits, too; the report judges the bundle as it is without them."""
+    text = RECIPE[: RECIPE.index("[gate]")].replace('"tiny"', '"slots"')
+    text += '[adapters]\nrank = 4\nlayers = ["unet.*.attn1.to_*"]\n[[targets]]\nengine = "onnxruntime"\n'
+    (place / "slots.toml").write_text(text + '[[targets]]\nengine = "openvino"\nprecision = "int4"\n')
+    done = call_cli("compile", "slots.toml", "--dry-run", "--set", 'adapters.layers=["vae.*"]', cwd=place)
+    assert done.returncode == 2 and "'vae.*' fits no linear layer of a denoiser" in done.stderr
+    done = compile_here("slots.toml", cwd=place)
+    assert done.returncode == 0, done.stderr
+    bundle = str(place / "artifacts" / "slots")
+    layers = json.loads((place / "artifacts" / "slots" / "manifest.json").read_text())["adapters"]["layers"]
+    assert f"adapters     rank 4 in {len(layers)} layers" in call_cli("inspect", bundle, cwd=place).stdout
+    rng, weights = np.random.default_rng(0), load_file(place / "model/unet/diffusion_pytorch_model.safetensors")
+    factors = {}
+    for layer in layers:
+        outputs, inputs = weights[layer.removeprefix("unet.") + ".weight"].shape
+        factors[f"{layer}.lora_A.weight"] = torch.from_numpy(rng.standard_normal((2, inputs), np.float32))
+        factors[f"{layer}.lora_B.weight"] = torch.from_numpy(rng.standard_normal((outputs, 2), np.float32))
+    save_file(factors, place / "style.safetensors")
+    pictures = {}
+    for target in ("onnxruntime", "openvino"):
+        for name, options in {"plain": (), "adapted": ("--adapter", "style.safetensors:0.3")}.items():
+            drawn = ("run", bundle, "--prompt", "a star", "--seed", "3", "--target", target, "-o", f"{name}.png")
+            done = call_cli(*drawn, *options, cwd=place)
+            assert done.returncode == 0, done.stderr
+            pictures[target, name] = np.asarray(Image.open(place / f"{name}.png")).astype(int)
+        assert np.abs(pictures[target, "plain"] - pictures[target, "adapted"]).max() > 3
+    far = [np.abs(pictures["openvino", name] - pictures["onnxruntime", name]).mean() for name in ("plain", "adapted")]
+    assert max(far) < 8  # of 255: by 4 bits, and no more with adapters than without
+    done = call_cli("run", bundle, "--prompt", "a star", "--adapter", "none.safetensors", cwd=place)
+    assert done.returncode != 0 and "none.safetensors" in done.stderr and "Traceback" not in done.stderr

@@ -147,7 +147,7 @@ class TestPack:
 
 class TestGraph:
     def test_layers(self) -> None:
-        layers = int4.linear_layers(perceptron().graph)
+        layers = int4.packable_layers(perceptron().graph)
         assert {name: len(each) for name, each in layers.items()} == {"up": 2, "down": 1, "out": 1}
         assert layers["down"] == [int4.Linear("node_once", "model.down.weight", HIDDEN, INPUTS, True)]
 
@@ -164,12 +164,12 @@ class TestGraph:
         ],
     )
     def test_what_is_left_alone(self, made: Any, shape: tuple[int, ...]) -> None:
-        assert not int4.linear_layers(graph_of(made, **{"odd.weight": np.ones(shape)}).graph)
+        assert not int4.packable_layers(graph_of(made, **{"odd.weight": np.ones(shape)}).graph)
 
     @pytest.mark.parametrize("rank", [0, 8])
     def test_it_computes_what_the_packed_weights_say(self, source: Path, tmp_path: Path, rank: int) -> None:
         original, packing = onnx.load(source, load_external_data=False), int4.Packing(16, rank)
-        layers = int4.linear_layers(original.graph)
+        layers = int4.packable_layers(original.graph)
         ones = {linear.weight: np.ones(linear.inputs, np.float32) for each in layers.values() for linear in each}
         tensors = int4.pack_all(original.graph, source.parent, layers, ones, packing, tmp_path / "packed")
         onnx.save(int4.with_int4(original, layers, tensors, packing), tmp_path / "made.onnx")

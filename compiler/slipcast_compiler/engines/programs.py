@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, SHALLOW, Component, Target
 from slipcast.bundle.program import PROGRAM, Program, ProgramCall, Shallow
+from slipcast.bundle.program_manifest import AdaptersRecord
 from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Advance, SilentStages, Stages
 from slipcast_compiler.engines import Casts, Source, Sources, build_targets, tensorrt
 from slipcast_compiler.engines.contents import PORTABLE
 from slipcast_compiler.export.closed import PROMPT_TABLE, close, tabulate
-from slipcast_compiler.export.graphs import Quantized
+from slipcast_compiler.export.graphs import Check, Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
+from slipcast_compiler.export.slots import Slots, make_slots
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
+from slipcast_compiler.recipe.passes import AdaptersTable
 from slipcast_compiler.recipe.targets import TargetTable
 
 DENOISER, FEATURE = "denoiser", "feature"
@@ -49,6 +52,7 @@ class ProgramGraphs:
     closed: tuple[tuple[str, ...], Path] | None = None
     split: Split | None = None
     quantized: Mapping[str, Mapping[str, Quantized]] = field(default_factory=dict)
+    slots: Slots | None = None
     casts: Mapping[str, Casts] = field(default_factory=dict)
 
     @property
@@ -85,6 +89,10 @@ class ProgramGraphs:
         """By component, what its engines take and return."""
         names = dict.fromkeys(call.component for variant in self.record.every for call in variant.every_call)
         files = {name: self._folder(name) / f"{name}.json" for name in names}
+        if self.slots:
+            files |= {
+                name: self.slots.folder("", plain) / f"{name}.json" for plain, name in self.slots.components.items()
+            }
         return {name: Component.model_validate_json(file.read_text()) for name, file in files.items()}
 
     def _folder(self, component: str) -> Path:
@@ -94,13 +102,28 @@ class ProgramGraphs:
     def sources(self, precision: str = "fp32") -> Sources:
         """Of a target in a precision, with what is quantised for it."""
         quantized = self.quantized.get(precision, {})
-        found = {
-            name: Source(folder / f"{name}.onnx", f"{folder.name}/{name}")
-            for name in self.contracts
-            for folder in [quantized[name].folder if name in quantized else self._folder(name)]
+        checks: dict[str, Check | None] = {name: each.check for name, each in quantized.items()}
+        folders = {name: self._folder(name) for name in self.contracts}
+        folders |= {name: each.folder for name, each in quantized.items()}
+        for plain, name in self.slots.components.items() if self.slots else ():
+            assert self.slots
+            folders[name] = self.slots.folder(precision, plain)
+            checks |= {name: None} if plain in checks else {}  # it is of the graph that was checked
+        found = {name: Source(each / f"{name}.onnx", f"{each.name}/{name}") for name, each in folders.items()}
+        return Sources(found, tensorrt.Lengths(self.record, self.contracts), checks, self.record.exact)
+
+    def with_slots(self, table: AdaptersTable, precisions: Collection[str], cache: Cache, advance: Advance) -> Self:
+        """With slots for adapters in the graphs of targets in these precisions."""
+        graphs = {
+            each: {name: (source.model, source.identity) for name, source in self.sources(each).components.items()}
+            for each in ("", *(each for each in precisions if each in self.quantized))
         }
-        sizes = tensorrt.Lengths(self.record, self.contracts)
-        return Sources(found, sizes, {name: each.check for name, each in quantized.items()}, self.record.exact)
+        slots = make_slots(graphs, table, cache, advance)
+        casts = {
+            target: {**found, **{name: found[plain] for plain, name in slots.components.items() if plain in found}}
+            for target, found in self.casts.items()
+        }
+        return replace(self, slots=slots, casts=casts)
 
 
 def with_shallow(record: Program, split: Split) -> Program:
@@ -161,7 +184,11 @@ def write_bundle(
         shutil.copyfile(graphs.closed[1] / PROMPT_TABLE, folder / PROMPT_TABLE)
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
-        "requires": (PROGRAM, *(["caching"] if graphs.split else [])),
+        "requires": (PROGRAM, *(["caching"] if graphs.split else []), *(["adapters"] if graphs.slots else [])),
+        "adapters": graphs.slots
+        and AdaptersRecord(
+            rank=graphs.slots.rank, layers=graphs.slots.layers, components=dict(graphs.slots.components)
+        ),
         "slipcast_version": slipcast.__version__,
         "components": graphs.contracts,
         "program": record,

@@ -20,7 +20,8 @@ import onnx_ir as ir
 from onnx import helper
 
 from slipcast.engines import cpu_threads
-from slipcast_compiler.graph.qdq import Arrays, drop_unread, layer_of, session
+from slipcast_compiler.graph.linear import Linear, linear_layers
+from slipcast_compiler.graph.qdq import Arrays, drop_unread, session
 from slipcast_compiler.graph.weights import read_tensor
 
 Floats = npt.NDArray[np.float32]
@@ -30,17 +31,6 @@ CLIPS = np.linspace(1.0, 0.6, 9)  # shares of a group's largest weight that beco
 BLOCK = 128  # outputs that are quantised at once, as many as fit into a cache
 LEAST_GROUP = 16  # ONNX Runtime has no kernel for smaller ones
 LEAST_GROUPS = 2  # of one alone OpenVINO 2026.4 makes a form that keeps it from storing all other weights in fp16
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A product with a constant: its node, the `weight` that it reads, and whether that is [out, in]."""
-
-    node: str
-    weight: str
-    inputs: int
-    outputs: int
-    turned: bool
 
 
 @dataclass(frozen=True)
@@ -74,30 +64,13 @@ class Packed:
         return found
 
 
-def linear_layers(graph: Any) -> dict[str, list[Linear]]:
-    """By layer, as qdq.layers_of calls them, the products with its weight; those whose inputs cannot be cut into groups
-    are not among them."""
-    shapes = {
-        tensor.name: tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+def packable_layers(graph: Any) -> dict[str, list[Linear]]:
+    """The linear layers whose inputs can be cut into groups."""
+    return {
+        layer: each
+        for layer, each in linear_layers(graph).items()
+        if all(one.inputs % LEAST_GROUP == 0 and one.inputs >= LEAST_GROUPS * LEAST_GROUP for one in each)
     }
-    found: dict[str, list[Linear]] = {}
-    for node in graph.node:
-        weight = node.input[1] if len(node.input) > 1 else ""
-        if len(shapes.get(weight, ())) != 2 or node.input[0] in shapes:
-            continue
-        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        if node.op_type == "Gemm" and not settings.pop("transA", 0):
-            turned = bool(settings.pop("transB", 0))
-            if any(value != 1 for value in settings.values()):  # alpha and beta
-                continue
-        elif node.op_type == "MatMul":
-            turned = False
-        else:
-            continue
-        outputs, inputs = shapes[weight] if turned else shapes[weight][::-1]
-        if inputs % LEAST_GROUP == 0 and inputs >= LEAST_GROUPS * LEAST_GROUP:
-            found.setdefault(layer_of(weight), []).append(Linear(node.name, weight, inputs, outputs, turned))
-    return found
 
 
 def pack(weight: Floats, importance: Floats, packing: Packing) -> Packed:

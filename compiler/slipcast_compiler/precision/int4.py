@@ -66,12 +66,12 @@ def choose(folders: Mapping[str, Path], protect: tuple[str, ...], _: Advance) ->
     """The components whose linear layers have enough of their weights, with the layers of each that are protected."""
     import onnx
 
-    from slipcast_compiler.graph.int4 import linear_layers
+    from slipcast_compiler.graph.int4 import packable_layers
 
     layers = {}
     for name, folder in folders.items():
         graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-        found = linear_layers(graph)
+        found = packable_layers(graph)
         every = {linear.weight: linear.inputs * linear.outputs for each in found.values() for linear in each}
         if sum(every.values()) >= LEAST_LINEAR * sum(math.prod(tensor.dims) for tensor in graph.initializer) > 0:
             layers[name] = found
@@ -108,7 +108,7 @@ def quantize_graph(source: Path, recorded: Evaluations, options: QuantizeInt4, o
         for name in external_files(source):
             link(source.with_name(name), work / name)
         original = onnx.load(source, load_external_data=False)
-        layers = int4.linear_layers(original.graph)
+        layers = int4.packable_layers(original.graph)
         free = {layer: each for layer, each in layers.items() if layer not in options.protect}
         importance = int4.importances(source, free, recorded.inputs(), work)
         packing = int4.Packing(options.group_size, options.rank)

@@ -117,6 +117,17 @@ class QuantizeInt4(Strict):
     protect: Texts = ()
 
 
+class AdaptersTable(Strict):
+    """[adapters]: slots for LoRAs, which a run sets and exchanges.
+
+    `rank`: the most that adapters which are set together may have. `layers`: patterns of the linear layers of denoisers
+    that have a slot, such as "*.attn.to_*".
+    """
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    layers: Annotated[Texts, Field(min_length=1)] = ("*",)
+
+
 class PassesTable(Strict):
     """[passes]: a table for each pass that is on; they run in this order."""
 

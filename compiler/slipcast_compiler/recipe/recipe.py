@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
-from slipcast_compiler.recipe.passes import PassesTable, Quantize, QuantizeInt4
+from slipcast_compiler.recipe.passes import AdaptersTable, PassesTable, Quantize, QuantizeInt4
 from slipcast_compiler.recipe.sampling import (
     CachingTable,
     CutTable,
@@ -197,6 +197,7 @@ class Recipe(Strict):
     passes: PassesTable = PassesTable()
     cut: CutTable | None = None
     caching: CachingTable | None = None
+    adapters: AdaptersTable | None = None
     search: SearchTable | None = None
     guard: GuardTable | None = None
     evaluate: EvaluateTable = EvaluateTable()
@@ -221,6 +222,8 @@ class Recipe(Strict):
             raise ValueError("two targets with the same engine, precision and GPUs")
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
+        if self.adapters and (wrong := [t.name for t in self.targets if t.precision == "int8" or t.gpu]):
+            raise ValueError(f"[adapters] is for CPU targets in fp32, bf16 and int4, and not for {wrong[0]}")
         if self.caching and self.passes.quantize:
             raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")
         precisions = {target.precision for target in self.targets}

@@ -66,6 +66,11 @@ class TargetTable(Strict):
         precision = REST[self.engine] if self.precision in QUANTIZED else self.precision
         return precision if precision in ("fp16", "bf16") else None  # type: ignore[return-value]
 
+    @property
+    def gpu(self) -> bool:
+        """Whether it is for one."""
+        return ENGINES[self.engine].device != "cpu"
+
     def bytes_of(self, component: str, weights: int, linear: int) -> int:
         """Of all weights of a component, so many of which are of linear layers; OpenVINO keeps fp16 whatever it
         computes in but fp32."""

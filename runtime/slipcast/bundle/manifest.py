@@ -49,7 +49,17 @@ __all__ = [
 
 SCHEMA_VERSION = (1, 0)
 FEATURES = frozenset(
-    {"caching", "closed_family", "early_exit", "guard", "guidance_interval", "guidance_reuse", "cut", PROGRAM}
+    {
+        "adapters",
+        "caching",
+        "closed_family",
+        "cut",
+        "early_exit",
+        "guard",
+        "guidance_interval",
+        "guidance_reuse",
+        PROGRAM,
+    }
 )  # what Manifest.requires may name
 SHALLOW: Final = "denoiser_shallow"  # the component that takes features in place of computing them
 FALLBACK: Final = "denoiser_fallback"  # the component that draws strangers

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
+from slipcast.bundle.names import ComponentName, Name, Positive
 from slipcast.bundle.program import PROGRAM, Loop, Program, ProgramCall, Variant
 from slipcast.bundle.records import BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
+from slipcast.bundle.validation import Strict
 
 NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
 CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
+
+
+class AdaptersRecord(Strict):
+    """Slots for adapters of low rank (LoRA, Hu et al., arXiv 2106.09685), which a run sets. `layers`: those that have
+    one, called as modules of the pipeline. `components`: by component that has such layers, the one that takes its
+    place while adapters are set: it reads besides `down_i`, float32 [inputs, rank], and `up_i`, float32 [rank,
+    outputs], of each that it has, by its place among `layers`, and adds their product to what the layer gives."""
+
+    rank: Positive
+    layers: Annotated[tuple[Name, ...], Field(min_length=1)]
+    components: Annotated[dict[ComponentName, ComponentName], Field(min_length=1)]
 
 
 class ProgramManifest(BaseManifest):
     """Of a bundle of a captured program; what both kinds have means the same as in Manifest."""
 
     program: Program
+    adapters: AdaptersRecord | None = None
 
     @model_validator(mode="after")
     def _names_what_it_requires(self) -> Self:
         early = any(target.early_exit for target in self.targets)
         shallow = any(variant.loop and variant.loop.shallow for variant in self.program.every)
         needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
+        needed |= {"adapters"} if self.adapters else set()
         if set(self.requires) != needed:
             raise ValueError(f"requires has to name {' and '.join(sorted(needed))}, and nothing else")
         if early and not all(variant.loop for variant in self.program.every):
@@ -38,9 +53,45 @@ class ProgramManifest(BaseManifest):
         for place, variant in enumerate(self.program.every):
             self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
         called = {call.component for variant in self.program.every for call in variant.every_call}
-        if unused := sorted(set(self.components).difference(called)):
+        adapted = self.adapters.components if self.adapters else {}
+        if unused := sorted(set(self.components).difference(called, adapted.values())):
             raise ValueError(f"components.{unused[0]}: no call of the program needs it")
+        if wrong := sorted(called.intersection(adapted.values()) | adapted.keys() - called):
+            raise ValueError(f"adapters.components: {wrong[0]!r} is called, where the plain one alone may be")
         return self
+
+    @model_validator(mode="after")
+    def _slots_fit_components(self) -> Self:
+        if not self.adapters:
+            return self
+        slots = self.slots
+        for plain, name in self.adapters.components.items():
+            if name not in self.components:
+                raise ValueError(f"adapters.components.{plain}: no component {name!r}")
+            one, other = self.components[plain], self.components[name]
+            if one.outputs != other.outputs or one.inputs != other.inputs[: len(one.inputs)]:
+                raise ValueError(f"components.{name}: it takes and gives other values than {plain}")
+            for spec in other.inputs[len(one.inputs) :]:
+                wanted = slots.get(spec.name)
+                if wanted is None or (spec.dtype, spec.shape) != ("float32", wanted):
+                    raise ValueError(f"components.{name}: {spec.name} is no slot of rank {self.adapters.rank}")
+        return self
+
+    @property
+    def slots(self) -> dict[str, tuple[int, int]]:
+        """By input that is part of a slot, its shape; both of every layer, or ValueError."""
+        if not self.adapters:
+            return {}
+        adapted = [self.components[name] for name in self.adapters.components.values() if name in self.components]
+        specs = {spec.name: spec for component in adapted for spec in component.inputs}
+        found = dict[str, tuple[int, int]]()
+        for place in range(len(self.adapters.layers)):
+            shapes = [specs[name].shape if name in specs else () for name in (f"down_{place}", f"up_{place}")]
+            sizes = [size for shape in shapes for size in shape if isinstance(size, int)]
+            if len(sizes) != 4 or {sizes[1], sizes[2]} != {self.adapters.rank}:
+                raise ValueError(f"adapters.layers[{place}] has no slot of rank {self.adapters.rank}")
+            found |= {f"down_{place}": (sizes[0], sizes[1]), f"up_{place}": (sizes[2], sizes[3])}
+        return found
 
     def _check_calls(self, variant: Variant, name: str) -> None:
         known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}

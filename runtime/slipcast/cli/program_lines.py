@@ -28,6 +28,7 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         f"  fixed        {', '.join(fixed) or 'nothing'}",
         f"  gives        {OUTPUTS[program.output]}{_rate(program)}: {', '.join(program.given)}",
         *([f"  tokens       {', '.join(lengths)}"] if lengths else []),
+        *([f"  adapters     rank {slots.rank} in {len(slots.layers)} layers"] if (slots := manifest.adapters) else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
     ]

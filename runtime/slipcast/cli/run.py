@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 @click.option("--guidance-scale", type=float, help="[default: the bundle's]")
 @click.option("--height", type=int, help="Pixels.  [default: the bundle's]")
 @click.option("--width", type=int, help="Pixels.  [default: the bundle's]")
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="A LoRA, for bundles with slots; may be repeated.",
+)
 @target_option
 @click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
 @unlisted_option
@@ -55,6 +62,7 @@ def run(
     texts: tuple[str, ...],
     num_images: int,
     steps: int | None,
+    adapters: tuple[str, ...],
     target: str,
     residency: Any,
     allow_unlisted: bool,
@@ -80,6 +88,7 @@ def run(
     stages = Stages()
     with stages.stage("load"):
         pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
+    _set_adapters(pipe, adapters)
     _check_space(pipe, num_images, output)
     with pipe, stages.stage(f"sample on {pipe.target}") as advance:
         if isinstance(pipe, ProgramPipeline):
@@ -96,6 +105,27 @@ def run(
         "guard": [vars(verdict) for verdict in result.guard],
     }
     emit(document, "\n".join(map(str, files)), as_json)
+
+
+def _set_adapters(pipe: Pipeline | ProgramPipeline, given: tuple[str, ...]) -> None:
+    """FILE:SCALE, with a scale of 1 where there is none."""
+    from slipcast.errors import RequestError
+    from slipcast.run.program import ProgramPipeline
+
+    if not given:
+        return
+    if not isinstance(pipe, ProgramPipeline):
+        raise RequestError("this bundle has no slots for adapters", expected="one of a captured pipeline")
+    scales = {}
+    for text in given:
+        file, _, number = text.rpartition(":")
+        try:
+            scale = float(number) if file else 1.0
+        except ValueError:  # a colon of the path
+            file, scale = text, 1.0
+        pipe.load_adapter(text, file or text)
+        scales[text] = scale
+    pipe.set_adapters(scales)
 
 
 def _sample(pipe: Pipeline, request: dict[str, Any], advance: Advance) -> PipelineOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,19 @@ from slipcast.run.values import NOISE, Values
 
 logger = logging.getLogger("slipcast")
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 class Calls:
-    """Evaluates calls on what is known, and puts what they give beside it. `depends`: see values.dependence."""
+    """Evaluates calls on what is known, and puts what they give beside it. `depends`: see values.dependence; `adapted`:
+    by component, what takes its place, and what that reads besides."""
 
     def __init__(
-        self, values: Values, depends: Mapping[str, frozenset[str]], engines: InUse, seconds: dict[str, float]
-    ) -> None:
+        self, values: Values, depends: Mapping[str, frozenset[str]], engines: InUse, seconds: dict[str, float],
+        adapted: Mapping[str, tuple[str, Mapping[str, Array]]] = NOTHING,
+    ) -> None:  # fmt: skip
         self.values, self._depends, self._engines, self._seconds = values, depends, engines, seconds
+        self._adapted = adapted
 
     def __call__(
         self, call: ProgramCall, rows: Mapping[str, Array], where: str, images: Iterable[int] | None = None
@@ -43,14 +49,16 @@ class Calls:
 
     def done(self, component: str) -> None:
         """Of an engine that is asked for no more."""
-        self._engines.done(component)
+        self._engines.done(self._adapted.get(component, (component,))[0])
 
-    def _run(self, component: str, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, called: str, inputs: dict[str, Array]) -> dict[str, Array]:
+        component, slots = self._adapted.get(called, (called, {}))
+        inputs |= slots
         try:
-            return timed(self._engines(component), inputs, self._seconds, component)
+            return timed(self._engines(component), inputs, self._seconds, called)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             logger.warning("memory ran out in %s: trying again without other engines in memory", component)
             self._engines.free_others(component)
-            return timed(self._engines(component), inputs, self._seconds, component)
+            return timed(self._engines(component), inputs, self._seconds, called)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.bundle.sources import PromptSource, TableSource
 from slipcast.engines import Array, Engine, Instrument, as_it_is
+from slipcast.run.adapters import Adapters
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.calls import Calls
 from slipcast.run.pictures import as_levels, as_pil
@@ -46,6 +49,7 @@ class ProgramPipeline(BasePipeline):
         super().__init__(bundle, target, instrument)
         self.program = self.manifest.program
         self._variants = read_variants(bundle)
+        self._adapters, self._adapted = Adapters(self.manifest), dict[str, tuple[str, dict[str, Array]]]()
         closed = self.program.closed
         self._closed = ClosedTable(bundle.path(closed.table), self.program) if closed else None
         # What only other variants call is opened when one of them is first asked for.
@@ -95,6 +99,25 @@ class ProgramPipeline(BasePipeline):
         with self._turn():
             return self._run(request, callback_on_step_end)
 
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Read a LoRA from a .safetensors file, as peft, diffusers or kohya write them, to be set by `set_adapters`.
+
+        For bundles that were compiled with `[adapters]`. RequestError, with the nearest names, for layers that have no
+        slot, for a larger rank, and for DoRA, LoKr and LoHa; ArtifactError for a damaged file, or NaN.
+        """
+        with self._one_call_at_a_time:
+            self._adapters.load(name, Path(path))
+
+    def set_adapters(self, scales: Mapping[str, float]) -> None:
+        """Draw with these adapters from the next call on, each scaled by its number, and with no others.
+
+        Nothing is rebuilt: what changes are arrays. The first time, the engines that read them are opened, and take the
+        place of the plain ones; without any, `{}`, those draw as if there had never been one. RequestError for names
+        that were not loaded, and where their ranks together are more than the slots have.
+        """
+        with self._one_call_at_a_time:
+            self._adapted = self._adapters.chosen(scales)
+
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
         return super()._open(component, "fp32" if component in self.program.exact else precision, target)
 
@@ -106,8 +129,11 @@ class ProgramPipeline(BasePipeline):
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
+        if self._calls == 1:  # and not from a callback of a run, which has its own in use
+            for plain, name in self._adapters.components.items():
+                self.residency.free(plain if self._adapted else name)
         with InUse(self.residency) as engines:
-            calls = Calls(values, ready.depends, engines, seconds)
+            calls = Calls(values, ready.depends, engines, seconds, self._adapted)
             for place, call in enumerate(ready.variant.calls):
                 if sampled and sampled.loop.at == place:
                     taken = self._take_steps(sampled, calls, images, callback)
@@ -115,7 +141,7 @@ class ProgramPipeline(BasePipeline):
                 calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
                 values.drop(ready.droppable[place])
                 if ready.last_call[call.component] == place:
-                    engines.done(call.component)
+                    calls.done(call.component)
                 if callback and place in ends:
                     callback(self, ends[place], steps)
             if sampled and sampled.loop.at == len(ready.variant.calls):

@@ -54,9 +54,14 @@ class Residency:
     def free_others(self, component: str) -> None:
         """Free what stays loaded but for one component; each is opened again when it is next used."""
         for name in [name for name in self._open if name != component]:
-            self._to_stay.add(name)
-            del self._open[name]
-            self._stacks.pop(name).close()
+            self.free(name)
+
+    def free(self, component: str) -> None:
+        """Free one that stays loaded until it is next used."""
+        if component in self._open:
+            self._to_stay.add(component)
+            del self._open[component]
+            self._stacks.pop(component).close()
 
     def close(self) -> None:
         """Free every engine that stays loaded."""

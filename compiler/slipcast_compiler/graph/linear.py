@@ -1,0 +1,45 @@
+"""Linear layers in an ONNX graph: products with a constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from slipcast_compiler.graph.qdq import layer_of
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a constant: its node, the `weight` that it reads, and whether that is [out, in]."""
+
+    node: str
+    weight: str
+    inputs: int
+    outputs: int
+    turned: bool
+
+
+def linear_layers(graph: Any) -> dict[str, list[Linear]]:
+    """By layer, as qdq.layers_of calls them, the products with its weight, which is a matrix in fp32."""
+    kind = onnx.TensorProto.FLOAT
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer if tensor.data_type == kind}
+    found: dict[str, list[Linear]] = {}
+    for node in graph.node:
+        weight = node.input[1] if len(node.input) > 1 else ""
+        if len(shapes.get(weight, ())) != 2 or node.input[0] in shapes:
+            continue
+        settings = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+        if node.op_type == "Gemm" and not settings.pop("transA", 0):
+            turned = bool(settings.pop("transB", 0))
+            if any(value != 1 for value in settings.values()):  # alpha and beta
+                continue
+        elif node.op_type == "MatMul":
+            turned = False
+        else:
+            continue
+        outputs, inputs = shapes[weight] if turned else shapes[weight][::-1]
+        found.setdefault(layer_of(weight), []).append(Linear(node.name, weight, inputs, outputs, turned))
+    return found

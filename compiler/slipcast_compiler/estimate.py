@@ -66,7 +66,11 @@ def engine_bytes(plan: Plan, parameters: dict[str, int], tables: Iterable[Target
     """Of the engines of targets, for what is shipped."""
     shipped = {name: count for name, count in parameters.items() if name not in plan.not_shipped}
     linear = {name: count_linear(plan, name) for name in shipped}
-    return sum(table.bytes_of(name, count, linear[name]) for table in tables for name, count in shipped.items())
+    return sum(
+        table.bytes_of(name, count, linear[name], plan.recipe.int4_options)
+        for table in tables
+        for name, count in shipped.items()
+    )
 
 
 def count_linear(plan: Plan, component: str) -> int:

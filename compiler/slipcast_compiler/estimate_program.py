@@ -13,6 +13,7 @@ from slipcast.engines import ENGINES
 from slipcast.errors import ResourceError
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.model.units import count_parameters
+from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.targets import BYTES, TargetTable
 
 GRAPH_BYTES = 100_000_000  # of a traced graph, and of what traces it
@@ -42,10 +43,11 @@ class Needs:
 
 def estimate(
     components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]], live_bytes: int,
-    tables: tuple[TargetTable, ...], closed: bool = False,
+    tables: tuple[TargetTable, ...], int4: QuantizeInt4 | None, closed: bool = False,
 ) -> Needs:  # fmt: skip
     """Of all of a pipeline's modules, and of its program's parts, as PartRecord has them; `variants`: those that are in
-    memory at once; `live_bytes`: what values take at once, beside weights; `closed`: a table takes the place of parts
+    memory at once; `live_bytes`: what values take at once, beside weights; `int4`: by what options weights
+    are in INT4, where a target is; `closed`: a table takes the place of parts
     that read texts alone."""
     weights = [weight.numel() for module in components for weight in module.parameters()]
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
@@ -53,7 +55,7 @@ def estimate(
 
     def shipped(table: TargetTable, names: Iterable[str]) -> int:
         kept = {name: parts[name] for name in names if name not in left_out}
-        return sum(table.bytes_of(name, part["parameters"], part["linear"]) for name, part in kept.items())
+        return sum(table.bytes_of(name, part["parameters"], part["linear"], int4) for name, part in kept.items())
 
     # Of parts that call the same modules, such as those for other sizes, weights are on the disk once.
     held = {

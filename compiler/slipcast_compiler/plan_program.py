@@ -203,7 +203,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     live_bytes = max(found.program.live_bytes for found in variants)
     together = [[part.name for part in found.cut.parts] for found in variants]
     closed, available = bool(family and family.closed), available_mb() * 1e6
-    needs = estimate(modules, parts, together, live_bytes, recipe.targets, closed)
+    needs = estimate(modules, parts, together, live_bytes, recipe.targets, recipe.int4_options, closed)
     precision = choose_precision(needs, available)
     check_targets_fit(needs, available)
     known: Known = {}

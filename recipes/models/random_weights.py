@@ -50,7 +50,11 @@ def write_checkpoint(configs: str, out: Path, changes: list[str], seed: int) -> 
         config = json.loads(file.read_text("utf-8"))
         if name not in config:
             sys.exit(f"{component} has no {name}; it has {', '.join(config)}")
-        file.write_text(json.dumps(config | {name: json.loads(value)}, indent=2) + "\n", "utf-8")
+        try:
+            config[name] = json.loads(value)
+        except ValueError:
+            sys.exit(f"--set {change}: {value} is no JSON; a text has quotes")
+        file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     with quiet():
         pipe = open_without_weights(out)
     for name, module in pipe.components.items():
@@ -84,7 +88,7 @@ def write_weights(module: nn.Module, stem: Path, seed: list[int]) -> int:
 
 
 def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What constructors computed and state dicts hold, such as embeddings of places."""
+    """What state dicts hold besides, such as embeddings of places."""
     saved = module.state_dict(keep_vars=True)
     return ((name, each) for name, each in module.named_buffers() if name in saved)
 
@@ -93,22 +97,32 @@ def _write_file(file: Path, tensors: dict[str, torch.Tensor], seed: list[int]) -
     """A safetensors file: the size of its header, the header, and the tensors in its order."""
     header, position = dict[str, Any](), 0
     for name, tensor in tensors.items():
-        end = position + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [position, end]}
+        kind, size = ("BF16", 2) if tensor.is_floating_point() else ("I64", 8)
+        end = position + size * tensor.numel()
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            made = tensor.detach() if tensor.device.type != "meta" else _values(name, tuple(tensor.shape), seed)
-            stream.write(made.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            made = tensor.detach() if tensor.device.type != "meta" else _values(name, tensor, seed)
+            stream.write(_bytes(made))
 
 
-def _values(name: str, shape: tuple[int, ...], seed: list[int]) -> torch.Tensor:
-    """As torch begins: variance 1 / (3 fan-in), so activations stay finite; norms are the identity."""
+def _bytes(tensor: torch.Tensor) -> bytes:
+    if tensor.is_floating_point():
+        return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+    return tensor.to(torch.int64).contiguous().numpy().tobytes()
+
+
+def _values(name: str, like: torch.Tensor, seed: list[int]) -> torch.Tensor:
+    """As torch begins: variance 1 / (3 fan-in), so activations stay finite; norms are the identity, places count."""
+    shape = tuple(like.shape)
+    if not like.is_floating_point():
+        return torch.arange(shape[-1] if shape else 1).expand(shape or 1)
     if len(shape) < 2:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        return torch.full(shape, 0.0 if name.endswith(("bias", "mean")) else 1.0)
     # A stream for each name: no tensor depends on the order in which they are written.
     rng = np.random.default_rng([*seed, zlib.crc32(name.encode())])
     return torch.from_numpy(rng.standard_normal(shape, np.float32)) * (3 * math.prod(shape[1:])) ** -0.5

@@ -451,7 +451,8 @@ def test_integers_and_half_precision(place: Path) -> None:
         assert 0 < each["quantised"] <= each["layers"] and each["error"] <= each["options"]["max_error"]
     assert all(each["error"] <= each["limit"] for found in casts.values() for each in found.values())
     whole = {target["id"]: target["quality"]["psnr_worst"] for target in record.targets}
-    assert all(20 < psnr < 90 for psnr in whole.values()), whole
+    least = {name: 20 if name.endswith("int4") else 30 for name in whole}
+    assert all(least[name] < psnr < 90 for name, psnr in whole.items()), whole
     for integers, name in (("int8", "denoiser"), ("int4", "conditioning")):
         graph = onnx.load(bundle / f"onnxruntime-{integers}" / f"{name}.onnx", load_external_data=False).graph
         assert "DequantizeLinear" in {node.op_type for node in graph.node}

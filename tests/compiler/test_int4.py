@@ -15,12 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slipcast.bundle.manifest import Component, TensorSpec
 from slipcast.engines import ENGINES
-from slipcast.errors import CheckFailed, RecipeError
+from slipcast.errors import CheckFailed, NumericalError, RecipeError, ResourceError
+from slipcast.progress import silent
 from slipcast_compiler.engines import BUILDERS
 from slipcast_compiler.graph import int4, qdq
+from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.precision.evaluations import Evaluations
-from slipcast_compiler.precision.int4 import choose, quantize_graph
-from slipcast_compiler.precision.quantize import EngineCheck
+from slipcast_compiler.precision.int4 import check_of, choose, quantize_graph, quantize_weights
 from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.reading import parse_recipe
 
@@ -166,6 +167,17 @@ class TestGraph:
     def test_what_is_left_alone(self, made: Any, shape: tuple[int, ...]) -> None:
         assert not int4.packable_layers(graph_of(made, **{"odd.weight": np.ones(shape)}).graph)
 
+    def test_weights_that_others_read(self) -> None:
+        """Tied embeddings, and one weight that is read both ways."""
+        for other in (
+            node("Gather", "odd.weight sample", "again"),
+            node("Gemm", "sample odd.weight", "again", transB=1),
+        ):
+            model = graph_of(
+                node("MatMul", "sample odd.weight", "prediction"), other, **{"odd.weight": np.ones((64, 64))}
+            )
+            assert not int4.packable_layers(model.graph)
+
     @pytest.mark.parametrize("rank", [0, 8])
     def test_it_computes_what_the_packed_weights_say(self, source: Path, tmp_path: Path, rank: int) -> None:
         original, packing = onnx.load(source, load_external_data=False), int4.Packing(16, rank)
@@ -195,7 +207,7 @@ class TestQuantise:
         )
         types = {each.name: each.data_type for each in onnx.load(model).graph.initializer}
         assert sorted(name for name, kind in types.items() if kind == TensorProto.INT4) == [
-            "model.down.weight.int4", "model.out.weight.T.int4", "model.up.weight.T.int4",
+            "model.down.weight.int4", "model.out.weight.T.int4", "model.up.weight.T.int4", "model.up.weight.T.int4.1",
         ]  # fmt: skip
         assert not {"model.up.weight.T", "model.down.weight", "model.out.weight.T"} & types.keys()
 
@@ -218,8 +230,53 @@ class TestQuantise:
         qdq.save(convolved, tmp_path / "decoder.onnx")
         folders = {"denoiser": source.parent, "decoder": tmp_path}
         assert choose(folders, ("d*",), lambda done, total: None) == {"denoiser": ["down"]}
-        with pytest.raises(RecipeError, match=r"passes\.quantize_int4\.protect: 'few' fits no layer"):
-            choose(folders, ("few",), lambda done, total: None)
+        with pytest.raises(RecipeError, match=r"passes\.quantize_int4\.protect: 'conv' fits no layer"):
+            choose(folders, ("conv",), lambda done, total: None)
+
+    def test_what_is_left_of_a_component(self, source: Path, tmp_path: Path) -> None:
+        """One whose layers are all protected stays as it is."""
+        qdq.save(perceptron(), tmp_path / "text_encoder.onnx")
+        folders = {"denoiser": source.parent, "text_encoder": tmp_path}
+        assert choose(folders, ("up", "down", "out"), lambda done, total: None) == {}
+        recorded = dict.fromkeys(folders, Evaluations(tmp_path))
+        with pytest.raises(RecipeError, match="no component of which linear layers have 10%"):
+            quantize_weights(folders, recorded, QuantizeInt4(protect=("*",)), Cache(tmp_path / "cache"), silent)
+
+    def test_nothing_holds(self, source: Path, recorded: Evaluations, tmp_path: Path) -> None:
+        model, report = quantise(source, recorded, tmp_path / "out", max_error=1e-9)
+        assert report["quantised"] == 0 and report["error"] < 1e-9
+        assert {each.name for each in onnx.load(model).graph.initializer} >= {"model.up.weight.T", "model.out.weight.T"}
+
+
+class TestErrors:
+    """Of what a component gives: each output by itself."""
+
+    def evaluations(self, folder: Path, **outputs: Any) -> Evaluations:
+        (folder := folder / "denoiser").mkdir()
+        np.savez(folder / "0000.npz", sample=np.zeros(1), **outputs)
+        return Evaluations(folder, tuple(outputs))
+
+    def test_a_mask_does_not_hide_the_others(self, tmp_path: Path) -> None:
+        keys, mask = np.ones(10), np.full(10, np.finfo(np.float32).min)
+        recorded = self.evaluations(tmp_path, keys=keys, mask=mask)
+        assert recorded.error(lambda _: {"keys": 1.1 * keys, "mask": mask}) == pytest.approx(0.1)
+
+    def test_infinity_where_it_belongs(self, tmp_path: Path) -> None:
+        mask = np.array([0.0, -np.inf])
+        recorded = self.evaluations(tmp_path, mask=mask)
+        assert recorded.error(lambda _: {"mask": mask}) == 0
+        for wrong in (np.array([0.0, 1.0]), np.array([np.nan, -np.inf])):
+            with pytest.raises(NumericalError, match="the quantised denoiser gives is not finite"):
+                recorded.error(lambda _, wrong=wrong: {"mask": wrong})
+
+    def test_zeros(self, tmp_path: Path) -> None:
+        recorded = self.evaluations(tmp_path, nothing=np.zeros(3))
+        assert recorded.error(lambda _: {"nothing": np.zeros(3)}) == 0
+        assert recorded.error(lambda _: {"nothing": np.ones(3)}) > 1
+
+    def test_no_evaluation(self, tmp_path: Path) -> None:
+        with pytest.raises(ResourceError, match="no evaluation was recorded"):
+            Evaluations(tmp_path).error(lambda _: {})
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if "int4" in ENGINES[name].precisions])
@@ -229,17 +286,17 @@ class TestEngines:
     ) -> None:
         if not ENGINES[engine].available():
             pytest.skip(ENGINES[engine].why_not())
-        model, report = quantise(source, recorded, tmp_path / "made", max_error=1.0, rank=0)
+        model, _ = quantise(source, recorded, tmp_path / "made", max_error=1.0, rank=0)
         (out := tmp_path / "engine").mkdir()
         files = BUILDERS[engine](model, "int4", out)
-        EngineCheck(model, recorded, report["error"])(engine, out, files)
+        check_of(model, recorded)(engine, out, files)
         weights = 2 * INPUTS * HIDDEN + HIDDEN * INPUTS
         assert (out / str(files.weights)).stat().st_size < 0.75 * weights
 
     def test_a_wrong_graph_is_caught(self, engine: str, source: Path, recorded: Evaluations, tmp_path: Path) -> None:
         if not ENGINES[engine].available():
             pytest.skip(ENGINES[engine].why_not())
-        path, report = quantise(source, recorded, tmp_path / "made", max_error=1.0)
+        path, _ = quantise(source, recorded, tmp_path / "made", max_error=10.0)
         model = onnx.load(path)
         scale = next(each for each in model.graph.initializer if each.name.endswith(".scale"))
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
@@ -248,7 +305,40 @@ class TestEngines:
         (out := tmp_path / "engine").mkdir()
         files = BUILDERS[engine](wrong / "denoiser.onnx", "int4", out)
         with pytest.raises(CheckFailed, match=f"{engine} gives other numbers"):
-            EngineCheck(path, recorded, report["error"])(engine, out, files)
+            check_of(path, recorded)(engine, out, files)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_onnxruntime_multiplies_by_4_bits(rank: int, dimensions: int, tmp_path: Path) -> None:
+    """Whatever else is done with the product: no weight is made whole again, and each is on the disk once."""
+    import onnxruntime
+
+    model = perceptron() if dimensions == 2 else graph_of(
+        node("MatMul", "sample up.weight.T", "hidden"), node("MatMul", "hidden down.weight.T", "once"),
+        node("MatMul", "once up.weight.T", "again"), node("Add", "again up.bias", "sum"),
+        node("MatMul", "sum down.weight.T", "prediction"),
+        **{"up.weight.T": np.random.default_rng(0).standard_normal((INPUTS, HIDDEN)), "up.bias": np.ones(HIDDEN),
+           "down.weight.T": np.random.default_rng(1).standard_normal((HIDDEN, INPUTS))},
+    )  # fmt: skip
+    shape: list[Any] = ["batch", INPUTS] if dimensions == 2 else ["batch", 5, INPUTS]
+    for value in (*model.graph.input, *model.graph.output):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    qdq.save(model, tmp_path / "denoiser.onnx")
+    (tmp_path / "samples").mkdir()
+    sample = np.random.default_rng(2).standard_normal([3, *shape[1:]]).astype(np.float32)
+    given = qdq.session(tmp_path / "denoiser.onnx")({"sample": sample})
+    np.savez(tmp_path / "samples" / "0000.npz", sample=sample, **given)
+    (tmp_path / "out").mkdir()
+    options = QuantizeInt4(max_error=1.0, rank=rank)
+    quantize_graph(tmp_path / "denoiser.onnx", Evaluations(tmp_path / "samples"), options, tmp_path / "out", silent)
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(tmp_path / "out" / "denoiser.onnx", settings, providers=["CPUExecutionProvider"])
+    operators = [each.op_type for each in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node]
+    assert "DequantizeLinear" not in operators and operators.count("MatMulNBits") == 4
+    if not rank:
+        assert (tmp_path / "out" / "denoiser.onnx.data").stat().st_size < 0.75 * 3 * INPUTS * HIDDEN
 
 
 class TestRecipe:

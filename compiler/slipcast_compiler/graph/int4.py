@@ -6,6 +6,7 @@ OpenVINO both find that pair, keep the weight in 4 bits in memory, and multiply 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def importances(
     del proto.graph.output[:]
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in sums.values())
     onnx.save(proto, work / "importances.onnx")
-    run, total, count = session(work / "importances.onnx"), dict[str, Floats](), 0
+    run, total, count = session(work / "importances.onnx", mapped=True), dict[str, Floats](), 0
     for inputs in samples:
         outputs, count = run(inputs), count + 1
         total = {name: total.get(name, np.float32(0)) + outputs[name] for name in outputs}
@@ -201,11 +202,21 @@ def with_int4(original: Any, chosen: Mapping[str, list[Linear]], tensors: Iterab
     model = onnx.ModelProto()
     model.CopyFrom(original)
     linears = {linear.node: linear for each in chosen.values() for linear in each}
-    known = {tensor.name: tensor for tensor in tensors}
+    known, uses = {tensor.name: tensor for tensor in tensors}, Counter[str]()
     nodes = []
     for node in model.graph.node:
         linear = linears.get(node.name)
-        nodes += _product(node, linear, known, packing.group_of(linear.inputs)) if linear else [node]
+        if linear is None:
+            nodes.append(node)
+            continue
+        # Of a weight that several products read, ONNX Runtime keeps 4 bits where each has a constant of its own.
+        codes = [f"{linear.weight}.int4", f"{linear.weight}.scale"]
+        if again := uses[linear.weight]:
+            known |= {f"{name}.{again}": _renamed(known[name], f"{name}.{again}") for name in codes}
+            codes = [f"{name}.{again}" for name in codes]
+        uses[linear.weight] += 1
+        branch = [name for part in ("down", "up") if (name := f"{linear.weight}.{part}") in known]
+        nodes += _product(node, codes, branch, packing.group_of(linear.inputs))
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
@@ -214,21 +225,28 @@ def with_int4(original: Any, chosen: Mapping[str, list[Linear]], tensors: Iterab
     return model
 
 
-def _product(node: Any, linear: Linear, known: Mapping[str, Any], group: int) -> list[Any]:
-    """What takes the place of a product, under its name, and gives its output."""
-    weight, name, given = linear.weight, node.name, node.input[0]
-    codes, whole = [f"{weight}.int4", f"{weight}.scale"], f"{name}.dequantised"
+def _renamed(tensor: Any, name: str) -> Any:
+    """Another name for what lies in the same place."""
+    copied = onnx.TensorProto()
+    copied.CopyFrom(tensor)
+    copied.name = name
+    return copied
+
+
+def _product(node: Any, codes: list[str], branch: list[str], group: int) -> list[Any]:
+    """What takes the place of a product with a constant: the product itself has its name."""
+    name, given, whole = node.name, node.input[0], f"{node.name}.dequantised"
+    terms = [f"{name}.product"]
     made = [
         helper.make_node("DequantizeLinear", codes, [whole], f"{name}.dequantise", axis=0, block_size=group),
-        helper.make_node("MatMul", [given, whole], [f"{name}.product"], name),
+        helper.make_node("MatMul", [given, whole], terms[:1], name),
     ]
-    terms = [*node.input[2:3]]  # of a Gemm
-    if f"{weight}.down" in known:
-        made.insert(0, helper.make_node("MatMul", [given, f"{weight}.down"], [f"{name}.inner"], f"{name}.down"))
-        made.insert(1, helper.make_node("MatMul", [f"{name}.inner", f"{weight}.up"], [f"{name}.branch"], f"{name}.up"))
+    if branch:
         terms.append(f"{name}.branch")
-    for place, term in enumerate(terms):
-        sum_of = [made[-1].output[0], term]
-        made.append(helper.make_node("Add", sum_of, [f"{name}.sum_{place}"], f"{name}.add_{place}"))
-    made[-1].output[0] = node.output[0]
+        made.append(helper.make_node("MatMul", [given, branch[0]], [f"{name}.inner"], f"{name}.down"))
+        made.append(helper.make_node("MatMul", [f"{name}.inner", branch[1]], terms[1:], f"{name}.up"))
+    terms += [bias for bias in node.input[2:3] if bias]  # of a Gemm
+    # A Sum also of one term, and no Add: ONNX Runtime takes a product before a Relu, or one of matrices before an Add,
+    # for something else, and would make the whole weight of its 4 bits at every call.
+    made.append(helper.make_node("Sum", terms, [node.output[0]], f"{name}.sum"))
     return made

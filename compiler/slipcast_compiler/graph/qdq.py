@@ -181,7 +181,7 @@ def drop_unread(graph: Any) -> None:
     kept = []
     for node in reversed(graph.node):
         if wanted.intersection(node.output):
-            wanted.update(node.input)
+            wanted.update(read_by(node))
             kept.append(node)
     constants = [tensor for tensor in graph.initializer if tensor.name in wanted]
     notes = [value for value in graph.value_info if value.name in wanted]
@@ -192,7 +192,13 @@ def drop_unread(graph: Any) -> None:
 
 
 def _read(graph: Any) -> set[str]:
-    return {name for node in graph.node for name in node.input}
+    return {name for node in graph.node for name in read_by(node)}
+
+
+def read_by(node: Any) -> set[str]:
+    """What a node reads, also within graphs of its own."""
+    inner = [each.g for each in node.attribute if each.type == onnx.AttributeProto.GRAPH]
+    return {*node.input}.union(*(_read(graph) for graph in inner))
 
 
 def save(model: Any, path: Path, folder: Path | None = None) -> None:
@@ -209,10 +215,13 @@ def pack(source: Path, target: Path) -> None:
     ir.save(ir.load(source), target, external_data=f"{target.name}.data")
 
 
-def session(model: Path | bytes, weights: Path | None = None) -> Callable[[Mapping[str, Any]], Arrays]:
+def session(
+    model: Path | bytes, weights: Path | None = None, mapped: bool = False
+) -> Callable[[Mapping[str, Any]], Arrays]:
     """The graph as it is written: nothing fused, integers simulated in fp32, so that no engine's habits are in it.
 
-    `weights`: where those of a graph lie that is not in a file. Arrays that it does not read may be given, too.
+    `weights`: where those of a graph lie that is not in a file. `mapped`: weights are used as they lie in their file,
+    slower, and take no memory that cannot be given back. Arrays that it does not read may be given, too.
     """
     import onnxruntime
 
@@ -223,6 +232,8 @@ def session(model: Path | bytes, weights: Path | None = None) -> Callable[[Mappi
     options.log_severity_level = 3  # it tells of weights that nothing reads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # many short ones, one after the other
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     opened = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

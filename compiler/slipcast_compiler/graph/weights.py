@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from slipcast_compiler.host.files import link
+from slipcast_compiler.host.files import ALIGNED, link
 
 INLINE = 16 << 20  # bytes of a graph's own constants that go into the graph itself
 
@@ -57,6 +57,22 @@ def save_sharing(model: ir.Model, path: Path) -> None:
         link(file, path.with_name(file.name))
     for value, tensor in placed:
         value.const_value = _at(tensor, Path(Path(tensor.path).name), path.parent)
+    ir.save(model, path)
+
+
+def save_gathered(model: ir.Model, path: Path) -> None:
+    """Write a graph with its weights, wherever they lie, in one file of its own; what lies in one place is there once.
+    Afterwards the model refers to what was written."""
+    offsets: dict[tuple[str, int, int], int] = {}
+    placed = _placed(model)
+    with path.with_name(f"{path.name}.data").open("wb") as file:
+        for value, tensor in placed:
+            key = str(tensor.path), tensor.offset or 0, tensor.nbytes
+            if key not in offsets:
+                file.write(bytes(-file.tell() % ALIGNED))
+                offsets[key] = file.tell()
+                file.write(tensor.tobytes())
+            value.const_value = _at(tensor, Path(f"{path.name}.data"), path.parent, offsets[key])
     ir.save(model, path)
 
 

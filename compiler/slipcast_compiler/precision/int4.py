@@ -8,6 +8,7 @@ defaults come from.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.bundle.onnxfile import external_files
+from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.export.graphs import Graphs, Quantized
 from slipcast_compiler.host.cache import Cache
@@ -27,6 +29,11 @@ from slipcast_compiler.precision.sensitivity import search
 from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.targets import LEAST_LINEAR
 
+logger = logging.getLogger("slipcast")
+
+
+ENGINE_ROUNDING = 0.05  # what engines may add that compute products in 8 bits: 0.018 for twelve wide layers in a row
+
 
 def quantize_weights(
     folders: Mapping[str, Path], recorded: Mapping[str, Evaluations], options: QuantizeInt4, cache: Cache,
@@ -35,13 +42,23 @@ def quantize_weights(
     """By component, FOLDER/NAME.onnx with linear layers in INT4, from the cache or made in a process of its own; those
     that have few are not among them. `recorded`: what each reads and gives in fp32. Directories are the cache's.
 
-    Raises RecipeError where a pattern of `protect` fits no layer of any."""
+    Raises RecipeError where a pattern of `protect` fits no layer of any, and where nothing is left."""
     chosen = run_isolated(choose, folders, options.protect).result
+    if not chosen:
+        raise RecipeError(
+            f"a target in int4, and no component of which linear layers have {LEAST_LINEAR:.0%} of the weights",
+            expected="a target in another precision, or less in passes.quantize_int4.protect",
+            got=", ".join(folders),
+        )
     found = {}
     for done, (name, protected) in enumerate(chosen.items()):
         advance(done, len(chosen))
         own = options.model_copy(update={"protect": tuple(protected)})
         found[name] = _quantize_component(folders[name], name, recorded[name], own, cache)
+        if not (report := read_report(found[name]))["quantised"]:
+            logger.warning(
+                "%s: no layer is in INT4: all together are %.2g off, more than max_error", name, report["error_all"]
+            )
     return found
 
 
@@ -54,7 +71,9 @@ def quantize_all_weights(
         guided = name == "denoiser" and graphs.family
         if (samples / name).is_dir():
             outputs = tuple(spec.name for spec in contract.outputs)
-            recorded[name] = Evaluations(samples / name, outputs, graphs.sampling.guidance_scale if guided else 1.0)
+            recorded[name] = Evaluations(
+                samples / name, outputs, graphs.sampling.guidance_scale if guided else 1.0, options.samples
+            )
     folders = {name: graphs.components[name] for name in recorded}
     made = quantize_weights(folders, recorded, options, cache, advance)
     components = {name: read_report(each) for name, each in made.items()}
@@ -68,15 +87,19 @@ def choose(folders: Mapping[str, Path], protect: tuple[str, ...], _: Advance) ->
 
     from slipcast_compiler.graph.int4 import packable_layers
 
-    layers = {}
+    layers, few = {}, set()
     for name, folder in folders.items():
         graph = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph
-        found = packable_layers(graph)
+        layers[name] = found = packable_layers(graph)
         every = {linear.weight: linear.inputs * linear.outputs for each in found.values() for linear in each}
-        if sum(every.values()) >= LEAST_LINEAR * sum(math.prod(tensor.dims) for tensor in graph.initializer) > 0:
-            layers[name] = found
+        if sum(every.values()) < LEAST_LINEAR * sum(math.prod(tensor.dims) for tensor in graph.initializer):
+            few.add(name)
     protected = protected_layers("quantize_int4", protect, [layer for found in layers.values() for layer in found])
-    return {name: sorted(protected & found.keys()) for name, found in layers.items()}
+    return {
+        name: sorted(protected & found.keys())
+        for name, found in layers.items()
+        if name not in few and found.keys() - protected
+    }
 
 
 def _quantize_component(
@@ -91,17 +114,22 @@ def _quantize_component(
         "options": options.model_dump(), "guidance": recorded.guidance,
     }  # fmt: skip
     made = cache.get("int4", inputs, make)
-    return Quantized(made, recorded.folder, EngineCheck(made / f"{name}.onnx", recorded, options.max_error))
+    return Quantized(made, recorded.folder, check_of(made / f"{name}.onnx", recorded))
+
+
+def check_of(model: Path, recorded: Evaluations) -> EngineCheck:
+    """Sees whether an engine gives what the graph `model` says, whose report lies beside it."""
+    error = json.loads(model.with_name(REPORT).read_text())["error"]
+    return EngineCheck(model, recorded, math.hypot(error, ENGINE_ROUNDING))
 
 
 def quantize_graph(source: Path, recorded: Evaluations, options: QuantizeInt4, out: Path, advance: Advance) -> None:
     """Write NAME.onnx and NAME.onnx.data, called as the source is, and quantize.json into `out`. `options.protect`:
     whole names of layers."""
     import onnx
-    import onnx_ir as ir
 
     from slipcast_compiler.graph import int4, qdq
-    from slipcast_compiler.graph.weights import load
+    from slipcast_compiler.graph.weights import load, save_gathered
 
     with tempfile.TemporaryDirectory(prefix="slipcast-int4-", dir=out.parent) as scratch:
         work = Path(scratch)
@@ -120,10 +148,10 @@ def quantize_graph(source: Path, recorded: Evaluations, options: QuantizeInt4, o
             return work / "chosen.onnx"
 
         def error(chosen: frozenset[str], count: int) -> float:
-            return recorded.error(qdq.session(write(chosen)), count)
+            return recorded.error(qdq.session(write(chosen), mapped=True), count)
 
         found = search(list(free), error, options.max_error, options.measurements, advance)
-        ir.save(load(write(found.quantised)), out / source.name, external_data=f"{source.name}.data")
+        save_gathered(load(write(found.quantised)), out / source.name)
     kept = dict.fromkeys(options.protect, "protected") | dict.fromkeys(found.kept, "damage")
     report: dict[str, Any] = {
         "layers": len(layers), "quantised": len(found.quantised), "kept": kept, "error": found.error,

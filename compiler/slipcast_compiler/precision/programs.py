@@ -42,7 +42,8 @@ def record_calls(
     """A directory with evaluations of each component in fp32, COMPONENT/0000.npz and so on, from the cache or made:
     SAMPLES of each, or as many as quantisation is calibrated on. `given`: by variant, what its calls take besides a
     text."""
-    count, components = samples or SAMPLES, tuple(graphs.contracts)
+    # Of each image at least one: a variant may have components of its own.
+    count, components = max(samples or SAMPLES, len(images)), tuple(graphs.contracts)
     digests = [digest_given(each) for each in given]
 
     def make(out: Path) -> None:
@@ -66,7 +67,8 @@ def quantize_denoisers(
     made = {}
     for name, contract in graphs.contracts.items():
         if IN_INT8.fullmatch(name):
-            recorded = Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs))
+            outputs = tuple(spec.name for spec in contract.outputs)
+            recorded = Evaluations(inputs / name, outputs, samples=options.samples)
             made[name] = quantize_component(graphs.entry, name, recorded, options, cache, advance)
     return replace(graphs, quantized={**graphs.quantized, "int8": made})
 
@@ -78,7 +80,7 @@ def quantize_program_weights(
     sources = graphs.sources()
     contracts = {name: each for name, each in graphs.contracts.items() if name not in sources.exact}
     recorded = {
-        name: Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs))
+        name: Evaluations(inputs / name, tuple(spec.name for spec in contract.outputs), samples=options.samples)
         for name, contract in contracts.items()
     }
     folders = {name: sources.components[name].model.parent for name in contracts}

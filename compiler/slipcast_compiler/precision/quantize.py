@@ -75,7 +75,7 @@ def quantize(graphs: Graphs, samples: Path, options: Quantize, cache: Cache, adv
     Raises RecipeError where a pattern of `protect` fits no layer.
     """
     guidance = graphs.sampling.guidance_scale if graphs.family else 1.0
-    recorded = Evaluations(samples / "denoiser", guidance=guidance)
+    recorded = Evaluations(samples / "denoiser", guidance=guidance, samples=options.samples)
     made = quantize_component(graphs.components["denoiser"], "denoiser", recorded, options, cache, advance)
     quantized = {**graphs.quantized, "int8": {"denoiser": made}}
     return graphs.add(report={"quantize": read_report(made)}, quantized=quantized)
@@ -179,7 +179,8 @@ def protected_layers(table: str, patterns: tuple[str, ...], layers: Collection[s
     for pattern in patterns:
         if not (fitting := fnmatch.filter(layers, pattern)):
             raise RecipeError(
-                f"passes.{table}.protect: {pattern!r} fits no layer", expected=f"a pattern such as {min(layers)!r}",
+                f"passes.{table}.protect: {pattern!r} fits no layer",
+                expected=f"a pattern such as {min(layers)!r}" if layers else "a component with layers",
                 got=f"{len(layers)} layers with other names",
             )  # fmt: skip
         found.update(fitting)

@@ -7,13 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from slipcast.bundle.manifest import architectures
+from slipcast.bundle.manifest import FALLBACK, architectures
 from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
+from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.values import AsTuple
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one weight
-INT4_BYTES = 0.6  # of one weight with its share of scales, and of a branch beside
+USUAL_WIDTH = 1024  # of a linear layer, by which a branch of low rank beside it is estimated
 LEAST_LINEAR = 0.1  # of a component's weights: where linear layers have less, INT4 would spoil more than it saves
 QUANTIZED = ("int8", "int4")  # some components are, and the others in REST
 # Keys of TargetTable -> the engines they are for.
@@ -71,16 +72,18 @@ class TargetTable(Strict):
         """Whether it is for one."""
         return ENGINES[self.engine].device != "cpu"
 
-    def bytes_of(self, component: str, weights: int, linear: int) -> int:
-        """Of all weights of a component, so many of which are of linear layers; OpenVINO keeps fp16 whatever it
-        computes in but fp32."""
+    def bytes_of(self, component: str, weights: int, linear: int, int4: QuantizeInt4 | None) -> int:
+        """Of all weights of a component, so many of which are of linear layers, in INT4 by these options; OpenVINO
+        keeps fp16 whatever it computes in but fp32."""
         if self.precision not in QUANTIZED:
             return weights * BYTES[self.precision]
         rest = weights * BYTES[REST[self.engine]]
         if self.precision == "int8":
             return weights if IN_INT8.fullmatch(component) else rest
-        saved = linear * (BYTES[REST[self.engine]] - INT4_BYTES)
-        return round(rest - saved) if linear >= LEAST_LINEAR * weights else rest
+        if not int4 or linear < LEAST_LINEAR * weights or component == FALLBACK:
+            return rest
+        beside = 1 / int4.group_size + 2 * int4.rank / USUAL_WIDTH  # of each weight: scales, and a branch
+        return round(rest - linear * (BYTES[REST[self.engine]] * (1 - beside) - 0.5))
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:

@@ -140,11 +140,11 @@ def _low_rank(plan: Plan) -> dict[str, Dimension]:
 
 def _precision(plan: Plan) -> dict[str, Dimension]:
     """Of the target that is measured: its own and those with fewer bits, of which int8 gains with large models alone. A
-    recipe in int8 stays so: its table of [passes.quantize] is for no other."""
+    recipe in int8 or int4 stays so: its table of [passes] is for no other."""
     targets, place = plan.recipe.targets, measured_target(plan)
     own = targets[place]
     taken = {target.precision for target in targets if target is not own and target.engine == own.engine}
-    fewer = {"fp32": ("bf16", "fp16", "int8"), "int8": ()}.get(own.precision, ("int8",))
+    fewer = {"fp32": ("bf16", "fp16", "int8"), "int8": (), "int4": ()}.get(own.precision, ("int8",))
     offered = set(ENGINES[own.engine].precisions) - taken - (set() if _is_large(plan) else {"int8"})
     found = tuple(name for name in fewer if name in offered)
     return {"precision": _named(own.precision, found)} if found else {}

@@ -25,6 +25,7 @@ TITLES = {
     "shapes-circles-cached": "Feature caching alone (recipes/shapes-circles-cached.toml)",
     "shapes-circles-exit": "Early exit alone (recipes/shapes-circles.toml, `--set early_exit.max_error=0.02`)",
     "shapes-circles-int8": "The same, pruned, factorised and in INT8 (recipes/shapes-circles-int8.toml)",
+    "flux-shaped-int4": "Weights in 4 bits (recipes/flux-shaped.toml)",
     "sd15-shaped-256": "The shapes of Stable Diffusion 1.5, random weights, 256x256",
     "sd15-shaped-512": "The shapes of Stable Diffusion 1.5, random weights, 512x512",
     "sd15-shaped-fast": "The same at 512x512, made fast (recipes/sd15-shaped-fast.toml)",

@@ -139,6 +139,22 @@ def about_builds(name: str, document: Document) -> str:
     return paragraph(text) + f"\n```console\n$ {document['command']}\n```\n"
 
 
+def adapters(file: Path = HERE / "adapters" / "shapes.json") -> str:
+    """What an exchange takes, and what a picture costs with slots in use and without."""
+    found = json.loads(file.read_text("utf-8"))
+    lines = [["read", "exchange", "picture without", "with one", "as a share"]]
+    times = [f"{1000 * found[key]:.1f} ms" for key in ("read_s", "exchange_s")]
+    times += [f"{found[key]:.3f} s" for key in ("plain_s", "adapted_s")]
+    lines.append([*times, f"{found['ratio']:.2f}"])
+    host = found["machine"]
+    said = (
+        f"{found['slots']} layers with slots of rank {found['slot_rank']}, LoRAs of rank {found['rank']} in all of "
+        f"them; the reference model, {found['target']}; {host['processor']} with {host['cores']} cores."
+    )
+    return markdown(lines) + "\n" + paragraph(said) + "\n" + how(found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "builds": builds, "cuts": cuts, "hygiene": hygiene, "denoisers": denoisers,
+    "adapters": adapters,
 }  # fmt: skip

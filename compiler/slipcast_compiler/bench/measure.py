@@ -23,7 +23,7 @@ from slipcast_compiler.bench.gpu import Gpus
 from slipcast_compiler.bench.plan import BUNDLE, BenchPlan, Side
 from slipcast_compiler.bench.process import SideProcess
 from slipcast_compiler.bench.running import Measured, Running, prepare
-from slipcast_compiler.recipe.targets import BYTES
+from slipcast_compiler.recipe.targets import BYTES, INT4_BYTES
 
 ROUNDS = 3  # of each batch size above 1
 LIBRARIES_BYTES = 700_000_000  # of a side with torch, and what a small model needs to draw
@@ -97,7 +97,8 @@ def _groups(plan: BenchPlan, peers: list[Side]) -> tuple[list[Sequence[Side]], s
     """
     target = choose_target(plan.bundle.manifest, plan.options.target)
     files = {each.weights or each.model for each in target.components.values()}
-    weights = sum(plan.bundle.entry(name).size for name in files) * 4 // BYTES[target.precision]
+    least = BYTES.get(target.precision, INT4_BYTES)  # of one weight
+    weights = round(sum(plan.bundle.entry(name).size for name in files) * BYTES["fp32"] / least)
     free = memory.available_mb() * 1e6
     needed = (LIBRARIES_BYTES + weights * 3 // 2) * (1 + len(peers))
     if len(peers) < 2 or needed <= free:

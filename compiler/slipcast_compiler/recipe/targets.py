@@ -13,7 +13,8 @@ from slipcast.engines import ENGINES
 from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.values import AsTuple
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of one weight
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}  # of one weight
+INT4_BYTES = 0.5
 USUAL_WIDTH = 1024  # of a linear layer, by which a branch of low rank beside it is estimated
 LEAST_LINEAR = 0.1  # of a component's weights: where linear layers have less, INT4 would spoil more than it saves
 QUANTIZED = ("int8", "int4")  # some components are, and the others in REST
@@ -83,7 +84,7 @@ class TargetTable(Strict):
         if not int4 or linear < LEAST_LINEAR * weights or component == FALLBACK:
             return rest
         beside = 1 / int4.group_size + 2 * int4.rank / USUAL_WIDTH  # of each weight: scales, and a branch
-        return round(rest - linear * (BYTES[REST[self.engine]] * (1 - beside) - 0.5))
+        return round(rest - linear * (BYTES[REST[self.engine]] * (1 - beside) - INT4_BYTES))
 
     @model_validator(mode="after")
     def _engine_has_precision(self) -> Self:

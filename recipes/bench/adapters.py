@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,8 +79,13 @@ def main() -> None:
         }  # fmt: skip
         print(json.dumps(found, indent=1))
         if given.output:
-            command = f"python recipes/bench/adapters.py {given.bundle} --target {given.target} --rank {given.rank}"
-            document = {"command": command, "target": pipe.target, "machine": this_machine().model_dump(), **found}
+            command = " ".join(sys.argv[1:])
+            document = {
+                "command": f"python recipes/bench/adapters.py {command}",
+                "target": pipe.target,
+                "machine": this_machine().model_dump(),
+                **found,
+            }
             given.output.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 

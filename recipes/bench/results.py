@@ -34,8 +34,8 @@ TITLES = {
 # What a table does not say by itself.
 REMARKS = {
     "flux-shaped-int4": (
-        "`bundle` is its target in INT4, `artifacts/flux-shaped` its first one, bf16 on OpenVINO: the same pipeline, with "
-        "random weights. What INT4 does to pictures was seen on the reference model, by `slipcast compile "
+        "`bundle` is its target in INT4, `artifacts/flux-shaped` its first one, bf16 on OpenVINO: the same pipeline, "
+        "with random weights. What INT4 does to pictures was seen on the reference model, by `slipcast compile "
         "recipes/shapes-circles.toml` with a target in int4: a CLIP score 0.2 % lower, 38 dB on the worst of 16."
     ),
     "shapes-circles-peers": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import call_of, open_pipeline
 
 import slipcast
+from slipcast.bundle.manifest import read_any_manifest
 from slipcast.errors import ArtifactError, RecipeError, RequestError
 from slipcast.progress import silent
 from slipcast_compiler.engines.programs import ProgramGraphs
@@ -41,8 +43,8 @@ def bundle_with_slots(name: str, folder: Path, *tables: TargetTable, **options: 
     return write(graphs, name, folder, cache, *tables)
 
 
-def save_lora(name: str, file: Path, seed: int = 0, rank: int = 3, alpha: int = 3) -> None:
-    """As diffusers writes it, with both factors random."""
+def save_lora(name: str, file: Path, seed: int = 0, rank: int = 3, alpha: int = 6, **settings: Any) -> None:
+    """As diffusers writes it, with both factors random, and peft's settings among its metadata."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -50,11 +52,11 @@ def save_lora(name: str, file: Path, seed: int = 0, rank: int = 3, alpha: int = 
     torch.manual_seed(seed)
     pipe = copy.deepcopy(open_pipeline(name))
     module = getattr(pipe, component)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, init_lora_weights=False, **settings)
     module.add_adapter(config)
     given = {f"{component}_lora_layers": get_peft_model_state_dict(module)}
-    given |= {f"{component}_lora_adapter_metadata": config.to_dict()} if alpha != rank else {}
-    type(pipe).save_lora_weights(file.parent, weight_name=file.name, **given)
+    metadata: Any = {f"{component}_lora_adapter_metadata": config.to_dict()}
+    type(pipe).save_lora_weights(file.parent, weight_name=file.name, **given, **metadata)
 
 
 def with_loras(name: str, **scales: float) -> Any:
@@ -72,7 +74,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     bundle_with_slots("stable_diffusion", folder)
     save_lora("stable_diffusion", folder / "one.safetensors")
-    save_lora("stable_diffusion", folder / "two.safetensors", seed=1, rank=5, alpha=5)
+    save_lora("stable_diffusion", folder / "two.safetensors", seed=1, rank=5, use_rslora=True)
     return folder
 
 
@@ -103,13 +105,13 @@ def test_it_draws_what_diffusers_draws(name: str, tmp_path: Path) -> None:
 
 
 def test_one_after_another_and_together(loaded: Any, place: Path) -> None:
-    """None again is what it was to the bit."""
+    """None again is what it was to the bit. One has an alpha of its own, one is scaled as rsLoRA is."""
     files = {each: str(place / f"{each}.safetensors") for each in ("one", "two")}
     before = drawn(loaded)
     for name, file in files.items():
         loaded.load_adapter(name, file)
     assert np.array_equal(drawn(loaded), before)  # what is loaded is not set
-    for scales in ({"one": 1.0}, {"two": -0.5}, {"one": 0.4, "two": 0.8}):
+    for scales in ({"one": 0.5}, {"two": -0.3}, {"one": 0.2, "two": 0.4}):
         loaded.set_adapters(scales)
         pipe = with_loras("stable_diffusion", **{files[name]: scale for name, scale in scales.items()})
         assert compare(loaded, pipe, "stable_diffusion", PROMPT, SEED)["psnr"] > 90, scales
@@ -137,11 +139,13 @@ def test_both_residencies_and_an_exchange_from_a_callback(place: Path) -> None:
 
 
 def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
-    """peft's names, kohya's with an alpha, diffusers' before peft; in half precision."""
+    """peft's names, kohya's with an alpha, diffusers' before peft; in half precision. Of none but peft's is known that
+    the alpha is twice the rank."""
     given = load_file(place / "one.safetensors")
     loaded.load_adapter("one", place / "one.safetensors")
-    loaded.set_adapters({"one": 1.0})
+    loaded.set_adapters({"one": 0.5})
     wanted = drawn(loaded)
+    (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}')
 
     def kohya(key: str) -> str:
         module = key.removeprefix("unet.").rsplit(".lora", 1)[0]
@@ -162,7 +166,7 @@ def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
     for name, tensors in forms.items():
         save_file({key: value.contiguous().clone() for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
         loaded.load_adapter(name, tmp_path / f"{name}.safetensors")
-        loaded.set_adapters({name: 0.5 if name == "kohya" else 1.0})  # whose alpha is twice the rank
+        loaded.set_adapters({name: 0.5 if name in ("kohya", "peft") else 1.0})
         assert np.allclose(drawn(loaded), wanted, atol=1e-5), name
     half = {key: value.to(torch.bfloat16) for key, value in given.items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -185,6 +189,12 @@ def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
         (lambda t: {k: v * float("nan") for k, v in t.items()}, ArtifactError, "finite|NaN"),
         (lambda t: {k.replace("lora_", "other_"): v for k, v in t.items()}, RequestError, "no part of a LoRA"),
         (lambda t: {}, RequestError, "is empty"),
+        (lambda t: t | {k.removeprefix("unet."): v.clone() for k, v in t.items()}, RequestError, "more than one"),
+        (lambda t: t | {f"{next(iter(t)).rsplit('.lora', 1)[0]}.alpha": torch.ones(2)}, RequestError, "another shape"),
+        (lambda t: {k: v > 0 for k, v in t.items()}, RequestError, "is no LoRA(.|\n)*BOOL"),
+        (lambda t: {k: v.double() * 1e300 for k, v in t.items()}, ArtifactError, "float32 cannot hold"),
+        (lambda t: {f"base_model.model.{k.removeprefix('unet.')}": v for k, v in t.items()}, RequestError,
+         "adapter_config.json beside it"),
     ],
 )  # fmt: skip
 def test_what_is_refused(
@@ -204,9 +214,92 @@ def test_what_cannot_be_set(loaded: Any, place: Path) -> None:
     loaded.load_adapter("three", place / "two.safetensors")
     with pytest.raises(RequestError, match="too much for the slots(.|\n)*a rank of 8 together(.|\n)*10"):
         loaded.set_adapters({"two": 1.0, "three": 1.0})
-    for scale in (float("nan"), "1", True):
+    for scale in (float("nan"), "1", True, 10**400):
         with pytest.raises(RequestError, match="the scale of 'one' is no number"):
             loaded.set_adapters({"one": scale})
+    with pytest.raises(RequestError, match="too large for float32"):
+        loaded.set_adapters({"one": 1e39})
+    with pytest.raises(RequestError, match="adapters are set by name"):
+        loaded.set_adapters(["one"])
+    with pytest.raises(RequestError, match="there is an adapter 'one' already"):
+        loaded.load_adapter("one", place / "two.safetensors")
+    loaded.unload_adapter("one")
+    loaded.load_adapter("one", place / "two.safetensors")
+    with pytest.raises(RequestError, match="no layer of 'transformer' has a slot"):
+        loaded.load_adapter("four", place / "two.safetensors", component="transformer")
+
+
+def test_an_engine_that_somebody_uses_stays_open(place: Path) -> None:
+    with slipcast.load(place / "bundle") as pipe:
+        pipe.load_adapter("one", place / "one.safetensors")
+        with pipe.residency.use("denoiser") as engine:
+            pipe.set_adapters({"one": 1.0})
+            drawn(pipe)
+            given = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in engine.inputs}
+            assert engine(given)
+        pipe.set_adapters({})
+        drawn(pipe)
+
+
+def test_manifests_that_contradict_themselves(place: Path) -> None:
+    manifest = json.loads((place / "bundle" / "manifest.json").read_text())
+    slots = manifest["adapters"]
+    for change, problem in (
+        ({"layers": [slots["layers"][0], *slots["layers"]]}, "is there twice"),
+        ({"rank": 2**36}, "less than or equal to 1024"),
+        ({"rank": 9}, "has no slot of rank 9"),
+        ({"layers": [*slots["layers"], "unet.other"]}, "has no slot of rank 8"),
+        ({"components": dict.fromkeys(slots["components"], "denoiser_adapted")}, "is there twice"),
+        ({"components": {"denoiser": "decoder"}}, "adapters.components|no call of the program needs it"),
+    ):
+        with pytest.raises(ArtifactError, match=problem):
+            read_any_manifest(json.dumps(manifest | {"adapters": slots | change}).encode())
+
+
+@pytest.mark.slow
+def test_two_denoisers_with_the_same_names(tmp_path: Path) -> None:
+    """Wan 2.2: a name without its component's would do for either."""
+    bundle = bundle_with_slots("wan_2_2", tmp_path)
+    rng, tensors = torch.Generator().manual_seed(0), {}
+    with slipcast.load(bundle) as pipe:
+        layer = next(name for name in pipe.manifest.adapters.layers if name.startswith("transformer_2.blocks.0.attn1"))
+        inputs = pipe.manifest.slots[f"down_{pipe.manifest.adapters.layers.index(layer)}"][0]
+        short = layer.partition(".")[2]
+        for kind, shape in (("A", (2, inputs)), ("B", (inputs, 2))):
+            tensors[f"diffusion_model.{short}.lora_{kind}.weight"] = torch.randn(shape, generator=rng)
+        save_file(tensors, tmp_path / "low.safetensors")
+        chosen = {}
+        for component in ("transformer", "transformer_2"):
+            pipe.load_adapter(component, tmp_path / "low.safetensors", component=component)
+            pipe.set_adapters({component: 1.0})
+            chosen[component] = drawn(pipe)
+        pipe.load_adapter("low", tmp_path / "low.safetensors")  # as diffusers loads it
+        pipe.set_adapters({"low": 1.0})
+        assert np.array_equal(drawn(pipe), chosen["transformer"])
+        assert not np.array_equal(*chosen.values())
+        save_file(
+            {key.removeprefix("diffusion_model."): each for key, each in tensors.items()}, tmp_path / "x.safetensors"
+        )
+        with pytest.raises(RequestError, match="may be of several components"):
+            pipe.load_adapter("x", tmp_path / "x.safetensors")
+
+
+@pytest.mark.slow
+def test_slots_that_are_zero_change_nothing(tmp_path: Path) -> None:
+    """In bf16, where what has to be exact is so with slots, too."""
+    bundle = bundle_with_slots("flux", tmp_path, TargetTable(engine="openvino", precision="bf16"))
+    rng = np.random.default_rng(0)
+    with slipcast.load(bundle) as pipe:
+        for plain, name in pipe.manifest.adapters.components.items():
+            contract = pipe.manifest.components[plain]
+            given = {s.name: rng.standard_normal([d if isinstance(d, int) else 3 for d in s.shape]).astype(s.dtype)
+                     for s in contract.inputs}  # fmt: skip
+            slots = {key: np.zeros(shape, np.float32) for key, shape in pipe.manifest.slots.items()}
+            with pipe.residency.use(plain) as one, pipe.residency.use(name) as other:
+                wanted = one(given)
+                found = other(given | {spec.name: slots[spec.name] for spec in other.inputs if spec.name in slots})
+            for key, value in wanted.items():
+                assert np.linalg.norm(found[key] - value) <= 0.01 * np.linalg.norm(value) + 1e-6, (plain, key)
 
 
 @pytest.mark.slow

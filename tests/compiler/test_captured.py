@@ -483,7 +483,7 @@ def test_a_pipeline_that_is_given_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapters_are_set_by_a_run(place: Path) -> None:
-    """Of engines in 4 bits, too; the report judges the bundle as it is without them."""
+    """The report judges the bundle as it is without them."""
     text = RECIPE[: RECIPE.index("[gate]")].replace('"tiny"', '"slots"')
     text += '[adapters]\nrank = 4\nlayers = ["unet.*.attn1.to_*"]\n[[targets]]\nengine = "onnxruntime"\n'
     (place / "slots.toml").write_text(text + '[[targets]]\nengine = "openvino"\nprecision = "int4"\n')

@@ -18,7 +18,9 @@ from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed, NumericalError, RecipeError, ResourceError
 from slipcast.progress import silent
 from slipcast_compiler.engines import BUILDERS
+from slipcast_compiler.export.slots import write_adapted
 from slipcast_compiler.graph import int4, qdq
+from slipcast_compiler.graph.linear import linear_layers
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.precision.evaluations import Evaluations
 from slipcast_compiler.precision.int4 import check_of, choose, quantize_graph, quantize_weights
@@ -246,6 +248,33 @@ class TestQuantise:
         model, report = quantise(source, recorded, tmp_path / "out", max_error=1e-9)
         assert report["quantised"] == 0 and report["error"] < 1e-9
         assert {each.name for each in onnx.load(model).graph.initializer} >= {"model.up.weight.T", "model.out.weight.T"}
+
+
+def test_slots_for_adapters_beside_4_bits(source: Path, recorded: Evaluations, tmp_path: Path) -> None:
+    """As a bundle has them in INT4: what the layer gives, and the product of what a run gives."""
+    model, _ = quantise(source, recorded, tmp_path / "made", max_error=1.0)
+    layers = {name: each for name, each in linear_layers(onnx.load(source).graph).items() if name == "down"}
+    graph = {each.name: numpy_helper.to_array(each) for each in onnx.load(model).graph.initializer}
+    (out := tmp_path / "out").mkdir()
+    write_adapted(model, layers, ("other", "down"), 4, out, silent)
+    rng = np.random.default_rng(0)
+    sample, down, up = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((3, INPUTS), (HIDDEN, 4), (4, INPUTS))
+    )
+    run, weights = qdq.session(out / "denoiser_adapted.onnx"), {}
+    for linear in (each for every in int4.packable_layers(onnx.load(source).graph).values() for each in every):
+        integers, scales = graph[f"{linear.weight}.int4"].astype(np.float32), graph[f"{linear.weight}.scale"]
+        whole = (integers.reshape(len(scales), -1, linear.outputs) * scales[:, None]).reshape(linear.inputs, -1)
+        weights[linear.weight] = whole + graph[f"{linear.weight}.down"] @ graph[f"{linear.weight}.up"]
+    first = weights["model.up.weight.T"]
+    bent = np.maximum(sample @ first, 0)
+    wanted = (
+        (bent @ (weights["model.down.weight"] + down @ up) + graph["model.down.bias"])
+        @ first
+        @ weights["model.out.weight.T"]
+    )
+    found = run({"sample": sample, "down_1": down, "up_1": up})["prediction"]
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-2)
 
 
 class TestErrors:

@@ -110,7 +110,9 @@ class ProgramGraphs:
             folders[name] = self.slots.folder(precision, plain)
             checks |= {name: None} if plain in checks else {}  # it is of the graph that was checked
         found = {name: Source(each / f"{name}.onnx", f"{each.name}/{name}") for name, each in folders.items()}
-        return Sources(found, tensorrt.Lengths(self.record, self.contracts), checks, self.record.exact)
+        names = self.slots.components if self.slots else {}
+        exact = self.record.exact | {names[name] for name in self.record.exact if name in names}
+        return Sources(found, tensorrt.Lengths(self.record, self.contracts), checks, exact)
 
     def with_slots(self, table: AdaptersTable, precisions: Collection[str], cache: Cache, advance: Advance) -> Self:
         """With slots for adapters in the graphs of targets in these precisions."""

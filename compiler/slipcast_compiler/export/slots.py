@@ -19,6 +19,7 @@ from slipcast.errors import RecipeError
 from slipcast.progress import Advance
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.graph.linear import Linear, linear_layers
+from slipcast_compiler.graph.qdq import layer_of
 from slipcast_compiler.graph.weights import load, save_sharing
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.files import link
@@ -54,7 +55,9 @@ def make_slots(
     a hash of what it was made from."""
     plain = {name: model for name, (model, _) in sources[""].items() if is_adaptable(name)}
     found = {name: _chosen(model, table.layers) for name, model in plain.items()}
-    found = {name: layers for name, layers in found.items() if layers}
+    partly = _partly(sources[""], found)
+    found = {name: {layer: each[layer] for layer in each if layer not in partly} for name, each in found.items()}
+    found = {name: each for name, each in found.items() if each}
     layers = tuple(dict.fromkeys(layer for each in found.values() for layer in each))
     if not layers:
         raise RecipeError(
@@ -74,6 +77,17 @@ def make_slots(
         inputs = {"source": identity, "layers": layers, "own": sorted(found[name]), "rank": table.rank}
         folders[precision][name] = cache.get("slots", inputs, make)
     return Slots(table.rank, layers, {name: adapted(name) for name in found}, folders)
+
+
+def _partly(models: Mapping[str, tuple[Path, str]], found: Mapping[str, Collection[str]]) -> set[str]:
+    """Layers whose weight a graph reads in which they would have no slot: adapted here and not there, they would be
+    neither one."""
+    chosen, partly = {layer for each in found.values() for layer in each}, set[str]()
+    for name, (model, _) in models.items():
+        graph = onnx.load(model, load_external_data=False).graph
+        read = {layer_of(tensor.name) for tensor in graph.initializer}
+        partly |= (read & chosen) - set(found.get(name, ()))
+    return partly
 
 
 def adapted(component: str) -> str:
@@ -101,6 +115,9 @@ def write_adapted(
                 if name not in factors:
                     factors[name] = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
             _add_product(model.graph, node, *(factors[name] for name in shapes))
+            del places[node.name]
+    if places:
+        raise AssertionError(f"{source.name} has no {next(iter(places))}")
     model.graph.inputs.extend(factors.values())
     name = adapted(source.stem)
     for file in external_files(source):  # beside the graph whose file it is, as engines look for it there

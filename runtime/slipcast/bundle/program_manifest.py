@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
-from slipcast.bundle.names import ComponentName, Name, Positive
+from slipcast.bundle.names import ComponentName, Name
 from slipcast.bundle.program import PROGRAM, Loop, Program, ProgramCall, Variant
 from slipcast.bundle.records import BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
@@ -25,9 +25,16 @@ class AdaptersRecord(Strict):
     place while adapters are set: it reads besides `down_i`, float32 [inputs, rank], and `up_i`, float32 [rank,
     outputs], of each that it has, by its place among `layers`, and adds their product to what the layer gives."""
 
-    rank: Positive
+    rank: Annotated[int, Field(ge=1, le=1024)]
     layers: Annotated[tuple[Name, ...], Field(min_length=1)]
     components: Annotated[dict[ComponentName, ComponentName], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        for what, names in (("layers", self.layers), ("components", tuple(self.components.values()))):
+            if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+                raise ValueError(f"{what}: {twice[0]!r} is there twice")
+        return self
 
 
 class ProgramManifest(BaseManifest):
@@ -76,6 +83,12 @@ class ProgramManifest(BaseManifest):
                 if wanted is None or (spec.dtype, spec.shape) != ("float32", wanted):
                     raise ValueError(f"components.{name}: {spec.name} is no slot of rank {self.adapters.rank}")
         return self
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """Components that are in fp32 whatever the target, with those that take their places."""
+        adapted = self.adapters.components if self.adapters else {}
+        return self.program.exact | {adapted[name] for name in self.program.exact if name in adapted}
 
     @property
     def slots(self) -> dict[str, tuple[int, int]]:

@@ -75,6 +75,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says besides its tensors; of one whose header was read."""
+    document: dict[str, Any] = parse_json(_header_bytes(path)[0], f"{path} (header)", limit=MAX_HEADER_BYTES)
+    found: dict[str, str] = document.get("__metadata__", {})
+    return found
+
+
 def read_tensor(path: Path, entry: TensorEntry, *, allow_nonfinite: bool = False) -> np.ndarray[Any, Any]:
     """One tensor as a new little-endian array; BF16 comes as float32. NaN and infinity are an ArtifactError."""
     dtype = DTYPES[entry.dtype][1]

@@ -74,8 +74,12 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
         *removed_lines(manifest),
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
     ]
+    record = getattr(manifest, "adapters", None)  # of a captured program's
+    adapted = record.components if record else {}
     for name, component in manifest.components.items():
-        lines.append(f"  {name}")
+        if name in adapted.values():  # the plain one's inputs, and slots
+            continue
+        lines.append(f"  {name}{' (and with slots)' if name in adapted else ''}")
         for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
             lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
     lines += after

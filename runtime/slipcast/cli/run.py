@@ -117,14 +117,14 @@ def _set_adapters(pipe: Pipeline | ProgramPipeline, given: tuple[str, ...]) -> N
     if not isinstance(pipe, ProgramPipeline):
         raise RequestError("this bundle has no slots for adapters", expected="one of a captured pipeline")
     scales = {}
-    for text in given:
+    for at, text in enumerate(given):
         file, _, number = text.rpartition(":")
         try:
             scale = float(number) if file else 1.0
         except ValueError:  # a colon of the path
             file, scale = text, 1.0
-        pipe.load_adapter(text, file or text)
-        scales[text] = scale
+        pipe.load_adapter(f"{at}: {file or text}", file or text)
+        scales[f"{at}: {file or text}"] = scale
     pipe.set_adapters(scales)
 
 

@@ -99,27 +99,35 @@ class ProgramPipeline(BasePipeline):
         with self._turn():
             return self._run(request, callback_on_step_end)
 
-    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Read a LoRA from a .safetensors file, as peft, diffusers or kohya write them, to be set by `set_adapters`.
+    def load_adapter(self, name: str, path: str | os.PathLike[str], *, component: str | None = None) -> None:
+        """Read a LoRA from a .safetensors file, to be set by `set_adapters`.
 
-        For bundles that were compiled with `[adapters]`. RequestError, with the nearest names, for layers that have no
-        slot, for a larger rank, and for DoRA, LoKr and LoHa; ArtifactError for a damaged file, or NaN.
+        By diffusers' and peft's names for layers, or kohya's of the same; alpha is the file's, or of peft's config
+        beside it. `component`: whose layers it changes, such as "transformer_2", where names do not say, and several
+        have them. For bundles that were compiled with `[adapters]`. RequestError, with the nearest names, for layers
+        that have no slot, for a larger rank, and for DoRA, LoKr and LoHa; ArtifactError for a damaged file, or NaN.
         """
         with self._one_call_at_a_time:
-            self._adapters.load(name, Path(path))
+            self._adapters.load(name, Path(path), component)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a LoRA; RequestError where it was not loaded. One that is set is drawn with until others are."""
+        with self._one_call_at_a_time:
+            self._adapters.unload(name)
 
     def set_adapters(self, scales: Mapping[str, float]) -> None:
         """Draw with these adapters from the next call on, each scaled by its number, and with no others.
 
-        Nothing is rebuilt: what changes are arrays. The first time, the engines that read them are opened, and take the
-        place of the plain ones; without any, `{}`, those draw as if there had never been one. RequestError for names
-        that were not loaded, and where their ranks together are more than the slots have.
+        From one to another, what changes are arrays. From none to some, engines that read them are opened by the next
+        call, in place of the plain ones; without any, `{}`, those are opened again, and draw as if there had never been
+        one. Threads that share a pipeline share what is set. RequestError for names that were not loaded, and where
+        their ranks together are more than the slots have.
         """
         with self._one_call_at_a_time:
             self._adapted = self._adapters.chosen(scales)
 
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
-        return super()._open(component, "fp32" if component in self.program.exact else precision, target)
+        return super()._open(component, "fp32" if component in self.manifest.exact else precision, target)
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
@@ -129,9 +137,8 @@ class ProgramPipeline(BasePipeline):
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
-        if self._calls == 1:  # and not from a callback of a run, which has its own in use
-            for plain, name in self._adapters.components.items():
-                self.residency.free(plain if self._adapted else name)
+        for plain, name in self._adapters.components.items():
+            self.residency.free(plain if self._adapted else name)
         with InUse(self.residency) as engines:
             calls = Calls(values, ready.depends, engines, seconds, self._adapted)
             for place, call in enumerate(ready.variant.calls):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ class Residency:
         self._stacks: dict[str, ExitStack] = {}
         self._to_stay = set(rare) if policy == "all" else set[str]()
         self._open: dict[str, Engine] = {}
+        self._users, self._leaving = Counter[str](), set[str]()
         if policy == "all":
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
             with ThreadPoolExecutor() as pool:
@@ -46,7 +48,13 @@ class Residency:
         if component in self._to_stay and component not in self._open:
             self._keep(component, self._openers[component]())
         if component in self._open:
-            yield self._open[component]
+            self._users[component] += 1
+            try:
+                yield self._open[component]
+            finally:
+                self._users[component] -= 1
+                if component in self._leaving and not self._users[component]:
+                    self.free(component)
         else:
             with self._openers[component]() as engine:
                 yield engine
@@ -57,8 +65,11 @@ class Residency:
             self.free(name)
 
     def free(self, component: str) -> None:
-        """Free one that stays loaded until it is next used."""
-        if component in self._open:
+        """Free one that stays loaded, once nobody has it in use; it is opened again when it is next used."""
+        if self._users[component]:
+            self._leaving.add(component)
+        elif component in self._open:
+            self._leaving.discard(component)
             self._to_stay.add(component)
             del self._open[component]
             self._stacks.pop(component).close()

@@ -206,7 +206,7 @@ def told(table: Table) -> tuple[dict[str, str], str]:
     for name in names:
         if description := getattr(getattr(table, "model_fields", {}).get(name), "description", None):
             words[name] = description
-    text = re.sub(r"^\[[a-z_.]+\]: ", "", text.strip())
+    text = re.sub(r"^\[[a-z0-9_.]+\]: ", "", text.strip())
     text = re.sub(r"^See the module's docstring\.?\s*", "", text)
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
     said = "\n".join(paragraph(sentence(part)) for part in paragraphs if part)

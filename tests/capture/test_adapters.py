@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tiny import call_of, open_pipeline
 
 import slipcast
-from slipcast.bundle.manifest import read_any_manifest
+from slipcast.bundle.manifest import ProgramManifest, read_any_manifest
 from slipcast.errors import ArtifactError, RecipeError, RequestError
 from slipcast.progress import silent
+from slipcast.run.lora import read_lora
 from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.recipe.passes import AdaptersTable
@@ -121,6 +122,7 @@ def test_one_after_another_and_together(loaded: Any, place: Path) -> None:
     assert np.array_equal(drawn(loaded), before)
 
 
+@pytest.mark.slow
 def test_both_residencies_and_an_exchange_from_a_callback(place: Path) -> None:
     """A run keeps those that it began with."""
     found = []
@@ -138,6 +140,7 @@ def test_both_residencies_and_an_exchange_from_a_callback(place: Path) -> None:
     assert np.array_equal(*found)
 
 
+@pytest.mark.slow
 def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
     """peft's names, kohya's with an alpha, diffusers' before peft; in half precision. Of none but peft's is known that
     the alpha is twice the rank."""
@@ -197,15 +200,16 @@ def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
          "adapter_config.json beside it"),
     ],
 )  # fmt: skip
-def test_what_is_refused(
-    loaded: Any, place: Path, tmp_path: Path, change: Any, error: type[Exception], problem: str
-) -> None:
+def test_what_is_refused(place: Path, tmp_path: Path, change: Any, error: type[Exception], problem: str) -> None:
+    """Before a tensor is read, where its shape tells."""
+    manifest = read_any_manifest((place / "bundle" / "manifest.json").read_bytes())
+    assert isinstance(manifest, ProgramManifest) and manifest.adapters
+    slots = manifest.slots
+    sizes = {name: (slots[f"down_{at}"][0], slots[f"up_{at}"][1]) for at, name in enumerate(manifest.adapters.layers)}
     tensors = {key: value.contiguous() for key, value in change(load_file(place / "one.safetensors")).items()}
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(error, match=problem):
-        loaded.load_adapter("bad", tmp_path / "bad.safetensors")
-    with pytest.raises(RequestError, match="there is no adapter 'bad'"):
-        loaded.set_adapters({"bad": 1.0})
+        read_lora(tmp_path / "bad.safetensors", sizes, manifest.adapters.rank, None)
 
 
 def test_what_cannot_be_set(loaded: Any, place: Path) -> None:
@@ -229,6 +233,7 @@ def test_what_cannot_be_set(loaded: Any, place: Path) -> None:
         loaded.load_adapter("four", place / "two.safetensors", component="transformer")
 
 
+@pytest.mark.slow
 def test_an_engine_that_somebody_uses_stays_open(place: Path) -> None:
     with slipcast.load(place / "bundle") as pipe:
         pipe.load_adapter("one", place / "one.safetensors")

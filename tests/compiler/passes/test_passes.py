@@ -60,7 +60,8 @@ def _always_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_pass_is_here_and_in_the_recipe() -> None:
     assert list(ZERO) == list(STRONG) == list(PASSES)
-    assert [*PASSES, "quantize"] == list(PassesTable.model_fields)  # which works on the graph, after the export
+    on_graphs = ["quantize", "quantize_int4"]  # after the export
+    assert [*PASSES, *on_graphs] == list(PassesTable.model_fields)
 
 
 @pytest.mark.parametrize("name", PASSES)

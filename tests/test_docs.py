@@ -278,7 +278,7 @@ def test_results_were_written_from_the_kept_documents() -> None:
 def test_the_readmes_figures_are_those_of_the_documents() -> None:
     search, plain, large = (FIRST[name] for name in ("shapes-circles-search", "shapes-circles", "sd15-shaped-512"))
     lines = [line for line in README.splitlines() if line.startswith("| [")]
-    speed, memory, heads, int8, slower = lines
+    speed, memory, heads, int8, int4, slower = lines
     assert f"{search['ratios']['diffusers']['median']:.1f} times diffusers" in speed
     assert f"{search['ratios']['ddpm1000']['median']:.0f} times DDPM" in speed
     for document in (plain, large):
@@ -294,6 +294,10 @@ def test_the_readmes_figures_are_those_of_the_documents() -> None:
     denoisers = json.loads((BENCH / "denoisers" / "sd15-int8.json").read_text("utf-8"))["sides"]
     assert f"{denoisers['int8']['ratio']['median']:.2f} times as fast" in int8
     assert denoisers["int8"]["file_mb"] / denoisers["bf16"]["file_mb"] == pytest.approx(0.5, abs=0.01)
+    sides = FIRST["flux-shaped-int4"]["sides"]
+    own, other = sides["bundle"], sides["artifacts/flux-shaped"]
+    gigabytes = [f"{side['peak_memory_mb'] / 1000:.1f}" for side in (own, other)]
+    assert f"{gigabytes[0]} GB at the peak where bf16 takes {gigabytes[1]}" in int4
     for name, size in (("shapes-circles", 64), ("sd15-shaped-256", 256), ("sd15-shaped-512", 512)):
         ratio = FIRST[name]["ratios"]["optimum-openvino-static"]["median"]
         assert re.search(rf"{ratio:.2f} (of a bundle's time )?at {size}x{size}", slower)

@@ -105,13 +105,13 @@ class ProgramGraphs:
         checks: dict[str, Check | None] = {name: each.check for name, each in quantized.items()}
         folders = {name: self._folder(name) for name in self.contracts}
         folders |= {name: each.folder for name, each in quantized.items()}
-        for plain, name in self.slots.components.items() if self.slots else ():
-            assert self.slots
-            folders[name] = self.slots.folder(precision, plain)
-            checks |= {name: None} if plain in checks else {}  # it is of the graph that was checked
+        exact = self.record.exact
+        if slots := self.slots:
+            names = slots.components
+            folders |= {name: slots.folder(precision, plain) for plain, name in names.items()}
+            checks |= {name: None for plain, name in names.items() if plain in checks}  # the graph was checked
+            exact |= {name for plain, name in names.items() if plain in exact}
         found = {name: Source(each / f"{name}.onnx", f"{each.name}/{name}") for name, each in folders.items()}
-        names = self.slots.components if self.slots else {}
-        exact = self.record.exact | {names[name] for name in self.record.exact if name in names}
         return Sources(found, tensorrt.Lengths(self.record, self.contracts), checks, exact)
 
     def with_slots(self, table: AdaptersTable, precisions: Collection[str], cache: Cache, advance: Advance) -> Self:

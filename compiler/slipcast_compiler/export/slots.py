@@ -13,7 +13,6 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from slipcast.bundle.manifest import SHALLOW
 from slipcast.bundle.onnxfile import external_files
 from slipcast.errors import RecipeError
 from slipcast.progress import Advance
@@ -45,7 +44,7 @@ class Slots:
 
 def is_adaptable(component: str) -> bool:
     """Whether it is a denoiser, or a part of one."""
-    return component.partition("_")[0] == "denoiser" or component == SHALLOW
+    return component.partition("_")[0] == "denoiser"
 
 
 def make_slots(

@@ -18,6 +18,7 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
 from slipcast_compiler.judge.captured import draw_originals
+from slipcast_compiler.judge.elsewhere import load_originals
 from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.judges import open_judges
 from slipcast_compiler.judge.programs import arguments_of, judge_program
@@ -74,7 +75,12 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
 
     # What the pipeline itself draws of held-out prompts, and of those out of the family.
     with stages.stage("originals") as advance:
-        originals = draw_originals(plan.drawing, plan.outside_drawing, given, cache, advance)
+        asked = plan.asked
+        if elsewhere := recipe.evaluate.originals:
+            originals = load_originals(plan.folder / elsewhere, asked, source)
+        else:
+            drawings = asked.drawing(plan.precision), asked.outside(plan.precision)
+            originals = draw_originals(*drawings, given, cache, advance)
 
     # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.
     graphs = ProgramGraphs(entry, plan.samplings)
@@ -125,6 +131,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             "base_model": plan.checkpoint.name,
             "source_sha256": source,
             "family": plan.family and family_record(plan.family),
+            "unjudged": not originals.precision,
             **rewritten.manifest_fields(),
         }
         fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
@@ -145,7 +152,9 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
 
         # The bundle against the pipeline: what can run here.
         judges = open_judges(recipe.evaluate, plan.folder, plan.captions)
-        judged = judge_program(folder, fields["program"], fields["targets"], originals, judges, recipe.gate, stages)
+        policies = [plan.policies.get(table.name, "all") for table in recipe.targets]
+        judged_as = list(zip(fields["targets"], policies, strict=True))
+        judged = judge_program(folder, fields["program"], judged_as, originals, judges, recipe.gate, stages)
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.

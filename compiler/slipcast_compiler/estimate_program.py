@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
 from slipcast.engines import ENGINES
 from slipcast.errors import ResourceError
+from slipcast.run.residency import Policy
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
+from slipcast_compiler.model.original import Precision
 from slipcast_compiler.model.units import count_parameters
 from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.targets import BYTES, TargetTable
@@ -20,25 +22,25 @@ GRAPH_BYTES = 100_000_000  # of a traced graph, and of what traces it
 RUNTIME_BYTES = {"onnxruntime": 110_000_000, "openvino": 200_000_000}  # the runtime with an engine's library, resident
 WRITTEN = 3  # copies of the largest weight: as it was read, as it is cast, and as it is written
 
-Precision = Literal["fp32", "bf16"]
-
 
 @dataclass(frozen=True)
 class Needs:
     """Bytes. `original`: of the process that draws with the pipeline itself, by precision; `export`: of the one that
     exports, where the program is not verified with all weights; `targets`: of those that draw with the bundle on this
-    machine's CPU; `rewriting`: of those that measure and rewrite denoisers, where passes do. `disk`: of the published
+    machine's CPU, by how engines stay loaded; `rewriting`: of those that measure and rewrite denoisers, where passes do. `disk`: of the published
     bundle, and of the cache's new entries."""
 
     original: Mapping[Precision, int]
     export: int
-    targets: Mapping[str, int]
+    targets: Mapping[str, Mapping[Policy, int]]
     disk: Mapping[str, int]
     rewriting: int = 0
 
-    def memory(self, precision: Precision) -> int:
-        """Of the process that needs most."""
-        return max(self.original[precision], self.export, self.rewriting, *self.targets.values())
+    def memory(self, precision: Precision | None, policies: Mapping[str, Policy]) -> int:
+        """Of the process that needs most; `precision`: of the pipeline itself, where it is run; `policies`: see
+        choose_policies."""
+        original = self.original[precision] if precision else 0
+        return max(original, self.export, self.rewriting, *(self.targets[name][policies[name]] for name in policies))
 
 
 def estimate(
@@ -49,8 +51,8 @@ def estimate(
     memory at once; `live_bytes`: what values take at once, beside weights; `int4`: by what options weights
     are in INT4, where a target is; `closed`: a table takes the place of parts
     that read texts alone."""
-    weights = [weight.numel() for module in components for weight in module.parameters()]
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    modules = list(components)
+    weights = [weight.numel() for module in modules for weight in module.parameters()]
     left_out = {name for name, part in parts.items() if closed and [*part["reads"]] == ["prompt"]}
 
     def shipped(table: TargetTable, names: Iterable[str]) -> int:
@@ -61,17 +63,28 @@ def estimate(
     held = {
         (name.partition("_")[0], tuple(part["modules"])): name for name, part in reversed(list(parts.items()))
     }.values()
-    resident = {table.name: max(shipped(table, names) for names in variants) for table in tables}
+
+    def resident(table: TargetTable, policy: Policy) -> int:
+        """Of the variant that has most, at once: the parts that are used several times stay while a picture is made."""
+        several = {name for name, part in parts.items() if part["uses"] > 1}
+        each = {name: shipped(table, [name]) for name in parts}
+        if policy == "all":
+            return max(sum(each[name] for name in names) for names in variants)
+        return max(
+            max(sum(each[name] for name in names if name in several), *(each[name] for name in names))
+            for names in variants
+        )
+
     engines = {table.name: shipped(table, held) for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
-        original={
-            each: LIBRARIES_BYTES + (sum(weights) * BYTES["fp32"] + live_bytes) * BYTES[each] // BYTES["fp32"]
-            for each in precisions
-        },
+        original=original_bytes(modules, live_bytes),
         export=LIBRARIES_BYTES + GRAPH_BYTES + WRITTEN * max(weights, default=0) * BYTES["fp32"],
         targets={  # an engine maps its file, and has what it made of it besides
-            table.name: RUNTIME_BYTES[table.engine] + 2 * resident[table.name] + live_bytes
+            table.name: {
+                policy: RUNTIME_BYTES[table.engine] + 2 * resident(table, policy) + live_bytes
+                for policy in get_args(Policy)
+            }
             for table in tables
             if ENGINES[table.engine].device == "cpu"
         },
@@ -81,6 +94,13 @@ def estimate(
             + sum(engines[name] for name in engines.keys() - linked),
         },
     )
+
+
+def original_bytes(modules: Sequence[nn.Module], live_bytes: int = 0) -> dict[Precision, int]:
+    """Of the process that draws with a pipeline of these modules; `live_bytes`: as estimate, in fp32."""
+    whole = sum(map(weight_bytes, modules)) + live_bytes
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    return {each: LIBRARIES_BYTES + whole * BYTES[each] // BYTES["fp32"] for each in precisions}
 
 
 def add_rewriting(needs: Needs, denoisers: Iterable[nn.Module], measuring: int | None) -> Needs:
@@ -107,30 +127,37 @@ def check_rewriting_fits(needs: Needs, available: float) -> None:
         )
 
 
-def choose_precision(needs: Needs, available: float) -> Precision:
+def choose_precision(original: Mapping[Precision, int], available: float) -> Precision:
     """In what the pipeline itself is run here, of `available` bytes; in bf16 where fp32 takes more than there are.
+    `original`: as Needs has it.
 
     ResourceError where both do.
     """
-    for precision, needed in needs.original.items():
+    for precision, needed in original.items():
         if needed <= available:
             return precision
-    sizes = " or ".join(f"{needed / 1e9:.1f} GB in {precision}" for precision, needed in needs.original.items())
+    sizes = " or ".join(f"{needed / 1e9:.1f} GB in {precision}" for precision, needed in original.items())
     raise ResourceError(
         "the pipeline itself, whose pictures a bundle is judged by, does not fit into memory",
         expected=f"about {sizes}",
         got=f"{available / 1e9:.1f} GB available",
-        hint="close other programs, or compile on a machine that has it; the bundle itself runs on smaller ones",
+        hint="close other programs; or let a larger machine draw what the bundle is judged by (`slipcast originals`), "
+        'or publish it unjudged (evaluate.original = "none")',
     )
 
 
-def check_targets_fit(needs: Needs, available: float) -> None:
-    """ResourceError where an engine does not fit into `available` bytes here, where it is judged."""
-    for name, needed in needs.targets.items():
-        if needed > available:
+def choose_policies(needs: Needs, available: float) -> dict[str, Policy]:
+    """How the engines of each target stay loaded where it is judged, of `available` bytes; ResourceError where even one
+    after the other does not fit."""
+    chosen: dict[str, Policy] = {}
+    for name, targets in needs.targets.items():
+        if not (fitting := [policy for policy, needed in targets.items() if needed <= available]):
             raise ResourceError(
-                f"target {name} does not fit into memory here, where it is judged",
-                expected=f"about {needed / 1e9:.1f} GB",
+                f"target {name} does not fit into memory here, where it is judged, one engine after the other",
+                expected=f"about {min(targets.values()) / 1e9:.1f} GB",
                 got=f"{available / 1e9:.1f} GB available",
-                hint="another precision takes less, bf16 half of what fp32 does; or compile on a machine that has it",
+                hint="another precision takes less, bf16 half of what fp32 does, and int4 a seventh; or compile on a "
+                "machine that has it",
             )
+        chosen[name] = fitting[0]
+    return chosen

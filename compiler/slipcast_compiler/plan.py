@@ -130,6 +130,18 @@ class Resolved:
     reference: Sampling
 
 
+def _check_described(recipe: Recipe, checkpoint: Checkpoint) -> None:
+    """RecipeError for what is for captured pipelines alone."""
+    table = recipe.evaluate
+    asked = {"[adapters]": recipe.adapters, "evaluate.original": table.original, "evaluate.originals": table.originals}
+    for name in [name for name, value in asked.items() if value]:
+        raise RecipeError(
+            f"{name} is for captured pipelines, and {checkpoint.name} is one that is described",
+            expected=f"a recipe without {name}",
+            hint="have it captured: name its pipeline, such as --set model.pipeline=StableDiffusionPipeline",
+        )
+
+
 def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     """Resolve a recipe (whose paths are relative to `folder`); with a `cache`, what is asked of the checkpoint once.
 
@@ -137,12 +149,7 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     """
     check_targets(recipe.targets)
     checkpoint = open_checkpoint(recipe.model, folder)
-    if recipe.adapters:
-        raise RecipeError(
-            f"[adapters] is for captured pipelines, and {checkpoint.name} is one that is described",
-            expected="a recipe without [adapters]",
-            hint="have it captured: name its pipeline, such as --set model.pipeline=StableDiffusionPipeline",
-        )
+    _check_described(recipe, checkpoint)
     if recipe.lora:
         checkpoint = Checkpoint(*with_adapters(recipe, folder, checkpoint.root, checkpoint.name))
     if bool(checkpoint.architecture.text) != bool(recipe.family):

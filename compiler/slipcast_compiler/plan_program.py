@@ -6,7 +6,6 @@ import fnmatch
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
+from slipcast.run.residency import Policy
 from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
 from slipcast_compiler.capture.blocks import parameters_of
@@ -30,21 +30,22 @@ from slipcast_compiler.capture.resampling import samplings_of
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
 from slipcast_compiler.estimate_program import (
     Needs,
-    Precision,
     add_rewriting,
     check_rewriting_fits,
-    check_targets_fit,
+    choose_policies,
     choose_precision,
     estimate,
 )
 from slipcast_compiler.export.program import check_program
 from slipcast_compiler.export.streamed import open_streamed
-from slipcast_compiler.judge.captured import NUMBERS, PipelineDrawing
+from slipcast_compiler.judge.asked import Asked, Calls
+from slipcast_compiler.judge.captured import NUMBERS
+from slipcast_compiler.judge.elsewhere import OriginalsRecord, read_record
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
 from slipcast_compiler.model.digests import digests
 from slipcast_compiler.model.links import plainly_named
-from slipcast_compiler.model.original import Images, Prompts, calibration_images
+from slipcast_compiler.model.original import Images, Precision, calibration_images
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
 from slipcast_compiler.passes.program import ProgramTask
@@ -54,7 +55,6 @@ from slipcast_compiler.profile.program import ProgramCalibration, measuring_byte
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.passes import AdaptersTable
 from slipcast_compiler.recipe.recipe import OWN, Recipe
-from slipcast_compiler.recipe.seeds import GATE, OUT_OF_FAMILY
 from slipcast_compiler.recipe.targets import TargetTable
 from slipcast_compiler.schedule.checks import check_caching, check_early_exit, check_timesteps
 from slipcast_compiler.schedule.skips import check_skips
@@ -76,45 +76,28 @@ class ProgramPlan:
 
     `call`: its arguments, with the number of steps in any case; `calls`: the combinations of what it lists, of which
     the first is the default; `summary`: what `slipcast capture` says of that one; `parts`: those of the bundle, as
-    PartRecord has them; `precision`: in what the pipeline itself is run here; `arguments`: those of a run, see
-    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own;
-    `known`: by denoiser, what passes can rewrite, where any is on.
+    PartRecord has them; `asked`: what the bundle is judged on; `precision`: in what the pipeline itself draws that
+    here, if it does; `drawn`: what another machine drew, in its place; `policies`: by target, how its engines stay
+    loaded where it is judged; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the
+    recipe asks for in place of the pipeline's own; `known`: by denoiser, what passes can rewrite, where any is on.
     """
 
     recipe: Recipe
     folder: Path
     checkpoint: Checkpoint
     call: Mapping[str, Any]
-    calls: tuple[Mapping[str, Any], ...]
+    calls: Calls
     family: Family | None
     summary: Mapping[str, Any]
     parts: Mapping[str, Any]
     needs: Needs
-    precision: Precision
+    asked: Asked
+    precision: Precision | None
+    drawn: OriginalsRecord | None
+    policies: Mapping[str, Policy]
     arguments: Mapping[str, Any]
     samplings: tuple[Sampling, ...]
     known: Known
-    out_of_family: tuple[str, ...] = ()  # judged too, one image each, but not by the gate
-
-    @property
-    def drawing(self) -> PipelineDrawing:
-        """What the bundle is judged on: held-out prompts, one image each; the calls in turns, each at least once."""
-        table, family = self.recipe.evaluate, self.family
-        prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
-        turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
-        return self._drawing(self.calls, turns, GATE.take(len(turns), table.seed))
-
-    @property
-    def outside_drawing(self) -> PipelineDrawing | None:
-        """The same of prompts out of the family, by the default call."""
-        if not (prompts := self.out_of_family):
-            return None
-        return self._drawing(self.calls[:1], prompts, OUT_OF_FAMILY.take(len(prompts), self.recipe.evaluate.seed))
-
-    def _drawing(
-        self, calls: tuple[Mapping[str, Any], ...], prompts: Prompts, seeds: tuple[int, ...]
-    ) -> PipelineDrawing:
-        return PipelineDrawing(self.checkpoint.root, self.recipe.model.pipeline, calls, prompts, seeds, self.precision)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -158,8 +141,8 @@ class ProgramPlan:
             "name": self.recipe.name,
             "model": self.checkpoint.name,
             "family": family and {"calibration": len(family.calibration), "held_out": len(family.held_out)},
-            "judged_on": len(self.drawing.prompts),
-            "out_of_family": len(self.out_of_family),
+            "judged_on": len(self.asked.drawing(None).prompts),
+            "out_of_family": len(self.asked.strangers),
             "call": dict(self.call),
             "variants": len(self.calls),
             "parts": dict(self.parts),
@@ -168,9 +151,11 @@ class ProgramPlan:
             "passes": describe_passes(self.recipe.passes, self.known),
             "sampling": self.samplings[0].model_dump(mode="json", exclude_none=True) if self.samplings else None,
             "targets": [table.name for table in self.recipe.targets],
-            "original_precision": self.precision,
+            "original_precision": self.drawn.precision if self.drawn else self.precision,
+            "original_machine": self.drawn and self.drawn.machine,
             "disk_bytes": dict(self.needs.disk),
-            "memory_bytes": self.needs.memory(self.precision),
+            "memory_bytes": self.needs.memory(self.precision, self.policies),
+            "in_turn": [name for name, policy in self.policies.items() if policy == "sequential"],
             **self.summary,
         }
 
@@ -185,17 +170,10 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     _check_tables(recipe)
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
-    found, name = locate(recipe.model, folder)
-    root = plainly_named(found, recipe.model.variant)
-    if recipe.lora:
-        root, name = with_adapters(recipe, folder, found, name)
-    checkpoint = Checkpoint(root, name)
-    pipe = open_streamed(root, recipe.model.pipeline).pipe
-    call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
-    calls = combinations(pipe, call)
+    checkpoint, pipe, call, calls = open_call(recipe, folder)
     variants = find_each(pipe, calls)
     check_program(variants, pipe)
-    _check_sources(variants[0], name, recipe)
+    _check_sources(variants[0], checkpoint.name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
     parts, arguments = describe_parts(variants, pipe), describe_arguments(pipe, variants, calls)
@@ -204,27 +182,41 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     together = [[part.name for part in found.cut.parts] for found in variants]
     closed, available = bool(family and family.closed), available_mb() * 1e6
     needs = estimate(modules, parts, together, live_bytes, recipe.targets, recipe.int4_options, closed)
-    precision = choose_precision(needs, available)
-    check_targets_fit(needs, available)
+    table = recipe.evaluate
+    precision = None if table.original or table.originals else choose_precision(needs.original, available)
+    policies = choose_policies(needs, available)
     known: Known = {}
     if profiled or recipe.passes.chosen():
         known, needs = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled)
         check_rewriting_fits(needs, available)
         for name in known.keys() & summary["components"].keys():
             summary["components"][name]["layers"] = describe_layers(known[name])
-    asked = recipe.sampling if "sampling" in recipe.model_fields_set else None
-    samplings = samplings_of(variants, asked, find_scheduler(pipe))
+    sampling = recipe.sampling if "sampling" in recipe.model_fields_set else None
+    samplings = samplings_of(variants, sampling, find_scheduler(pipe))
     _check_loop(recipe, variants, samplings, checkpoint)
     if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
         check_skips(capture(pipe, variants[0].call), recipe.caching.share)
     if recipe.adapters:
         _check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
-    strangers = check_judges(recipe.evaluate, family, sizes, folder)
+    strangers = check_judges(table, family, sizes, folder)
+    asked = Asked(checkpoint.root, recipe.model.pipeline, calls, family, strangers, table)
+    drawn = read_record(folder / table.originals, asked) if table.originals else None
     return ProgramPlan(
-        recipe, folder, checkpoint, call, calls, family, summary, parts, needs, precision, arguments, samplings,
-        known, strangers,
+        recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, drawn, policies,
+        arguments, samplings, known,
     )  # fmt: skip
+
+
+def open_call(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Any, dict[str, Any], Calls]:
+    """The checkpoint of a recipe, its pipeline without weights, the call, and the combinations of what that lists."""
+    found, name = locate(recipe.model, folder)
+    root = plainly_named(found, recipe.model.variant)
+    if recipe.lora:
+        root, name = with_adapters(recipe, folder, found, name)
+    pipe = open_streamed(root, recipe.model.pipeline).pipe
+    call = pictures_from(pipe, _with_steps(pipe, recipe.call), folder)
+    return Checkpoint(root, name), pipe, call, combinations(pipe, call)
 
 
 def _plan_passes(

@@ -14,7 +14,7 @@ from torch import nn
 from conftest import ROOT, bytes_under, call_cli, compile_here
 from slipcast.errors import ResourceError
 from slipcast_compiler.capture.shapes import ShapeRunner
-from slipcast_compiler.estimate_program import Needs, check_targets_fit, choose_precision
+from slipcast_compiler.estimate_program import Needs, choose_policies, choose_precision
 
 sys.path.insert(0, str(ROOT / "tests" / "capture"))
 from tiny import open_pipeline
@@ -82,20 +82,27 @@ def test_a_closed_family_takes_less(place: Path) -> None:
 
 
 def needs(fp32: int, bf16: int, target: int) -> Needs:
-    return Needs({"fp32": fp32, "bf16": bf16}, 1, {"openvino-fp32": target}, {"bundle": 1, "cache": 1})
+    return Needs(
+        {"fp32": fp32, "bf16": bf16},
+        1,
+        {"openvino-fp32": {"all": target, "sequential": target - 2}},
+        {"bundle": 1, "cache": 1},
+    )
 
 
 def test_the_pipeline_is_run_in_the_precision_that_fits() -> None:
-    assert [choose_precision(needs(8, 4, 1), available) for available in (9.0, 8.0, 7.0)] == ["fp32", "fp32", "bf16"]
+    original = needs(8, 4, 1).original
+    assert [choose_precision(original, available) for available in (9.0, 8.0, 7.0)] == ["fp32", "fp32", "bf16"]
     with pytest.raises(ResourceError, match="the pipeline itself"):
-        choose_precision(needs(8, 4, 1), 3.0)
-    assert [needs(8, 4, each).memory("bf16") for each in (3, 5)] == [4, 5]
+        choose_precision(original, 3.0)
+    assert [needs(8, 4, each).memory("bf16", {"openvino-fp32": "all"}) for each in (3, 5)] == [4, 5]
 
 
-def test_a_target_that_does_not_fit_is_refused() -> None:
-    check_targets_fit(needs(8, 4, 6), 6.0)
+def test_engines_stay_loaded_as_memory_has_room() -> None:
+    assert choose_policies(needs(8, 4, 6), 6.0) == {"openvino-fp32": "all"}
+    assert choose_policies(needs(8, 4, 6), 5.0) == {"openvino-fp32": "sequential"}
     with pytest.raises(ResourceError, match="target openvino-fp32 does not fit"):
-        check_targets_fit(needs(8, 4, 6), 5.0)
+        choose_policies(needs(8, 4, 6), 3.0)
 
 
 @pytest.mark.slow

@@ -284,11 +284,24 @@ class TestMemory:
         assert min(peak_mb(), most) > resident_mb() + 50
 
     @pytest.mark.parametrize(("limit", "expected"), [("4096000\n", 4.096), ("max\n", None), (f"{10**18}\n", None)])
-    def test_what_is_free_is_at_most_the_containers(self, tmp_path: Path, limit: str, expected: float | None) -> None:
-        free = available_mb(tmp_path / "nothing")
+    @pytest.mark.parametrize(
+        ("groups", "file"),
+        [
+            ("0::/\n", "memory.max"),
+            ("0::/a/b\n", "a/b/memory.max"),
+            ("9:cpu:/\n4:memory:/a\n0::/\n", "memory/a/memory.limit_in_bytes"),
+            ("4:memory:/elsewhere\n", "memory/memory.limit_in_bytes"),  # as a container sees the machine's names
+        ],
+    )
+    def test_what_is_free_is_at_most_the_groups(
+        self, tmp_path: Path, groups: str, file: str, limit: str, expected: float | None
+    ) -> None:
+        (own := tmp_path / "cgroup").write_text(groups)
+        free = available_mb(tmp_path, own)
         assert 10 < free < psutil.virtual_memory().total / 1e6
-        (tmp_path / "memory.max").write_text(limit)
-        assert available_mb(tmp_path / "memory.max") == (expected or pytest.approx(free, rel=0.5))
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(limit)
+        assert available_mb(tmp_path, own) == (expected or pytest.approx(free, rel=0.5))
 
     def test_of_a_process_of_its_own(self, tmp_path: Path) -> None:
         """y = x + b, where b has 40 MB."""

@@ -104,12 +104,24 @@ def _program_text(summary: dict[str, Any]) -> str:
         f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
         *(f"  pass       {line}" for line in _passes_text(summary["passes"])),
         *(f"  target     {target}" for target in summary["targets"]),
-        *(["  originals  in bf16, in which alone they fit here"] * (summary["original_precision"] == "bf16")),
+        *_originals_text(summary),
+        *(f"  in turn    {name}: its engines do not all fit here at once" for name in summary["in_turn"]),
         *_resources_text(summary),
         "",
         render_all(summary),
     ]
     return "\n".join(lines)
+
+
+def _originals_text(summary: dict[str, Any]) -> Iterator[str]:
+    """What is unusual of them."""
+    precision, machine = summary["original_precision"], summary["original_machine"]
+    if machine:
+        yield f"  originals  in {precision}, drawn on {machine}"
+    elif precision == "bf16":
+        yield "  originals  in bf16, in which alone they fit here"
+    elif not precision:
+        yield "  originals  none: the bundle is published as unjudged"
 
 
 def _passes_text(passes: dict[str, Any]) -> Iterator[str]:
@@ -126,13 +138,12 @@ def _tell(made: Compiled, output: Path, as_json: bool) -> None:
     lines = [f"{output}: {len(made.manifest.files)} files, {sum(f.size for f in made.manifest.files) / 1e6:.1f} MB"]
     for target in made.manifest.targets:
         quality, speed = target.quality, target.performance
-        if not quality or not speed:
+        if not speed:
             lines.append(f"  {target.id}: not run here, not judged: {made.record['not_run'][target.id]}")
             continue
-        lines.append(
-            f"  {target.id}: {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
-            f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}"
-        )
+        original = "" if speed.latency_full_s is None else f" (original {speed.latency_full_s:.3f} s)"
+        judged = f"PSNR {quality.psnr_worst:.1f} dB on the worst of {quality.images}" if quality else "unjudged"
+        lines.append(f"  {target.id}: {speed.latency_bundle_s:.3f} s per image{original}, {judged}")
     lines += [f"  {name}: {note}" for name, note in made.record["host_notes"].items()]
     lines.append(f"look at {output / 'report.html'}; make pictures with `slipcast run {output}`")
     emit({"output": str(output), **made.record}, "\n".join(lines), as_json)

@@ -15,6 +15,7 @@ import numpy as np
 
 from slipcast.engines import ENGINES
 from slipcast.progress import Advance
+from slipcast.run.residency import Policy
 from slipcast.timing.memory import resident_mb
 
 
@@ -47,10 +48,12 @@ class Job:
     given: Mapping[str, Any]
 
 
-def run_program(root: Path, target: str, jobs: Sequence[Job], advance: Advance) -> list[dict[str, Any]]:
-    """The same of a captured program, for each job; in its results' own shapes."""
+def run_program(
+    root: Path, target: str, policy: Policy, jobs: Sequence[Job], advance: Advance
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The same of a captured program, for each job; in its results' own shapes. `policy`: how engines stay loaded."""
     made, done, total = [], 0, sum(len(job.seeds) for job in jobs)
-    with _loaded(root, target) as (pipe, load_s):
+    with _loaded(root, target, policy) as (pipe, load_s):
         for job in jobs:
             outputs = list(_draw(pipe, job, lambda i, _, done=done: advance(done + i, total)))  # type: ignore[misc]
             made.append(_told(pipe, outputs, outputs, load_s))
@@ -60,12 +63,12 @@ def run_program(root: Path, target: str, jobs: Sequence[Job], advance: Advance) 
 
 
 @contextmanager
-def _loaded(root: Path, target: str) -> Iterator[tuple[Any, float]]:
+def _loaded(root: Path, target: str, policy: Policy = "all") -> Iterator[tuple[Any, float]]:
     """The bundle, and the seconds that it took."""
     begin = time.perf_counter()
     from slipcast.run.load import load
 
-    with load(root, target=target) as pipe:
+    with load(root, target=target, residency=policy) as pipe:
         yield pipe, time.perf_counter() - begin
 
 

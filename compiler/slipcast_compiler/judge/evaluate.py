@@ -179,13 +179,13 @@ def _floor(samples: Samples) -> Metrics:
     return Metrics()
 
 
-def performance(original_run: Run, run: Run, memory: dict[str, float]) -> Performance:
-    """Time and memory of a run beside the original's; `memory` by component."""
+def performance(original_run: Run | None, run: Run, memory: dict[str, float]) -> Performance:
+    """Time and memory of a run beside the original's, where that was drawn here; `memory` by component."""
     return Performance(
-        peak_memory_full_mb=round(original_run.peak_memory_mb, 1),
+        peak_memory_full_mb=round(original_run.peak_memory_mb, 1) if original_run else None,
         peak_memory_bundle_mb=round(run.peak_memory_mb, 1),
         components_memory_mb=memory,
-        latency_full_s=round(original_run.latency_s, 4),
+        latency_full_s=round(original_run.latency_s, 4) if original_run else None,
         latency_bundle_s=round(run.latency_s, 4),
         components_s={name: round(s, 5) for name, s in run.components_s.items()},
         load_s=round(run.load_s, 4),

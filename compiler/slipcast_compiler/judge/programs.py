@@ -13,6 +13,7 @@ from slipcast.bundle.manifest import Comparison, Metrics, Quality, Target
 from slipcast.bundle.program import Output, Program
 from slipcast.errors import CheckFailed, NumericalError
 from slipcast.progress import Stages
+from slipcast.run.residency import Policy
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.captured import NUMBERS, Floats, PipelineOriginals, VariantOriginals
@@ -35,25 +36,27 @@ class ProgramJudged(Judged):
 
 
 def judge_program(
-    folder: Path, program: Program, targets: Sequence[Target], originals: PipelineOriginals, judges: Judges,
-    gate: GateTable, stages: Stages,
+    folder: Path, program: Program, judged_as: Sequence[tuple[Target, Policy]], originals: PipelineOriginals,
+    judges: Judges, gate: GateTable, stages: Stages,
 ) -> ProgramJudged:  # fmt: skip
     """Draw the same with every target of the bundle in `folder`, each in a process of its own: each variant what the
     pipeline drew by its call. Of all pictures together the gate is asked, and so of every variant; time is that of the
     default one. Prompts out of the family are compared apart.
 
-    Of a video every frame is compared, of arrays the numbers: see ResultReference. CheckFailed, with the target, where
-    a result is no number.
+    `judged_as`: each with how its engines stay loaded. Of a video every frame is compared, of arrays the numbers: see
+    ResultReference. Where the pipeline drew nothing, time and memory are all that is found. CheckFailed, with the
+    target, where a result is no number.
     """
+    targets = [target for target, _ in judged_as]
     runs, judged, gates, not_run = dict[str, Run](), {}, {}, not_runnable(targets)
     variants, outside, judge = {}, dict[str, Run](), ProgramJudge(originals, program.output, judges)
     arguments = arguments_of(program, originals)
     every = zip(originals.every, [*arguments, arguments[0]], strict=False)
     jobs = [bundled.Job(each.prompts, each.seeds, given) for each, given in every]
-    for target in (target for target in targets if target.id not in not_run):
+    for target, policy in ((target, policy) for target, policy in judged_as if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
             try:
-                made = run_isolated(bundled.run_program, folder, target.id, jobs, advance=advance)
+                made = run_isolated(bundled.run_program, folder, target.id, policy, jobs, advance=advance)
             except NumericalError as error:
                 raise CheckFailed(
                     f"{target.id} gives what is no number, where the pipeline gives numbers; nothing was published",
@@ -62,13 +65,13 @@ def judge_program(
                 ) from error
             found = [read_run(result, made.peak_memory_mb) for result in made.result]
             quality, metrics = judge(found)
-        measured = performance(originals.variants[0].run, found[0], {})
+        measured = performance(originals.timed, found[0], {}).model_copy(update={"residency": policy})
         runs[target.id] = found[0]
         variants[target.id] = tuple(zip(found, metrics, strict=False))
         if originals.outside:
             outside[target.id] = found[-1]
         judged[target.id] = target.model_copy(update={"quality": quality, "performance": measured})
-        gates[target.id] = apply_gate(gate, quality)
+        gates[target.id] = apply_gate(gate, quality) if quality else ()
     all_targets = tuple(judged.get(target.id, target) for target in targets)
     return ProgramJudged(all_targets, runs, gates, not_run, variants, outside)
 
@@ -85,14 +88,18 @@ class ProgramJudge:
     """Measures runs against what a pipeline drew; what belongs to the originals alone is computed once."""
 
     def __init__(self, originals: PipelineOriginals, kind: Output, judges: Judges = NOBODY) -> None:
-        self._record = judges.record
+        self._record, self._drawn = judges.record, all(each.run for each in originals.every)
+        if not self._drawn:
+            return
         self._variants = [ResultReference(each, kind, judges.reference) for each in originals.variants]
         strangers = originals.outside
         self._outside = ResultReference(strangers, kind, judges.outside) if strangers else None
 
-    def __call__(self, runs: Sequence[Run]) -> tuple[Quality, list[Metrics]]:
+    def __call__(self, runs: Sequence[Run]) -> tuple[Quality | None, list[Metrics]]:
         """Of all held-out prompts together, and of each variant; `runs`: of each, and then of prompts out of the
-        family."""
+        family. Nothing, where there is nothing to compare with."""
+        if not self._drawn:
+            return None, [Metrics() for _ in runs]
         samples = [each.sample(run.images) for each, run in zip(self._variants, runs, strict=False)]
         outside = Comparison(**compare(self._outside.sample(runs[-1].images))) if self._outside else None
         floors: Any = {"precision": Metrics(), "seed": Metrics()}  # not measured

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from slipcast_compiler.model.library import library_class
 from slipcast_compiler.model.scheduler import CLASSES, settings_for
 from slipcast_compiler.recipe.seeds import CALIBRATION
 
+Precision = Literal["fp32", "bf16"]  # in what an original is run
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
 Images = tuple[tuple[str | None, int], ...]  # prompt and seed of each
 

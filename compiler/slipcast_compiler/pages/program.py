@@ -91,7 +91,8 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "original": f"diffusers' {program.pipeline}" if not evidence.recipe.model.pipeline else program.pipeline,
         "capture": dict(evidence.capture),
         "parts": dict(evidence.parts),
-        "original_precision": evidence.originals.variants[0].precision,
+        "original_precision": originals.precision,
+        "original_machine": originals.machine,
         "verified": evidence.verified["error"],
         "verified_with": evidence.verified["weights"],
         "limit": LIMIT,
@@ -118,15 +119,16 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
 
 def _variant(evidence: ProgramEvidence, place: int) -> dict[str, Any]:
     """What was judged of a variant."""
-    program, original = evidence.program, evidence.originals.variants[place].run
+    program, originals = evidence.program, evidence.originals
+    original, timed = originals.variants[place], originals.timed
     found = {}
     for target, judged in evidence.judged.variants.items():
         run, metrics = judged[place]
         found[target] = {"latency_s": round(run.latency_s, 4), **metrics.model_dump(exclude_none=True)}
     return {
         "chosen": {name: program.every[place].fixed[name] for name in program.listed},
-        "images": len(evidence.originals.variants[place].seeds),
-        "latency_original_s": round(original.latency_s, 4),
+        "images": len(original.seeds),
+        "latency_original_s": round(original.run.latency_s, 4) if timed and original.run else None,
         "targets": found,
     }
 
@@ -143,8 +145,8 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     """Write report.json and report.html into `folder`."""
     typed = typed_program_record(record)
     write_record(folder, typed)
-    runs = evidence.judged.runs
-    natural = evidence.originals.variants[0].run.images.shape[-1] if typed.gives not in NUMBERS else 1
+    runs, original = evidence.judged.runs, evidence.originals.variants[0].run
+    natural = original.images.shape[-1] if original and typed.gives not in NUMBERS else 1
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",
@@ -173,8 +175,8 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
 
 
 def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
-    """The first pictures of each variant; of sounds and arrays none."""
-    if (program := evidence.program).output in NUMBERS:
+    """The first pictures of each variant; of sounds and arrays none, and none where there are no originals."""
+    if (program := evidence.program).output in NUMBERS or not evidence.originals.precision:
         return []
     originals = evidence.originals.variants
     shown = list(islice(_in_turns([len(each.seeds) for each in originals]), SHOWN_PICTURES))
@@ -189,7 +191,7 @@ def _rows(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
 
 def _strangers(evidence: ProgramEvidence, width: int) -> list[dict[str, Any]]:
     """The first pictures of prompts out of the family."""
-    if evidence.program.output in NUMBERS or not (outside := evidence.originals.outside):
+    if evidence.program.output in NUMBERS or not (outside := evidence.originals.outside) or not outside.run:
         return []
     images = [_Shown(outside, at, "") for at in range(min(len(outside.seeds), SHOWN_STRANGERS))]
     runs = {target: list(run.images[: len(images)]) for target, run in evidence.judged.outside.items()}

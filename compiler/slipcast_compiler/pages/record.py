@@ -42,7 +42,8 @@ class FamilyRecord(Strict):
 
 class BaseRecord(Strict):
     """What every report says. Targets are the manifest's; `recipe` is the resolved one, `original` what drew the
-    pictures that the bundle is judged by, in `original_precision`. By target: `gate`, `not_run`, `host_notes`."""
+    pictures that the bundle is judged by, in `original_precision`, on `original_machine` where that was another one;
+    without a precision nothing was drawn. By target: `gate`, `not_run`, `host_notes`."""
 
     name: str
     compiled_at: str
@@ -58,7 +59,8 @@ class BaseRecord(Strict):
     stages_s: dict[str, float]
     recipe: Told
     original: str
-    original_precision: Literal["fp32", "bf16"] = "fp32"
+    original_precision: Literal["fp32", "bf16"] | None = "fp32"
+    original_machine: str | None = None
     tools: dict[str, str]
 
     def plain(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class VariantRecord(Strict):
 
     chosen: Told
     images: int
-    latency_original_s: float
+    latency_original_s: float | None
     targets: dict[str, Told]
 
 

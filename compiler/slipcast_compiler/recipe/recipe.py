@@ -142,11 +142,16 @@ class EvaluateTable(Strict):
     out_of_family: Texts = ()
     # one prompt a line, in place of the list
     out_of_family_file: str | None = None
+    # none: the original is not drawn, and the bundle is published as unjudged
+    original: Literal["none"] | None = None
+    # a directory of pictures that `slipcast originals` drew on another machine
+    originals: str | None = None
 
     @model_validator(mode="after")
-    def _one_list(self) -> Self:
-        if self.out_of_family and self.out_of_family_file:
-            raise ValueError("give at most one of out_of_family and out_of_family_file")
+    def _one_of_two(self) -> Self:
+        for one, other in (("out_of_family", "out_of_family_file"), ("original", "originals")):
+            if getattr(self, one) and getattr(self, other):
+                raise ValueError(f"give at most one of {one} and {other}")
         return self
 
 
@@ -209,6 +214,8 @@ class Recipe(Strict):
         for limit, needed in NEEDS.items():
             if getattr(self.gate, limit) is not None and getattr(self.evaluate, needed) is None:
                 raise ValueError(f"gate.{limit} needs evaluate.{needed}")
+        if self.evaluate.original and (limits := [*self.gate.model_dump(exclude_none=True)]):
+            raise ValueError(f"gate.{limits[0]} is against the original, and evaluate.original is none")
         if self.timesteps and (self.sampling.timesteps or self.sampling.sigmas):
             raise ValueError("[timesteps] looks for what sampling.timesteps or sampling.sigmas gives: give one of them")
         if self.guard and (not self.family or self.family.closed):

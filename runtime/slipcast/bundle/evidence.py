@@ -45,7 +45,7 @@ def _prompts(bundle: Bundle | ProgramBundle, kind: str) -> list[str]:
 
 def render_evidence(manifest: BaseManifest, record: Any, page: Path) -> str:
     """The text of what the bundle's targets were judged to be. `record`: what report.json holds."""
-    lines = [manifest.name]
+    lines = [manifest.name + (": unjudged, the original was not drawn" if manifest.unjudged else "")]
     if isinstance(record, dict) and isinstance(search := record.get("search"), dict):
         lines.append(f"  found by search: {search.get('arguments') or 'the recipe as it is'}")
     for target in manifest.targets:
@@ -57,7 +57,7 @@ def render_evidence(manifest: BaseManifest, record: Any, page: Path) -> str:
                 f"{found.images} images, {found.latency_s:.3f} s per image ({found.latency_against_s:.3f} s)"
             )
         elif not quality:
-            why = "" if speed else ": the machine that built it could not run it"
+            why = "" if speed or manifest.unjudged else ": the machine that built it could not run it"
             lines.append(f"  {target.id}: not judged{why}")
         if quality and speed:
             lines += [
@@ -69,10 +69,16 @@ def render_evidence(manifest: BaseManifest, record: Any, page: Path) -> str:
             ]
         if speed:
             lines.append(
-                f"    {speed.latency_bundle_s:.3f} s per image (original {speed.latency_full_s:.3f} s), "
-                f"{speed.peak_memory_bundle_mb:.0f} MB (original {speed.peak_memory_full_mb:.0f} MB)"
+                f"    {speed.latency_bundle_s:.3f} s per image{_original(speed.latency_full_s, '.3f', 's')}, "
+                f"{speed.peak_memory_bundle_mb:.0f} MB{_original(speed.peak_memory_full_mb, '.0f', 'MB')}"
+                + (", engines opened one after the other" if speed.residency == "sequential" else "")
             )
     return "\n".join([*lines, f"pictures and the rest: {page}"])
+
+
+def _original(value: float | None, form: str, unit: str) -> str:
+    """What stands behind a figure of the bundle's; nothing where the original's was not measured beside it."""
+    return "" if value is None else f" (original {value:{form}} {unit})"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -57,15 +57,18 @@ class Quality(Comparison):
 
 
 class Performance(Strict):
-    """One image, whole pipeline, on the machine that compiled, after one that is not counted. Medians.
+    """One image, whole pipeline, on the machine that compiled, after one that is not counted. Medians. `full`: of the
+    original, null where this machine did not draw it. `residency`: where engines were opened one after the other, as
+    memory had no room for all, their opening is in the seconds.
 
     Memory: peak resident megabytes (1e6 bytes) of the process; by component, what opening and running it adds.
     """
 
-    peak_memory_full_mb: float
+    peak_memory_full_mb: float | None
     peak_memory_bundle_mb: float
-    latency_full_s: float
+    latency_full_s: float | None
     latency_bundle_s: float
     load_s: float
+    residency: Literal["all", "sequential"] = "all"
     components_memory_mb: dict[str, float] = Field(default_factory=dict)
     components_s: dict[str, float] = Field(default_factory=dict)

@@ -157,6 +157,7 @@ class BaseManifest(Strict):
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     quality: Quality | None = None
     performance: Performance | None = None
+    unjudged: bool = False
     files: tuple[FileEntry, ...]
 
     @model_validator(mode="after")
@@ -174,6 +175,8 @@ class BaseManifest(Strict):
         if len({target.id for target in self.targets}) != len(self.targets):
             raise ValueError("two targets with the same engine, device, precision and GPUs")
         default = next((target for target in self.targets if target.quality), self.targets[0])
+        if self.unjudged and default.quality:
+            raise ValueError(f"unjudged, and target {default.id} has a quality")
         if (self.quality, self.performance) != (default.quality, default.performance):
             raise ValueError(f"quality and performance differ from those of the default target {default.id}")
         return self

@@ -120,6 +120,8 @@ def ready_target(bundle: BaseBundle, wanted: str) -> Target:
     """The target to run, when what will be read for it is verified; see load."""
     chosen = choose_target(bundle.manifest, wanted)
     logger.info("target %s%s", chosen.id, " (the bundle's first that runs here)" if wanted == "auto" else "")
+    if bundle.manifest.unjudged:
+        logger.warning("%s is unjudged: nothing of it was compared with the original's pictures", bundle.manifest.name)
     check_digests(bundle, [*bundle.manifest.shared_files, *chosen.files])
     return chosen
 

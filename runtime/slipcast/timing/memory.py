@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,10 +28,23 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on macOS
 
 
-def available_mb(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
-    """What can be had without swapping; in a container at most what it may use, which psutil does not know."""
-    free = float(psutil.virtual_memory().available / 1e6)
+def available_mb(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """What can be had without swapping; in a container, or another control group of Linux, at most what it may use,
+    which psutil does not know."""
+    return min([float(psutil.virtual_memory().available / 1e6), *_limits_mb(groups, own)])
+
+
+def _limits_mb(groups: Path, own: Path) -> Iterator[float]:
+    """Of the groups that a process is in, of either version; within a container its own is the root."""
     try:
-        return min(free, int(limit.read_text("ascii")) / 1e6)
-    except (OSError, ValueError):  # no container, or one without a limit, whose file says "max"
-        return free
+        lines = [line.split(":", 2) for line in own.read_text("ascii").splitlines()]
+    except OSError:  # another system
+        lines = []
+    paths = {kind: path.lstrip("/") for _, kind, path in lines}
+    unified, separate = groups, groups / "memory"
+    for folder, name in (
+        (unified, "memory.max"), (unified / paths.get("", ""), "memory.max"),
+        (separate, "memory.limit_in_bytes"), (separate / paths.get("memory", ""), "memory.limit_in_bytes"),
+    ):  # fmt: skip
+        with contextlib.suppress(OSError, ValueError):  # one without a limit says "max", or a number of exabytes
+            yield int((folder / name).read_text("ascii")) / 1e6

@@ -54,6 +54,12 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     source = digest(checkpoint, pipeline)
     given = plan.given(source)
 
+    # What a larger machine drew of held-out prompts, and of those out of the family: pictures of another checkpoint
+    # are refused before the work.
+    originals = None
+    if elsewhere := recipe.evaluate.originals:
+        originals = load_originals(plan.folder / elsewhere, plan.asked, source)
+
     # What the family asks of the denoisers, and the denoisers rewritten for it.
     profiles = dict[str, Profile]()
     if needs_profile(recipe.passes):
@@ -73,13 +79,10 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
 
         entry = cache.get("program", {**given, "rewrites": digests_of(rewrites)}, export)
 
-    # What the pipeline itself draws of held-out prompts, and of those out of the family.
-    with stages.stage("originals") as advance:
-        asked = plan.asked
-        if elsewhere := recipe.evaluate.originals:
-            originals = load_originals(plan.folder / elsewhere, asked, source)
-        else:
-            drawings = asked.drawing(plan.precision), asked.outside(plan.precision)
+    # Else the pipeline itself draws them here.
+    if not originals:
+        with stages.stage("originals") as advance:
+            drawings = plan.asked.drawing(plan.precision), plan.asked.outside(plan.precision)
             originals = draw_originals(*drawings, given, cache, advance)
 
     # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.

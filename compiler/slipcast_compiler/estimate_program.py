@@ -27,8 +27,8 @@ WRITTEN = 3  # copies of the largest weight: as it was read, as it is cast, and 
 class Needs:
     """Bytes. `original`: of the process that draws with the pipeline itself, by precision; `export`: of the one that
     exports, where the program is not verified with all weights; `targets`: of those that draw with the bundle on this
-    machine's CPU, by how engines stay loaded; `rewriting`: of those that measure and rewrite denoisers, where passes do. `disk`: of the published
-    bundle, and of the cache's new entries."""
+    machine's CPU, by how engines stay loaded; `rewriting`: of those that measure and rewrite denoisers, where passes
+    do. `disk`: of the published bundle, and of the cache's new entries."""
 
     original: Mapping[Precision, int]
     export: int

@@ -32,7 +32,7 @@ targets = [{ engine = "onnxruntime" }]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
-    open_pipeline("stable_diffusion_xl").save_pretrained(folder / "model")
+    open_pipeline("latent_consistency").save_pretrained(folder / "model")
     (folder / "tiny.toml").write_text(RECIPE)
     return folder
 
@@ -106,7 +106,7 @@ def test_a_file_that_was_cut_short_is_refused_in_the_plan(place: Path, drawn: Pa
 
 
 def test_pictures_of_other_weights_are_refused(place: Path, drawn: Path, tmp_path: Path) -> None:
-    pipe = open_pipeline("stable_diffusion_xl")
+    pipe = open_pipeline("latent_consistency")
     pipe.unet.conv_in.bias.data += 1
     pipe.save_pretrained(tmp_path / "model")
     done = compiled(place, f'evaluate.originals="{drawn}"', f'model.path="{tmp_path / "model"}"')

@@ -145,8 +145,9 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
     """Write report.json and report.html into `folder`."""
     typed = typed_program_record(record)
     write_record(folder, typed)
-    runs, original = evidence.judged.runs, evidence.originals.variants[0].run
-    natural = original.images.shape[-1] if original and typed.gives not in NUMBERS else 1
+    runs, natural = evidence.judged.runs, 1
+    if typed.gives not in NUMBERS and (original := evidence.originals.variants[0].run):
+        natural = original.images.shape[-1]
     width = picture_width(natural, len(runs))
     page = render(
         "program.html",

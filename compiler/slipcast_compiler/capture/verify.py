@@ -14,6 +14,7 @@ from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, opened, outputs_of
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import Values, replay, run
+from slipcast_compiler.capture.stand_ins import standing_in
 
 LIMIT = 1e-4  # of the relative L2 error of a result
 
@@ -32,10 +33,13 @@ class Verdict:
         return self.error is not None and self.error <= LIMIT
 
 
-def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[str, Any]) -> Verdict:
+def verify(
+    program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[str, Any], *, light: bool = False
+) -> Verdict:  # fmt: skip
     """Compare the program with pipe(**call), for a prompt and seed that were not captured.
 
-    The pipeline has its weights. `again` is the same call, with a generator of its own.
+    The pipeline has its weights. `again` is the same call, with a generator of its own. `light`: functions take the
+    places of its modules, see stand_ins.
     """
     with _seeded():
         other = capture(pipe, call)
@@ -44,14 +48,15 @@ def verify(program: Program, pipe: Any, call: Mapping[str, Any], again: Mapping[
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
     values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    try:
-        found = replay(program, values, components)
-    except (RuntimeError, IndexError) as refused:  # of operators, for sizes that do not go together
-        return Verdict(None, f"it has other sizes for another prompt: {str(refused).strip().splitlines()[0]}")
-    with torch.no_grad(), _seeded():
-        wanted = dict(leaves(opened(call_pipeline(pipe, again))))
-    error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
-    difference = None if error <= LIMIT else first_difference(program, other, components)
+    with standing_in(program, components) if light else contextlib.nullcontext():
+        try:
+            found = replay(program, values, components)
+        except (RuntimeError, IndexError) as refused:  # of operators, for sizes that do not go together
+            return Verdict(None, f"it has other sizes for another prompt: {str(refused).strip().splitlines()[0]}")
+        with torch.no_grad(), _seeded():
+            wanted = dict(leaves(opened(call_pipeline(pipe, again))))
+        error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
+        difference = None if error <= LIMIT else first_difference(program, other, components)
     return Verdict(error, difference)
 
 

@@ -36,7 +36,7 @@ def export_pipeline(
 ) -> dict[str, Any]:  # fmt: skip
     """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `rewrites`: what passes
     changed of the pipeline, which is captured as they left it. `whole`: programs are verified with all weights in
-    memory; else with random ones that take little.
+    memory; else with random ones that take little, and with functions in place of modules, see stand_ins.
 
     CheckFailed where a program is not the pipeline; ArtifactError for a weight that is missing, or no number.
     """
@@ -44,7 +44,7 @@ def export_pipeline(
     calls = [with_pictures(streamed.pipe, given) for given in calls]
     variants = find_each(streamed.pipe, calls)
     pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
-    error = _verify(variants, pipe, calls)
+    error = _verify(variants, pipe, calls, not whole)
     del pipe
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)
@@ -62,20 +62,20 @@ def _open_whole(root: Path, pipeline: str | None, rewrites: Rewrites) -> Any:
     return pipe
 
 
-def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, Any]]) -> float:
+def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, Any]], light: bool) -> float:
     """The error of the worst, for any prompt."""
     errors = []
     for found, given in zip(variants, calls, strict=True):
-        errors += [_verified(found.program, pipe, given, prompt) for prompt in found.prompts]
+        errors += [_verified(found.program, pipe, given, prompt, light) for prompt in found.prompts]
     return max(errors)
 
 
-def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str) -> float:
+def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str, light: bool) -> float:
     """The program's error for a prompt, and for other texts and pictures where there are any; CheckFailed where it is
     another pipeline then."""
     made = (with_other_pictures(make_call(pipe, given, prompt, seed=1)) for _ in range(2))
     calls = [with_others(call, lambda text: f"{text} {SHORT}") for call in made]
-    verdict = verify(program, pipe, *calls)
+    verdict = verify(program, pipe, *calls, light=light)
     if verdict.error is not None and math.isnan(verdict.error):
         raise ArtifactError(
             f"{program.pipeline} gives NaN or infinity, so that nothing can be compared with it",

@@ -40,8 +40,9 @@ def standing_in(program: Program, components: Mapping[str, nn.Module]) -> Iterat
 
 
 class _StandIn:
-    """Smooth in every number that it is given, so that rounding stays small: by each tensor a scalar, its product with
-    a fixed vector; of those the result is a sum of fixed tensors. What is as large as the result is part of it too."""
+    """Smooth in every number that it is given, so that rounding stays small: of each tensor a scalar, from its length
+    and its product with a fixed vector; by those the result is a sum of fixed tensors. What has the result's shape is
+    part of it too."""
 
     def __init__(self, runner: ShapeRunner, module: nn.Module, name: str) -> None:
         self._runner, self._module, self._name = runner, module, name
@@ -59,21 +60,21 @@ class _StandIn:
     def _result(self, made: torch.Tensor, place: int, given: Sequence[torch.Tensor]) -> torch.Tensor:
         if not made.is_meta:  # integers that follow from integers
             return made
-        result = self._fixed(made, place, 0)
+        result = self._fixed(made.shape, place, 0)
         for at, tensor in enumerate(given):
-            numbers = tensor.detach().nan_to_num(1.0, 1.0, -1.0).to(torch.promote_types(tensor.dtype, torch.float32))
-            real = torch.view_as_real(numbers) if numbers.is_complex() else numbers
-            flat = real.double().flatten()
-            vector = torch.cos(torch.arange(len(flat), dtype=torch.float64) * 4.743)  # which has no period
-            scalar = torch.cos(flat @ vector / max(len(flat), 1) ** 0.5)
-            result = result + scalar.float() * self._fixed(made, place, at + 1)
+            numbers = tensor.detach().nan_to_num(1.0, 1.0, -1.0)
+            flat = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).flatten().float()
+            size = float(flat.norm())
+            along = flat @ self._fixed(flat.shape, -1, 0) / max(size, 1e-12)  # though most of it be zeros
+            spread = size / max(len(flat), 1) ** 0.5
+            result = result + (along + spread / (1 + spread)) * self._fixed(made.shape, place, at + 1)
             if numbers.shape == result.shape and not numbers.is_complex():
                 result = result + 0.5 * numbers
         return result.to(made.dtype)
 
-    def _fixed(self, made: torch.Tensor, place: int, at: int) -> torch.Tensor:
+    def _fixed(self, shape: Sequence[int], place: int, at: int) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self._name} {place} {at}".encode()))
-        return torch.randn(made.shape, generator=generator)
+        return torch.randn(tuple(shape), generator=generator)
 
 
 __all__ = ["standing_in"]

@@ -75,17 +75,22 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
 
 
 ISOLATING = (
-    "judge.originals", "judge.captured", "judge.programs", "passes.apply", "profile.profile", "profile.program",
+    "judge.originals", "judge.captured", "judge.elsewhere", "judge.programs", "passes.apply", "profile.profile", "profile.program",
     "schedule.early_exit", "schedule.program_timesteps", "schedule.program_caching", "compile_program",
 )  # fmt: skip
 
 
 def compile_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`slipcast compile` with all that needs torch in this process."""
+    return run_here("compile", *arguments, cwd=cwd)
+
+
+def run_here(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same of another command."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ISOLATING:
             patch.setattr(f"slipcast_compiler.{module}.run_isolated", in_process)
-        return call_cli("compile", "--debug", *arguments, cwd=cwd)  # what fails on another machine is seen once
+        return call_cli(command, "--debug", *arguments, cwd=cwd)  # what fails on another machine is seen once
 
 
 BUNDLED = {"shapes_bundle", "build_cache"}  # fixtures that the compile of the reference recipe is behind

@@ -63,7 +63,7 @@ class Evaluations:
                 found = self._guided(given[name])
                 apart = np.where(found == wanted[name], 0, found - wanted[name])  # a mask may have infinity
                 difference[name] += float(np.square(apart).sum())
-                norm[name] += float(np.square(wanted[name], where=np.isfinite(wanted[name])).sum())
+                norm[name] += float(np.square(wanted[name][np.isfinite(wanted[name])]).sum())
         if not np.isfinite([*difference.values()]).all():
             raise NumericalError(
                 f"what the quantised {self.folder.name} gives is not finite", expected="finite numbers", got=difference

@@ -20,7 +20,7 @@ def test_the_bundle_is_as_good_as_the_original(shapes_bundle: Path) -> None:
     exact, fast = by_id["onnxruntime-cpu-fp32"], by_id["openvino-cpu-bf16"]
     assert exact
     assert fast
-    assert exact.images == 16
+    assert exact.images == 8
     assert exact.psnr_worst >= 45
     floor = exact.noise_floor["precision"].psnr_worst
     assert floor

@@ -144,7 +144,8 @@ def _record(*rows: GateRow) -> dict[str, Any]:
     metrics = dict.fromkeys(Metrics.model_fields)
     performance = {
         "latency_full_s": 0.5, "latency_bundle_s": 0.25, "peak_memory_full_mb": 571.2, "peak_memory_bundle_mb": 259.4,
-        "load_s": 0.5, "components_memory_mb": {"denoiser": 81.5}, "components_s": {"denoiser": 0.2, "vae_decoder": 0.1}
+        "load_s": 0.5, "residency": "all", "components_memory_mb": {"denoiser": 81.5},
+        "components_s": {"denoiser": 0.2, "vae_decoder": 0.1},
     }  # fmt: skip
     floor = {"precision": metrics | {"psnr_worst": 43.21}, "seed": metrics}
     quality = metrics | {

@@ -232,6 +232,8 @@ def session(
     options.log_severity_level = 3  # it tells of weights that nothing reads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # many short ones, one after the other
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # What is made of weights, such as their rounding, is made when it is needed; the usual order has them all at once.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:

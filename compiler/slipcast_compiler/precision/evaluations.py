@@ -61,7 +61,8 @@ class Evaluations:
             given = run(inputs)
             for name in self.outputs:
                 found = self._guided(given[name])
-                apart = np.where(found == wanted[name], 0, found - wanted[name])  # a mask may have infinity
+                with np.errstate(invalid="ignore"):  # a mask may have infinity
+                    apart = np.where(found == wanted[name], 0, found - wanted[name])
                 difference[name] += float(np.square(apart).sum())
                 norm[name] += float(np.square(wanted[name][np.isfinite(wanted[name])]).sum())
         if not np.isfinite([*difference.values()]).all():

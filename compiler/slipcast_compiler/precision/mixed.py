@@ -152,7 +152,7 @@ def search_graph(model: Path, recorded: list[Arrays], precision: str, limit: flo
 
     def error(chosen: frozenset[str], count: int) -> float:
         nonlocal ranked_by
-        run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent)
+        run = qdq.session(rounded_graph(model, precision, nodes.keys() - chosen), model.parent, mapped=True)
         if count == RANKED:  # by those that are furthest off: what overflows may do so in one alone
             return worst_error(ranked_by, [run(arrays) for arrays in ranked_by])
         given = [run(arrays) for arrays in recorded]

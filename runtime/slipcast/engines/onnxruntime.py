@@ -70,8 +70,9 @@ class OnnxRuntimeEngine:
             options.profile_file_prefix = str(trace)
         options.intra_op_num_threads = cpu_threads()
         options.log_severity_level = 3
-        if mapped:  # else matrices are copied into an order that kernels like better
+        if mapped:  # else matrices are copied into an order that kernels like better, and all turned before the first
             options.add_session_config_entry("session.disable_prepacking", "1")
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         if providers:
             options.add_session_config_entry(PLACEMENT, "1")
         # Said, where the library would guess by the suffix and by what stands at byte 4.

@@ -10,7 +10,7 @@ from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
-from slipcast_compiler.engines.programs import ProgramGraphs, tabulate_prompts, write_bundle
+from slipcast_compiler.engines.programs import ProgramGraphs, add_program_guard, tabulate_prompts, write_bundle
 from slipcast_compiler.export.pipeline import VERIFIED, export_pipeline
 from slipcast_compiler.export.program import PARTS
 from slipcast_compiler.host import publish
@@ -126,6 +126,11 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         with stages.stage("adapter slots") as advance:
             precisions = {table.precision for table in recipe.targets}
             graphs = graphs.with_slots(recipe.adapters, precisions, cache, advance)
+
+    # How a runtime tells prompts out of the family.
+    if recipe.guard:
+        with stages.stage("guard") as advance:
+            graphs = add_program_guard(graphs, recipe.guard, plan.guarded_prompts, cache, advance)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:

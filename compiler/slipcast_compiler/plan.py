@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedu
 from slipcast_compiler.passes import DescribedTask
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand
-from slipcast_compiler.recipe.recipe import Recipe
+from slipcast_compiler.recipe.recipe import GuardTable, Recipe
 from slipcast_compiler.recipe.sampling import ReferenceTable
 from slipcast_compiler.recipe.seeds import CALIBRATION
 from slipcast_compiler.recipe.targets import TargetTable
@@ -104,8 +104,8 @@ class Plan:
 
     @property
     def guarded_prompts(self) -> tuple[str, ...]:
-        """The calibration prompts that a guard compares others with: no more, as all of them are compared in pairs."""
-        return self.family.calibration[:MOST_GUARDED] if self.family else ()
+        """The calibration prompts that a guard compares others with."""
+        return guarded_prompts(self.family)
 
     @property
     def not_shipped(self) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     _check_sampling(recipe, checkpoint, found.sampling)
     original = Original(checkpoint, image, found.sizes, found.tokenizers)
     plan = Plan(recipe, folder, original, family, found.sampling, found.reference, strangers)
-    _check_guard(plan)
+    check_guard(recipe.guard, plan.guarded_prompts)
     if recipe.caching:
         check_caching(recipe.caching, found.sampling)
     return plan
@@ -243,15 +243,20 @@ def replan(plan: Plan, recipe: Recipe) -> Plan:
     return changed
 
 
-def _check_guard(plan: Plan) -> None:
+def guarded_prompts(family: Family | None) -> tuple[str, ...]:
+    """The calibration prompts that a guard compares others with: no more, as all of them are compared in pairs."""
+    return family.calibration[:MOST_GUARDED] if family else ()
+
+
+def check_guard(guard: GuardTable | None, prompts: Sequence[str]) -> None:
     """RecipeError where there are too few calibration prompts to tell so rare a distance from."""
-    if not (guard := plan.recipe.guard):
+    if not guard:
         return
     needed = max(NEIGHBOURS + 1, math.ceil(1 / guard.false_alarms - 1e-9) - 1)
-    if len(plan.guarded_prompts) < needed:
+    if len(prompts) < needed:
         raise RecipeError(
             f"guard.false_alarms = {guard.false_alarms:g}: the family is too small for a threshold",
-            expected=f"{needed} calibration prompts", got=len(plan.guarded_prompts),
+            expected=f"{needed} calibration prompts", got=len(prompts),
             hint="add prompts, or allow more false alarms",
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.lora import with_adapters
-from slipcast_compiler.capture.parts import denoisers_of, describe_parts
+from slipcast_compiler.capture.parts import denoisers_of, describe_parts, reads_of
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.resampling import samplings_of
@@ -49,12 +50,12 @@ from slipcast_compiler.model.original import Images, Precision, calibration_imag
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
 from slipcast_compiler.passes.program import ProgramTask
-from slipcast_compiler.plan import check_targets
+from slipcast_compiler.plan import check_guard, check_targets, guarded_prompts
 from slipcast_compiler.profile.profile import calibration_prompts
 from slipcast_compiler.profile.program import ProgramCalibration, measuring_bytes
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.passes import AdaptersTable
-from slipcast_compiler.recipe.recipe import OWN, Recipe
+from slipcast_compiler.recipe.recipe import OWN, GuardTable, Recipe
 from slipcast_compiler.recipe.targets import TargetTable
 from slipcast_compiler.schedule.checks import check_caching, check_early_exit, check_timesteps
 from slipcast_compiler.schedule.skips import check_skips
@@ -63,7 +64,7 @@ from slipcast_compiler.schedule.skips import check_skips
 TABLES = frozenset(
     {
         "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "adapters", "early_exit",
-        "profile", "passes", "evaluate", "gate", "targets",
+        "profile", "passes", "guard", "evaluate", "gate", "targets",
     }
 )  # fmt: skip
 OF_THE_LOOP = ("timesteps", "caching", "early_exit")  # tables that are for steps which slipcast's samplers take
@@ -110,6 +111,11 @@ class ProgramPlan:
         if not (self.family and self.family.closed):
             return ()
         return tuple(dict.fromkeys((*self.family.calibration, *self.family.held_out)))
+
+    @property
+    def guarded_prompts(self) -> tuple[str, ...]:
+        """As Plan's."""
+        return guarded_prompts(self.family)
 
     def given(self, source: str) -> dict[str, Any]:
         """What the pipeline is, for the cache's keys; `source`: the digest of its files."""
@@ -196,6 +202,9 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     _check_loop(recipe, variants, samplings, checkpoint)
     if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
         check_skips(capture(pipe, variants[0].call), recipe.caching.share)
+    if recipe.guard:
+        check_guard(recipe.guard, guarded_prompts(family))
+        _check_guarded(recipe.guard, variants)
     if recipe.adapters:
         _check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
@@ -307,6 +316,27 @@ def _check_finer(found: Found, sampling: Sampling, fine_steps: int) -> None:
             expected=f"sigma {own:g} first",
             got=f"{finer:g}",
             hint="sampling.schedule: another one, such as linspace or karras",
+        )
+
+
+def _check_guarded(table: GuardTable, variants: Sequence[Found]) -> None:
+    """RecipeError where nothing that is evaluated once, in each variant, follows from texts alone."""
+    if table.policy == "fallback":
+        raise RecipeError(
+            'guard.policy = "fallback" is not for captured pipelines yet',
+            expected="warn or refuse", got=table.policy,
+            hint="a bundle of the whole pipeline beside this one can draw what it refuses",
+        )  # fmt: skip
+    each = [
+        {part.name for part in found.cut.parts if [*reads_of(part)] == ["prompt"]}
+        & {name for name, times in Counter(use.part for use in found.cut.uses).items() if times == 1}
+        for found in variants
+    ]
+    if not set.intersection(*each):
+        raise RecipeError(
+            f"[guard] is not for {variants[0].program.pipeline}: no part of it reads a prompt and nothing else, and is "
+            "evaluated once, whatever call lists",
+            expected="a recipe without [guard]",
         )
 
 

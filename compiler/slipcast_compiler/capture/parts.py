@@ -55,7 +55,7 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
                 "operators": len(part.events) - len(modules),
                 "uses": inside.get(part.name, 0) + sum(use.part == part.name for use in variant.cut.uses),
                 "constants": len(part.table),
-                "reads": _reads(part),
+                "reads": reads_of(part),
             }
             found.setdefault(part.name, made)
     return found
@@ -88,7 +88,7 @@ def _mixes(part: dict[str, Any]) -> bool:
     return len(part["reads"]) > 1 or bool(part["constants"])
 
 
-def _reads(part: Part) -> dict[str, int]:
+def reads_of(part: Part) -> dict[str, int]:
     """How many of its inputs are bound by noise, by pictures and by texts; the later binds."""
     binding = part.program.binding
     kinds = [next((kind for kind in READS if kind in binding[value]), "") for value in part.inputs]

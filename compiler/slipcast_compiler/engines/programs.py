@@ -20,11 +20,13 @@ from slipcast_compiler.engines.contents import PORTABLE
 from slipcast_compiler.export.closed import PROMPT_TABLE, close, tabulate
 from slipcast_compiler.export.graphs import Check, Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
+from slipcast_compiler.export.program_guard import embed_prompts, write_program_guard
 from slipcast_compiler.export.slots import Slots, make_slots
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.recipe.passes import AdaptersTable
+from slipcast_compiler.recipe.recipe import GuardTable
 from slipcast_compiler.recipe.targets import TargetTable
 
 DENOISER, FEATURE = "denoiser", "feature"
@@ -45,7 +47,8 @@ class ProgramGraphs:
     """What the bundle of a captured program is built from. `entry`: of the cache, which has an exported program;
     `samplings`: by variant, in place of its loop's; `closed`: all prompts of a closed family, and the table of them;
     `split`: the denoiser in two, for feature caching; `quantized`: by precision, by component, what takes
-    its place there; `casts`: by target's name, see build_target."""
+    its place there; `casts`: by target's name, see build_target; `guard`: what tells strangers, by the recipe's
+    table."""
 
     entry: Path
     samplings: tuple[Sampling, ...] = ()
@@ -54,6 +57,7 @@ class ProgramGraphs:
     quantized: Mapping[str, Mapping[str, Quantized]] = field(default_factory=dict)
     slots: Slots | None = None
     casts: Mapping[str, Casts] = field(default_factory=dict)
+    guard: tuple[GuardTable, Path] | None = None
 
     @property
     def record(self) -> Program:
@@ -162,10 +166,26 @@ def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cac
     return replace(graphs, closed=(prompts, entry))
 
 
+def add_program_guard(
+    graphs: ProgramGraphs, table: GuardTable, prompts: tuple[str, ...], cache: Cache, advance: Advance
+) -> ProgramGraphs:
+    """With what tells strangers by their distance to these prompts: evaluated in fp32 by ONNX Runtime, or from the
+    cache. RecipeError where nothing is computed of a prompt alone."""
+
+    def make(out: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".guard-", dir=out.parent) as name:
+            target = write_portable(graphs, Path(name), cache)
+            run_isolated(embed_prompts, Path(name), target.id, prompts, out, advance=advance)
+
+    return replace(graphs, guard=(table, cache.get("program-guard", {**graphs.identity, "prompts": prompts}, make)))
+
+
 def write_portable(graphs: ProgramGraphs, folder: Path, cache: Cache) -> Target:
     """A bundle for ONNX Runtime in fp32, without evidence: what is measured with while a compile goes on."""
     about = {"name": "portable", "base_model": "portable", "source_sha256": "0" * 64, "family": None}
-    made = write_bundle(replace(graphs, quantized={}, casts={}), (PORTABLE,), about, folder, cache, SilentStages())
+    made = write_bundle(
+        replace(graphs, quantized={}, casts={}, guard=None), (PORTABLE,), about, folder, cache, SilentStages()
+    )
     target: Target = made["targets"][0]
     return target
 
@@ -184,9 +204,16 @@ def write_bundle(
         shutil.copyfile(graphs.entry / name, folder / name)
     if graphs.closed:
         shutil.copyfile(graphs.closed[1] / PROMPT_TABLE, folder / PROMPT_TABLE)
+    guard = write_program_guard(*graphs.guard, folder) if graphs.guard else None
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
-        "requires": (PROGRAM, *(["caching"] if graphs.split else []), *(["adapters"] if graphs.slots else [])),
+        "requires": (
+            PROGRAM,
+            *(["caching"] if graphs.split else []),
+            *(["adapters"] if graphs.slots else []),
+            *(["guard"] if guard and guard.policy != "warn" else []),
+        ),
+        "guard": guard,
         "adapters": graphs.slots
         and AdaptersRecord(
             rank=graphs.slots.rank, layers=graphs.slots.layers, components=dict(graphs.slots.components)

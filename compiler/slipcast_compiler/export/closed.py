@@ -51,7 +51,7 @@ def tabulate(root: Path, target: str, prompts: Sequence[str], out: Path, advance
     )  # fmt: skip
     with load(root, target=target, residency="sequential") as pipe, InUse(pipe.residency) as engines:
         for place, ready in enumerate(read_variants(bundle)):
-            values = _of_texts(ready, request.texts, engines, advance)
+            values = of_texts(ready, request.texts, engines, advance)
             for value, argument in _tabled(ready.variant).items():
                 source = _source(value, argument, place, "float32", ())
                 for image in range(len(prompts) if argument else 1):
@@ -59,7 +59,7 @@ def tabulate(root: Path, target: str, prompts: Sequence[str], out: Path, advance
     save_file(found, out / PROMPT_TABLE)
 
 
-def _of_texts(ready: Ready, texts: list[dict[str, str]], engines: InUse, advance: Advance) -> Values:
+def of_texts(ready: Ready, texts: list[dict[str, str]], engines: InUse, advance: Advance) -> Values:
     """What a variant computes of these texts alone."""
     variant, early = ready.variant, _early(ready.variant)
     values, tokens = Values(variant, ready.depends, texts, range(len(texts))), ready.texts(texts, "warn")
@@ -85,6 +85,12 @@ def _early(variant: Variant) -> set[str]:
         if call.inputs and early.issuperset(call.inputs.values()):
             early.update(call.outputs.values())
     return early
+
+
+def early_calls(variant: Variant) -> list[ProgramCall]:
+    """The calls that texts alone decide."""
+    early = _early(variant)
+    return [call for call in variant.calls if _is_early(call, early)]
 
 
 def _is_early(call: ProgramCall, early: set[str]) -> bool:

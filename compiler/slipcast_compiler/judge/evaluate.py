@@ -14,13 +14,13 @@ from typing import Any
 from slipcast.bundle.manifest import (
     MANIFEST_NAME,
     Comparison,
-    GuardRecord,
     Metrics,
     Performance,
     Quality,
     Target,
     read_manifest,
 )
+from slipcast.bundle.records import BaseGuard
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import HostError
 from slipcast.progress import Advance, Stages
@@ -192,16 +192,18 @@ def performance(original_run: Run | None, run: Run, memory: dict[str, float]) ->
     )
 
 
-def count_alarms(record: GuardRecord | None, runs: Mapping[str, Run], held_out: int) -> dict[str, Any] | None:
+def count_alarms(
+    record: BaseGuard | None, distances: Mapping[str, Sequence[float]], held_out: int
+) -> dict[str, Any] | None:
     """What the guard said of the prompts that pictures were judged on, by target; plain JSON, for the report.
 
-    The first `held_out` of each run are of the family.
+    `distances`: by target, of which the first `held_out` are of the family.
     """
     if not record:
         return None
     found, others = {}, 0
-    for target, run in runs.items():
-        strange = [distance > record.threshold for distance in run.distances]
+    for target, each in distances.items():
+        strange = [distance > record.threshold for distance in each]
         others = len(strange) - held_out
         found[target] = {"held_out": sum(strange[:held_out]), "out_of_family": sum(strange[held_out:])}
     return {**record.model_dump(mode="json"), "alarms": found, "held_out": held_out, "out_of_family": others}

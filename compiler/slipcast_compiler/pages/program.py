@@ -17,6 +17,7 @@ from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.export.closed import PROMPT_TABLE
 from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, VariantOriginals
+from slipcast_compiler.judge.evaluate import count_alarms
 from slipcast_compiler.judge.programs import ProgramJudged, as_pictures
 from slipcast_compiler.pages.evidence import (
     DIFFERENCE_GAIN,
@@ -108,6 +109,7 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "timesteps": evidence.timesteps,
         "caching": evidence.caching,
         "early_exit": evidence.exits,
+        "guard": _guard(evidence),
         "quantized": {
             precision: {name: read_report(each) for name, each in made.items()}
             for precision, made in evidence.graphs.quantized.items()
@@ -131,6 +133,18 @@ def _variant(evidence: ProgramEvidence, place: int) -> dict[str, Any]:
         "latency_original_s": round(original.run.latency_s, 4) if timed and original.run else None,
         "targets": found,
     }
+
+
+def _guard(evidence: ProgramEvidence) -> dict[str, Any] | None:
+    """What it said of prompts that pictures were judged on."""
+    judged, originals = evidence.judged, evidence.originals
+    distances = {
+        target: [distance for run, _ in runs for distance in run.distances]
+        + list(judged.outside[target].distances if target in judged.outside else ())
+        for target, runs in judged.variants.items()
+    }
+    held_out = sum(len(each.seeds) for each in originals.variants)
+    return count_alarms(evidence.fields["guard"], distances, held_out)
 
 
 def _not_shipped(graphs: ProgramGraphs) -> dict[str, Any]:

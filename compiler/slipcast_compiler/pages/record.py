@@ -143,6 +143,7 @@ class ProgramRecord(BaseRecord):
     timesteps: Told | None = None
     caching: Told | None = None
     early_exit: Told | None = None
+    guard: Told | None = None
     quantized: dict[str, dict[str, Told]]
     mixed_precision: dict[str, Told]
     gives: Output

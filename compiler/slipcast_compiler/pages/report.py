@@ -76,7 +76,9 @@ def make_record(evidence: Evidence) -> dict[str, Any]:
         "early_exit": evidence.exits,
         "cut": graphs.reports.get("cut"),
         "caching": graphs.reports.get("caching"),
-        "guard": count_alarms(fields["guard"], judged.runs, held_out),
+        "guard": count_alarms(
+            fields["guard"], {target: run.distances for target, run in judged.runs.items()}, held_out
+        ),
         "cost": cost(graphs.components["denoiser"] / "denoiser.onnx"),
     }
 

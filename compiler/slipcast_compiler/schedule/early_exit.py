@@ -141,7 +141,7 @@ def _measure_program(root: Path, target: str, measuring: Measuring, advance: Adv
             advance(i, len(measuring.images))
             recording.calls.clear()
             place = i % len(program.every)
-            pipe(prompt, seed=seed, output_type="np", **measuring.given[place])
+            pipe(prompt, seed=seed, output_type="np", guard="warn", **measuring.given[place])
             found.append(replay_program(program.every[place], seed, recording))
     return _compared(found)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -23,12 +23,14 @@ from slipcast.bundle.records import (
     FORMATS,
     MANIFEST_NAME,
     Addition,
+    BaseGuard,
     BaseManifest,
     Built,
     Component,
     EngineFiles,
     FamilyRecord,
     FileEntry,
+    GuardPolicy,
     HeadMask,
     LowRankLayer,
     Target,
@@ -75,8 +77,6 @@ COMPONENTS = (
     "vae_decoder",
     "vae_encoder",
 )  # what a Manifest may have; those of a program are called as they are there
-
-GuardPolicy = Literal["warn", "refuse", "fallback"]
 
 
 class TextInput(Strict):
@@ -177,20 +177,12 @@ class ClosedPrompts(Strict):
         return prompts
 
 
-class GuardRecord(Strict):
-    """The manifest's record of a guard.
-
-    `table`: safetensors with float32 `embeddings` of this shape, [calibration prompts, width], each of length 1.
-    `input`: the denoiser's input that they are averages of. `policy`: what becomes of a prompt whose distance is above
-    `threshold`: it is drawn with a warning, refused, or drawn by the component `denoiser_fallback`.
-    """
+class GuardRecord(BaseGuard):
+    """The manifest's record of a guard. `input`: the denoiser's input that embeddings are averages of. A prompt that is
+    too far away may be drawn by the component `denoiser_fallback`, too."""
 
     policy: GuardPolicy
-    table: BundlePath
-    shape: tuple[Positive, Positive]
     input: Name
-    threshold: Annotated[float, Field(ge=0)]
-    false_alarms: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Manifest(BaseManifest):

@@ -18,7 +18,7 @@ from slipcast.bundle.sources import ArgumentName, ClosedTexts, ImageSource, Prom
 from slipcast.bundle.validation import BundlePath, Strict
 
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
-RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "callback_on_step_end")
+RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "guard", "callback_on_step_end")
 
 Fixed = int | float | str | bool
 Output = Literal["image", "frames", "audio", "array"]

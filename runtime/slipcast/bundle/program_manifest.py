@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Name
 from slipcast.bundle.program import PROGRAM, Loop, Program, ProgramCall, Variant
-from slipcast.bundle.records import BaseManifest, Component, TensorSpec
+from slipcast.bundle.records import BaseGuard, BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
 from slipcast.bundle.validation import Strict
 
@@ -37,11 +37,22 @@ class AdaptersRecord(Strict):
         return self
 
 
+class ProgramGuard(BaseGuard):
+    """A guard by what a component gives of texts alone: averages of its `output` over the tokens that are words, where
+    its input `words` has as many; without `words`, over all."""
+
+    policy: Literal["warn", "refuse"]
+    component: ComponentName
+    output: Name
+    words: Name | None = None
+
+
 class ProgramManifest(BaseManifest):
     """Of a bundle of a captured program; what both kinds have means the same as in Manifest."""
 
     program: Program
     adapters: AdaptersRecord | None = None
+    guard: ProgramGuard | None = None
 
     @model_validator(mode="after")
     def _names_what_it_requires(self) -> Self:
@@ -49,6 +60,7 @@ class ProgramManifest(BaseManifest):
         shallow = any(variant.loop and variant.loop.shallow for variant in self.program.every)
         needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
         needed |= {"adapters"} if self.adapters else set()
+        needed |= {"guard"} if self.guard and self.guard.policy != "warn" else set()
         if set(self.requires) != needed:
             raise ValueError(f"requires has to name {' and '.join(sorted(needed))}, and nothing else")
         if early and not all(variant.loop for variant in self.program.every):
@@ -65,6 +77,18 @@ class ProgramManifest(BaseManifest):
             raise ValueError(f"components.{unused[0]}: no call of the program needs it")
         if wrong := sorted(called.intersection(adapted.values()) | adapted.keys() - called):
             raise ValueError(f"adapters.components: {wrong[0]!r} is called, where the plain one alone may be")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_fits_program(self) -> Self:
+        if not (guard := self.guard):
+            return self
+        for variant in self.program.every:
+            outside_loop = [call for call in variant.calls if call.component == guard.component]
+            if len(outside_loop) != 1 or guard.output not in outside_loop[0].outputs:
+                raise ValueError(f"guard: no variant's calls give {guard.output!r} of {guard.component!r} just once")
+            if guard.words and guard.words not in outside_loop[0].inputs:
+                raise ValueError(f"guard: {guard.component!r} is not given {guard.words!r}")
         return self
 
     @model_validator(mode="after")
@@ -137,7 +161,11 @@ class ProgramManifest(BaseManifest):
         """What is read whatever the target: tokenizers and the table."""
         sources = (source for variant in self.program.every for source in variant.sources)
         tokenizers = [source.tokenizer for source in sources if isinstance(source, PromptSource)]
-        tables = [self.program.table, self.program.closed and self.program.closed.table]
+        tables = [
+            self.program.table,
+            self.program.closed and self.program.closed.table,
+            self.guard and self.guard.table,
+        ]
         return [*dict.fromkeys(tokenizers), *(table for table in tables if table)]
 
     def specs(self, variant: Variant) -> dict[str, TensorSpec]:

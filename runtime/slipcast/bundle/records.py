@@ -110,6 +110,21 @@ class Target(Strict):
         return [file for engine in self.components.values() for file in (engine.model, engine.weights) if file]
 
 
+GuardPolicy = Literal["warn", "refuse", "fallback"]
+
+
+class BaseGuard(Strict):
+    """What tells prompts out of the family. `table`: safetensors with float32 `embeddings` of this shape, [calibration
+    prompts, width], each of length 1. `policy`: what becomes of a prompt whose distance is above `threshold`: it is
+    drawn with a warning, or refused."""
+
+    policy: GuardPolicy
+    table: BundlePath
+    shape: tuple[Positive, Positive]
+    threshold: Annotated[float, Field(ge=0)]
+    false_alarms: Annotated[float, Field(gt=0, lt=1)]
+
+
 class FamilyRecord(Strict):
     """The prompt family the bundle was made for; counts of prompts."""
 

@@ -12,7 +12,7 @@ from slipcast.cli.common import bundle_argument, emit, json_option, unlisted_opt
 
 if TYPE_CHECKING:
     from slipcast.bundle.manifest import Manifest, Target
-    from slipcast.bundle.records import BaseManifest
+    from slipcast.bundle.records import BaseGuard, BaseManifest
 
 SHOWN_LAYERS = 8
 
@@ -33,7 +33,7 @@ def inspect(bundle: Path, allow_unlisted: bool, as_json: bool) -> None:
         return
     opened = open_any_bundle(bundle, allow_unlisted=allow_unlisted)
     if isinstance(opened, ProgramBundle):
-        text = render(opened.manifest, program_lines(opened.manifest))
+        text = render(opened.manifest, program_lines(opened.manifest), guard_lines(opened.manifest.guard))
     else:
         text = render_manifest(opened.manifest)
     emit(opened.manifest.model_dump(mode="json"), text, as_json)
@@ -53,11 +53,14 @@ def render_manifest(manifest: Manifest) -> str:
     if closed := manifest.prompts:
         size = sizes[closed.table] / 1e6
         after.append(f"  prompts      {len(closed.prompts) - 1} and the empty one, {size:.1f} MB: no text encoder")
-    if guard := manifest.guard:
-        after.append(
-            f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"
-        )
-    return render(manifest, lines, after)
+    return render(manifest, lines, [*after, *guard_lines(manifest.guard)])
+
+
+def guard_lines(guard: BaseGuard | None) -> list[str]:
+    """What becomes of prompts out of the family."""
+    if not guard:
+        return []
+    return [f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"]
 
 
 def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] = ()) -> str:

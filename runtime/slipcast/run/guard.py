@@ -17,7 +17,8 @@ from typing import get_args
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import EMBEDDINGS, GuardPolicy, GuardRecord
+from slipcast.bundle.manifest import EMBEDDINGS
+from slipcast.bundle.records import BaseGuard, GuardPolicy
 from slipcast.bundle.tensorfile import read_header, read_tensor
 from slipcast.errors import ArtifactError, RequestError
 from slipcast.run.tokenizer import shorten
@@ -42,9 +43,9 @@ class Verdict:
 class Guard:
     """Distances to the family. Reading it raises ArtifactError where the table is not the manifest's."""
 
-    def __init__(self, path: Path, record: GuardRecord, special: npt.NDArray[np.int64]) -> None:
+    def __init__(self, path: Path, record: BaseGuard, special: npt.NDArray[np.int64]) -> None:
         """`special`: token ids that are no words: those of the empty prompt."""
-        self.record, self._special = record, special
+        self._threshold, self._special = record.threshold, special
         entries = read_header(path)
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         if found != (wanted := {EMBEDDINGS: ("F32", record.shape)}):
@@ -62,7 +63,7 @@ class Guard:
         """
         verdicts = []
         for prompt, embedding in zip(prompts, embed(ids, hidden, self._special), strict=True):
-            distance, limit = nearness(self._family, embedding), self.record.threshold
+            distance, limit = nearness(self._family, embedding), self._threshold
             inside = distance <= limit
             if not inside:
                 self._meet(prompt, distance, policy)
@@ -71,7 +72,7 @@ class Guard:
 
     def _meet(self, prompt: str, distance: float, policy: GuardPolicy) -> None:
         """Say that there is a stranger, or refuse it."""
-        limit = self.record.threshold
+        limit = self._threshold
         problem = f"{shorten(prompt)} is not of the family that this bundle was made for"
         if policy == "refuse":
             raise RequestError(
@@ -99,7 +100,7 @@ def nearness(family: Floats, embedding: Floats) -> float:
     return float(np.sort(distances)[:NEIGHBOURS].mean())
 
 
-def choose_policy(record: GuardRecord | None, asked: object) -> GuardPolicy:
+def choose_policy(record: BaseGuard | None, asked: object) -> GuardPolicy:
     """What a call asks for in place of the bundle's own policy; RequestError where the bundle cannot do it."""
     if asked is None:
         return record.policy if record else "warn"

@@ -172,9 +172,9 @@ class Pipeline(BasePipeline):
         else:
             tokens, ready = self._encode_texts(list(distinct), request.on_long_prompt, seconds)
         verdicts: list[Verdict] = []
-        if self._guard:
+        if self._guard and self.manifest.guard:
             asked = list(dict.fromkeys(request.prompts))
-            rows, hidden = [distinct[prompt] for prompt in asked], ready[self._guard.record.input]
+            rows, hidden = [distinct[prompt] for prompt in asked], ready[self.manifest.guard.input]
             found = self._guard.judge(asked, tokens[0][rows], hidden[rows], request.guard)
             verdicts = [found[asked.index(prompt)] for prompt in request.prompts]
         if prompt_part := self.manifest.components.get("denoiser_prompt"):

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from slipcast.bundle.manifest import Target
 from slipcast.bundle.program import Loop
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
+from slipcast.bundle.records import GuardPolicy
 from slipcast.bundle.sources import PromptSource, TableSource
 from slipcast.engines import Array, Engine, Instrument, as_it_is
 from slipcast.run.adapters import Adapters
 from slipcast.run.base import BasePipeline, PipelineOutput
 from slipcast.run.calls import Calls
+from slipcast.run.guard import Verdict, choose_policy
 from slipcast.run.pictures import as_levels, as_pil
+from slipcast.run.program_guard import GuardedProgram
 from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
 from slipcast.run.prompt_table import ClosedTable
 from slipcast.run.residency import InUse, Policy
@@ -52,6 +56,8 @@ class ProgramPipeline(BasePipeline):
         self._adapters, self._adapted = Adapters(self.manifest), dict[str, tuple[str, dict[str, Array]]]()
         closed = self.program.closed
         self._closed = ClosedTable(bundle.path(closed.table), self.program) if closed else None
+        guard = self.manifest.guard
+        self._guard = GuardedProgram(bundle, guard, self._variants) if guard else None
         # What only other variants call is opened when one of them is first asked for.
         own = {call.component for call in self.program.every_call}
         self._open_engines(residency, self.manifest.components.keys() - own)
@@ -64,6 +70,7 @@ class ProgramPipeline(BasePipeline):
         num_images_per_prompt: int = 1,
         output_type: ProgramOutputType = "pil",
         on_long_prompt: OnLongPrompt = "warn",
+        guard: GuardPolicy | None = None,
         callback_on_step_end: OnProgramStep | None = None,
         **arguments: Any,
     ) -> PipelineOutput:
@@ -76,6 +83,7 @@ class ProgramPipeline(BasePipeline):
         its noise is that of `torch.Generator("cpu")` with this seed, whatever else is drawn.
 
         Images advance together, call by call, and what they share is computed once.
+        `guard`: what becomes of prompts out of the family, "warn" or "refuse", in place of the bundle's own policy.
         `callback_on_step_end(pipeline, step, steps)` is called when all have ended a step, counted from 0, and may
         raise `slipcast.Cancelled` to stop. Where the bundle has early exit, `steps[i]` says how many image i took.
         Calls from several threads take turns.
@@ -85,9 +93,10 @@ class ProgramPipeline(BasePipeline):
         "audio" a list of float32 [channels, samples]; of "array" a list of arrays. Where a seed makes several,
         they come one after another; where they differ in size, in a list.
 
-        Raises RequestError (a ValueError) with what is legal before any engine runs; NumericalError, with the
-        component, where a call yields NaN or infinity.
+        Raises RequestError (a ValueError) with what is legal before any engine runs, or for a prompt that a guard
+        refuses; NumericalError, with the component, where a call yields NaN or infinity.
         """
+        policy = choose_policy(self.manifest.guard, guard)
         request = check_program_request(
             self.program,
             arguments if prompt is None else {"prompt": prompt, **arguments},
@@ -97,7 +106,7 @@ class ProgramPipeline(BasePipeline):
             on_long_prompt=on_long_prompt,
         )
         with self._turn():
-            return self._run(request, callback_on_step_end)
+            return self._run(replace(request, guard=policy), callback_on_step_end)
 
     def load_adapter(self, name: str, path: str | os.PathLike[str], *, component: str | None = None) -> None:
         """Read a LoRA from a .safetensors file, to be set by `set_adapters`.
@@ -137,6 +146,7 @@ class ProgramPipeline(BasePipeline):
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
+        verdicts: tuple[Verdict, ...] = ()
         for plain, name in self._adapters.components.items():
             self.residency.free(plain if self._adapted else name)
         with InUse(self.residency) as engines:
@@ -146,6 +156,8 @@ class ProgramPipeline(BasePipeline):
                     taken = self._take_steps(sampled, calls, images, callback)
                 rows = ready.rows[place] | (sampled.before(call) if sampled else {})
                 calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
+                if self._guard:
+                    verdicts += self._guard.after(call, values, request.variant, request.texts, request.guard)
                 values.drop(ready.droppable[place])
                 if ready.last_call[call.component] == place:
                     calls.done(call.component)
@@ -159,7 +171,7 @@ class ProgramPipeline(BasePipeline):
         kind, rate, sound = self.program.output, ready.variant.rate, ready.variant.sound
         sounds = _sounds([values.get(sound.value, image) for image in range(images)]) if sound else []
         return PipelineOutput(
-            found, request.seeds, self.target, seconds, steps=taken, kind=kind, rate=rate,
+            found, request.seeds, self.target, seconds, guard=verdicts, steps=taken, kind=kind, rate=rate,
             sounds=tuple(sounds), sound_rate=sound.rate if sound else None,
         )  # fmt: skip
 

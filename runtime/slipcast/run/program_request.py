@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from slipcast.bundle.program import RUN_ARGUMENTS, Loop, Program, Variant
+from slipcast.bundle.records import GuardPolicy
 from slipcast.bundle.sources import ImageSource
 from slipcast.errors import RequestError
 from slipcast.run.pictures import Floats, read_picture
@@ -35,6 +36,7 @@ class ProgramRequest:
     seeds: tuple[int, ...]
     output_type: ProgramOutputType
     on_long_prompt: OnLongPrompt
+    guard: GuardPolicy = "warn"
 
 
 def check_program_request(

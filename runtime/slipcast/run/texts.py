@@ -62,6 +62,12 @@ class ProgramTexts:
                 made[text] = self._field(source, encodings[key], text)
         return found
 
+    def empty(self, source: PromptSource) -> npt.NDArray[np.int64]:
+        """The different tokens of a source where its text is empty, whatever length that has."""
+        tokenizer = self._tokenizers[source.tokenizer]
+        ids = tokenizer.encode(render(source, ""), add_special_tokens=source.special_tokens).ids
+        return np.unique(np.array(ids, np.int64))
+
     def _encode(self, source: PromptSource, whole: str, on_long_prompt: OnLongPrompt) -> Any:
         tokenizer = self._tokenizers[source.tokenizer]
         encoding = tokenizer.encode(whole, add_special_tokens=source.special_tokens)

@@ -16,7 +16,7 @@ def open_side(job: dict[str, Any]) -> Any:
     program = getattr(pipe, "program", None)  # of a captured pipeline
     steps = job["steps"] or (program.usual_steps if program else pipe.manifest.sampling.steps)
     # What is measured is the specialised denoiser, also where the guard takes a prompt for a stranger.
-    given = _read(job["pictures"]) if program else {"guard": "warn"}
+    given = {"guard": "warn", **(_read(job["pictures"]) if program else {})}
     _about.update(target=pipe.target, slipcast=slipcast.__version__, steps=steps)
     if pipe.target.startswith("openvino") and not pipe.target.endswith("fp32"):
         from slipcast.engines.openvino import bf16_is_native

@@ -58,8 +58,7 @@ def blocks() -> list[object]:
             quick = "artifacts/" not in text and not re.search(
                 r"slipcast (?!init|capture|doctor$|.*--dry-run)", text, re.MULTILINE
             )
-            marks = [] if quick and file.name == "README.md" else [pytest.mark.slow]
-            found.append(pytest.param(kind, text, quick, id=f"{file.stem}-{number}", marks=marks))
+            found.append(pytest.param(kind, text, quick, id=f"{file.stem}-{number}", marks=pytest.mark.slow))
     return found
 
 

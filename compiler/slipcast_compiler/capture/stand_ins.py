@@ -8,16 +8,20 @@ their shapes, tells as much, in no time and without weights.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten_with_path
 
 from slipcast_compiler.capture.program import Call, Program, leaves, opened, rebuild
 from slipcast_compiler.capture.replay import find_module
 from slipcast_compiler.capture.shapes import ShapeRunner
+
+FEW = 16  # numbers that count one by one, such as timesteps
 
 
 @contextlib.contextmanager
@@ -27,54 +31,108 @@ def standing_in(program: Program, components: Mapping[str, nn.Module]) -> Iterat
     calls = [event for event in program.events if isinstance(event, Call)]
     held = {call.module for call in calls if call.inside or call.changed or call.written}
     padded = any(source.padding for source in program.needed_sources)
-    runner, found = ShapeRunner(), list[nn.Module]()
-    for name in dict.fromkeys(call.module for call in calls if not padded):
-        if name not in held:
-            found.append(module := find_module(components, name))
-            vars(module)["forward"] = _StandIn(runner, module, name)
+    names = [name for name in dict.fromkeys(call.module for call in calls) if not padded and name not in held]
+    modules = {name: find_module(components, name) for name in names}
+    before = {name: vars(module).get("forward") for name, module in modules.items()}
+    stage = _Stage()
     try:
+        for name, module in modules.items():
+            vars(module)["forward"] = _StandIn(stage, module, name)
         yield
     finally:
-        for module in found:
+        for name, module in modules.items():
             vars(module).pop("forward", None)
+            if before[name]:
+                vars(module)["forward"] = before[name]
+
+
+class _Stage:
+    """What stand-ins share. Within `resting` modules do what they do: one may call another."""
+
+    def __init__(self) -> None:
+        self.runner, self.rests = ShapeRunner(), False
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        self.rests = True
+        try:
+            yield
+        finally:
+            self.rests = False
 
 
 class _StandIn:
-    """Smooth in every number that it is given, so that rounding stays small: of each tensor a scalar, from its length
-    and its product with a fixed vector; by those the result is a sum of fixed tensors. What has the result's shape is
-    part of it too."""
+    """Smooth in every number that it is given, so that rounding stays small: features of each tensor, by which the
+    result is a sum of fixed tensors. What has the result's shape is part of it too."""
 
-    def __init__(self, runner: ShapeRunner, module: nn.Module, name: str) -> None:
-        self._runner, self._module, self._name = runner, module, name
+    def __init__(self, stage: _Stage, module: nn.Module, name: str) -> None:
+        self._stage, self._module, self._name = stage, module, name
+        self._forward: Callable[..., Any] = module.forward
+        self.__signature__ = inspect.signature(module.forward)  # pipelines look which arguments a module takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        del vars(self._module)["forward"]
-        try:
-            shaped = self._runner.run(self._module, self._name, args, kwargs)
-        finally:
-            vars(self._module)["forward"] = self
-        given = [tensor for _, tensor in leaves(opened((args, kwargs)))]
-        places = {id(tensor): place for place, (_, tensor) in enumerate(leaves(opened(shaped.out)))}
-        return rebuild(shaped.out, lambda made: self._result(made, places.get(id(made), 0), given))
+        if self._stage.rests:
+            return self._forward(*args, **kwargs)
+        with self._stage.resting():
+            # Numbers are known here, and may decide; weights are none of them.
+            shaped = self._stage.runner.run(self._module, self._name, args, kwargs, lambda tensor: True)
+            made = [tensor for _, tensor in leaves(opened(shaped.out))]
+            if any(each.is_meta and not (each.is_floating_point() or each.is_complex()) for each in made):
+                return self._forward(*args, **kwargs)  # places, of which not every number is one
+        places, (numbers, words) = {id(tensor): at for at, tensor in enumerate(made)}, _given((args, kwargs))
+        features = [list(_features(tensor)) for tensor in numbers]
 
-    def _result(self, made: torch.Tensor, place: int, given: Sequence[torch.Tensor]) -> torch.Tensor:
-        if not made.is_meta:  # integers that follow from integers
-            return made
-        result = self._fixed(made.shape, place, 0)
-        for at, tensor in enumerate(given):
-            numbers = tensor.detach().nan_to_num(1.0, 1.0, -1.0)
-            flat = (torch.view_as_real(numbers) if numbers.is_complex() else numbers).flatten().float()
-            size = float(flat.norm())
-            along = flat @ self._fixed(flat.shape, -1, 0) / max(size, 1e-12)  # though most of it be zeros
-            spread = size / max(len(flat), 1) ** 0.5
-            result = result + (along + spread / (1 + spread)) * self._fixed(made.shape, place, at + 1)
-            if numbers.shape == result.shape and not numbers.is_complex():
-                result = result + 0.5 * numbers
-        return result.to(made.dtype)
+        def result(shape: torch.Tensor) -> torch.Tensor:
+            if not shape.is_meta:  # it follows from what is given alone
+                return shape
+            parts = [self._sum(shape, f"{places[id(shape)]} {part} {words}", features, numbers) for part in range(2)]
+            return torch.complex(*parts).to(shape.dtype) if shape.is_complex() else parts[0].to(shape.dtype)
 
-    def _fixed(self, shape: Sequence[int], place: int, at: int) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self._name} {place} {at}".encode()))
-        return torch.randn(tuple(shape), generator=generator)
+        return rebuild(shaped.out, result)
+
+    def _sum(
+        self, made: torch.Tensor, name: str, features: Sequence[Sequence[float]], given: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        found = _fixed(made.shape, f"{self._name} {name}")
+        for at, each in enumerate(features):
+            for place, feature in enumerate(each):
+                found += feature * _fixed(made.shape, f"{self._name} {name} {at} {place}")
+            if given[at].shape == made.shape and given[at].is_floating_point():
+                found += 0.5 * torch.asinh(given[at].float().nan_to_num())
+        return found
+
+
+def _given(values: Any) -> tuple[list[torch.Tensor], str]:
+    """All tensors and numbers of a structure, and in words where they are and what else there is."""
+    numbers = [tensor.detach() for _, tensor in leaves(opened(values))]
+    words = [f"{[*path]}" for path, _ in leaves(opened(values))]
+    for path, leaf in tree_flatten_with_path(values)[0]:
+        if isinstance(leaf, int | float):
+            numbers.append(torch.tensor(float(leaf)))
+        if not isinstance(leaf, torch.Tensor):
+            plain = isinstance(leaf, str | bytes | torch.dtype | type(None))
+            words.append(f"{path} {leaf if plain else type(leaf).__name__}")
+    return numbers, " ".join(words)
+
+
+def _features(tensor: torch.Tensor) -> Iterator[float]:
+    """Of few numbers each, in both of its phases; of many their length, and their product with a fixed vector, though
+    most of them be zeros. Of their inverse hyperbolic sine, as masks have numbers that dwarf all others."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = torch.asinh(real.flatten().double().nan_to_num(0.5))
+    if len(flat) <= FEW:
+        for at, value in enumerate(flat.tolist()):
+            phase = torch.tensor(3.0 * value + at)
+            yield from (float(torch.sin(phase)), float(torch.cos(phase)))
+    else:
+        size = float(flat.norm())
+        yield float(flat @ _fixed(flat.shape, "vector").double()) / max(size, 1e-12)
+        yield size / len(flat) ** 0.5
+
+
+def _fixed(shape: Sequence[int], name: str) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(tuple(shape), generator=generator)
 
 
 __all__ = ["standing_in"]

@@ -54,11 +54,10 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
     source = digest(checkpoint, pipeline)
     given = plan.given(source)
 
-    # What a larger machine drew of held-out prompts, and of those out of the family: pictures of another checkpoint
-    # are refused before the work.
+    # What a larger machine drew of held-out prompts, and of those out of the family.
     originals = None
-    if elsewhere := recipe.evaluate.originals:
-        originals = load_originals(plan.folder / elsewhere, plan.asked, source)
+    if plan.drawn:
+        originals = load_originals(plan.folder / str(recipe.evaluate.originals), plan.asked, plan.drawn)
 
     # What the family asks of the denoisers, and the denoisers rewritten for it.
     profiles = dict[str, Profile]()
@@ -74,10 +73,10 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         rewrites = rewritten.rewrites
 
         def export(folder: Path) -> None:
-            whole = plan.precision == "fp32"
-            run_isolated(export_pipeline, checkpoint, pipeline, plan.calls, rewrites, whole, folder, advance=advance)
+            arguments = checkpoint, pipeline, plan.calls, rewrites, plan.whole, folder
+            run_isolated(export_pipeline, *arguments, advance=advance)
 
-        entry = cache.get("program", {**given, "rewrites": digests_of(rewrites)}, export)
+        entry = cache.get("program", {**given, "rewrites": digests_of(rewrites), "whole": plan.whole}, export)
 
     # Else the pipeline itself draws them here.
     if not originals:

@@ -44,7 +44,7 @@ from slipcast_compiler.judge.captured import NUMBERS
 from slipcast_compiler.judge.elsewhere import OriginalsRecord, read_record
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.model.checkpoint import Checkpoint, locate
-from slipcast_compiler.model.digests import digests
+from slipcast_compiler.model.digests import digest, digests
 from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.original import Images, Precision, calibration_images
 from slipcast_compiler.passes.apply import needs_profile
@@ -78,9 +78,10 @@ class ProgramPlan:
     `call`: its arguments, with the number of steps in any case; `calls`: the combinations of what it lists, of which
     the first is the default; `summary`: what `slipcast capture` says of that one; `parts`: those of the bundle, as
     PartRecord has them; `asked`: what the bundle is judged on; `precision`: in what the pipeline itself draws that
-    here, if it does; `drawn`: what another machine drew, in its place; `policies`: by target, how its engines stay
-    loaded where it is judged; `arguments`: those of a run, see describe_arguments; `samplings`: by call, what the
-    recipe asks for in place of the pipeline's own; `known`: by denoiser, what passes can rewrite, where any is on.
+    here, if it does; `whole`: the program is compared with it with all weights; `drawn`: what another machine drew, in
+    its place; `policies`: by target, how its engines stay loaded where it is judged; `arguments`: those of a run, see
+    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own; `known`: by
+    denoiser, what passes can rewrite, where any is on.
     """
 
     recipe: Recipe
@@ -94,6 +95,7 @@ class ProgramPlan:
     needs: Needs
     asked: Asked
     precision: Precision | None
+    whole: bool
     drawn: OriginalsRecord | None
     policies: Mapping[str, Policy]
     arguments: Mapping[str, Any]
@@ -173,13 +175,12 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed; ArtifactError
     where weights do not go with their config; ResourceError where this machine has too little memory.
     """
-    _check_tables(recipe)
     _check_engines(recipe.targets)
     check_targets(recipe.targets)
     checkpoint, pipe, call, calls = open_call(recipe, folder)
     variants = find_each(pipe, calls)
     check_program(variants, pipe)
-    _check_sources(variants[0], checkpoint.name, recipe)
+    check_sources(variants[0], checkpoint.name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
     parts, arguments = describe_parts(variants, pipe), describe_arguments(pipe, variants, calls)
@@ -190,6 +191,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     needs = estimate(modules, parts, together, live_bytes, recipe.targets, recipe.int4_options, closed)
     table = recipe.evaluate
     precision = None if table.original or table.originals else choose_precision(needs.original, available)
+    whole = not table.original and needs.original["fp32"] <= available
     policies = choose_policies(needs, available)
     known: Known = {}
     if profiled or recipe.passes.chosen():
@@ -210,15 +212,21 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(table, family, sizes, folder)
     asked = Asked(checkpoint.root, recipe.model.pipeline, calls, family, strangers, table)
-    drawn = read_record(folder / table.originals, asked) if table.originals else None
+    drawn = None
+    if table.originals:
+        drawn = read_record(folder / table.originals, asked, digest(checkpoint.root, recipe.model.pipeline))
     return ProgramPlan(
-        recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, drawn, policies,
-        arguments, samplings, known,
+        recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, whole, drawn,
+        policies, arguments, samplings, known,
     )  # fmt: skip
 
 
 def open_call(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Any, dict[str, Any], Calls]:
-    """The checkpoint of a recipe, its pipeline without weights, the call, and the combinations of what that lists."""
+    """The checkpoint of a recipe, its pipeline without weights, the call, and the combinations of what that lists.
+
+    RecipeError for what a recipe of a captured pipeline cannot say.
+    """
+    _check_tables(recipe)
     found, name = locate(recipe.model, folder)
     root = plainly_named(found, recipe.model.variant)
     if recipe.lora:
@@ -258,7 +266,7 @@ def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**usual, **given}
 
 
-def _check_sources(found: Found, name: str, recipe: Recipe) -> None:
+def check_sources(found: Found, name: str, recipe: Recipe) -> None:
     """RecipeError where what it draws depends on what no family has, or not on what it has."""
     prompted = any(template.argument == "prompt" for template in found.templates.values())
     if prompted != bool(recipe.family):

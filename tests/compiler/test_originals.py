@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -27,6 +28,9 @@ family = { prompts = ["a red circle", "a blue star", "a small circle", "the back
 evaluate.out_of_family = ["noon"]
 targets = [{ engine = "onnxruntime" }]
 """
+
+
+NOBODY = ("--set", 'evaluate.original="none"', "--set", "evaluate.out_of_family=[]")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,7 @@ def test_pictures_of_another_machine_judge_as_ones_own(place: Path, drawn: Path,
 def test_a_dry_run_says_who_draws(place: Path, drawn: Path) -> None:
     told = call_cli("compile", "tiny.toml", "--dry-run", "--set", 'evaluate.originals="drawn"', cwd=place)
     assert "originals  in fp32, drawn on" in told.stdout, told.stderr
-    told = call_cli("compile", "tiny.toml", "--dry-run", "--set", 'evaluate.original="none"', cwd=place)
+    told = call_cli("compile", "tiny.toml", "--dry-run", *NOBODY, cwd=place)
     assert "originals  none: the bundle is published as unjudged" in told.stdout, told.stderr
 
 
@@ -108,17 +112,19 @@ def test_pictures_of_other_weights_are_refused(place: Path, drawn: Path, tmp_pat
     pipe = open_pipeline("latent_consistency")
     pipe.unet.conv_in.bias.data += 1
     pipe.save_pretrained(tmp_path / "model")
-    done = compiled(place, f'evaluate.originals="{drawn}"', f'model.path="{tmp_path / "model"}"')
+    sets = ("--set", f'evaluate.originals="{drawn}"', "--set", f'model.path="{tmp_path / "model"}"')
+    done = call_cli("compile", "tiny.toml", "--dry-run", *sets, cwd=place)
     assert done.returncode == 2 and "was drawn by another checkpoint" in done.stderr, done.stderr
 
 
 def test_what_nobody_drew_is_published_as_unjudged(
     place: Path, here: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = compiled(place, 'evaluate.original="none"')
+    done = compiled(place, 'evaluate.original="none"', "evaluate.out_of_family=[]")
     assert done.returncode == 0, done.stderr
     record = typed_program_record({k: v for k, v in json.loads(done.stdout).items() if k != "output"})
     assert record.passed is None and record.original_precision is None and not record.targets[0]["quality"]
+    assert record.verified_with == "functions"
     bundle = place / "artifacts" / "tiny"
     assert json.loads((bundle / "manifest.json").read_text())["unjudged"] is True
     report = (bundle / "report.html").read_text("utf-8")
@@ -134,6 +140,35 @@ def test_what_nobody_drew_is_published_as_unjudged(
         np.testing.assert_array_equal(pipe("a star", seed=1, output_type="np").images, pictures)
 
 
-def test_limits_of_what_nobody_drew_are_refused(place: Path) -> None:
-    done = compiled(place, 'evaluate.original="none"', "gate.psnr=30")
-    assert done.returncode == 2 and "gate.psnr is against the original" in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("gate.psnr=30", "gate.psnr is against the original"),
+        ('evaluate.out_of_family=["noon"]', "evaluate.out_of_family compares with the original"),
+    ],
+)
+def test_comparisons_with_what_nobody_drew_are_refused(place: Path, option: str, problem: str) -> None:
+    done = call_cli(
+        "compile", "tiny.toml", "--dry-run", "--set", 'evaluate.original="none"', "--set", option, cwd=place
+    )
+    assert done.returncode == 2 and problem in done.stderr, done.stderr
+
+
+def test_a_described_pipeline_is_refused(place: Path) -> None:
+    (place / "described.toml").write_text(
+        RECIPE.replace('"model"', f'"{ROOT / "recipes/models/shapes"}"').replace("call =", "#")
+    )
+    done = call_cli("originals", "described.toml", "-o", "other", cwd=place)
+    assert done.returncode == 2 and "this one is described" in done.stderr, done.stderr
+
+
+def test_a_picture_that_is_missing_is_refused(place: Path, drawn: Path) -> None:
+    """Also where whoever took it away changed the digests."""
+    shutil.copytree(drawn, folder := place / "fewer")
+    file = folder / "family" / "0" / "images.npy"
+    np.save(file, np.load(file)[:0])
+    record = json.loads((folder / "originals.json").read_text())
+    record["files"]["family/0/images.npy"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "originals.json").write_text(json.dumps(record))
+    done = compiled(place, 'evaluate.originals="fewer"')
+    assert done.returncode == 2 and "does not have a picture for each seed" in done.stderr, done.stderr

@@ -289,6 +289,7 @@ class TestMemory:
         [
             ("0::/\n", "memory.max"),
             ("0::/a/b\n", "a/b/memory.max"),
+            ("0::/a/b\u00fc\n", "a/memory.max"),
             ("9:cpu:/\n4:memory:/a\n0::/\n", "memory/a/memory.limit_in_bytes"),
             ("4:memory:/elsewhere\n", "memory/memory.limit_in_bytes"),  # as a container sees the machine's names
         ],

@@ -49,7 +49,7 @@ def export_pipeline(
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)
     leave_loop(folder)
-    (folder / VERIFIED).write_text(json.dumps({"error": error, "weights": "checkpoint" if whole else "random"}))
+    (folder / VERIFIED).write_text(json.dumps({"error": error, "weights": "checkpoint" if whole else "functions"}))
     return {}
 
 

@@ -32,7 +32,8 @@ class Asked:
     def drawing(self, precision: Precision | None, device: str = "cpu") -> PipelineDrawing:
         """Of held-out prompts, one image each; the calls in turns, each at least once."""
         table, family = self.table, self.family
-        prompts: Prompts = family.held_out[: table.images] if family else (None,) * table.images
+        count = 1 if table.original else table.images  # where nothing is compared, one is enough to see it run
+        prompts: Prompts = family.held_out[:count] if family else (None,) * count
         turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
         seeds = GATE.take(len(turns), table.seed)
         return PipelineDrawing(self.root, self.pipeline, self.calls, turns, seeds, precision, device)

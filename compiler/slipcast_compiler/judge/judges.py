@@ -65,6 +65,13 @@ def check_judges(
 ) -> tuple[str, ...]:
     """The prompts out of the family; RecipeError where what [evaluate] names is not there, or can judge nothing here.
     `sizes`: (width, height) of all pictures, in pixels; None where something else is made."""
+    for key in ("scorer", "lpips", "out_of_family", "out_of_family_file") if table.original else ():
+        if getattr(table, key):
+            raise RecipeError(
+                f"evaluate.{key} compares with the original, and evaluate.original is none",
+                expected="none",
+                got=getattr(table, key),
+            )
     for key in ("scorer", "out_of_family", "out_of_family_file"):
         if getattr(table, key) and not family:
             raise RecipeError(f"evaluate.{key} is for a model with prompts, which this one has not", expected="none")

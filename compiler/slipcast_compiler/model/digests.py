@@ -18,9 +18,11 @@ def digests(call: Mapping[str, Any]) -> dict[str, str]:
 
 
 def digest(root: Path, pipeline: str | None) -> str:
-    """SHA-256 over names and contents of a checkpoint's files, and over the module of a pipeline of the user's own."""
+    """SHA-256 over names and contents of a checkpoint's files, and over the module of a pipeline of the user's own.
+    Hidden files, such as a download's own notes, do not count."""
     total = hashlib.sha256()
-    files = [(file.relative_to(root).as_posix(), file) for file in sorted(root.rglob("*")) if file.is_file()]
+    found = [(file.relative_to(root), file) for file in sorted(root.rglob("*")) if file.is_file()]
+    files = [(path.as_posix(), file) for path, file in found if not any(part.startswith(".") for part in path.parts)]
     module, _, _ = (pipeline or "").rpartition(":")
     if module:
         files.append((module, Path(inspect.getfile(importlib.import_module(module)))))

@@ -118,18 +118,19 @@ class VariantRecord(Strict):
 
 
 class ProgramRecord(BaseRecord):
-    """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2 error
-    of its replay for another prompt and seed, `verified_with` the weights that it was replayed with, and `limit` what
-    it may be. `texts`, `pictures`, `listed`, `fixed`: the arguments that a run takes, those of which it may take one of
-    some values, and those that it cannot change. `variants`: of each combination of what is listed, the first of which
-    is the default. `sampling`: of slipcast's samplers, where they take its steps, and `free`, the arguments by which a
-    run chooses them; else `not_free` says why. `passes`: what each reports, of all denoisers; `quantized`:
-    by precision and component; `mixed_precision`, by target, as Record's."""
+    """The same of a captured program. `capture`: what `slipcast capture` says of it; `verified`: the relative L2
+    error of its replay for another prompt and seed, `verified_with` the weights that it was replayed with, or
+    functions in the places of modules, and `limit` what it may be. `texts`, `pictures`, `listed`, `fixed`: the
+    arguments that a run takes, those of which it may take one of some values, and those that it cannot change.
+    `variants`: of each combination of what is listed, the first of which is the default. `sampling`: of slipcast's
+    samplers, where they take its steps, and `free`, the arguments by which a run chooses them; else `not_free` says
+    why. `passes`: what each reports, of all denoisers; `quantized`: by precision and component; `mixed_precision`,
+    by target, as Record's."""
 
     capture: Told
     parts: dict[str, PartRecord]
     verified: float
-    verified_with: Literal["checkpoint", "random"]
+    verified_with: Literal["checkpoint", "functions"]
     limit: float
     texts: tuple[str, ...]
     pictures: tuple[str, ...]

@@ -136,7 +136,8 @@ def _measure_program(root: Path, target: str, measuring: Measuring, advance: Adv
     assert isinstance(bundle, ProgramBundle)
     program = bundle.manifest.program
     recording, found = Recording({name for variant in program.every for name in makers(variant)}), []
-    with ProgramPipeline(bundle, _without_exit(bundle, target), instrument=recording) as pipe:
+    # One engine after the other: what does not fit at once was not refused.
+    with ProgramPipeline(bundle, _without_exit(bundle, target), "sequential", recording) as pipe:
         for i, (prompt, seed) in enumerate(measuring.images):
             advance(i, len(measuring.images))
             recording.calls.clear()

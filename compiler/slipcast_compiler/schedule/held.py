@@ -76,13 +76,13 @@ def hold(root: Path, target: str, images: Images, given: Mapping[str, Any]) -> I
     loop, values, first = bundle.manifest.program.loop, [], []
     rows = read_variants(bundle)[0].loop_rows
     recording = Recording({*(call.component for call in loop.calls), *makers(variant)})
-    with load(root, target=target, instrument=recording) as pipe:
+    with load(root, target=target, residency="sequential", instrument=recording) as pipe:
         for prompt, seed in images:
             recording.calls.clear()
             pipe(prompt, seed=seed, output_type="np", **given)
             values.append(_read(loop, recording))
             first.append(first_latent(variant, draws(variant, seed), recording))
-    with load(root, target=target) as pipe, InUse(pipe.residency) as engines:
+    with load(root, target=target, residency="sequential") as pipe, InUse(pipe.residency) as engines:
         yield Held(loop, np.stack(first), tuple(values), tuple(rows), contracts, engines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
@@ -35,16 +35,15 @@ def available_mb(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/
 
 
 def _limits_mb(groups: Path, own: Path) -> Iterator[float]:
-    """Of the groups that a process is in, of either version; within a container its own is the root."""
+    """Of the groups that a process is in, of either version, and of those that they are in; within a container its own
+    is the root."""
     try:
-        lines = [line.split(":", 2) for line in own.read_text("ascii").splitlines()]
+        lines = [line.split(":", 2) for line in own.read_text("utf-8", "replace").splitlines()]
     except OSError:  # another system
         lines = []
-    paths = {kind: path.lstrip("/") for _, kind, path in lines}
-    unified, separate = groups, groups / "memory"
-    for folder, name in (
-        (unified, "memory.max"), (unified / paths.get("", ""), "memory.max"),
-        (separate, "memory.limit_in_bytes"), (separate / paths.get("memory", ""), "memory.limit_in_bytes"),
-    ):  # fmt: skip
-        with contextlib.suppress(OSError, ValueError):  # one without a limit says "max", or a number of exabytes
-            yield int((folder / name).read_text("ascii")) / 1e6
+    paths = {kind: PurePosixPath(path.lstrip("/")) for _, kind, path in lines}
+    for kind, root, name in (("", groups, "memory.max"), ("memory", groups / "memory", "memory.limit_in_bytes")):
+        path = paths.get(kind, PurePosixPath())
+        for folder in {path, *path.parents}:
+            with contextlib.suppress(OSError, ValueError):  # one without a limit says "max", or a number of exabytes
+                yield int((root / folder / name).read_text("ascii")) / 1e6

@@ -119,7 +119,6 @@ def test_a_pipeline_that_fits_in_bf16_alone(place: Path, monkeypatch: pytest.Mon
     page = (place / "artifacts" / "tiny" / "report.html").read_text("utf-8")
     for said in ("functions of the same shapes take the places of modules", "in bf16, same seed", "original (bf16)"):
         assert said in page
-    )
 
 
 # --- what values take ------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ class TestErrors:
             (("--guidance-scale", "nan"), "guidance_scale.*\n.*a number from 0 to 1000"),
             (("--num-images", "0"), "num_images_per_prompt"),
             (("--target", "abacus"), "no target 'abacus'(.|\n)*openvino-cpu-bf16, onnxruntime-cpu-fp32"),
-            (("--residency", "none"), "'none' is not one of 'all', 'sequential'"),
+            (("--residency", "none"), "unknown residency 'none'(.|\n)*such as 4GB"),
             (("--prompt", "a " * 40, "--on-long-prompt", "error"), "longer than 12 tokens; dropped"),
             (("--prompt", "\udcff"), "lone surrogate"),
             (("--nonsense",), "No such option"),

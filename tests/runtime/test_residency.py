@@ -79,10 +79,55 @@ def test_one_that_does_not_open_frees_the_others(engines: Fakes, broken: str) ->
 
 def test_unknown_policy(engines: Fakes) -> None:
     with pytest.raises(RequestError, match="unknown residency 'none'\n.*all or sequential"):
-        Residency(openers(engines), "none")  # type: ignore[arg-type]
+        Residency(openers(engines), "none")
+
+
+SIZES = dict.fromkeys(COMPONENTS, 0) | {"text_encoder": 100_000_000, "denoiser": 300_000_000, "vae_decoder": 50_000_000}
+
+
+def test_a_budget_keeps_what_was_used_last(engines: Fakes) -> None:
+    """Engines take about twice the size of their files."""
+    residency = Residency(openers(engines), "0.75GB", sizes=SIZES)
+    assert engines.opened == []
+    for name, kept in (
+        ("text_encoder", ["text_encoder"]), ("vae_decoder", ["text_encoder", "vae_decoder"]),
+        ("text_encoder", ["text_encoder", "vae_decoder"]), ("denoiser", ["denoiser"]),
+        ("vae_decoder", ["denoiser", "vae_decoder"]), ("denoiser", ["denoiser", "vae_decoder"]),
+        ("text_encoder", ["text_encoder"]),
+    ):  # fmt: skip
+        with residency.use(name) as engine:
+            assert engine.is_open and engine.name == name  # type: ignore[attr-defined]
+        assert sorted(engines.open_now) == kept, name
+    residency.close()
+    assert engines.open_now == []
+
+
+def test_what_is_in_use_stays_whatever_the_budget(engines: Fakes) -> None:
+    residency = Residency(openers(engines), "600 MB", sizes=SIZES)
+    with residency.use("denoiser") as one, residency.use("vae_decoder") as other:
+        assert one.is_open and other.is_open  # type: ignore[attr-defined]
+    with residency.use("text_encoder"):
+        assert sorted(engines.open_now) == ["text_encoder", "vae_decoder"]
+
+
+def test_a_budget_that_the_largest_engine_exceeds(engines: Fakes) -> None:
+    with pytest.raises(RequestError, match="the largest engine, denoiser, does not fit\n.*at least 600MB"):
+        Residency(openers(engines), "599MB", sizes=SIZES)
+    assert engines.opened == []
+    for wrong in ("4", "4 gigabytes", "-1GB", "1e3GB", "GB", "all engines"):
+        with pytest.raises(RequestError, match="such as 4GB"):
+            Residency(openers(engines), wrong, sizes=SIZES)
 
 
 class TestPipeline:
+    def test_a_budget_gives_the_same_picture(self, root: Path, engines: Fakes) -> None:
+        expected = load(root)("a red circle", seed=1, output_type="np").images
+        engines.opened.clear()
+        with load(root, residency="1GB") as pipe:
+            for _ in range(2):
+                np.testing.assert_array_equal(pipe("a red circle", seed=1, output_type="np").images, expected)
+            assert sorted(name for name, _ in engines.opened) == sorted(COMPONENTS), "all fit, and are opened once"
+
     def test_sequential_gives_the_same_picture(self, root: Path, engines: Fakes) -> None:
         expected = load(root)("a red circle", seed=1, output_type="np").images
         engines.opened.clear()

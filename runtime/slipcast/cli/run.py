@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     help="A LoRA, for bundles with slots; may be repeated.",
 )
 @target_option
-@click.option("--residency", type=click.Choice(["all", "sequential"]), default="all", show_default=True)
+@click.option(
+    "--residency",
+    metavar="[all|sequential|SIZE]",
+    default="all",
+    show_default=True,
+    help="Engines that stay in memory: all, those in use, or, such as 4GB, what fits.",
+)
 @unlisted_option
 @click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
 @click.option(

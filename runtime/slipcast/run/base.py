@@ -22,7 +22,7 @@ from slipcast.engines import Engine, Instrument, open_engine
 from slipcast.engines.resources import as_resource_error
 from slipcast.engines.targets import choose_target
 from slipcast.run.guard import Verdict
-from slipcast.run.residency import Policy, Residency
+from slipcast.run.residency import Residency
 
 logger = logging.getLogger("slipcast")
 
@@ -86,9 +86,15 @@ class BasePipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _open_engines(self, policy: Policy, rare: Collection[str] = ()) -> None:
+    def _open_engines(self, policy: str, rare: Collection[str] = ()) -> None:
         """As Residency does; to be called when all else is ready, for it takes long."""
-        self.residency = Residency({name: partial(self._open, name) for name in self._target.components}, policy, rare)
+        openers = {name: partial(self._open, name) for name in self._target.components}
+        listed = {entry.path: entry.size for entry in self.manifest.files}
+        sizes = {
+            name: sum(listed[file] for file in (files.model, files.weights) if file)
+            for name, files in self._target.components.items()
+        }
+        self.residency = Residency(openers, policy, rare, sizes)
 
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
         target = target or self._target

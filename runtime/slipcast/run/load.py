@@ -9,14 +9,13 @@ from slipcast.engines import Instrument, as_it_is
 from slipcast.run.base import ready_target
 from slipcast.run.pipeline import Pipeline, open_pipeline
 from slipcast.run.program import ProgramPipeline
-from slipcast.run.residency import Policy
 
 
 def load(
     path: str | os.PathLike[str],
     *,
     target: str = "auto",
-    residency: Policy = "all",
+    residency: str = "all",
     instrument: Instrument = as_it_is,
     allow_unlisted: bool = False,
 ) -> Pipeline | ProgramPipeline:
@@ -24,10 +23,11 @@ def load(
 
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
     that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
-    component, both denoisers of feature caching, or what the loop of a program calls. `instrument(component, open)` is
-    called whenever an engine is opened, perhaps by several threads at once, and returns what takes its place: `open()`,
-    the engine itself, or something around it that records, times or lends; `open(profile=True)` has the engine's own
-    profiler on. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
+    component, both denoisers of feature caching, or what the loop of a program calls; "4GB" keeps those engines loaded
+    that were used last, as many as fit into so much, with about twice the size of their files. `instrument(component,
+    open)` is called whenever an engine is opened, perhaps by several threads at once, and returns what takes its place:
+    `open()`, the engine itself, or something around it that records, times or lends; `open(profile=True)` has the
+    engine's own profiler on. Raises ArtifactError for a damaged bundle, HostError where no target can run here.
     """
     bundle = open_any_bundle(path, allow_unlisted=allow_unlisted)
     if isinstance(bundle, ProgramBundle):

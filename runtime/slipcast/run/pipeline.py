@@ -27,7 +27,6 @@ from slipcast.run.guard import Guard, Verdict
 from slipcast.run.loop import Evaluator, check_finite, chosen_rows, images_at_once, timed
 from slipcast.run.prompt_table import PromptTable
 from slipcast.run.request import OutputType, Request, check_latents, check_request
-from slipcast.run.residency import Policy
 from slipcast.run.step_table import Row, evaluated_timesteps, read_step_table
 from slipcast.run.tokenizer import OnLongPrompt, PromptTokenizer
 from slipcast.sampling.denoiser import final_scale, initial_scale
@@ -55,7 +54,7 @@ class Pipeline(BasePipeline):
     manifest: Manifest
 
     def __init__(
-        self, bundle: Bundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
+        self, bundle: Bundle, target: Target, residency: str = "all", instrument: Instrument = as_it_is
     ) -> None:
         check_contract(bundle.manifest)
         super().__init__(bundle, target, instrument)
@@ -313,7 +312,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     target: str = "auto",
-    residency: Policy = "all",
+    residency: str = "all",
     instrument: Instrument = as_it_is,
     allow_unlisted: bool = False,
 ) -> Pipeline:
@@ -321,7 +320,7 @@ def load(
     return open_pipeline(open_bundle(path, allow_unlisted=allow_unlisted), target, residency, instrument)
 
 
-def open_pipeline(bundle: Bundle, target: str, residency: Policy, instrument: Instrument) -> Pipeline:
+def open_pipeline(bundle: Bundle, target: str, residency: str, instrument: Instrument) -> Pipeline:
     """The pipeline of an opened bundle; arguments as of load. HostError where this runtime lacks its sampler."""
     sampling = bundle.manifest.sampling
     if not is_known(sampling.sampler):

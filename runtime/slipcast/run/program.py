@@ -27,7 +27,7 @@ from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_guard import GuardedProgram
 from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
 from slipcast.run.prompt_table import ClosedTable
-from slipcast.run.residency import InUse, Policy
+from slipcast.run.residency import InUse
 from slipcast.run.sampled import Sampled
 from slipcast.run.tokenizer import OnLongPrompt
 from slipcast.run.values import Values
@@ -48,7 +48,7 @@ class ProgramPipeline(BasePipeline):
     manifest: ProgramManifest
 
     def __init__(
-        self, bundle: ProgramBundle, target: Target, residency: Policy = "all", instrument: Instrument = as_it_is
+        self, bundle: ProgramBundle, target: Target, residency: str = "all", instrument: Instrument = as_it_is
     ) -> None:
         super().__init__(bundle, target, instrument)
         self.program = self.manifest.program

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal, Self, get_args
 
 from slipcast.engines import Engine
 from slipcast.errors import RequestError
 
+NO_SIZES: Mapping[str, int] = MappingProxyType({})
 Policy = Literal["all", "sequential"]
+COPIES = 2  # of its files that an engine has in memory, about: as they were read, and as it has laid them out
+UNITS = {"MB": 1e6, "GB": 1e9}
+
+
+def read_budget(policy: str, sizes: Mapping[str, int]) -> float | None:
+    """Bytes of engines that may stay open, by a policy such as "4GB"; None by those that have a name.
+
+    RequestError for what is neither, and where the largest engine is larger. `sizes`: of engines' files, by component.
+    """
+    if policy in get_args(Policy):
+        return None
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?) ?([MG]B)", policy) if isinstance(policy, str) else None
+    if not found:
+        raise RequestError(
+            f"unknown residency {policy!r}", expected="all or sequential, or what may stay in memory, such as 4GB",
+            got=policy,
+        )  # fmt: skip
+    budget = float(found[1]) * UNITS[found[2]]
+    largest = max(sizes, key=lambda name: sizes[name])
+    if (needed := COPIES * sizes[largest]) > budget:
+        raise RequestError(
+            f"residency: the largest engine, {largest}, does not fit",
+            expected=f"at least {needed / 1e6:.0f}MB",
+            got=policy,
+            hint="a larger budget, or a bundle in a smaller precision: int4 takes a fourth of what bf16 does",
+        )
+    return budget
 
 
 class Residency:
     """Opens engines on demand: `all` keeps every one open, `sequential` those in use: one, or the two denoisers of
-    feature caching."""
+    feature caching; by a budget those stay open that were used last, as many as fit into it."""
 
-    def __init__(self, openers: Mapping[str, Callable[[], Engine]], policy: Policy, rare: Collection[str] = ()) -> None:
-        """`rare`: components that are opened when they are first used, and not before."""
-        if policy not in get_args(Policy):
-            raise RequestError(f"unknown residency {policy!r}", expected=" or ".join(get_args(Policy)), got=policy)
+    def __init__(
+        self, openers: Mapping[str, Callable[[], Engine]], policy: str, rare: Collection[str] = (),
+        sizes: Mapping[str, int] = NO_SIZES,
+    ) -> None:  # fmt: skip
+        """`rare`: components that are opened when they are first used, and not before. `sizes`: see read_budget."""
+        self._budget, self._sizes = read_budget(policy, sizes), sizes
         self._openers = openers
         self._stacks: dict[str, ExitStack] = {}
-        self._to_stay = set(rare) if policy == "all" else set[str]()
-        self._open: dict[str, Engine] = {}
+        self._to_stay = set(rare) if policy == "all" else set[str]() if policy == "sequential" else set(openers)
+        self._open: dict[str, Engine] = {}  # those that were used last come last
         self._users, self._leaving = Counter[str](), set[str]()
         if policy == "all":
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
@@ -46,8 +77,10 @@ class Residency:
     def use(self, component: str) -> Iterator[Engine]:
         """The component's engine, open within the block."""
         if component in self._to_stay and component not in self._open:
+            self._make_room(component)
             self._keep(component, self._openers[component]())
         if component in self._open:
+            self._open[component] = self._open.pop(component)
             self._users[component] += 1
             try:
                 yield self._open[component]
@@ -58,6 +91,15 @@ class Residency:
         else:
             with self._openers[component]() as engine:
                 yield engine
+
+    def _make_room(self, component: str) -> None:
+        """Free what was not used for longest, until a component fits besides; what is in use stays."""
+        if self._budget is None:
+            return
+        for name in [name for name in self._open if not self._users[name]]:
+            if COPIES * (self._sizes[component] + sum(self._sizes[each] for each in self._open)) <= self._budget:
+                break
+            self.free(name)
 
     def free_others(self, component: str) -> None:
         """Free what stays loaded but for one component; each is opened again when it is next used."""

@@ -159,7 +159,7 @@ class TestRun:
             ((), "--prompt is missing"),
             (("--prompt", "a", "--steps", "30"), "num_inference_steps is fixed in this bundle"),
             (("--prompt", "a", "--guidance-scale", "7"), "expected: 4.5"),
-            (("--prompt", "a", "--guard", "warn"), "no argument 'guard'"),
+            (("--prompt", "a", "--guard", "refuse"), "guard is not usable"),
             (("--prompt", "a", "--image", "x.png"), "this bundle takes none"),
             (("--prompt", "a", "-o", "x.npz"), "pictures have no such format"),
         ],

@@ -84,9 +84,15 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             drawings = plan.asked.drawing(plan.precision), plan.asked.outside(plan.precision)
             originals = draw_originals(*drawings, given, cache, advance)
 
-    # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.
     graphs = ProgramGraphs(entry, plan.samplings)
     besides, timesteps = arguments_of(graphs.record, originals), None
+
+    # How a runtime tells prompts out of the family.
+    if recipe.guard:
+        with stages.stage("guard") as advance:
+            graphs = add_program_guard(graphs, recipe.guard, plan.guarded_prompts, cache, advance)
+
+    # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.
     if finding := recipe.timesteps:
         with stages.stage("timesteps") as advance:
             images = plan.calibration(finding.prompts)
@@ -125,11 +131,6 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         with stages.stage("adapter slots") as advance:
             precisions = {table.precision for table in recipe.targets}
             graphs = graphs.with_slots(recipe.adapters, precisions, cache, advance)
-
-    # How a runtime tells prompts out of the family.
-    if recipe.guard:
-        with stages.stage("guard") as advance:
-            graphs = add_program_guard(graphs, recipe.guard, plan.guarded_prompts, cache, advance)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:

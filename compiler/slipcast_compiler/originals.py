@@ -38,16 +38,16 @@ def draw_elsewhere(recipe: Recipe, folder: Path, output: Path, stages: Stages) -
         )
     with stages.stage("capture"):
         checkpoint, pipe, _, calls = open_call(recipe, folder)
-        (found,) = find_each(pipe, calls[:1])
-        check_sources(found, checkpoint.name, recipe)
+        variants = find_each(pipe, calls)
+        check_sources(variants[0], checkpoint.name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     strangers = outside(recipe.evaluate, family, folder) if family else ()
     asked = Asked(checkpoint.root, recipe.model.pipeline, calls, family, strangers, recipe.evaluate)
-    of_the_cpu = any(TORCHS in source.detail for source in found.program.sources)
+    of_the_cpu = any(TORCHS in source.detail for found in variants for source in found.program.sources)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and not of_the_cpu else None
     room = min([available_mb() * 1e6, *([torch.cuda.mem_get_info()[0]] if gpu else [])])
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
-    precision = choose_precision(original_bytes(modules, found.program.live_bytes), room)
+    precision = choose_precision(original_bytes(modules, max(found.program.live_bytes for found in variants)), room)
     with publish.workspace(output, RECORD) as made:
         with stages.stage("originals") as advance:
             source = digest(checkpoint.root, recipe.model.pipeline)

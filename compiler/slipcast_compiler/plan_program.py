@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from slipcast.bundle.sampling import Sampling
@@ -19,6 +20,7 @@ from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
 from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.call import make_call, pictures_from
+from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import given_to
@@ -335,8 +337,15 @@ def _check_guarded(table: GuardTable, variants: Sequence[Found]) -> None:
             expected="warn or refuse", got=table.policy,
             hint="a bundle of the whole pipeline beside this one can draw what it refuses",
         )  # fmt: skip
+    texts = {template.argument for found in variants for template in found.templates.values()} - {None, "prompt"}
+    if texts:
+        raise RecipeError(
+            f"[guard] would judge {sorted(map(str, texts))[0]} too, which a run may change",
+            expected="prompt alone", got=", ".join(sorted(map(str, texts))),
+            hint="leave it out of call, or leave [guard] out",
+        )  # fmt: skip
     each = [
-        {part.name for part in found.cut.parts if [*reads_of(part)] == ["prompt"]}
+        {part.name for part in found.cut.parts if [*reads_of(part)] == ["prompt"] and _gives_embeddings(part)}
         & {name for name, times in Counter(use.part for use in found.cut.uses).items() if times == 1}
         for found in variants
     ]
@@ -346,6 +355,11 @@ def _check_guarded(table: GuardTable, variants: Sequence[Found]) -> None:
             "evaluated once, whatever call lists",
             expected="a recipe without [guard]",
         )
+
+
+def _gives_embeddings(part: Part) -> bool:
+    specs = [part.program.specs[value] for value in part.outputs]
+    return any(dtype == torch.float32 and len(shape) > 1 for shape, dtype in specs)
 
 
 def _check_adapters(table: AdaptersTable, variants: Sequence[Found], pipe: Any) -> None:

@@ -28,7 +28,7 @@ def run(images: Array) -> Run:
 
 def originals(images: Array, prompts: tuple[str, ...] = CAPTIONS) -> VariantOriginals:
     """Of what a pipeline returns, channels first."""
-    return VariantOriginals(prompts[: len(images)], tuple(range(len(images))), "fp32", run(images), {})
+    return VariantOriginals(prompts[: len(images)], tuple(range(len(images))), run(images), {})
 
 
 def laid(images: Array) -> Run:

@@ -59,8 +59,10 @@ def tabulate(root: Path, target: str, prompts: Sequence[str], out: Path, advance
     save_file(found, out / PROMPT_TABLE)
 
 
-def of_texts(ready: Ready, texts: list[dict[str, str]], engines: InUse, advance: Advance) -> Values:
-    """What a variant computes of these texts alone."""
+def of_texts(
+    ready: Ready, texts: list[dict[str, str]], engines: InUse, advance: Advance, until: str | None = None
+) -> Values:  # fmt: skip
+    """What a variant computes of these texts alone; `until`: no more than this component, whose engines stay open."""
     variant, early = ready.variant, _early(ready.variant)
     values, tokens = Values(variant, ready.depends, texts, range(len(texts))), ready.texts(texts, "warn")
     for source in (each for each in variant.sources if isinstance(each, PromptSource)):
@@ -72,7 +74,9 @@ def of_texts(ready: Ready, texts: list[dict[str, str]], engines: InUse, advance:
         advance(place, len(variant.calls))
         if _is_early(call, early):
             calls(call, ready.rows[place], f"call {place + 1} of {len(variant.calls)}")
-            if ready.last_call[call.component] == place:
+            if call.component == until:
+                return values
+            if ready.last_call[call.component] == place and not until:
                 engines.done(call.component)
     return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal, Self
@@ -87,9 +88,30 @@ class ProgramManifest(BaseManifest):
             outside_loop = [call for call in variant.calls if call.component == guard.component]
             if len(outside_loop) != 1 or guard.output not in outside_loop[0].outputs:
                 raise ValueError(f"guard: no variant's calls give {guard.output!r} of {guard.component!r} just once")
-            if guard.words and guard.words not in outside_loop[0].inputs:
-                raise ValueError(f"guard: {guard.component!r} is not given {guard.words!r}")
+            self._check_guarded(guard, variant, outside_loop[0])
         return self
+
+    def _check_guarded(self, guard: ProgramGuard, variant: Variant, call: ProgramCall) -> None:
+        """ValueError where it does not look at what a prompt alone decides, or at another width than its table has."""
+        of_prompts = {
+            source.value: source.field if isinstance(source, PromptSource) else ""
+            for source in variant.sources
+            if isinstance(source, PromptSource) and source.argument in ("prompt", None)
+        }
+        alone = set(of_prompts)
+        for each in variant.calls:
+            if alone.issuperset(each.inputs.values()):
+                alone |= set(each.outputs.values())
+        if call.outputs[guard.output] not in alone or "prompt" not in self.program.arguments:
+            raise ValueError(f"guard: {guard.output!r} of {guard.component!r} does not follow from a prompt alone")
+        if guard.words and of_prompts.get(call.inputs.get(guard.words, "")) != "input_ids":
+            raise ValueError(f"guard: {guard.component!r} is not given the tokens of a prompt as {guard.words!r}")
+        spec = next(spec for spec in self.components[guard.component].outputs if spec.name == guard.output)
+        rest = spec.shape if len(spec.shape) == 2 else (*spec.shape[:-2], *spec.shape[-1:])
+        width = math.prod(size for size in rest if isinstance(size, int))
+        free = any(isinstance(size, str) for size in rest)
+        if spec.dtype != "float32" or len(spec.shape) < 2 or free or width != guard.shape[1]:
+            raise ValueError(f"guard: embeddings of {guard.shape[1]} numbers, and {_shown(spec.dtype, spec.shape)}")
 
     @model_validator(mode="after")
     def _slots_fit_components(self) -> Self:

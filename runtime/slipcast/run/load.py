@@ -24,7 +24,7 @@ def load(
     `target`: an engine ("openvino"), a target id ("openvino-cpu-bf16"), or "auto": the first of the bundle's targets
     that can run here. `residency`: "all" keeps every engine loaded, "sequential" has in memory what is in use: one
     component, both denoisers of feature caching, or what the loop of a program calls; "4GB" keeps those engines loaded
-    that were used last, as many as fit into so much, with about twice the size of their files. `instrument(component,
+    that fit into so much, at about twice the size of their files, the largest if they can. `instrument(component,
     open)` is called whenever an engine is opened, perhaps by several threads at once, and returns what takes its place:
     `open()`, the engine itself, or something around it that records, times or lends; `open(profile=True)` has the
     engine's own profiler on. Raises ArtifactError for a damaged bundle, HostError where no target can run here.

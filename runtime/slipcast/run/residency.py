@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from threading import RLock
 from types import MappingProxyType, TracebackType
 from typing import Literal, Self, get_args
 
 from slipcast.engines import Engine
 from slipcast.errors import RequestError
+
+logger = logging.getLogger("slipcast")
 
 NO_SIZES: Mapping[str, int] = MappingProxyType({})
 Policy = Literal["all", "sequential"]
@@ -33,8 +37,8 @@ def read_budget(policy: str, sizes: Mapping[str, int]) -> float | None:
             got=policy,
         )  # fmt: skip
     budget = float(found[1]) * UNITS[found[2]]
-    largest = max(sizes, key=lambda name: sizes[name])
-    if (needed := COPIES * sizes[largest]) > budget:
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    if (needed := COPIES * sizes.get(largest, 0)) > budget:
         raise RequestError(
             f"residency: the largest engine, {largest}, does not fit",
             expected=f"at least {needed / 1e6:.0f}MB",
@@ -46,7 +50,7 @@ def read_budget(policy: str, sizes: Mapping[str, int]) -> float | None:
 
 class Residency:
     """Opens engines on demand: `all` keeps every one open, `sequential` those in use: one, or the two denoisers of
-    feature caching; by a budget those stay open that were used last, as many as fit into it."""
+    feature caching; by a budget those stay open that fit into it, the largest if they can."""
 
     def __init__(
         self, openers: Mapping[str, Callable[[], Engine]], policy: str, rare: Collection[str] = (),
@@ -57,7 +61,8 @@ class Residency:
         self._openers = openers
         self._stacks: dict[str, ExitStack] = {}
         self._to_stay = set(rare) if policy == "all" else set[str]() if policy == "sequential" else set(openers)
-        self._open: dict[str, Engine] = {}  # those that were used last come last
+        self._open: dict[str, Engine] = {}
+        self._lock = RLock()
         self._users, self._leaving = Counter[str](), set[str]()
         if policy == "all":
             # Graph compilers leave cores idle while they rewrite: opening side by side halves the load time.
@@ -76,30 +81,38 @@ class Residency:
     @contextmanager
     def use(self, component: str) -> Iterator[Engine]:
         """The component's engine, open within the block."""
-        if component in self._to_stay and component not in self._open:
-            self._make_room(component)
-            self._keep(component, self._openers[component]())
-        if component in self._open:
-            self._open[component] = self._open.pop(component)
-            self._users[component] += 1
-            try:
-                yield self._open[component]
-            finally:
+        with self._lock:
+            if component in self._to_stay and component not in self._open:
+                self._make_room(component)
+                self._keep(component, self._openers[component]())
+            engine = self._open.get(component)
+            self._users[component] += engine is not None
+        if engine is None:
+            with self._openers[component]() as engine:
+                yield engine
+            return
+        try:
+            yield engine
+        finally:
+            with self._lock:
                 self._users[component] -= 1
                 if component in self._leaving and not self._users[component]:
                     self.free(component)
-        else:
-            with self._openers[component]() as engine:
-                yield engine
 
     def _make_room(self, component: str) -> None:
-        """Free what was not used for longest, until a component fits besides; what is in use stays."""
-        if self._budget is None:
-            return
-        for name in [name for name in self._open if not self._users[name]]:
-            if COPIES * (self._sizes[component] + sum(self._sizes[each] for each in self._open)) <= self._budget:
-                break
-            self.free(name)
+        """Free what is not in use, until a component fits besides: the smallest engine that makes enough room, else the
+        largest, so that the large ones of a pipeline stay from picture to picture."""
+        while self._budget is not None:
+            over = COPIES * (self._sizes[component] + sum(self._sizes[name] for name in self._open)) - self._budget
+            idle = sorted((name for name in self._open if not self._users[name]), key=lambda name: self._sizes[name])
+            if over <= 0:
+                return
+            if not idle:
+                logger.warning(
+                    "residency: %s and what is in use with it take %.0f MB more than the budget", component, over / 1e6
+                )
+                return
+            self.free(next((name for name in idle if COPIES * self._sizes[name] >= over), idle[-1]))
 
     def free_others(self, component: str) -> None:
         """Free what stays loaded but for one component; each is opened again when it is next used."""

@@ -35,7 +35,6 @@ DENOISERS = {
     "sana": ("transformer",),
     "pixart_alpha": ("transformer",),
 }
-FAST = "stable_diffusion_3"
 
 
 def save(name: str, folder: Path) -> Path:
@@ -80,9 +79,8 @@ def remove_a_third(root: Path, name: str, denoiser: str, masked: Any, folder: Pa
     return rewrite
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENOISERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENOISERS)
 def test_the_bundle_is_the_masked_pipeline(name: str, tmp_path: Path) -> None:
     root = save(name, tmp_path)
     whole, masked, call = open_with_weights(root), open_with_weights(root), given_of(name)

@@ -109,10 +109,10 @@ def test_a_bundle_alone_needs_no_checkpoint(
 
 def test_same_prompts_and_seeds_for_all(shapes_bundle: Path) -> None:
     plan = make_plan(shapes_bundle, Options(steps=3))
-    prompts, seeds = plan.requests(0, 18)
+    prompts, seeds = plan.requests(0, 7)
     assert prompts[:2] == ["a large yellow circle on a beige background", "a large green circle on a beige background"]
-    assert prompts[16] == prompts[0]
-    assert seeds == list(range(1000, 1018))
+    assert prompts[5] == prompts[0], "the bundle was judged on five"
+    assert seeds == list(range(1000, 1007))
     assert plan.sampling.steps == 3
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 from test_plan import planned
 
+from conftest import call_cli
 from slipcast.errors import RecipeError
 from slipcast_compiler.judge.scorer import find_scorer
 from slipcast_compiler.recipe.family import MOST_PROMPTS, expand, read_prompts
@@ -200,14 +199,7 @@ def test_the_command_says_2_and_one_document(tmp_path: Path) -> None:
         f'name = "x"\nmodel.path = "{ROOT}/recipes/models/shapes"\ntargets = [{{ engine = "onnxruntime" }}]\n'
         'family.prompts_file = "prompts.txt"\n'
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "slipcast.cli.main", "compile", "r.toml", "--dry-run", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = call_cli("compile", "r.toml", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "no list of prompts" in json.loads(done.stdout)["error"]["message"]
     assert "Traceback" not in done.stderr

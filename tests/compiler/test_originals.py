@@ -117,6 +117,7 @@ def test_pictures_of_other_weights_are_refused(place: Path, drawn: Path, tmp_pat
     assert done.returncode == 2 and "was drawn by another checkpoint" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_what_nobody_drew_is_published_as_unjudged(
     place: Path, here: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

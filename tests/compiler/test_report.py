@@ -316,7 +316,7 @@ def test_no_network_and_no_script(shapes_bundle: Path) -> None:
     tags = _Page(text).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object"}
     sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
-    assert len(sources) == (8 + 4) * (1 + 2 * 2)  # original, and for two targets picture and difference
+    assert len(sources) == (5 + 2) * (1 + 2 * 2)  # original, and for two targets picture and difference
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://", text)
 

@@ -85,7 +85,8 @@ class _StandIn:
         def result(shape: torch.Tensor) -> torch.Tensor:
             if not shape.is_meta:  # it follows from what is given alone
                 return shape
-            parts = [self._sum(shape, f"{places[id(shape)]} {part} {words}", features, numbers) for part in range(2)]
+            name = f"{places[id(shape)]} {words}"
+            parts = [self._sum(shape, f"{name} {part}", features, numbers) for part in range(1 + shape.is_complex())]
             return torch.complex(*parts).to(shape.dtype) if shape.is_complex() else parts[0].to(shape.dtype)
 
         return rebuild(shaped.out, result)
@@ -133,6 +134,3 @@ def _features(tensor: torch.Tensor) -> Iterator[float]:
 def _fixed(shape: Sequence[int], name: str) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode()))
     return torch.randn(tuple(shape), generator=generator)
-
-
-__all__ = ["standing_in"]

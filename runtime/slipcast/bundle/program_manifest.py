@@ -94,7 +94,7 @@ class ProgramManifest(BaseManifest):
     def _check_guarded(self, guard: ProgramGuard, variant: Variant, call: ProgramCall) -> None:
         """ValueError where it does not look at what a prompt alone decides, or at another width than its table has."""
         of_prompts = {
-            source.value: source.field if isinstance(source, PromptSource) else ""
+            source.value: source.field
             for source in variant.sources
             if isinstance(source, PromptSource) and source.argument in ("prompt", None)
         }

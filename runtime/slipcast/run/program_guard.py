@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +47,7 @@ class GuardedProgram:
                 ids, hidden = by_token(array, words)
                 guard = self._guards[variant]
                 found[text[PROMPT]] = guard.judge([text[PROMPT]], ids[None], hidden[None], policy)[0]
-        return tuple(replace(found[text[PROMPT]]) for text in texts)
+        return tuple(found[text[PROMPT]] for text in texts)
 
 
 def special_tokens(ready: Ready, value: str | None) -> Tokens:

@@ -24,6 +24,7 @@ from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.precision.casts import measure_casts
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
+from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.run import choose_by_search
 
 
@@ -47,7 +48,7 @@ def compile_plan(plan: Plan, output: Path, cache: Cache, stages: Stages) -> Comp
     # The point of the recipe's space that is best within the gate, on calibration prompts.
     searched = None
     if plan.recipe.search:
-        plan, searched = choose_by_search(plan, cache, stages)
+        plan, searched = choose_by_search(Described(plan), cache, stages)
     tables = plan.recipe.targets
 
     # The original: the pictures to compare with, and the noise floors below which no difference means anything.

@@ -10,12 +10,12 @@ from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.compile import Compiled
 from slipcast_compiler.engines.contents import family_record
-from slipcast_compiler.engines.programs import ProgramGraphs, add_program_guard, tabulate_prompts, write_bundle
-from slipcast_compiler.export.pipeline import VERIFIED, export_pipeline
+from slipcast_compiler.engines.programs import write_bundle
+from slipcast_compiler.export.pipeline import VERIFIED
 from slipcast_compiler.export.program import PARTS
+from slipcast_compiler.graphs_program import export_program, record_inputs, specialise
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.host.machine import wait_without_spinning
 from slipcast_compiler.judge.captured import draw_originals
 from slipcast_compiler.judge.elsewhere import load_originals
@@ -23,106 +23,50 @@ from slipcast_compiler.judge.gate import missed
 from slipcast_compiler.judge.judges import open_judges
 from slipcast_compiler.judge.programs import arguments_of, judge_program
 from slipcast_compiler.model.digests import digest
-from slipcast_compiler.model.rewrite import digests_of
 from slipcast_compiler.pages.evidence import keep
 from slipcast_compiler.pages.program import ProgramEvidence, make_program_record, write_program_report
-from slipcast_compiler.passes.apply import needs_profile
-from slipcast_compiler.passes.program import rewrite_denoisers
 from slipcast_compiler.plan_program import ProgramPlan
-from slipcast_compiler.precision.programs import (
-    images_needed,
-    measure_program_casts,
-    quantize_denoisers,
-    quantize_program_weights,
-    record_calls,
-)
-from slipcast_compiler.profile.profile import Profile
-from slipcast_compiler.profile.program import make_program_profiles
-from slipcast_compiler.schedule.caching import IMAGES
+from slipcast_compiler.precision.programs import measure_program_casts
 from slipcast_compiler.schedule.early_exit import Measuring, choose_exits
-from slipcast_compiler.schedule.program_caching import cache_program_features
-from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
+from slipcast_compiler.search.captured import Captured
+from slipcast_compiler.search.run import choose_by_search
 
 
 def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stages) -> Compiled:
     """Make the bundle at `output`. Raises CheckFailed where the program is not the pipeline, or, with the report
     written beside it, where the gate is missed."""
     wait_without_spinning()
-    recipe = plan.recipe
+    source = digest(plan.checkpoint.root, plan.recipe.model.pipeline)
 
-    checkpoint, pipeline = plan.checkpoint.root, recipe.model.pipeline
-    source = digest(checkpoint, pipeline)
-    given = plan.given(source)
+    # The point of the recipe's space that is best within the gate, on calibration prompts.
+    searched = None
+    if plan.recipe.search:
+        plan, searched = choose_by_search(Captured(plan, source), cache, stages)
+    recipe = plan.recipe
 
     # What a larger machine drew of held-out prompts, and of those out of the family.
     originals = None
     if plan.drawn:
         originals = load_originals(plan.folder / str(recipe.evaluate.originals), plan.asked, plan.drawn)
 
-    # What the family asks of the denoisers, and the denoisers rewritten for it.
-    profiles = dict[str, Profile]()
-    if needs_profile(recipe.passes):
-        with stages.stage("profile") as advance:
-            names = recipe.name, plan.checkpoint.name
-            profiles = make_program_profiles(plan.profiling, given, recipe.profile, names, cache, advance)
-    rewritten = rewrite_denoisers(recipe.passes, plan.tasks(source), profiles, cache, stages)
+    # The pipeline's own program, with its denoisers rewritten for the family.
+    exported = export_program(plan, source, cache, stages)
 
-    # The pipeline's own code, recorded for all that is listed, compared with itself on another prompt and seed, and
-    # exported.
-    with stages.stage("capture and export") as advance:
-        rewrites = rewritten.rewrites
-
-        def export(folder: Path) -> None:
-            arguments = checkpoint, pipeline, plan.calls, rewrites, plan.whole, folder
-            run_isolated(export_pipeline, *arguments, advance=advance)
-
-        entry = cache.get("program", {**given, "rewrites": digests_of(rewrites), "whole": plan.whole}, export)
-
-    # Else the pipeline itself draws them here.
+    # Else the pipeline itself draws what the bundle is judged against.
     if not originals:
         with stages.stage("originals") as advance:
             drawings = plan.asked.drawing(plan.precision), plan.asked.outside(plan.precision)
-            originals = draw_originals(*drawings, given, cache, advance)
+            originals = draw_originals(*drawings, plan.given(source), cache, advance)
 
-    graphs = ProgramGraphs(entry, plan.samplings)
-    besides, timesteps = arguments_of(graphs.record, originals), None
+    # Everything that the bundle is built from, as the recipe asks.
+    besides = arguments_of(exported.graphs.record, originals)
+    made = specialise(plan, exported, besides, cache, stages)
+    graphs = made.graphs
 
-    # How a runtime tells prompts out of the family.
-    if recipe.guard:
-        with stages.stage("guard") as advance:
-            graphs = add_program_guard(graphs, recipe.guard, plan.guarded_prompts, cache, advance)
-
-    # The noise levels to sample at: the pipeline's, the recipe's, or found on the family.
-    if finding := recipe.timesteps:
-        with stages.stage("timesteps") as advance:
-            images = plan.calibration(finding.prompts)
-            graphs, timesteps = choose_program_timesteps(graphs, images, besides[0], finding, cache, advance)
-
-    # All prompts of a closed family are known: a table takes the place of what computes them.
-    if plan.closed_prompts:
-        with stages.stage("tabulate prompts") as advance:
-            graphs = tabulate_prompts(graphs, plan.closed_prompts, cache, advance)
-
-    # Features that change slowly are taken from an earlier step, where a shallow denoiser is enough.
-    caching = None
-    if features := recipe.caching:
-        with stages.stage("cache features") as advance:
-            images = plan.calibration(IMAGES)
-            graphs, caching = cache_program_features(graphs, images, besides[0], features, cache, advance)
-
-    # The loop's graphs in INT8, linear layers in INT4, and what half precision would spoil in any: measured on
-    # calibration prompts.
-    casts, samples = None, recipe.samples_needed
-    if samples or any(table.half for table in recipe.targets):
-        with stages.stage("record inputs") as advance:
-            images = plan.calibration(images_needed(samples, graphs.record))
-            inputs = record_calls(graphs, images, besides, samples, cache, advance)
-        if int8 := recipe.quantize_options:
-            with stages.stage("quantize denoiser") as advance:
-                graphs = quantize_denoisers(graphs, inputs, int8, cache, advance)
-        if int4 := recipe.int4_options:
-            with stages.stage("quantize weights") as advance:
-                graphs = quantize_program_weights(graphs, inputs, int4, cache, advance)
+    # What half precision would spoil, in any component, stays in fp32.
+    casts = None
+    if recipe.samples_needed or any(table.half for table in recipe.targets):
+        inputs = made.inputs or record_inputs(plan, graphs, besides, cache, stages)
         casts = measure_program_casts(graphs, inputs, recipe.targets, cache, stages)
         graphs = replace(graphs, casts=casts.found)
 
@@ -140,7 +84,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
             "source_sha256": source,
             "family": plan.family and family_record(plan.family),
             "unjudged": not originals.precision,
-            **rewritten.manifest_fields(),
+            **made.rewritten.manifest_fields(),
         }
         fields = write_bundle(graphs, recipe.targets, about, folder, cache, stages)
         if casts:
@@ -166,10 +110,11 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         fields |= judged.fields
 
         # The report is written in any case; the bundle is published only if the gate holds.
+        entry = graphs.entry
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
-            rewritten.reports, timesteps, caching, exits, plan.arguments["why_not"], stages.seconds,
+            made.rewritten.reports, searched, made.reports, exits, plan.arguments["why_not"], stages.seconds,
         )  # fmt: skip
         record = make_program_record(evidence)
         write_program_report(folder, record, evidence)

@@ -11,6 +11,7 @@ from slipcast.engines import ENGINES
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.plan import Plan
 from slipcast_compiler.recipe.targets import BYTES, TargetTable
+from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.space import Space
 
 
@@ -36,7 +37,7 @@ def summarise(plan: Plan) -> dict[str, Any]:
         "not_shipped": list(plan.not_shipped),
         "prompt_table": {"prompts": len(plan.closed_prompts), "bytes": prompt_table_bytes(plan)},
         "targets": [f"{t.engine}-{ENGINES[t.engine].device}-{t.precision}" for t in plan.recipe.targets],
-        "search": Space(plan).summary() if plan.recipe.search else None,
+        "search": Space(Described(plan)).summary() if plan.recipe.search else None,
         "judged_on": len(plan.held_out),
         "out_of_family": len(plan.out_of_family),
         "disk_bytes": {"bundle": bundle_bytes(plan, parameters), "cache": cache_bytes(plan, parameters)},

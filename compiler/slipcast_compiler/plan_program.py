@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from slipcast_compiler.capture.lora import with_adapters
 from slipcast_compiler.capture.parts import denoisers_of, describe_parts, reads_of
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import capture, find_scheduler
-from slipcast_compiler.capture.resampling import samplings_of
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
 from slipcast_compiler.estimate_program import (
     Needs,
@@ -53,24 +52,23 @@ from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
 from slipcast_compiler.passes.program import ProgramTask
 from slipcast_compiler.plan import check_guard, check_targets, guarded_prompts
-from slipcast_compiler.profile.profile import calibration_prompts
+from slipcast_compiler.plan_steps import Steps
+from slipcast_compiler.profile.profile import MIN_SAMPLES, calibration_prompts, count_samples
 from slipcast_compiler.profile.program import ProgramCalibration, measuring_bytes
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.passes import AdaptersTable
 from slipcast_compiler.recipe.recipe import OWN, GuardTable, Recipe
+from slipcast_compiler.recipe.search import PROFILED, SHARE, SearchTable
 from slipcast_compiler.recipe.targets import TargetTable
-from slipcast_compiler.schedule.checks import check_caching, check_early_exit, check_timesteps
 from slipcast_compiler.schedule.skips import check_skips
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
 TABLES = frozenset(
     {
         "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "adapters", "early_exit",
-        "profile", "passes", "guard", "evaluate", "gate", "targets",
+        "profile", "passes", "guard", "search", "evaluate", "gate", "targets",
     }
 )  # fmt: skip
-OF_THE_LOOP = ("timesteps", "caching", "early_exit")  # tables that are for steps which slipcast's samplers take
-UNUSED_PROFILE = ("batch", "sampling")  # images are drawn one by one, as the pipeline itself has them
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,9 @@ class ProgramPlan:
     PartRecord has them; `asked`: what the bundle is judged on; `precision`: in what the pipeline itself draws that
     here, if it does; `whole`: the program is compared with it with all weights; `drawn`: what another machine drew, in
     its place; `policies`: by target, how its engines stay loaded where it is judged; `arguments`: those of a run, see
-    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own; `known`: by
-    denoiser, what passes can rewrite, where any is on.
+    describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own `steps`; `known`:
+    by denoiser, what passes can rewrite, where any is on or may be turned on by a search; `cacheable`: a search may
+    turn feature caching on.
     """
 
     recipe: Recipe
@@ -101,8 +100,10 @@ class ProgramPlan:
     drawn: OriginalsRecord | None
     policies: Mapping[str, Policy]
     arguments: Mapping[str, Any]
+    steps: Steps
     samplings: tuple[Sampling, ...]
     known: Known
+    cacheable: bool
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -196,16 +197,20 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     whole = not table.original and needs.original["fp32"] <= available
     policies = choose_policies(needs, available)
     known: Known = {}
-    if profiled or recipe.passes.chosen():
-        known, needs = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled)
+    turned = _may_rewrite(recipe, variants, calls, family)
+    if profiled or recipe.passes.chosen() or turned:
+        rewritable, needed = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled or turned)
+        if turned and not profiled and not recipe.passes.chosen() and needed.rewriting > available:
+            rewritable, needed = known, needs  # then a search does without
+        known, needs = rewritable, needed
         check_rewriting_fits(needs, available)
         for name in known.keys() & summary["components"].keys():
             summary["components"][name]["layers"] = describe_layers(known[name])
-    sampling = recipe.sampling if "sampling" in recipe.model_fields_set else None
-    samplings = samplings_of(variants, sampling, find_scheduler(pipe))
-    _check_loop(recipe, variants, samplings, checkpoint)
+    steps = _steps(variants, pipe, checkpoint)
+    samplings = steps.samplings(recipe)
     if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
         check_skips(capture(pipe, variants[0].call), recipe.caching.share)
+    cacheable = recipe.search is not None and _is_cacheable(recipe.search, variants, pipe)
     if recipe.guard:
         check_guard(recipe.guard, guarded_prompts(family))
         _check_guarded(recipe.guard, variants)
@@ -219,8 +224,15 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
         drawn = read_record(folder / table.originals, asked, digest(checkpoint.root, recipe.model.pipeline))
     return ProgramPlan(
         recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, whole, drawn,
-        policies, arguments, samplings, known,
+        policies, arguments, steps, samplings, known, cacheable,
     )  # fmt: skip
+
+
+def replan_program(plan: ProgramPlan, recipe: Recipe) -> ProgramPlan:
+    """The plan of a recipe that differs in sampling, timesteps, caching, passes and precisions alone; RecipeError where
+    they contradict."""
+    check_passes(recipe.passes, plan.known)
+    return replace(plan, recipe=recipe, samplings=plan.steps.samplings(recipe))
 
 
 def open_call(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Any, dict[str, Any], Calls]:
@@ -261,6 +273,33 @@ def _plan_passes(
     return known, add_rewriting(needs, modules.values(), measuring)
 
 
+def _may_rewrite(
+    recipe: Recipe, variants: Sequence[Found], calls: Sequence[Mapping[str, Any]], family: Family | None
+) -> bool:
+    """Whether a search may turn passes on, for which there are a denoiser and prompts enough."""
+    search, prompts = recipe.search, calibration_prompts(family, recipe.profile)[0]
+    if search is None or (search.levers and not PROFILED & set(search.levers)):
+        return False
+    return bool(denoisers_of(variants)) and count_samples(prompts) >= MIN_SAMPLES and len(prompts) >= len(calls)
+
+
+def _is_cacheable(search: SearchTable, variants: Sequence[Found], pipe: Any) -> bool:
+    """Whether a search may turn feature caching on."""
+    if (search.levers and "caching" not in search.levers) or len(variants) > 1 or not variants[0].loop:
+        return False
+    try:
+        check_skips(capture(pipe, variants[0].call), SHARE)
+    except RecipeError:
+        return False
+    return True
+
+
+def _steps(variants: Sequence[Found], pipe: Any, checkpoint: Checkpoint) -> Steps:
+    config = checkpoint.root / "scheduler" / "scheduler_config.json"
+    few_step = checkpoint.few_step_sampler if config.is_file() else None
+    return Steps(tuple(variants), find_scheduler(pipe), few_step)
+
+
 def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """The call with the pipeline's own number of steps, where none is given: a capture alone is content with fewer."""
     parameter = parameters_of(pipe).get("num_inference_steps")
@@ -275,57 +314,6 @@ def check_sources(found: Found, name: str, recipe: Recipe) -> None:
         raise RecipeError(
             f"what {name} draws depends on {'a prompt' if prompted else 'no prompt'}",
             expected="a [family]" if prompted else "a recipe without [family]",
-        )
-
-
-def _check_loop(
-    recipe: Recipe, variants: Sequence[Found], samplings: Sequence[Sampling], checkpoint: Checkpoint
-) -> None:
-    """RecipeError where a table asks for something of steps that others take, or where it has nothing to do."""
-    asked = [name for name in OF_THE_LOOP if getattr(recipe, name)]
-    loops = [found.loop for found in variants if found.loop]
-    if asked and len(loops) < len(variants):
-        raise RecipeError(
-            f"[{asked[0]}] is not for this pipeline: {variants[0].why_not}",
-            expected="steps that slipcast's samplers take",
-            got="the scheduler's own",
-            hint=f"leave [{asked[0]}] out",
-        )
-    config = checkpoint.root / "scheduler" / "scheduler_config.json"
-    few_step = checkpoint.few_step_sampler if config.is_file() else None
-    chosen = samplings or [loop.sampling for loop in loops]
-    for found, sampling in zip(variants, chosen, strict=False):
-        if recipe.timesteps:
-            check_timesteps(recipe.timesteps, sampling, few_step)
-            _check_finer(found, sampling, recipe.timesteps.fine_steps)
-        if recipe.caching:
-            check_caching(recipe.caching, sampling)
-        if recipe.early_exit:
-            check_early_exit(sampling, few_step)
-    if recipe.caching and len(variants) > 1:
-        raise RecipeError(
-            "[caching] is for one combination of what call lists, as each may have a denoiser of its own",
-            expected="no lists under [call], or no [caching]",
-            got=f"{len(variants)} combinations",
-        )
-    if recipe.timesteps and any(each.noise != chosen[0].noise for each in chosen):
-        raise RecipeError(
-            "[timesteps]: what call lists have noise levels of their own",
-            expected="one size, or no [timesteps]",
-            got=f"{len(chosen)} combinations",
-        )
-
-
-def _check_finer(found: Found, sampling: Sampling, fine_steps: int) -> None:
-    """RecipeError where more steps begin at another noise level than the one to which the pipeline scales its noise."""
-    assert found.loop
-    own, finer = sampling.lay().sigmas[0], sampling.lay(fine_steps).sigmas[0]
-    if own != finer and not found.loop.vp:
-        raise RecipeError(
-            f"[timesteps]: {fine_steps} steps begin at another noise level than the one to which its noise is scaled",
-            expected=f"sigma {own:g} first",
-            got=f"{finer:g}",
-            hint="sampling.schedule: another one, such as linspace or karras",
         )
 
 
@@ -394,11 +382,11 @@ def _check_tables(recipe: Recipe) -> None:
             got=", ".join(others),
             hint="what the pipeline is called with goes under [call], by the names of its own arguments",
         )
-    if others := [name for name in UNUSED_PROFILE if name in recipe.profile.model_fields_set]:
+    if "batch" in recipe.profile.model_fields_set:
         raise RecipeError(
-            f"profile.{others[0]} is not for a captured pipeline, which draws images one by one, as it is called",
+            "profile.batch is not for a captured pipeline, which draws images one by one, as it is called",
             expected="none",
-            got=getattr(recipe.profile, others[0]),
+            got=recipe.profile.batch,
         )
     _check_call(recipe.call)
 

@@ -70,12 +70,14 @@ def compile_command(
 def _compile_program(recipe: Recipe, folder: Path, output: Path, dry_run: bool, cache: Path, as_json: bool) -> None:
     """Of a pipeline that is captured."""
     from slipcast_compiler.plan_program import make_program_plan
+    from slipcast_compiler.search.captured import program_space
 
     if recipe.model.pipeline and ":" in recipe.model.pipeline:
         sys.path.append(str(folder.resolve()))  # the user's own module may lie beside the recipe
     plan = make_program_plan(recipe, folder)
+    told = program_space(plan).summary() if recipe.search else None  # what a search may turn is refused here
     if dry_run:
-        summary = {**plan.told, "output": str(output)}
+        summary = {**plan.told, "search": told, "output": str(output)}
         emit(summary, _program_text(summary), as_json)
         return
     from slipcast.engines.resources import check_space
@@ -104,6 +106,7 @@ def _program_text(summary: dict[str, Any]) -> str:
         f"  call       {', '.join(f'{name} = {value!r}' for name, value in summary['call'].items()) or 'as it is'}",
         *(f"  pass       {line}" for line in _passes_text(summary["passes"])),
         *(f"  target     {target}" for target in summary["targets"]),
+        *(_search_text(summary["search"]) if summary["search"] else []),
         *_originals_text(summary),
         *(f"  in turn    {name}: its engines do not all fit here at once" for name in summary["in_turn"]),
         *_resources_text(summary),

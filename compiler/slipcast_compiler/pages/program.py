@@ -37,6 +37,7 @@ from slipcast_compiler.pages.evidence import (
 from slipcast_compiler.pages.page import render
 from slipcast_compiler.pages.profile import pass_figures
 from slipcast_compiler.pages.record import ProgramRecord, typed_program_record
+from slipcast_compiler.pages.search import figures as search_figures
 from slipcast_compiler.precision.quantize import read_report
 from slipcast_compiler.recipe.family import Family
 from slipcast_compiler.recipe.recipe import Recipe
@@ -46,8 +47,8 @@ from slipcast_compiler.recipe.recipe import Recipe
 class ProgramEvidence:
     """All that a compile found. `call`: with what the recipe left open; `capture`, `parts`: what the plan found;
     `verified`: the error of the replay, and with which weights; `fields`: the manifest's; `graphs`: what it is built
-    from; `passes`: what each reports; `timesteps`, `caching`, `exits`: what was found of noise levels, features and
-    early exit, if it was asked for; `why_not`: a run cannot choose its steps, if it cannot;
+    from; `passes`: what each reports; `searched`: what a search found, `reports`, what was found of timesteps and
+    caching, and `exits`, of early exit, if they were asked for; `why_not`: a run cannot choose its steps, if it cannot;
     `seconds`: by stage."""
 
     recipe: Recipe
@@ -61,8 +62,8 @@ class ProgramEvidence:
     judged: ProgramJudged
     graphs: ProgramGraphs
     passes: Mapping[str, Any]
-    timesteps: dict[str, Any] | None
-    caching: dict[str, Any] | None
+    searched: dict[str, Any] | None
+    reports: Mapping[str, dict[str, Any]]
     exits: dict[str, Any] | None
     why_not: str
     seconds: Mapping[str, float]
@@ -106,8 +107,9 @@ def make_program_record(evidence: ProgramEvidence) -> dict[str, Any]:
         "free": list(program.loop.free) if program.loop else [],
         "not_free": evidence.why_not,
         "passes": dict(evidence.passes),
-        "timesteps": evidence.timesteps,
-        "caching": evidence.caching,
+        "search": evidence.searched,
+        "timesteps": evidence.reports.get("timesteps"),
+        "caching": evidence.reports.get("caching"),
         "early_exit": evidence.exits,
         "guard": _guard(evidence),
         "quantized": {
@@ -176,6 +178,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
         gates=_asked(gate_rows(typed)),
         when={name: when(name) for name in typed.parts},
         recipe=tomli_w.dumps(typed.recipe),
+        search_plots=search_figures(typed.search) if typed.search else [],
         **pass_figures(typed.passes),
     )
     (folder / "report.html").write_text(page, "utf-8")

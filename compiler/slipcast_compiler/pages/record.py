@@ -61,11 +61,12 @@ class BaseRecord(Strict):
     original: str
     original_precision: Literal["fp32", "bf16"] | None = "fp32"
     original_machine: str | None = None
+    search: SearchRecord | None = None
     tools: dict[str, str]
 
     def plain(self) -> dict[str, Any]:
         """As it is written: plain JSON, but for numbers that are not finite."""
-        plain: dict[str, Any] = _listed(self.model_dump())
+        plain: dict[str, Any] = _listed(self.model_dump() | {"search": self.search and self.search.plain()})
         return plain
 
 
@@ -79,17 +80,12 @@ class Record(BaseRecord):
     reference: Told
     passes: dict[str, Told]
     mixed_precision: dict[str, Told]
-    search: SearchRecord | None
     timesteps: Told | None
     early_exit: Told | None
     cut: Told | None
     caching: Told | None
     guard: Told | None
     cost: dict[str, int] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As BaseRecord's."""
-        return super().plain() | {"search": _listed(self.search and self.search.plain())}
 
 
 class PartRecord(Strict):

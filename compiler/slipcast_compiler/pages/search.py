@@ -32,7 +32,7 @@ class Limit(Strict):
 class Trial(Strict):
     """A point: `arguments` are the `--set` options that make it again. With an `error`, some figures are missing.
 
-    `ratio`: its latency by the recipe's own; `distance`: of its latents to the original's. Judged trials have the
+    `ratio`: its latency by the recipe's own; `distance`: of its results to the original's. Judged trials have the
     metrics of their pictures, the ends of the intervals that limits have to hold for, and whether all do.
     """
 
@@ -76,7 +76,7 @@ class SearchRecord(Strict):
 
 
 def figures(record: SearchRecord) -> list[Figure]:
-    """Latency against the distance of latents, of all trials; and against the gate's first metric, of those judged."""
+    """Latency against the distance of results, of all trials; and against the gate's first metric, of those judged."""
     sound = [trial for trial in record.trials if trial.error is None]
     if not sound:
         return []
@@ -97,7 +97,7 @@ def _of_distance(sound: Sequence[Trial], x: Axis, dot: Drawn) -> list[Figure]:
     distances = {trial.number: trial.distance for trial in sound if trial.distance}  # an exact copy has no logarithm
     if not distances:
         return []
-    caption, y = "distance of latents to the original's", Axis(list(distances.values()), log=True, margin=0.05)
+    caption, y = "distance of results to the original's", Axis(list(distances.values()), log=True, margin=0.05)
     dots = [dot(trial, distances[trial.number]) for trial in sound if trial.number in distances]
     return [(caption, scatter(_ordered(dots), x, y, f"latency against {caption}"))]
 

@@ -20,6 +20,8 @@ LEVERS = (
     "low_rank",
     "precision",
 )  # what each is: search/levers.py
+PROFILED = frozenset({"heads", "ffn", "low_rank"})  # whose passes read the profile
+SHARE = 0.2  # of the denoiser that a shallow one is, with feature caching
 
 
 class SearchTable(Strict):

@@ -1,7 +1,7 @@
 """The loop of a search: propose, measure, and judge in full what nothing beats.
 
-Two values of every trial are minimised: the objective, and the distance of latents to the original's, which takes a
-second and stands in for quality. A trial that no earlier one beats in both is a survivor, and is judged by the limits
+Two values of every trial are minimised: the objective, and the distance of a few results to the original's, which takes
+a second and stands in for quality. A trial that no earlier one beats in both is a survivor, and is judged by the limits
 of the gate.
 """
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from slipcast.errors import SlipcastError
 from slipcast_compiler.search.journal import finished, keep, seconds_spent, told
-from slipcast_compiler.search.levers import Overrides, Point
+from slipcast_compiler.search.levers import Point
 from slipcast_compiler.search.propose import distributions, key, propose, to_point
 from slipcast_compiler.search.space import Space
+from slipcast_compiler.search.subject import Overrides
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -7,17 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipcast_compiler.judge.gate import LIMITS
-from slipcast_compiler.judge.judges import open_judges
-from slipcast_compiler.judge.metrics import Floats, Reference, Samples, intervals, summarise
-from slipcast_compiler.model.original import Prompts
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.judge.metrics import Samples, intervals, summarise
 from slipcast_compiler.recipe.recipe import GateTable
-
-
-def open_reference(plan: Plan, prompts: Prompts, pictures: Floats) -> Reference:
-    """The original's pictures of calibration prompts, with the scorer and the weights that the recipe names."""
-    captions = plan.family.calibration if plan.family else ()
-    return open_judges(plan.recipe.evaluate, plan.folder, captions).reference(pictures, prompts)
 
 
 def judge(gate: GateTable, samples: Samples) -> dict[str, Any]:

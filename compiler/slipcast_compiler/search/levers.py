@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from slipcast.bundle.sampling import Sampling
 from slipcast.engines import ENGINES
 from slipcast.sampling.samplers import SAMPLERS, base_name, find_sampler
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.recipe.search import SHARE
+from slipcast_compiler.search.subject import Facts, Overrides, measured_table, measured_target
 
-Overrides: TypeAlias = dict[str, Any]
 Point: TypeAlias = dict[str, Any]  # dimension -> value
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50)
@@ -19,7 +19,6 @@ FEWEST_STEPS = 3  # of a checkpoint that is not distilled to few
 SCHEDULES = ("leading", "linspace", "trailing", "karras", "ays_sd15")
 FLOW_SCHEDULES = ("flow", "flow_uniform", "karras")
 FOUND = ("dp", "direct")  # methods of [timesteps]
-SHARE = 0.2  # of the denoiser that a shallow one is, with feature caching
 RATIOS = (0.0, 0.15, 0.3, 0.45, 0.6)
 ENERGIES = (0.99, 0.999, 1.0)
 LARGE = 100_000_000  # parameters of a denoiser: Stable Diffusion 1.5 gains by int8, the reference model does not
@@ -39,12 +38,12 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Lever:
-    """`dimensions(plan)`: what it turns, by name; empty where the recipe or its checkpoint has no use for it.
-    `overrides(plan, values)`: what values other than the recipe's stand for. `engine`: whether it decides the engine,
+    """`dimensions(facts)`: what it turns, by name; empty where the recipe or its checkpoint has no use for it.
+    `overrides(facts, values)`: what values other than the recipe's stand for. `engine`: whether it decides the engine,
     and so memory."""
 
-    dimensions: Callable[[Plan], dict[str, Dimension]]
-    overrides: Callable[[Plan, Point], Overrides]
+    dimensions: Callable[[Facts], dict[str, Dimension]]
+    overrides: Callable[[Facts, Point], Overrides]
     engine: bool = False
 
 
@@ -56,131 +55,129 @@ def _named(own: str, values: tuple[str, ...], dear: tuple[str, ...] = ()) -> Dim
     return Dimension(tuple(dict.fromkeys((own, *values))), own, ordered=False, dear=dear)
 
 
-def _is_flow(plan: Plan) -> bool:
-    return plan.checkpoint.process.prediction == "flow"
+def _of_steps(
+    dimensions: Callable[[Facts, Sampling, Sampling], dict[str, Dimension]],
+) -> Callable[[Facts], dict[str, Dimension]]:
+    """`dimensions(facts, sampling, reference)`, where slipcast's samplers take the steps."""
+
+    def found(facts: Facts) -> dict[str, Dimension]:
+        return dimensions(facts, facts.sampling, facts.reference) if facts.sampling and facts.reference else {}
+
+    return found
 
 
-def _few(plan: Plan) -> bool:
-    return plan.checkpoint.few_step_sampler is not None
-
-
-def _cannot_profile(plan: Plan) -> bool:
-    return plan.family is not None and len(plan.family.calibration) < MIN_CALIBRATION
-
-
-def _samplers(plan: Plan) -> dict[str, Dimension]:
+@_of_steps
+def _samplers(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str, Dimension]:
     """Those whose trajectory can come near to another's: without noise of their own, one evaluation a step."""
-    if _few(plan) or plan.sampling.eta:
+    if facts.few_step or sampling.eta:
         return {}
-    fitting = {name: each for name, each in SAMPLERS.items() if each.flow or not _is_flow(plan)}
+    fitting = {name: each for name, each in SAMPLERS.items() if each.flow or not sampling.noise.is_flow}
     alike = (name for name, each in fitting.items() if not each.stochastic and each.evaluations == 1)
-    return {"sampler": _named(base_name(plan.sampling.sampler), tuple(alike))}
+    return {"sampler": _named(base_name(sampling.sampler), tuple(alike))}
 
 
-def _steps(plan: Plan) -> dict[str, Dimension]:
-    if plan.sampling.schedule is None:
+@_of_steps
+def _steps(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str, Dimension]:
+    if sampling.schedule is None:
         return {}
-    own, most = plan.sampling.steps, max(plan.sampling.steps, plan.reference.steps)
-    fewest = 1 if _few(plan) else min(FEWEST_STEPS, own)
+    own, most = sampling.steps, max(sampling.steps, reference.steps)
+    fewest = 1 if facts.few_step else min(FEWEST_STEPS, own)
     return {"steps": _ordered(own, tuple(n for n in STEPS if fewest <= n <= most))}
 
 
-def _timesteps(plan: Plan) -> dict[str, Dimension]:
+@_of_steps
+def _timesteps(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str, Dimension]:
     """Named schedules, and lists that are found; a recipe with [timesteps] keeps to the latter."""
-    if _few(plan) or plan.sampling.schedule is None:
+    if facts.few_step or sampling.schedule is None:
         return {}
-    if plan.recipe.timesteps:
-        return {"timesteps": _named(plan.recipe.timesteps.method, FOUND, dear=FOUND)}
-    names = FLOW_SCHEDULES if _is_flow(plan) else SCHEDULES
-    found = () if find_sampler(plan.sampling.sampler).stochastic or plan.sampling.eta else FOUND
-    return {"timesteps": _named(plan.sampling.schedule, (*names, *found), dear=FOUND)}
+    if facts.recipe.timesteps:
+        return {"timesteps": _named(facts.recipe.timesteps.method, FOUND, dear=FOUND)}
+    names = FLOW_SCHEDULES if sampling.noise.is_flow else SCHEDULES
+    found = () if find_sampler(sampling.sampler).stochastic or sampling.eta else FOUND
+    return {"timesteps": _named(sampling.schedule, (*names, *found), dear=FOUND)}
 
 
-def _interval(plan: Plan) -> dict[str, Dimension]:
+@_of_steps
+def _interval(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str, Dimension]:
     """Ends at noise levels of the reference's schedule, so that each leaves out some of the steps."""
-    if plan.sampling.guidance_scale <= 1 or plan.family is None:
+    if sampling.guidance_scale <= 1 or not facts.guided:
         return {}
-    sigmas = plan.reference.lay().sigmas
+    sigmas = reference.lay().sigmas
     levels = [float(f"{sigma:.2g}") for sigma in sigmas if sigma > 0]
     whole = float(f"{levels[0] * 1.1:.2g}")
-    low, high = plan.sampling.guidance_interval or (0.0, whole)
+    low, high = sampling.guidance_interval or (0.0, whole)
     third = max(1, len(levels) // 3)
     lows, highs = (0.0, *levels[third :: max(1, len(levels) // 8)]), (*levels[1:third], whole)
     return {"guidance_low": _ordered(low, lows), "guidance_high": _ordered(high, highs)}
 
 
-def _caching(plan: Plan) -> dict[str, Dimension]:
+@_of_steps
+def _caching(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str, Dimension]:
     """Whether about half of the steps are shallow, by a mask that is found for each point. It takes memory. What a
     recipe says of it goes for all points."""
-    sampler, search = find_sampler(plan.sampling.sampler), plan.recipe.search
-    fewer = search and search.objective == "memory"
-    if plan.recipe.caching:
+    if facts.recipe.caching:
         return {"caching": Dimension((True,), True, ordered=False)}
-    if fewer or _few(plan) or plan.recipe.passes.quantize or sampler.evaluations > 1 or plan.sampling.steps < 2:
+    several = find_sampler(sampling.sampler).evaluations > 1
+    fewer = facts.search.objective == "memory"
+    if fewer or not facts.cacheable or facts.few_step or facts.recipe.passes.quantize or several or sampling.steps < 2:
         return {}
     return {"caching": Dimension((False, True), False, ordered=False, dear=(True,))}
 
 
-def _pruned(name: str) -> Callable[[Plan], dict[str, Dimension]]:
-    def dimensions(plan: Plan) -> dict[str, Dimension]:
-        if _cannot_profile(plan):
+def _rewrites(lever: str, facts: Facts) -> bool:
+    """Whether its pass finds something to do, and enough to choose by."""
+    return lever in facts.rewritable and (facts.prompts is None or facts.prompts >= MIN_CALIBRATION)
+
+
+def _pruned(name: str) -> Callable[[Facts], dict[str, Dimension]]:
+    def dimensions(facts: Facts) -> dict[str, Dimension]:
+        if not _rewrites(name, facts):
             return {}
-        options = getattr(plan.recipe.passes, f"prune_{name}")
+        options = getattr(facts.recipe.passes, f"prune_{name}")
         return {name: _ordered(options.ratio if options else 0.0, RATIOS)}
 
     return dimensions
 
 
-def _low_rank(plan: Plan) -> dict[str, Dimension]:
-    if _cannot_profile(plan):
+def _low_rank(facts: Facts) -> dict[str, Dimension]:
+    if not _rewrites("low_rank", facts):
         return {}
-    options = plan.recipe.passes.low_rank
+    options = facts.recipe.passes.low_rank
     return {"energy": _ordered(options.energy if options else 1.0, ENERGIES)}
 
 
-def _precision(plan: Plan) -> dict[str, Dimension]:
+def _precision(facts: Facts) -> dict[str, Dimension]:
     """Of the target that is measured: its own and those with fewer bits, of which int8 gains with large models alone. A
     recipe in int8 or int4 stays so: its table of [passes] is for no other."""
-    targets, place = plan.recipe.targets, measured_target(plan)
-    own = targets[place]
+    targets, own = facts.recipe.targets, measured_table(facts.recipe)
     taken = {target.precision for target in targets if target is not own and target.engine == own.engine}
     fewer = {"fp32": ("bf16", "fp16", "int8"), "int8": (), "int4": ()}.get(own.precision, ("int8",))
-    offered = set(ENGINES[own.engine].precisions) - taken - (set() if _is_large(plan) else {"int8"})
+    offered = set(ENGINES[own.engine].precisions) - taken - (set() if facts.denoiser_parameters >= LARGE else {"int8"})
     found = tuple(name for name in fewer if name in offered)
     return {"precision": _named(own.precision, found)} if found else {}
 
 
-def _is_large(plan: Plan) -> bool:
-    weights = plan.checkpoint.weights(plan.checkpoint.architecture.components["denoiser"].folder)
-    return sum(math.prod(weight.entry.shape) for weight in weights.values()) >= LARGE
-
-
-def _to_precision(plan: Plan, values: Point) -> Overrides:
-    chosen = {f"targets.{measured_target(plan)}.precision": values["precision"]}
+def _to_precision(facts: Facts, values: Point) -> Overrides:
+    chosen = {f"targets.{measured_target(facts.recipe)}.precision": values["precision"]}
     return chosen | ({"passes.quantize.samples": 32} if values["precision"] == "int8" else {})
 
 
-def _to_timesteps(plan: Plan, values: Point) -> Overrides:
+def _to_timesteps(facts: Facts, values: Point) -> Overrides:
     chosen = values["timesteps"]
     return {"timesteps.method" if chosen in FOUND else "sampling.schedule": chosen}
 
 
 # A new lever is a line here, and its name in recipe/search.py.
 LEVERS: dict[str, Lever] = {
-    "sampler": Lever(_samplers, lambda plan, at: {"sampling.sampler": at["sampler"]}),
-    "steps": Lever(_steps, lambda plan, at: {"sampling.steps": at["steps"]}),
+    "sampler": Lever(_samplers, lambda facts, at: {"sampling.sampler": at["sampler"]}),
+    "steps": Lever(_steps, lambda facts, at: {"sampling.steps": at["steps"]}),
     "timesteps": Lever(_timesteps, _to_timesteps),
     "guidance_interval": Lever(
-        _interval, lambda plan, at: {"sampling.guidance_interval": [at["guidance_low"], at["guidance_high"]]}
+        _interval, lambda facts, at: {"sampling.guidance_interval": [at["guidance_low"], at["guidance_high"]]}
     ),
-    "caching": Lever(_caching, lambda plan, at: {"caching.share": SHARE}, engine=True),
-    "heads": Lever(_pruned("heads"), lambda plan, at: {"passes.prune_heads.ratio": at["heads"]}, engine=True),
-    "ffn": Lever(_pruned("ffn"), lambda plan, at: {"passes.prune_ffn.ratio": at["ffn"]}, engine=True),
-    "low_rank": Lever(_low_rank, lambda plan, at: {"passes.low_rank.energy": at["energy"]}, engine=True),
+    "caching": Lever(_caching, lambda facts, at: {"caching.share": SHARE}, engine=True),
+    "heads": Lever(_pruned("heads"), lambda facts, at: {"passes.prune_heads.ratio": at["heads"]}, engine=True),
+    "ffn": Lever(_pruned("ffn"), lambda facts, at: {"passes.prune_ffn.ratio": at["ffn"]}, engine=True),
+    "low_rank": Lever(_low_rank, lambda facts, at: {"passes.low_rank.energy": at["energy"]}, engine=True),
     "precision": Lever(_precision, _to_precision, engine=True),
 }
-
-
-def measured_target(plan: Plan) -> int:
-    """The place, among the recipe's targets, of the first that can run here."""
-    return next(i for i, target in enumerate(plan.recipe.targets) if ENGINES[target.engine].available())

@@ -4,49 +4,56 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.manifest import MANIFEST_NAME, Caching, Sampling, read_manifest
-from slipcast.bundle.reader import Bundle
 from slipcast.engines import Engine, EngineWrapper, Instrument
 from slipcast.run.pipeline import Pipeline
-from slipcast_compiler.export.parts import write_step_table
+from slipcast.run.program import ProgramPipeline
 
 Floats = npt.NDArray[np.float32]
-Prompts = tuple[str | None, ...]
+AnyPipeline: TypeAlias = Pipeline | ProgramPipeline
 
 PAIRS = 5  # images of a trial and of the baseline, in turn
 PAUSE_S = 0.02  # between two runs: thread pools spin for a while after their work
 
 
 @dataclass(frozen=True)
-class Variant:
-    """Engines and a way to sample with them. `folder`: a bundle with its first target. `step`: where the denoiser's
-    step graph is, with which a table is made for the schedule; None where it was not cut. `caching`: with a shallow
-    denoiser, the steps that it is for."""
+class Image:
+    """What is drawn; `given`: arguments of the call besides."""
 
-    folder: Path
-    sampling: Sampling
-    step: Path | None
-    caching: Caching | None = None
+    prompt: str | None
+    seed: int
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Variant(Protocol):
+    """Engines and a way to sample with them."""
+
+    @property
+    def folder(self) -> Path:
+        """A bundle, whose first target is measured."""
+        ...
+
+    def open(self, instrument: Instrument) -> AnyPipeline:
+        """A pipeline on that target."""
+        ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """`latents`: a file with the original's at the end, float32 [n, c, h, w], of `prompts` and `seeds`."""
+    """`originals`: a file with the original's results of these images, by place: "0" and so on."""
 
     baseline: Variant
-    prompts: Prompts
-    seeds: tuple[int, ...]
-    latents: Path
+    images: tuple[Image, ...]
+    originals: Path
 
 
 class Measuring:
@@ -54,48 +61,39 @@ class Measuring:
 
     def __init__(self, job: Job) -> None:
         self._job, self._open = job, dict[Path, _Engines]()
-        self._latents: Floats = np.load(job.latents)
+        with np.load(job.originals) as file:
+            self._originals: list[Floats] = [file[str(place)] for place in range(len(job.images))]
         self._baseline = self._pipeline(job.baseline)
 
     def measure(self, variant: Variant) -> dict[str, float]:
-        """distance: RMS over the cells of each image, mean over images, to the original's latents. ratio: median of
-        seconds of one image / the baseline's, pair by pair, and so free of what the machine does besides; seconds: the
-        median itself."""
-        job, pipe = self._job, self._pipeline(variant)
-        found = _run(pipe, job.prompts, job.seeds, "latent")
-        squares = ((found - self._latents) ** 2).reshape(len(found), -1).mean(1)
+        """distance: RMS over the numbers of each image, mean over images, to the original's. ratio: median of seconds
+        of one image / the baseline's, pair by pair, and so free of what the machine does besides; seconds: the median
+        itself."""
+        pipe = self._pipeline(variant)
+        found = zip(_run(pipe, self._job.images), self._originals, strict=True)
+        distances = [float(np.sqrt(np.mean((own - other.reshape(own.shape)) ** 2))) for own, other in found]
         pairs = [self._pair(pipe, turn) for turn in range(-1, PAIRS)][1:]  # the first is warm-up
         return {
-            "distance": float(np.sqrt(squares).mean()), "ratio": statistics.median(own / base for own, base in pairs),
+            "distance": statistics.mean(distances), "ratio": statistics.median(own / base for own, base in pairs),
             "seconds": statistics.median(own for own, _ in pairs),
         }  # fmt: skip
 
-    def draw(self, variant: Variant, prompts: Prompts, seeds: tuple[int, ...]) -> Floats:
-        """float32 [n, h, w, 3] in [0, 1]."""
-        return _run(self._pipeline(variant), prompts, seeds, "np")
+    def draw(self, variant: Variant, images: tuple[Image, ...]) -> list[Floats]:
+        """What it gives of each."""
+        return _run(self._pipeline(variant), images)
 
-    def _pair(self, pipe: Pipeline, turn: int) -> tuple[float, float]:
+    def _pair(self, pipe: AnyPipeline, turn: int) -> tuple[float, float]:
         """Seconds of one image by `pipe` and by the baseline, who take turns in being first."""
-        image, seconds = turn % len(self._job.prompts), dict[Pipeline, float]()
+        image, seconds = self._job.images[turn % len(self._job.images)], dict[AnyPipeline, float]()
         for each in (pipe, self._baseline)[:: 1 if turn % 2 else -1]:
             time.sleep(PAUSE_S)
             begin = time.perf_counter()
-            _run(each, self._job.prompts[image : image + 1], self._job.seeds[image : image + 1], "np")
+            _run(each, [image])
             seconds[each] = time.perf_counter() - begin
         return seconds[pipe], seconds[self._baseline]
 
-    def _pipeline(self, variant: Variant) -> Pipeline:
-        """A pipeline on the engines of the variant's folder, with its sampling in place of the manifest's."""
-        # Ours, and just made; only its step table is written again and again.
-        manifest = read_manifest((variant.folder / MANIFEST_NAME).read_bytes())
-        others = [name for name in manifest.requires if not name.startswith("guidance")]
-        fields: dict[str, Any] = {
-            "sampling": variant.sampling, "requires": (*others, *variant.sampling.requires), "caching": variant.caching,
-        }  # fmt: skip
-        if variant.step:
-            fields["cut"] = write_step_table(variant.step, variant.sampling, variant.folder)
-        bundle = Bundle(variant.folder, manifest.model_copy(update=fields))
-        return Pipeline(bundle, manifest.targets[0], instrument=self._engines(variant.folder).lend())
+    def _pipeline(self, variant: Variant) -> AnyPipeline:
+        return variant.open(self._engines(variant.folder).lend())
 
     def _engines(self, folder: Path) -> _Engines:
         if folder not in self._open:
@@ -139,13 +137,7 @@ class _Lent(EngineWrapper):
         pass
 
 
-def _run(pipe: Pipeline, prompts: Prompts, seeds: tuple[int, ...], output: str) -> Floats:
-    """All images, in as few calls as the target allows."""
-    built = pipe.manifest.targets[0].built
-    size, made = built.max_images if built else len(seeds), list[Floats]()
-    for part in (slice(i, i + size) for i in range(0, len(seeds), size)):
-        given: dict[str, Any] = {"prompt": list(prompts[part])}
-        if not pipe.manifest.takes_prompt:
-            given = {"num_images_per_prompt": len(seeds[part])}
-        made.append(pipe(**given, seed=list(seeds[part]), output_type=cast(Any, output)).images)
-    return np.concatenate(made)
+def _run(pipe: AnyPipeline, images: Sequence[Image]) -> list[Floats]:
+    """One by one, as latency is measured."""
+    drawn = (pipe(each.prompt, seed=each.seed, output_type="np", **each.given) for each in images)
+    return [output.images[0] for output in drawn]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from slipcast_compiler.pages.search import Limit, SearchRecord, Trial
-from slipcast_compiler.plan import Plan
+from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.search.explore import choose, front
 from slipcast_compiler.search.journal import finished, seconds_spent, told
 from slipcast_compiler.search.judge import limits
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-def record_search(study: Study, plan: Plan, space: Space) -> SearchRecord:
+def record_search(study: Study, recipe: Recipe, space: Space) -> SearchRecord:
     """All that is known of it so far."""
-    table, best = plan.recipe.search, choose(study)
+    table, best = recipe.search, choose(study)
     assert table
     trials, overrides = finished(study), told(best)["overrides"] if best else {}
     return SearchRecord(
@@ -30,7 +30,7 @@ def record_search(study: Study, plan: Plan, space: Space) -> SearchRecord:
             name: (each.values[0], each.values[-1]) if each.ordered else tuple(each.values)
             for name, each in space.dimensions.items()
         },
-        gate=tuple(_limit(*row) for row in limits(plan.recipe.gate)),
+        gate=tuple(_limit(*row) for row in limits(recipe.gate)),
         front=tuple(trial.number for trial in front(study)),
         chosen=best.number if best else None,
         overrides=overrides,

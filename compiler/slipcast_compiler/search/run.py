@@ -16,35 +16,32 @@ from slipcast.progress import Stages
 from slipcast_compiler.host.cache import Cache, tool_versions
 from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.passes.apply import needs_profile
-from slipcast_compiler.plan import Plan
-from slipcast_compiler.profile.profile import make_profile
-from slipcast_compiler.search.candidate import apply
+from slipcast_compiler.recipe.search import PROFILED
 from slipcast_compiler.search.evaluate import Evaluator
 from slipcast_compiler.search.explore import choose, explore
 from slipcast_compiler.search.journal import open_journal, seconds_spent, told
 from slipcast_compiler.search.record import record_search
 from slipcast_compiler.search.space import Space
+from slipcast_compiler.search.subject import Overrides, PlanT_co, Subject
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
-PROFILED = {"heads", "ffn", "low_rank"}  # levers whose passes read the profile
 
-
-def choose_by_search(plan: Plan, cache: Cache, stages: Stages) -> tuple[Plan, dict[str, Any]]:
+def choose_by_search(subject: Subject[PlanT_co], cache: Cache, stages: Stages) -> tuple[PlanT_co, dict[str, Any]]:
     """The plan with the overrides that are best within the gate on calibration prompts, and a record for the report.
 
     The journal is beside the cache, under the hash of all that decides: a search that was ended goes on, and the result
     of one that was finished is taken from there. Raises CheckFailed where no point holds the gate with a margin.
     """
-    space, table = Space(plan), plan.recipe.search
-    assert table
-    folder = cache.root.parent / "search" / f"{plan.recipe.name}-{_hash(plan)}"
+    space, facts = Space(subject), subject.facts
+    table = facts.search
+    folder = cache.root.parent / "search" / f"{facts.recipe.name}-{_hash(subject)}"
     with open_journal(folder) as study:
         if seconds_spent(study) < table.budget_minutes * 60:
             with _said_on_interrupt(folder, stages), _scratch(folder) as work:
-                _go_on(study, plan, space, work, cache, stages)
-        best, record = choose(study), record_search(study, plan, space)
+                _go_on(study, subject, space, work, cache, stages)
+        best, record = choose(study), record_search(study, facts.recipe, space)
     if best is None:
         raise CheckFailed(
             "the search found nothing that holds the gate with a margin on calibration prompts; nothing was compiled",
@@ -52,23 +49,22 @@ def choose_by_search(plan: Plan, cache: Cache, stages: Stages) -> tuple[Plan, di
             hint="raise search.budget_minutes (finished trials are kept) or evaluate.images, or loosen the limits",
         )  # fmt: skip
     stages.say(f"  chosen: {record.arguments or 'the recipe as it is'}")
-    return apply(plan, told(best)["overrides"]), record.plain()
+    return subject.apply(told(best)["overrides"]), record.plain()
 
 
-def _go_on(study: Study, plan: Plan, space: Space, work: Path, cache: Cache, stages: Stages) -> None:
+def _go_on(study: Study, subject: Subject[Any], space: Space, work: Path, cache: Cache, stages: Stages) -> None:
     """Until the budget is spent; what trials share comes before, and does not count."""
-    assert plan.recipe.search
-    base, budget_s = apply(plan, space.pins), plan.recipe.search.budget_minutes * 60
-    if needs_profile(base.recipe.passes) or PROFILED & set(space.levers):
-        with stages.stage("profile") as advance:
-            make_profile(base.task.calibration, base.recipe.profile, base.recipe.name, cache, advance)
-    with Evaluator(plan, space.pins, cache, work, stages) as evaluator, stages.stage("choose by search") as advance:
+    table = space.facts.search
+    budget_s = table.budget_minutes * 60
+    if needs_profile(space.facts.recipe.passes) or PROFILED & set(space.levers):
+        subject.profile(space.pins, cache, stages)
+    with Evaluator(subject, space.pins, cache, work, stages) as evaluator, stages.stage("choose by search") as advance:
 
         def tell(text: str, spent: float) -> None:
             stages.say(text)
             advance(min(int(spent), int(budget_s)), int(budget_s))
 
-        explore(study, space, _Watched(evaluator), budget_s, plan.recipe.search.seed, tell)
+        explore(study, space, _Watched(evaluator), budget_s, table.seed, tell)
 
 
 class _Watched:
@@ -78,7 +74,7 @@ class _Watched:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator, self.judge = evaluator, evaluator.judge
 
-    def measure(self, overrides: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, overrides: Overrides) -> dict[str, Any]:
         if tool_versions.__wrapped__() != tool_versions():
             raise CodeChanged("the compiler's code was changed during the search", hint="run the command again")
         return self._evaluator.measure(overrides)
@@ -88,12 +84,11 @@ class CodeChanged(SlipcastError):  # noqa: N818 - named for what happened
     """Trials before and after it cannot be compared."""
 
 
-def _hash(plan: Plan) -> str:
+def _hash(subject: Subject[Any]) -> str:
     """Of the recipe but for its name and budget, the checkpoint, the libraries and the code, and the machine."""
-    recipe = plan.recipe.model_dump(mode="json", exclude={"name": True, "search": {"budget_minutes"}})
+    recipe = subject.facts.recipe.model_dump(mode="json", exclude={"name": True, "search": {"budget_minutes"}})
     decides = {
-        "recipe": recipe, "checkpoint": plan.checkpoint.sha256, "family": plan.family and plan.family.hash,
-        "tools": tool_versions(), "host": this_machine().model_dump(),
+        "recipe": recipe, **subject.decides(), "tools": tool_versions(), "host": this_machine().model_dump(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from slipcast.errors import RecipeError
-from slipcast_compiler.plan import Plan
-from slipcast_compiler.search.levers import LEVERS, Overrides, Point
+from slipcast_compiler.search.levers import LEVERS, Point
+from slipcast_compiler.search.subject import Overrides, Subject
 
 
 class Space:
-    """The levers of a plan's [search]: those it names, or all that apply (with the objective memory: of the engine)."""
+    """The levers of a [search]: those it names, or all that apply (with the objective memory: of the engine)."""
 
-    def __init__(self, plan: Plan) -> None:
-        table = plan.recipe.search
-        assert table
-        self.plan = plan
-        offered = {name: lever.dimensions(plan) for name, lever in LEVERS.items()}
+    def __init__(self, subject: Subject[Any]) -> None:
+        self.facts = facts = subject.facts
+        table = facts.search
+        offered = {name: lever.dimensions(facts) for name, lever in LEVERS.items()}
         usual = [name for name in LEVERS if LEVERS[name].engine or table.objective == "latency"]
         if idle := [name for name in table.levers if not offered[name]]:
             raise RecipeError(
@@ -33,7 +32,7 @@ class Space:
         self._of = {lever: tuple(offered[lever]) for lever in self.levers}
         if all(len(each.values) < 2 for each in self.dimensions.values()):
             raise RecipeError("[search]: there is nothing to choose between", expected="levers that apply", got="none")
-        self.pins = self._pins()
+        self.pins = subject.pins(any(LEVERS[name].engine for name in self.levers))
 
     @property
     def own(self) -> Point:
@@ -47,7 +46,7 @@ class Space:
             lever = LEVERS[name]
             at = {dimension: point[dimension] for dimension in self._of[name]}
             if any(value != self.dimensions[dimension].own for dimension, value in at.items()):
-                found |= lever.overrides(self.plan, at)
+                found |= lever.overrides(self.facts, at)
         return found
 
     def engine(self, point: Point) -> Point:
@@ -60,22 +59,9 @@ class Space:
 
     def summary(self) -> dict[str, Any]:
         """What --dry-run prints: the objective, minutes, and the values of every dimension."""
-        table = self.plan.recipe.search
-        assert table
+        table = self.facts.search
         values = {name: list(each.values) for name, each in self.dimensions.items()}
         return {"objective": table.objective, "budget_minutes": table.budget_minutes, "values": values}
-
-    def _pins(self) -> Overrides:
-        """What has to be the same for all points: the original, and the trajectories that are measured."""
-        plan, given = self.plan, self.plan.recipe.reference.model_dump(exclude_none=True)
-        whole = plan.reference.model_dump(mode="json", exclude_none=True)
-        names = ("sampler", "schedule", "steps") if plan.reference.schedule else ("sampler", "timesteps", "sigmas")
-        pins = {f"reference.{name}": whole[name] for name in names if name in whole and name not in given}
-        rewritten = plan.recipe.passes.chosen() or plan.recipe.passes.quantize
-        measured = rewritten or any(LEVERS[name].engine for name in self.levers)
-        if measured and plan.recipe.profile.sampling != "reference":
-            pins["profile.sampling"] = "reference"
-        return pins
 
 
 def as_arguments(overrides: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import read_recipe
+from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.explore import explore
 from slipcast_compiler.search.journal import open_journal
 from slipcast_compiler.search.space import Space
@@ -48,7 +49,14 @@ class Formula:
 def main(folder: Path, seconds: float) -> None:
     """Search, on and on."""
     with open_journal(folder) as study:
-        explore(study, Space(planned()), Formula(folder.parent / "log", 0.02), seconds, 0, lambda text, spent: None)
+        explore(
+            study,
+            Space(Described(planned())),
+            Formula(folder.parent / "log", 0.02),
+            seconds,
+            0,
+            lambda text, spent: None,
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.plan import make_plan
 from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.search import run
+from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.journal import JOURNAL
 
 SEARCHED = (
@@ -107,12 +108,12 @@ def test_nothing_holds_the_gate(folder: Path) -> None:
     overrides = ("gate.psnr=101", "search.budget_minutes=0.001", 'search.levers=["steps"]')
     plan = make_plan(read_recipe(folder / "tiny.toml", overrides), folder)
     with pytest.raises(CheckFailed, match="(?s)nothing that holds the gate.*trial 0, the nearest"):
-        run.choose_by_search(plan, Cache(folder / "artifacts" / "cache"), Stages())
+        run.choose_by_search(Described(plan), Cache(folder / "artifacts" / "cache"), Stages())
 
 
 def test_another_recipe_is_another_search_and_another_budget_is_not(asked: Path) -> None:
     def name(*overrides: str) -> str:
-        return run._hash(make_plan(read_recipe(asked / "tiny.toml", overrides), asked))
+        return run._hash(Described(make_plan(read_recipe(asked / "tiny.toml", overrides), asked)))
 
     assert name() == name("search.budget_minutes=3")
     assert len({name(), name("search.seed=1"), name("gate.psnr=9"), name("sampling.steps=7")}) == 4

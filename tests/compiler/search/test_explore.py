@@ -17,6 +17,7 @@ from explored import Formula, planned
 
 from slipcast.errors import ArtifactError, NumericalError, ResourceError
 from slipcast_compiler.pages.search import SearchRecord, figures
+from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.explore import choose, explore, front, survives
 from slipcast_compiler.search.journal import JOURNAL, finished, open_journal, seconds_spent, told
 from slipcast_compiler.search.propose import parting_distance, propose, to_params, to_point
@@ -29,10 +30,10 @@ FEW = ('search.levers=["steps", "heads"]', "reference.steps=7")
 def search(folder: Path, evaluate: Any, budget_s: float = 60.0, *overrides: str) -> dict[str, Any]:
     """All points of two levers; what the report says of them."""
     plan = planned(*(overrides or FEW))
-    space = Space(plan)
+    space = Space(Described(plan))
     with open_journal(folder) as study:
         explore(study, space, evaluate, budget_s, 0, lambda text, spent: None)
-        return record_search(study, plan, space).plain()
+        return record_search(study, plan.recipe, space).plain()
 
 
 def test_every_point_is_tried_once_and_the_best_that_holds_is_chosen(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_every_point_is_tried_once_and_the_best_that_holds_is_chosen(tmp_path: P
 
 def test_optuna_finds_more_than_chance_would(tmp_path: Path) -> None:
     plan = planned()
-    space = Space(plan)
+    space = Space(Described(plan))
     with open_journal(tmp_path / "a") as study:
         explore(study, space, Formula(), 3.0, 0, lambda text, spent: None)
         best = choose(study)
@@ -88,7 +89,7 @@ def test_finished_trials_outlive_sigkill(tmp_path: Path) -> None:
         assert len(before) - 1 <= len(kept) <= len(before)  # at most the running trial is lost
         spent = seconds_spent(study)
         assert 0 < spent < 60
-        explore(study, Space(planned()), Formula(log), spent + 2.0, 0, lambda text, spent: None)
+        explore(study, Space(Described(planned())), Formula(log), spent + 2.0, 0, lambda text, spent: None)
         assert [told(trial)["overrides"] for trial in finished(study)][: len(kept)] == kept
         assert len(finished(study)) > len(kept)
     counts = Counter(log.read_text().splitlines())
@@ -136,7 +137,7 @@ def test_engines_take_no_more_than_their_share(tmp_path: Path) -> None:
 
 
 def test_what_is_dear_is_left_out_while_the_engine_is_kept() -> None:
-    space = Space(planned())
+    space = Space(Described(planned()))
     own = to_params(space, space.own)
     known = [(own, {"objective": 1.0, "distance": 0.2, "holds": True})]
     for seed in range(8):

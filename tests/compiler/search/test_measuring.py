@@ -14,9 +14,10 @@ import slipcast
 from slipcast.bundle.reader import open_bundle
 from slipcast.engines import open_engine
 from slipcast_compiler.search import measuring as module
-from slipcast_compiler.search.measuring import Job, Measuring, Variant
+from slipcast_compiler.search.described import GraphsVariant
+from slipcast_compiler.search.measuring import Image, Job, Measuring
 
-PROMPTS, SEEDS = ("a small red circle on a white background", "a large blue circle"), (4, 5)
+IMAGES = (Image("a small red circle on a white background", 4), Image("a large blue circle", 5))
 
 
 @pytest.mark.slow
@@ -28,26 +29,25 @@ def test_engines_are_lent(shapes_bundle: Path, tmp_path: Path, monkeypatch: pyte
         return open_engine(engine, model, *rest)  # type: ignore[arg-type]
 
     with slipcast.load(shapes_bundle) as pipe:
-        expected = pipe(list(PROMPTS), seed=list(SEEDS), output_type="np").images
-        latents = pipe(list(PROMPTS), seed=list(SEEDS), output_type="latent").images
-    np.save(tmp_path / "latents.npy", latents)
+        expected = [pipe(each.prompt, seed=each.seed, output_type="np").images[0] for each in IMAGES]
+    np.savez(tmp_path / "originals.npz", **{"0": expected[0], "1": expected[1] - 0.5})
     monkeypatch.setattr("slipcast.run.base.open_engine", count)
     sampling = open_bundle(shapes_bundle).manifest.sampling
-    own = Variant(shapes_bundle, sampling, None)
-    measuring = Measuring(Job(own, PROMPTS, SEEDS, tmp_path / "latents.npy"))
-    np.testing.assert_array_equal(measuring.draw(own, PROMPTS, SEEDS), expected)
-    assert measuring.measure(own)["distance"] == 0
+    own = GraphsVariant(shapes_bundle, sampling, None)
+    measuring = Measuring(Job(own, IMAGES, tmp_path / "originals.npz"))
+    np.testing.assert_array_equal(measuring.draw(own, IMAGES), expected)
+    assert measuring.measure(own)["distance"] == pytest.approx(0.25)  # of one half a unit, of the other none
     fewer = sampling.model_copy(update={"guidance_interval": (0.5, 5.0)})
-    assert measuring.measure(Variant(shapes_bundle, fewer, None))["distance"] > 0
+    assert measuring.measure(GraphsVariant(shapes_bundle, fewer, None))["distance"] > 0.25
     assert len(opened) == len(set(opened)) == len(open_bundle(shapes_bundle).manifest.components)
 
 
 def test_both_take_turns_in_being_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows a run, a warm cache or a busy core, falls on the trial and on the recipe alike."""
-    ran: list[tuple[str, Any, Any]] = []
+    ran: list[tuple[str, Any]] = []
 
-    def run(pipe: Any, prompts: Any, seeds: Any, output: str) -> None:
-        ran.append((pipe.name, prompts, seeds))
+    def run(pipe: Any, images: Any) -> None:
+        ran.append((pipe.name, *images))
         time.sleep(pipe.seconds)
 
     class Pipe(SimpleNamespace):
@@ -55,7 +55,7 @@ def test_both_take_turns_in_being_first(monkeypatch: pytest.MonkeyPatch) -> None
 
     own, baseline = Pipe(name="own", seconds=0.03), Pipe(name="baseline", seconds=0.0)
     measured: Any = Measuring.__new__(Measuring)
-    measured._job, measured._baseline = SimpleNamespace(prompts=PROMPTS, seeds=SEEDS), baseline
+    measured._job, measured._baseline = SimpleNamespace(images=IMAGES), baseline
     monkeypatch.setattr(module, "_run", run)
     monkeypatch.setattr(module, "PAUSE_S", 0.0)
     pairs = [measured._pair(own, turn) for turn in range(4)]
@@ -64,4 +64,4 @@ def test_both_take_turns_in_being_first(monkeypatch: pytest.MonkeyPatch) -> None
     assert firsts in (["own", "baseline"] * 2, ["baseline", "own"] * 2)
     assert seconds == firsts[1:] + firsts[:1]
     assert [each[1:] for each in ran[::2]] == [each[1:] for each in ran[1::2]]  # of the same picture
-    assert len({each[2] for each in ran}) == 2
+    assert len({each[1].seed for each in ran}) == 2

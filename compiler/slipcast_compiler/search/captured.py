@@ -1,0 +1,199 @@
+"""A search over the recipe of a captured pipeline: see subject.Subject.
+
+The graphs are those that its compile would make, from the same cache: what is chosen is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slipcast.bundle.manifest import MANIFEST_NAME, read_any_manifest
+from slipcast.bundle.program import Program
+from slipcast.bundle.program_manifest import ProgramManifest
+from slipcast.bundle.reader import ProgramBundle
+from slipcast.engines import Instrument
+from slipcast.errors import RecipeError
+from slipcast.progress import SilentStages, Stages
+from slipcast.run.program import ProgramPipeline
+from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
+from slipcast_compiler.graphs_program import export_program, make_profiles, specialise
+from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.judge.captured import Floats, PipelineDrawing, PipelineOriginals, draw_originals
+from slipcast_compiler.judge.judges import open_judges
+from slipcast_compiler.judge.metrics import Samples
+from slipcast_compiler.judge.programs import ResultReference, arguments_of, pool
+from slipcast_compiler.model.original import Prompts
+from slipcast_compiler.passes.known import units_of
+from slipcast_compiler.plan_program import ProgramPlan, replan_program
+from slipcast_compiler.recipe.search import PROFILED
+from slipcast_compiler.recipe.seeds import SEARCH
+from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
+from slipcast_compiler.search.measuring import Image
+from slipcast_compiler.search.space import Space
+from slipcast_compiler.search.subject import Drawn, Facts, Overrides, measured_table, split_prompts, trial_of, turned
+
+PASSES = {"heads": "prune_heads", "ffn": "prune_ffn", "low_rank": "low_rank"}  # by lever
+
+
+@dataclass(frozen=True)
+class ProgramVariant:
+    """See measuring.Variant."""
+
+    folder: Path
+    program: Program
+
+    def open(self, instrument: Instrument) -> ProgramPipeline:
+        """With its program in place of the manifest's."""
+        manifest = read_any_manifest((self.folder / MANIFEST_NAME).read_bytes())
+        assert isinstance(manifest, ProgramManifest)
+        bundle = ProgramBundle(self.folder, manifest.model_copy(update={"program": self.program}))
+        return ProgramPipeline(bundle, manifest.targets[0], instrument=instrument)
+
+
+@dataclass(frozen=True)
+class ProgramCandidate:
+    """See subject.Candidate."""
+
+    graphs: ProgramGraphs
+    table: TargetTable
+
+    @property
+    def key(self) -> str:
+        """See Candidate."""
+        sources = self.graphs.sources(self.table.precision).components
+        identities = {name: source.identity for name, source in sources.items()}
+        return json.dumps([identities, self.table.model_dump(mode="json")], sort_keys=True)
+
+    def build(self, folder: Path, cache: Cache) -> str:
+        """See Candidate."""
+        folder.mkdir()
+        about = {"name": "trial", "base_model": "trial", "source_sha256": "0" * 64, "family": None}
+        made = write_bundle(self.graphs, (self.table,), about, folder, cache, SilentStages())
+        target: str = made["targets"][0].id
+        return target
+
+    def variant(self, folder: Path) -> ProgramVariant:
+        """See Candidate."""
+        return ProgramVariant(folder, self.graphs.record)
+
+
+@dataclass
+class Captured:
+    """See subject.Subject. `source`: the digest of the checkpoint's files."""
+
+    plan: ProgramPlan
+    source: str
+    _given: list[dict[str, Any]] = field(default_factory=list)  # by variant, what calls take besides a text
+
+    @property
+    def facts(self) -> Facts:
+        """See Facts."""
+        plan = self.plan
+        own = plan.steps.own
+        counts = {lever: units_of(name, plan.known) for lever, name in PASSES.items()}
+        return Facts(
+            recipe=plan.recipe,
+            sampling=plan.samplings[0] if plan.samplings else own,
+            reference=own,
+            few_step=plan.steps.few_step is not None,
+            prompts=len(plan.family.calibration) if plan.family else None,
+            rewritable=[lever for lever in PROFILED if any(counts[lever].values())],
+            guided=False,  # guidance lies within the program
+            cacheable=plan.cacheable,
+            denoiser_parameters=sum(part["parameters"] for name, part in plan.parts.items() if IN_INT8.fullmatch(name)),
+        )
+
+    def pins(self, engine: bool) -> Overrides:
+        """The trajectories that quantisation is calibrated on: the same for all points."""
+        return {"profile.sampling": "reference"} if self.plan.recipe.samples_needed or engine else {}
+
+    def decides(self) -> dict[str, Any]:
+        """See Subject."""
+        family = self.plan.family
+        return {**self.plan.given(self.source), "family": family and family.hash}
+
+    def profile(self, overrides: Overrides, cache: Cache, stages: Stages) -> None:
+        """See Subject."""
+        make_profiles(self.apply(overrides), self.source, cache, stages)
+
+    def draw(self, overrides: Overrides, cache: Cache, stages: Stages) -> Drawn:
+        """See Subject."""
+        base = self.trial(overrides)
+        table, family, count = base.recipe.evaluate, base.family, len(base.calls)
+        proxies, judged = (_in_turns(prompts, count) for prompts in split_prompts(family, table.images))
+        seeds = SEARCH.take(len(proxies) + len(judged))
+        with stages.stage("search: the original") as advance:
+            results, pictures = (
+                draw_originals(self._drawing(base, prompts, own), None, base.given(self.source), cache, advance)
+                for prompts, own in ((proxies, seeds[: len(proxies)]), (judged, seeds[len(proxies) :]))
+            )
+        record = export_program(base, self.source, cache, stages).graphs.record
+        self._given = arguments_of(record, results)
+        judges = open_judges(table, base.folder, base.captions)
+        references = [ResultReference(each, record.output, judges.reference) for each in pictures.variants]
+
+        def samples(found: list[Floats]) -> Samples:
+            # As they were drawn: the images of each variant one after the other.
+            rest = iter(found)
+            each = [list(islice(rest, len(variant.seeds))) for variant in pictures.variants]
+            return pool([of.sample(np.stack(own)) for of, own in zip(references, each, strict=True)])
+
+        laid = tuple(result for variant in results.variants for result in variant.laid(record.output))
+        return Drawn(self._images(results), laid, self._images(pictures), samples)
+
+    def candidate(self, overrides: Overrides, cache: Cache) -> ProgramCandidate:
+        """See Subject."""
+        plan = self.trial(overrides)
+        exported = export_program(plan, self.source, cache, SilentStages())
+        graphs = specialise(plan, exported, self._given, cache, SilentStages()).graphs
+        return ProgramCandidate(graphs, measured_table(plan.recipe))
+
+    def apply(self, overrides: Overrides) -> ProgramPlan:
+        """See Subject."""
+        return replan_program(self.plan, turned(self.plan.recipe, overrides))
+
+    def trial(self, overrides: Overrides) -> ProgramPlan:
+        """The same for measuring, without the table of a closed family, which would be made again for all noise levels:
+        texts take the same time in all trials."""
+        plan = replan_program(self.plan, trial_of(turned(self.plan.recipe, overrides)))
+        return replace(plan, family=plan.family and replace(plan.family, closed=False))
+
+    def _drawing(self, plan: ProgramPlan, prompts: Prompts, seeds: tuple[int, ...]) -> PipelineDrawing:
+        root, pipeline = plan.checkpoint.root, plan.recipe.model.pipeline
+        return PipelineDrawing(root, pipeline, plan.calls, prompts, seeds, plan.precision)
+
+    def _images(self, drawn: PipelineOriginals) -> tuple[Image, ...]:
+        """Those of each variant one after the other."""
+        return tuple(
+            Image(prompt, seed, given)
+            for variant, given in zip(drawn.variants, self._given, strict=True)
+            for prompt, seed in zip(variant.prompts, variant.seeds, strict=True)
+        )
+
+
+def program_space(plan: ProgramPlan) -> Space:
+    """What a search may turn; RecipeError where it has nothing to choose from, or where it cannot be."""
+    table = measured_table(plan.recipe)
+    if plan.recipe.evaluate.originals:
+        raise RecipeError(
+            "[search] draws calibration prompts by the pipeline itself, and evaluate.originals are of held-out ones",
+            expected="a machine that can draw them, and no evaluate.originals", got=plan.recipe.evaluate.originals,
+        )  # fmt: skip
+    if plan.policies[table.name] != "all":
+        raise RecipeError(
+            f"[search] keeps all engines of target {table.name} loaded, which do not fit into memory here at once",
+            expected="a target first that fits, or no [search]", got=table.name,
+        )  # fmt: skip
+    return Space(Captured(plan, ""))
+
+
+def _in_turns(prompts: Prompts, calls: int) -> Prompts:
+    """At least one for each of the calls, which draw them in turns."""
+    turns: Prompts = tuple(islice(cycle(prompts), max(len(prompts), calls)))  # type: ignore[assignment]
+    return turns

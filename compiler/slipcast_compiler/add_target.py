@@ -17,14 +17,17 @@ import numpy as np
 
 from slipcast.bundle.evidence import calibration_prompts, held_out_prompts
 from slipcast.bundle.manifest import SCHEMA_VERSION, Addition, EngineFiles, Manifest, Target
-from slipcast.bundle.reader import Bundle, check_digests, open_bundle
+from slipcast.bundle.program_manifest import ProgramManifest
+from slipcast.bundle.reader import Bundle, ProgramBundle, check_digests, open_any_bundle
+from slipcast.bundle.records import BaseManifest
+from slipcast.bundle.sources import ImageSource
 from slipcast.engines import ENGINES, refusal
 from slipcast.errors import CheckFailed, HostError, RecipeError, ResourceError
 from slipcast.progress import Advance, Stages
-from slipcast_compiler.engines import Source, Sources, build_target, declare
+from slipcast_compiler.engines import Source, Sources, build_target, declare, tensorrt
 from slipcast_compiler.engines.needs import need_graph_libraries
 from slipcast_compiler.engines.pool import Pool
-from slipcast_compiler.engines.recording import record
+from slipcast_compiler.engines.recording import record, record_program
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -32,7 +35,7 @@ from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.metrics import psnr
 from slipcast_compiler.precision.mixed import IMAGES, SAMPLES, Found, check_cast, measure_cast
 from slipcast_compiler.recipe.seeds import CALIBRATION, GATE
-from slipcast_compiler.recipe.targets import QUANTIZED, TargetTable
+from slipcast_compiler.recipe.targets import QUANTIZED, TargetTable, check_one_image
 
 logger = logging.getLogger("slipcast")
 
@@ -40,6 +43,8 @@ PORTABLE = "onnxruntime"  # the engine whose files are the graphs themselves
 # dB on the worst picture. Rounding stays above it (the reference model: bf16 at 48, INT8 at 37), and an engine that
 # reads its graph wrongly does not.
 LEAST_PSNR = 20.0
+NUMBERS = ("audio", "array")  # results that are no pictures
+AnyBundle = Bundle | ProgramBundle
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Added:
     """The published bundle and its new target; `not_run`: why it could not be compared with anything here."""
 
     output: Path
-    manifest: Manifest
+    manifest: BaseManifest
     target: Target
     not_run: str | None
 
@@ -67,10 +72,11 @@ def add_target(
     if table.half:
         need_graph_libraries()
     with publish.workspace(output) as folder:  # before the bundle is opened: who waited here goes on from its new state
-        bundle = open_bundle(path)
+        bundle = open_any_bundle(path)
         _check_version(bundle.manifest)
-        portable = find_portable(bundle.manifest, table.precision)
-        _check_new(bundle.manifest, declare(table, portable.components, bundle.manifest.image), portable, replace)
+        _check_kind(bundle.manifest, table)
+        portable, sizes = find_portable(bundle.manifest, table.precision), _sizes(bundle.manifest)
+        _check_new(bundle.manifest, declare(table, portable.components, sizes), portable, replace)
         _check_space(bundle, portable, output)
         with stages.stage("verify") as advance:
             check_digests(bundle, "all", advance)
@@ -88,13 +94,15 @@ def add_target(
                 inputs = _inputs(bundle, exact, measured, cache, advance)
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
+            casts |= {name: casts[plain] for plain, name in _adapted(bundle.manifest).items() if plain in casts}
         with stages.stage(f"build {table.name}") as advance:
             quantized = _quantized(bundle, portable) if table.precision in QUANTIZED else {}
-            made_from = Sources(sources, bundle.manifest.image, quantized)
+            made_from = Sources(sources, sizes, quantized, _exact(bundle.manifest))
             target = build_target(table, made_from, pool, cache, advance, casts)
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
-        publish.write_manifest(folder, fields)
+        write = publish.write_manifest if isinstance(bundle, Bundle) else publish.write_program_manifest
+        write(folder, fields)
         if casts:
             check_cast(folder, target, quantized, casts, inputs, stages)
         if not_run := refusal(target):
@@ -103,37 +111,98 @@ def add_target(
             target = target.model_copy(update={"addition": _compare(folder, bundle, target, portable, images, stages)})
             fields["targets"] = tuple(target if each.id == target.id else each for each in fields["targets"])
         with stages.stage("publish"):
-            manifest = publish.write_manifest(folder, fields)
+            manifest = write(folder, fields)
             publish.publish(folder, output)
     return Added(output, manifest, target, not_run)
 
 
-def _measured(bundle: Bundle, portable: Target, digests: dict[str, str]) -> tuple[Target, dict[str, Source]]:
+def _measured(bundle: AnyBundle, portable: Target, digests: dict[str, str]) -> tuple[Target, dict[str, Source]]:
     """The target in fp32 whose graphs a cast is measured on, also that of what is quantised (see casts.py); of a bundle
-    that has none, all that is not."""
+    that has none, all that is not. Without those that are exact, and those that read adapters, which have the nodes of
+    others."""
+    left = {*_exact(bundle.manifest), *_adapted(bundle.manifest).values()}
     for target in bundle.manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, "fp32"):
-            return target, _sources(bundle, target, digests)
+            sources = _sources(bundle, target, digests)
+            return target, {name: source for name, source in sources.items() if name not in left}
     logger.warning(
         "%s has no target in fp32, on which casts of what is quantised could be measured", bundle.manifest.name
     )
     sources, quantized = _sources(bundle, portable, digests), _quantized(bundle, portable)
-    return portable, {name: source for name, source in sources.items() if name not in quantized}
+    return portable, {name: source for name, source in sources.items() if name not in left | quantized.keys()}
 
 
-def _inputs(bundle: Bundle, target: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
+def _inputs(bundle: AnyBundle, target: Target, components: Collection[str], cache: Cache, advance: Advance) -> Path:
     """What the target's components read and give; see mixed_precision.measure_cast."""
-    prompts: Sequence[str | None] = calibration_prompts(bundle)[:IMAGES] or [None]
-    images = tuple(zip(prompts, CALIBRATION.take(len(prompts)), strict=True))
+    prompts: Sequence[str | None] = calibration_prompts(bundle) or [None]
+    given = _given(bundle)
+    count = max(IMAGES if prompts[0] else 1, len(given))
+    images = tuple(zip((prompts[i % len(prompts)] for i in range(count)), CALIBRATION.take(count), strict=True))
     drawn_by = bundle.manifest.model_dump(mode="json", exclude={"targets", "quality", "performance"})
 
     def make(out: Path) -> None:
-        run_isolated(record, bundle.root, target.id, tuple(components), images, SAMPLES, out, advance=advance)
+        arguments = bundle.root, target.id, tuple(components), images
+        if isinstance(bundle, Bundle):
+            run_isolated(record, *arguments, SAMPLES, out, advance=advance)
+        else:
+            run_isolated(record_program, *arguments, given, max(SAMPLES, count), out, advance=advance)
 
     return cache.get("inputs", {"manifest": drawn_by, "target": target.id, "images": images}, make)
 
 
-def find_portable(manifest: Manifest, precision: str) -> Target:
+def _sizes(manifest: Manifest | ProgramManifest) -> tensorrt.Sizes:
+    if isinstance(manifest, Manifest):
+        return manifest.image
+    return tensorrt.Lengths(manifest.program, manifest.components)
+
+
+def _exact(manifest: Manifest | ProgramManifest) -> frozenset[str]:
+    return frozenset() if isinstance(manifest, Manifest) else manifest.exact
+
+
+def _adapted(manifest: Manifest | ProgramManifest) -> dict[str, str]:
+    """By component, the one that takes its place while adapters are set."""
+    adapters = None if isinstance(manifest, Manifest) else manifest.adapters
+    return dict(adapters.components) if adapters else {}
+
+
+def _given(bundle: AnyBundle) -> list[dict[str, Any]]:
+    """By variant, what a call takes besides a text: what chooses it, and a pattern for each picture."""
+    if isinstance(bundle, Bundle):
+        return [{}]
+    program, found = bundle.manifest.program, []
+    for variant in program.every:
+        pictures = {
+            name: _pattern(sources[0]) if sources[0].place is None else list(map(_pattern, sources))
+            for name, sources in variant.images.items()
+        }
+        found.append({**pictures, **{name: variant.fixed[name] for name in program.listed}})
+    return found
+
+
+def _pattern(source: ImageSource) -> Any:
+    """A picture of slopes, each channel another; of what is no picture, normal numbers. The bundle has no others."""
+    if source.size is None:
+        return np.random.default_rng(0).standard_normal(source.shape, np.float32)
+    channels, height, width = source.size
+    down, across = np.linspace(0, 1, height, dtype=np.float32)[:, None], np.linspace(0, 1, width, dtype=np.float32)
+    slopes = [np.broadcast_to(each, (height, width)) for each in (across, down, (across + 1 - down) / 2)]
+    return np.stack(slopes[:channels])[None]
+
+
+def _check_kind(manifest: Manifest | ProgramManifest, table: TargetTable) -> None:
+    """RecipeError for what a captured pipeline's targets cannot have."""
+    if isinstance(manifest, Manifest):
+        return
+    check_one_image(table)
+    if manifest.adapters and not table.takes_adapters:
+        raise RecipeError(
+            f"{manifest.name} has slots for adapters, and {table.name} can have none",
+            expected="a CPU target in fp32, bf16 or int4", got=table.name,
+        )  # fmt: skip
+
+
+def find_portable(manifest: BaseManifest, precision: str) -> Target:
     """The target whose graphs one in `precision` is built from: ONNX, quantised where that is asked for, else in
     fp32."""
     wanted = precision if precision in QUANTIZED else "fp32"
@@ -147,7 +216,7 @@ def find_portable(manifest: Manifest, precision: str) -> Target:
     )  # fmt: skip
 
 
-def _quantized(bundle: Bundle, portable: Target) -> dict[str, None]:
+def _quantized(bundle: AnyBundle, portable: Target) -> dict[str, None]:
     """The components of a quantised target that are: their graphs read integers."""
     import onnx
 
@@ -158,7 +227,7 @@ def _quantized(bundle: Bundle, portable: Target) -> dict[str, None]:
     return {name: None for name, files in portable.components.items() if reads_integers(files)}
 
 
-def _check_version(manifest: Manifest) -> None:
+def _check_version(manifest: BaseManifest) -> None:
     """What a newer version wrote would be lost here: this one reads what it knows, and writes what it read."""
     if tuple(map(int, manifest.schema_version.split("."))) > SCHEMA_VERSION:
         raise HostError(
@@ -167,7 +236,7 @@ def _check_version(manifest: Manifest) -> None:
         )  # fmt: skip
 
 
-def _check_new(manifest: Manifest, target: Target, portable: Target, replace: bool) -> None:
+def _check_new(manifest: BaseManifest, target: Target, portable: Target, replace: bool) -> None:
     if target.id == portable.id or (not replace and target.id in (each.id for each in manifest.targets)):
         raise RecipeError(
             f"{manifest.name} has a target {target.id} already", expected="another one",
@@ -175,7 +244,7 @@ def _check_new(manifest: Manifest, target: Target, portable: Target, replace: bo
         )  # fmt: skip
 
 
-def _check_space(bundle: Bundle, portable: Target, output: Path) -> None:
+def _check_space(bundle: AnyBundle, portable: Target, output: Path) -> None:
     """ResourceError where a copy of the bundle, and a target as large as its graphs, will not fit."""
     sizes = {entry.path: entry.size for entry in bundle.manifest.files}
     needed = sum(sizes.values()) + sum(sizes[file] for file in set(portable.files))
@@ -187,22 +256,23 @@ def _check_space(bundle: Bundle, portable: Target, output: Path) -> None:
         )  # fmt: skip
 
 
-def _sources(bundle: Bundle, portable: Target, digests: dict[str, str]) -> dict[str, Source]:
+def _sources(bundle: AnyBundle, portable: Target, digests: dict[str, str]) -> dict[str, Source]:
     return {
         str(name): Source(bundle.path(files.model), digests[files.model] + (digests[files.weights or files.model]))
         for name, files in portable.components.items()
     }
 
 
-def _copy(bundle: Bundle, paths: Sequence[str], folder: Path) -> None:
+def _copy(bundle: AnyBundle, paths: Sequence[str], folder: Path) -> None:
     """ArtifactError where a copy is not what was verified: the new manifest will vouch for it."""
     for relative in paths:
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(bundle.path(relative), folder / relative)
-    check_digests(Bundle(folder, bundle.manifest), paths)
+    copied = Bundle(folder, bundle.manifest) if isinstance(bundle, Bundle) else ProgramBundle(folder, bundle.manifest)
+    check_digests(copied, paths)
 
 
-def _fields(manifest: Manifest, target: Target) -> dict[str, Any]:
+def _fields(manifest: BaseManifest, target: Target) -> dict[str, Any]:
     """The manifest's, with the target in its place: a host takes the first that it can run.
 
     Engines for GPUs, which run nowhere else, come before others, and those for some GPUs before portable ones; so no
@@ -216,7 +286,7 @@ def _fields(manifest: Manifest, target: Target) -> dict[str, Any]:
         before = [_rank(each) <= _rank(target) for each in targets]
         targets.insert(before.index(False) if False in before else len(before), target)
     first = next((each for each in targets if each.quality), targets[0])
-    kept = {name: getattr(manifest, name) for name in Manifest.model_fields if name != "files"}
+    kept = {name: getattr(manifest, name) for name in type(manifest).model_fields if name != "files"}
     return kept | {"targets": tuple(targets), "quality": first.quality, "performance": first.performance}
 
 
@@ -226,24 +296,35 @@ def _rank(target: Target) -> int:
     return 0 if target.built and target.built.compute_capabilities else 1
 
 
-def _remove_unused(folder: Path, before: Manifest, targets: Sequence[Target]) -> None:
+def _remove_unused(folder: Path, before: BaseManifest, targets: Sequence[Target]) -> None:
     """What a replaced target alone had."""
     used = {file for target in targets for file in target.files}
     for file in {file for target in before.targets for file in target.files} - used:
         (folder / file).unlink()
 
 
-def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, images: int, stages: Stages) -> Addition:
-    """Pictures of held-out prompts on both, with the same noise, each in a process of its own."""
+def _compare(
+    folder: Path, bundle: AnyBundle, target: Target, portable: Target, images: int, stages: Stages
+) -> Addition:
+    """Pictures of held-out prompts on both, with the same noise, each in a process of its own; of every variant one at
+    least."""
     prompts: Sequence[str | None] = held_out_prompts(bundle) or [None]
+    given = _given(bundle)
+    images = max(images, len(given))
     chosen, seeds = [prompts[i % len(prompts)] for i in range(images)], GATE.take(images)
+    turns = [slice(place, None, len(given)) for place in range(len(given))]
+    jobs = [bundled.Job(chosen[turn], seeds[turn], own) for turn, own in zip(turns, given, strict=True)]
     made = []
     for each in (portable, target):
         with stages.stage(f"pictures on {each.id}") as advance:
-            arguments = folder, each.id, chosen, seeds, images
-            made.append(run_isolated(bundled.make_images, *arguments, advance=advance).result)
-    reference, found = made
-    distances = [psnr(*pair) for pair in zip(reference["images"], found["images"], strict=True)]
+            made.append(run_isolated(bundled.run_program, folder, each.id, "all", jobs, advance=advance).result)
+    numbers = isinstance(bundle, ProgramBundle) and bundle.manifest.program.output in NUMBERS
+    distances = [
+        psnr(one / peak, other / peak)
+        for reference, found in zip(*made, strict=True)
+        for peak in [np.float32(np.abs(reference["images"]).max() or 1) if numbers else np.float32(1)]
+        for one, other in zip(reference["images"], found["images"], strict=True)
+    ]
     worst = float(np.min(distances))
     if not worst >= LEAST_PSNR:  # NaN too
         raise CheckFailed(
@@ -253,9 +334,10 @@ def _compare(folder: Path, bundle: Bundle, target: Target, portable: Target, ima
         )  # fmt: skip
     return Addition(
         against=portable.id, images=images, psnr_mean=round(float(np.mean(distances)), 3), psnr_worst=round(worst, 3),
-        latency_s=_median(found), latency_against_s=_median(reference),
+        latency_s=_median(made[1]), latency_against_s=_median(made[0]),
     )  # fmt: skip
 
 
-def _median(made: dict[str, Any]) -> float:
-    return round(float(np.median(made["seconds"])), 4)
+def _median(made: list[dict[str, Any]]) -> float:
+    """Seconds of an image, of the default variant."""
+    return round(float(np.median(made[0]["seconds"])), 4)

@@ -59,7 +59,7 @@ from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.passes import AdaptersTable
 from slipcast_compiler.recipe.recipe import OWN, GuardTable, Recipe
 from slipcast_compiler.recipe.search import PROFILED, SHARE, SearchTable
-from slipcast_compiler.recipe.targets import TargetTable
+from slipcast_compiler.recipe.targets import check_one_image
 from slipcast_compiler.schedule.skips import check_skips
 
 # What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
@@ -178,7 +178,8 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     RecipeError for what a program, or a runtime, cannot do; HostError where an engine is not installed; ArtifactError
     where weights do not go with their config; ResourceError where this machine has too little memory.
     """
-    _check_engines(recipe.targets)
+    for target in recipe.targets:
+        check_one_image(target)
     check_targets(recipe.targets)
     checkpoint, pipe, call, calls = open_call(recipe, folder)
     variants = find_each(pipe, calls)
@@ -401,15 +402,4 @@ def _check_call(call: Mapping[str, Any]) -> None:
                 f"call.{name}: a program draws one image; a run draws as many as it is asked for, one by one",
                 expected=1,
                 got=value,
-            )
-
-
-def _check_engines(tables: tuple[TargetTable, ...]) -> None:
-    for table in tables:
-        if table.max_images:
-            raise RecipeError(
-                f"target {table.name}: max_images: engines of a captured pipeline take one image at a time, and a run "
-                "draws as many as it is asked for",
-                expected="none",
-                got=table.max_images,
             )

@@ -25,6 +25,7 @@ from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
 from slipcast_compiler.export.streamed import open_streamed
+from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.rewrite import Rewrites, load
 
 VERIFIED = "verified.json"
@@ -44,7 +45,8 @@ def export_pipeline(
     calls = [with_pictures(streamed.pipe, given) for given in calls]
     variants = find_each(streamed.pipe, calls)
     pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
-    error = _verify(variants, pipe, calls, not whole)
+    with quiet():  # of prompts that are ours
+        error = _verify(variants, pipe, calls, not whole)
     del pipe
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)

@@ -229,7 +229,7 @@ class Recipe(Strict):
             raise ValueError("two targets with the same engine, precision and GPUs")
         if self.search and not self.gate.model_dump(exclude_none=True):
             raise ValueError("[search] needs a limit in [gate]: without one, the fastest wins whatever its pictures")
-        if self.adapters and (wrong := [t.name for t in self.targets if t.precision == "int8" or t.gpu]):
+        if self.adapters and (wrong := [t.name for t in self.targets if not t.takes_adapters]):
             raise ValueError(f"[adapters] is for CPU targets in fp32, bf16 and int4, and not for {wrong[0]}")
         if self.caching and self.passes.quantize:
             raise ValueError("[caching] does not go with [passes.quantize]: there is no shallow denoiser in INT8")

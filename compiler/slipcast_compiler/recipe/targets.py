@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from slipcast.bundle.manifest import FALLBACK, architectures
 from slipcast.bundle.validation import Strict
 from slipcast.engines import ENGINES
+from slipcast.errors import RecipeError
 from slipcast_compiler.recipe.passes import QuantizeInt4
 from slipcast_compiler.recipe.values import AsTuple
 
@@ -73,6 +74,11 @@ class TargetTable(Strict):
         """Whether it is for one."""
         return ENGINES[self.engine].device != "cpu"
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether its denoisers can have slots."""
+        return not self.gpu and self.precision != "int8"
+
     def bytes_of(self, component: str, weights: int, linear: int, int4: QuantizeInt4 | None) -> int:
         """Of all weights of a component, so many of which are of linear layers, in INT4 by these options; OpenVINO
         keeps fp16 whatever it computes in but fp32."""
@@ -101,3 +107,14 @@ class TargetTable(Strict):
         if self.max_cast_error and not self.half:
             raise ValueError(f"max_cast_error: nothing of {self.engine} in {self.precision} is in half precision")
         return self
+
+
+def check_one_image(table: TargetTable) -> None:
+    """RecipeError for what engines of a captured pipeline cannot have."""
+    if table.max_images:
+        raise RecipeError(
+            f"target {table.name}: max_images: engines of a captured pipeline take one image at a time, and a run "
+            "draws as many as it is asked for",
+            expected="none",
+            got=table.max_images,
+        )

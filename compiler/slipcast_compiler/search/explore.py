@@ -30,8 +30,12 @@ DEAR = 0.5  # of the time may go into engines and lists of timesteps; beyond tha
 SAY_EVERY_S = 20.0
 
 
+class SearchEnded(SlipcastError):  # noqa: N818 - named for what happened
+    """No other trial can be compared with those before: it ends a search, whose finished trials are kept."""
+
+
 class Evaluate(Protocol):
-    """What a point is worth. Both raise SlipcastError where it cannot be."""
+    """What a point is worth. Both raise SlipcastError where it cannot be, and SearchEnded where no other can."""
 
     def measure(self, overrides: Overrides) -> Found:
         """At least `objective`, `shown` (the same in words), `distance`, and `prepare_s`, the seconds of it that an
@@ -108,7 +112,7 @@ def _evaluate(evaluate: Evaluate, overrides: Overrides, earlier: list[Found]) ->
         if survives(found, earlier):
             found |= evaluate.judge(overrides)
     except SlipcastError as error:
-        if not earlier:
+        if not earlier or isinstance(error, SearchEnded):
             raise
         found = {"prepare_s": round(time.perf_counter() - begin, 3)} | found | {"error": str(error)}
     return found

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slipcast.errors import CheckFailed, SlipcastError
+from slipcast.errors import CheckFailed
 from slipcast.progress import Stages
 from slipcast_compiler.host.cache import Cache, tool_versions
 from slipcast_compiler.host.machine import this_machine
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.recipe.search import PROFILED
 from slipcast_compiler.search.evaluate import Evaluator
-from slipcast_compiler.search.explore import choose, explore
+from slipcast_compiler.search.explore import SearchEnded, choose, explore
 from slipcast_compiler.search.journal import open_journal, seconds_spent, told
 from slipcast_compiler.search.record import record_search
 from slipcast_compiler.search.space import Space
@@ -80,7 +80,7 @@ class _Watched:
         return self._evaluator.measure(overrides)
 
 
-class CodeChanged(SlipcastError):  # noqa: N818 - named for what happened
+class CodeChanged(SearchEnded):
     """Trials before and after it cannot be compared."""
 
 

@@ -35,7 +35,7 @@ def _prompts(bundle: Bundle | ProgramBundle, kind: str) -> list[str]:
     manifest = bundle.manifest
     if not manifest.takes_prompt:
         return []
-    closed = manifest.prompts if isinstance(manifest, Manifest) else None
+    closed = manifest.prompts if isinstance(manifest, Manifest) else manifest.program.closed
     usual = next(prompt for prompt in closed.prompts if prompt) if closed else USUAL_PROMPT
     record: Any = {}
     if report_files(manifest):

@@ -18,7 +18,7 @@ from explored import Formula, planned
 from slipcast.errors import ArtifactError, NumericalError, ResourceError
 from slipcast_compiler.pages.search import SearchRecord, figures
 from slipcast_compiler.search.described import Described
-from slipcast_compiler.search.explore import choose, explore, front, survives
+from slipcast_compiler.search.explore import SearchEnded, choose, explore, front, survives
 from slipcast_compiler.search.journal import JOURNAL, finished, open_journal, seconds_spent, told
 from slipcast_compiler.search.propose import parting_distance, propose, to_params, to_point
 from slipcast_compiler.search.record import record_search
@@ -114,6 +114,17 @@ def test_a_point_that_cannot_be_is_told_and_passed_over(tmp_path: Path) -> None:
 
     with pytest.raises(NumericalError, match="nothing works"):  # the recipe itself
         search(tmp_path / "b", Never())
+
+    class Ends(Partly):
+        def measure(self, overrides: dict[str, Any]) -> dict[str, Any]:
+            if "passes.prune_heads.ratio" in overrides:
+                raise SearchEnded("the code is another")
+            return super().measure(overrides)
+
+    with pytest.raises(SearchEnded, match="the code is another"):  # and no trial is noted to have failed
+        search(tmp_path / "c", Ends())
+    with open_journal(tmp_path / "c") as study:
+        assert finished(study) and not any("another" in told(trial).get("error", "") for trial in finished(study))
 
 
 def test_engines_take_no_more_than_their_share(tmp_path: Path) -> None:

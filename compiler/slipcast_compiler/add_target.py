@@ -94,11 +94,11 @@ def add_target(
                 inputs = _inputs(bundle, exact, measured, cache, advance)
             with stages.stage("measure casts") as advance:
                 casts = measure_cast(table, measured, inputs, cache, advance)
-            casts |= {name: casts[plain] for plain, name in _adapted(bundle.manifest).items() if plain in casts}
         with stages.stage(f"build {table.name}") as advance:
             quantized = _quantized(bundle, portable) if table.precision in QUANTIZED else {}
             made_from = Sources(sources, sizes, quantized, _exact(bundle.manifest))
-            target = build_target(table, made_from, pool, cache, advance, casts)
+            adapted = {name: casts[plain] for plain, name in _adapted(bundle.manifest).items() if plain in casts}
+            target = build_target(table, made_from, pool, cache, advance, {**casts, **adapted})
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         write = publish.write_manifest if isinstance(bundle, Bundle) else publish.write_program_manifest
@@ -287,7 +287,10 @@ def _fields(manifest: BaseManifest, target: Target) -> dict[str, Any]:
         targets.insert(before.index(False) if False in before else len(before), target)
     first = next((each for each in targets if each.quality), targets[0])
     kept = {name: getattr(manifest, name) for name in type(manifest).model_fields if name != "files"}
-    return kept | {"targets": tuple(targets), "quality": first.quality, "performance": first.performance}
+    early = any(each.early_exit for each in targets)
+    requires = tuple(name for name in manifest.requires if name != "early_exit" or early)
+    changed = {"targets": tuple(targets), "quality": first.quality, "performance": first.performance}
+    return {**kept, **changed, "requires": requires}
 
 
 def _rank(target: Target) -> int:
@@ -314,10 +317,10 @@ def _compare(
     chosen, seeds = [prompts[i % len(prompts)] for i in range(images)], GATE.take(images)
     turns = [slice(place, None, len(given)) for place in range(len(given))]
     jobs = [bundled.Job(chosen[turn], seeds[turn], own) for turn, own in zip(turns, given, strict=True)]
-    made = []
+    made, policy = [], portable.performance.residency if portable.performance else "all"
     for each in (portable, target):
         with stages.stage(f"pictures on {each.id}") as advance:
-            made.append(run_isolated(bundled.run_program, folder, each.id, "all", jobs, advance=advance).result)
+            made.append(run_isolated(bundled.run_program, folder, each.id, policy, jobs, advance=advance).result)
     numbers = isinstance(bundle, ProgramBundle) and bundle.manifest.program.output in NUMBERS
     distances = [
         psnr(one / peak, other / peak)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Stages
+from slipcast_compiler.capture.resampling import parts_steps
 from slipcast_compiler.engines.programs import ProgramGraphs, add_program_guard, tabulate_prompts
 from slipcast_compiler.export.pipeline import export_pipeline
 from slipcast_compiler.host.cache import Cache
@@ -55,10 +57,11 @@ def export_program(plan: ProgramPlan, source: str, cache: Cache, stages: Stages)
         rewrites = rewritten.rewrites
 
         def export(folder: Path) -> None:
-            arguments = root, pipeline, plan.calls, rewrites, plan.whole, folder
+            arguments = root, pipeline, plan.calls, plan.unguided, rewrites, plan.whole, folder
             run_isolated(export_pipeline, *arguments, advance=advance)
 
-        entry = cache.get("program", {**given, "rewrites": digests_of(rewrites), "whole": plan.whole}, export)
+        how = {"rewrites": digests_of(rewrites), "whole": plan.whole, "unguided": plan.unguided}
+        entry = cache.get("program", {**given, **how}, export)
     return MadeProgram(ProgramGraphs(entry, plan.samplings), rewritten)
 
 
@@ -118,8 +121,19 @@ def record_inputs(
     """A directory of evaluations of each component on calibration prompts, as record_calls makes it; along the
     pipeline's own steps where profile.sampling says so, but for a denoiser in two, whose mask is for the bundle's."""
     if plan.recipe.profile.sampling == "reference" and not graphs.split:
-        graphs = replace(graphs, samplings=())
+        graphs = replace(graphs, samplings=_own(plan, graphs))
     with stages.stage("record inputs") as advance:
         samples = plan.recipe.samples_needed
         images = plan.calibration(images_needed(samples, graphs.record))
         return record_calls(graphs, images, besides, samples, cache, advance)
+
+
+def _own(plan: ProgramPlan, graphs: ProgramGraphs) -> tuple[Sampling, ...]:
+    """The pipeline's own samplings; with the bundle's guidance interval, by which each of its engines runs, if it parts
+    these steps too."""
+    own = [found.loop.sampling for found in plan.steps.variants if found.loop]
+    asked = [each.guidance_interval for each in graphs.samplings]
+    if not any(asked):
+        return ()
+    changed = [each.model_copy(update={"guidance_interval": its}) for each, its in zip(own, asked, strict=True)]
+    return tuple(changed) if all(map(parts_steps, changed)) else graphs.samplings

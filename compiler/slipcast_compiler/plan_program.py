@@ -81,8 +81,8 @@ class ProgramPlan:
     here, if it does; `whole`: the program is compared with it with all weights; `drawn`: what another machine drew, in
     its place; `policies`: by target, how its engines stay loaded where it is judged; `arguments`: those of a run, see
     describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own `steps`; `known`:
-    by denoiser, what passes can rewrite, where any is on or may be turned on by a search; `cacheable`: a search may
-    turn feature caching on.
+    by denoiser, what passes can rewrite, where any is on or may be turned on by a search, which `profilable` says;
+    `cacheable`: it may turn feature caching on; `unguided`: evaluations without guidance are captured too.
     """
 
     recipe: Recipe
@@ -103,7 +103,9 @@ class ProgramPlan:
     steps: Steps
     samplings: tuple[Sampling, ...]
     known: Known
+    profilable: bool
     cacheable: bool
+    unguided: bool
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -182,7 +184,8 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
         check_one_image(target)
     check_targets(recipe.targets)
     checkpoint, pipe, call, calls = open_call(recipe, folder)
-    variants = find_each(pipe, calls)
+    unguided = _may_leave_guidance(recipe)
+    variants = find_each(pipe, calls, unguided)
     check_program(variants, pipe)
     check_sources(variants[0], checkpoint.name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
@@ -198,13 +201,15 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     whole = not table.original and needs.original["fp32"] <= available
     policies = choose_policies(needs, available)
     known: Known = {}
-    turned = _may_rewrite(recipe, variants, calls, family)
-    if profiled or recipe.passes.chosen() or turned:
-        rewritable, needed = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled or turned)
-        if turned and not profiled and not recipe.passes.chosen() and needed.rewriting > available:
-            rewritable, needed = known, needs  # then a search does without
-        known, needs = rewritable, needed
+    profilable = _may_rewrite(recipe, variants, calls, family)
+    if profilable:
+        turnable, needed = _plan_passes(recipe, variants, pipe, calls, family, needs, True)
+        if profilable := needed.rewriting <= available:  # else a search does without
+            known, needs = turnable, needed
+    if not profilable and (profiled or recipe.passes.chosen()):
+        known, needs = _plan_passes(recipe, variants, pipe, calls, family, needs, profiled)
         check_rewriting_fits(needs, available)
+    if known:
         for name in known.keys() & summary["components"].keys():
             summary["components"][name]["layers"] = describe_layers(known[name])
     steps = _steps(variants, pipe, checkpoint)
@@ -219,13 +224,19 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
         _check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(table, family, sizes, folder)
+    if sizes is None and recipe.gate.ssim is not None:
+        raise RecipeError(
+            "gate.ssim is for pictures, and this pipeline gives none", expected="gate.psnr, which alone is run",
+            got=recipe.gate.ssim,
+        )  # fmt: skip
     asked = Asked(checkpoint.root, recipe.model.pipeline, calls, family, strangers, table)
     drawn = None
     if table.originals:
         drawn = read_record(folder / table.originals, asked, digest(checkpoint.root, recipe.model.pipeline))
     return ProgramPlan(
         recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, whole, drawn,
-        policies, arguments, steps, samplings, known, cacheable,
+        policies, arguments, steps, samplings, known, profilable,
+        cacheable, unguided,
     )  # fmt: skip
 
 
@@ -282,6 +293,13 @@ def _may_rewrite(
     if search is None or (search.levers and not PROFILED & set(search.levers)):
         return False
     return bool(denoisers_of(variants)) and count_samples(prompts) >= MIN_SAMPLES and len(prompts) >= len(calls)
+
+
+def _may_leave_guidance(recipe: Recipe) -> bool:
+    """Whether some steps may be taken without guidance."""
+    search = recipe.search
+    searched = search is not None and (not search.levers or "guidance_interval" in search.levers)
+    return recipe.sampling.guidance_interval is not None or (searched and not (recipe.caching or recipe.adapters))
 
 
 def _is_cacheable(search: SearchTable, variants: Sequence[Found], pipe: Any) -> bool:

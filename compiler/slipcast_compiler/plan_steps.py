@@ -57,6 +57,12 @@ def _check(recipe: Recipe, steps: Steps, samplings: Sequence[Sampling]) -> None:
         if recipe.timesteps:
             check_timesteps(recipe.timesteps, sampling, few_step)
             _check_finer(found, sampling, recipe.timesteps.fine_steps)
+        for name in ("caching", "adapters") if sampling.guidance_interval else ():
+            if getattr(recipe, name):
+                raise RecipeError(
+                    f"[{name}] does not go with sampling.guidance_interval in a captured pipeline",
+                    expected="one of the two", got=name,
+                )  # fmt: skip
         if recipe.caching:
             check_caching(recipe.caching, sampling)
         if recipe.early_exit:

@@ -39,14 +39,16 @@ def bundle_of(
     return write(ProgramGraphs(export_here(pipe, name, calls, cache)), name, folder, cache, *tables)
 
 
-def export_here(pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], cache: Cache) -> Path:
+def export_here(
+    pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], cache: Cache, unguided: bool = False
+) -> Path:
     """The entry of a cache that has the exported program."""
 
     def export(out: Path) -> None:
-        export_program(find_for(pipe, calls), pipe, out, silent)
+        export_program(find_for(pipe, calls, unguided), pipe, out, silent)
         leave_loop(out)
 
-    return cache.get("program", {"name": name}, export)
+    return cache.get("program", {"name": name, "unguided": unguided}, export)
 
 
 def write(graphs: ProgramGraphs, name: str, folder: Path, cache: Cache, *tables: TargetTable) -> Path:

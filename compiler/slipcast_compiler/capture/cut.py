@@ -162,6 +162,13 @@ def _sizes(family: Sequence[Sequence[_Piece]], name: str) -> Sizes | None:
     )
 
 
+def part_of(name: str, program: Program, events: Sequence[Event], read: frozenset[int]) -> tuple[Part, Use]:
+    """A part of these events of a program, and its only use; `read`: the values that others read of it."""
+    piece = _piece(name, program, tuple(events), read)
+    part = _part_of(name, [[piece]], [piece])
+    return part, _use(piece, part, piece, None)
+
+
 def _outputs(group: Sequence[_Piece]) -> list[int]:
     """The places of values that any of them hands on."""
     return sorted(frozenset[int]().union(*(piece.outputs for piece in group)))

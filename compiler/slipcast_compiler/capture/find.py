@@ -24,7 +24,8 @@ class Found:
     """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source.
 
     `loop`: how slipcast's samplers drive it, where they do: then its parts are without the scheduler's arithmetic.
-    `why_not`: where they do not. `prompts`: on which the program has to be verified.
+    `why_not`: where they do not. `prompts`: on which the program has to be verified; `unguided`: that of the same call
+    without guidance, if the loop has a part of it.
     """
 
     program: Program
@@ -34,6 +35,7 @@ class Found:
     prompts: tuple[str, ...]
     loop: Loop | None = None
     why_not: str = ""
+    unguided: Program | None = None
 
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
@@ -41,28 +43,35 @@ def find(pipe: Any, given: Mapping[str, Any]) -> Found:
     return find_each(pipe, [given])[0]
 
 
-def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]]) -> tuple[Found, ...]:
-    """The same of several calls, such as for other sizes, which have parts in common."""
+def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]], unguided: bool = False) -> tuple[Found, ...]:
+    """The same of several calls, such as for other sizes, which have parts in common. `unguided`: what their loops do
+    without guidance is looked for."""
     read = [with_pictures(pipe, given) for given in calls]
-    return find_for(pipe, [lambda prompt, given=given: make_call(pipe, given, prompt) for given in read])  # type: ignore[misc]
+    makes: list[Any] = [lambda prompt, given=given: make_call(pipe, given, prompt) for given in read]
+    return find_for(pipe, makes, unguided)
 
 
-def find_for(pipe: Any, calls: Sequence[Make]) -> tuple[Found, ...]:
+def find_for(pipe: Any, calls: Sequence[Make], unguided: bool = False) -> tuple[Found, ...]:
     """The same of each call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what
     the pipeline does, for a short and a long one too. Where slipcast's samplers can stand for the scheduler, for
     another number of steps and another guidance too, as a run may choose them."""
     captured = [capture_prompted(pipe, call) for call in calls]
     programs = [each.program for each in captured]
     loops: Sequence[Loop | None]
+    plain: list[Program | None] = [None] * len(programs)
     try:
-        cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured)), strict=True)
-        why_not = ""
+        others = _capture_others(pipe, calls, captured, unguided)
+        cuts, loops = zip(*_drive(pipe, others), strict=True)
+        plain, why_not = [next(iter(each.unguided), None) for each in others], ""
     except RecipeError as error:
         cuts, loops, why_not = cut_together(programs), [None] * len(programs), error.message
     return tuple(
-        Found(each.program, cut, each.templates, each.call, each.prompts, loop, why_not)
-        for each, cut, loop in zip(captured, cuts, loops, strict=True)
-    )
+        Found(
+            each.program, cut, each.templates, each.call, each.prompts, loop, why_not,
+            own if loop and loop.unguided else None,
+        )
+        for each, cut, loop, own in zip(captured, cuts, loops, plain, strict=True)
+    )  # fmt: skip
 
 
 def _drive(pipe: Any, captured: Sequence[Captured]) -> tuple[tuple[Cut, Loop], ...]:
@@ -76,8 +85,9 @@ def _drive(pipe: Any, captured: Sequence[Captured]) -> tuple[tuple[Cut, Loop], .
     return drive_together([replace(each, guided=None) for each in captured], scheduler)
 
 
-def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompted]) -> list[Captured]:
-    """Each program beside those for other steps and another guidance; RecipeError where a run cannot choose."""
+def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompted], unguided: bool) -> list[Captured]:
+    """Each program beside those for other steps and another guidance, and without; RecipeError where a run cannot
+    choose."""
     found = []
     for make, prompted in zip(calls, captured, strict=True):
         program, steps = prompted.program, prompted.call.get(STEPS)
@@ -86,8 +96,21 @@ def _capture_others(pipe: Any, calls: Sequence[Make], captured: Sequence[Prompte
         check_form(program)
         again = other_steps(steps)
         other = capture_again(_with(make, STEPS, again), prompted)
-        found.append(Captured(program, steps, other, again, **_guided(pipe, make, prompted, captured)))
+        guided = _guided(pipe, make, prompted, captured)
+        plain = _unguided(make, prompted, guided, again) if unguided else {}
+        found.append(Captured(program, steps, other, again, **guided, **plain))
     return found
+
+
+def _unguided(make: Make, prompted: Prompted, guided: Mapping[str, Any], again: int) -> dict[str, Any]:
+    """The programs without guidance, for both numbers of steps, or why there are none."""
+    if not guided:
+        return {"why_guided": f"its {GUIDANCE} is no number above 1 that a run could change"}
+    plain = _with(make, GUIDANCE, 1.0)
+    try:
+        return {"unguided": tuple(capture_again(each, prompted) for each in (plain, _with(plain, STEPS, again)))}
+    except RecipeError as error:
+        return {"why_guided": f"without guidance it cannot be captured: {error.message}"}
 
 
 def _guided(pipe: Any, make: Make, prompted: Prompted, captured: Sequence[Prompted]) -> dict[str, Any]:

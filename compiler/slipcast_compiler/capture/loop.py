@@ -14,6 +14,7 @@ from slipcast_compiler.capture.cut import Cut, Use, cut_together
 from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.unguided import match_plain
 
 STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
 MANY = 20
@@ -25,7 +26,8 @@ class Loop:
     """`use`: an evaluation of the model, between the uses of the cut before `at` and those from there on. It leads from
     the value `sample` to `output`; the sampler, from `sample` to `result`. `vp`: whether `sample` is in
     variance-preserving coordinates. `columns`: by part, what its table's numbers are; those of None are as in the
-    row of its use. `steps`, `guidance`: the arguments that a run chooses by; None where it cannot."""
+    row of its use. `steps`, `guidance`: the arguments that a run chooses by; None where it cannot. `unguided`: an
+    evaluation without guidance, where there was one to find; else `why_guided`, if it was looked for."""
 
     sampling: Sampling
     use: Use
@@ -37,6 +39,8 @@ class Loop:
     columns: Mapping[str, Columns]
     steps: str | None
     guidance: str | None
+    unguided: Use | None = None
+    why_guided: str = ""
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -47,7 +51,8 @@ class Loop:
 @dataclass(frozen=True)
 class Captured:
     """A program with those of the same call for other numbers of steps, and for another guidance, if that could be
-    captured; and what they were captured with."""
+    captured; and what they were captured with. `unguided`: those without guidance, for both numbers of steps, if they
+    are asked for and could be captured; `why_guided`: why they could not."""
 
     program: Program
     steps: int
@@ -56,10 +61,12 @@ class Captured:
     guidance: float = 1.0
     guided: Program | None = None
     other_guidance: float = 1.0
+    unguided: tuple[Program, ...] = ()
+    why_guided: str = ""
 
     @property
     def programs(self) -> list[Program]:
-        """All of them."""
+        """Those with guidance."""
         return [self.program, self.other, *([self.guided] if self.guided else [])]
 
 
@@ -73,15 +80,51 @@ def drive_together(captured: Sequence[Captured], scheduler: Any) -> tuple[tuple[
 
     RecipeError where one of them is not driven.
     """
-    cuts = iter(cut_together([program for each in captured for program in each.programs]))
+    cuts = iter(cut_together([program for each in captured for program in (*each.programs, *each.unguided)]))
     found = []
     for each in captured:
-        own = [next(cuts) for _ in each.programs]
-        found.append(_drive(each, own, scheduler))
+        own, plain = [next(cuts) for _ in each.programs], [next(cuts) for _ in each.unguided]
+        cut, loop, driven = _drive(each, own, scheduler)
+        loop = replace(loop, why_guided=each.why_guided)
+        if plain:
+            try:
+                cut, loop = _with_unguided(each, cut, loop, plain, driven, scheduler)
+            except RecipeError as error:
+                loop = replace(loop, why_guided=error.message)
+        found.append((cut, loop))
     return tuple(found)
 
 
-def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut, Loop]:
+def _with_unguided(
+    captured: Captured, cut: Cut, loop: Loop, plain: Sequence[Cut], driven: Driven, scheduler: Any
+) -> tuple[Cut, Loop]:
+    """With an evaluation without guidance beside that with it; RecipeError where there is none."""
+    program, other = captured.unguided
+    own = drive(program, scheduler, captured.steps)
+    if own != driven:
+        raise not_driven("without guidance it takes other steps", own.sampling.sampler)
+    _check_shared(plain)
+    its_cut, its_loop = _without_steps(program, plain[0], own)
+    if its_loop.use.part == loop.use.part:
+        raise not_driven(f"at {GUIDANCE} = 1 its model is evaluated as at any other", loop.use.part)
+    at = [evaluations(each, 1.0) for each in (own, drive(other, scheduler, captured.other_steps))]
+    part = next(part for part in its_cut.parts if part.name == its_loop.use.part)
+    laws = find_columns(part.name, plain, at)
+    if laws is None:
+        raise not_driven("its numbers by step are none that slipcast knows", part.name)
+    samples = loop.sample, its_loop.sample
+    found = match_plain(captured.program, cut.uses[: loop.at], program, its_loop.use, samples)
+    halving, halves = ([found.halving], [found.halves]) if found.halving and found.halves else ([], [])
+    uses = (*cut.uses[: loop.at], *halving, *cut.uses[loop.at :])
+    return Cut((*cut.parts, *halves, part), uses, cut.steps), replace(
+        loop,
+        at=loop.at + len(halving),
+        unguided=replace(found.use, outputs=(loop.output,)),
+        columns={**loop.columns, **({part.name: laws} if part.table else {})},
+    )
+
+
+def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut, Loop, Driven]:
     driven = drive(captured.program, scheduler, captured.steps)
     at = [evaluations(driven, captured.guidance)]
     free = True
@@ -104,13 +147,14 @@ def _drive(captured: Captured, cuts: Sequence[Cut], scheduler: Any) -> tuple[Cut
             raise not_driven("its numbers of steps, or its guidance, are seen outside of the loop", part.name)
         columns[part.name] = laws
     cut, loop = _without_steps(captured.program, cuts[0], driven)
-    return cut, replace(
+    made = replace(
         loop,
         sampling=loop.sampling.model_copy(update={"guidance_scale": captured.guidance}),
         columns=columns,
         steps=STEPS if free else None,
         guidance=GUIDANCE if captured.guided else None,
     )
+    return cut, made, driven
 
 
 def _check_shared(cuts: Sequence[Cut]) -> None:

@@ -15,7 +15,7 @@ from slipcast_compiler.capture.loop import START, Loop
 from slipcast_compiler.model.scheduler import read_process, with_options
 from slipcast_compiler.recipe.sampling import ReferenceTable, SamplingTable
 
-ELSEWHERE = ("width", "height", "guidance_rescale", "guidance_interval", "guidance_reuse")
+ELSEWHERE = ("width", "height", "guidance_rescale", "guidance_reuse")
 
 
 def samplings_of(variants: Sequence[Found], asked: SamplingTable | None, scheduler: Any) -> tuple[Sampling, ...]:
@@ -49,7 +49,33 @@ def _sampling_of(variant: Found, asked: SamplingTable, scheduler: Any) -> Sampli
         )
     made = resample(loop.sampling, scheduler, asked)
     _check_start(loop, made)
+    return _in_interval(loop, made, asked.guidance_interval)
+
+
+def _in_interval(loop: Loop, made: Sampling, interval: Sequence[float] | None) -> Sampling:
+    """With guidance at these noise levels alone, if it is asked for."""
+    if not interval:
+        return made
+    if not loop.unguided:
+        raise RecipeError(
+            f"sampling.guidance_interval is not for this pipeline: {loop.why_guided}",
+            expected="guidance whose branches can be told apart", got=list(interval),
+        )  # fmt: skip
+    made = Sampling.model_validate({**dict(made), "guidance_interval": tuple(interval)})
+    if not parts_steps(made):
+        levels = made.lay().sigmas[:-1]
+        raise RecipeError(
+            "sampling.guidance_interval leaves out none of the steps, or all of them",
+            expected=f"noise levels between {levels[-1]:g} and {levels[0]:g}", got=list(interval),
+            hint="leave it out, or guidance under [call]",
+        )  # fmt: skip
     return made
+
+
+def parts_steps(sampling: Sampling) -> bool:
+    """Whether there is guidance at some of the schedule's noise levels, and none at others."""
+    guidance = sampling.guidance()
+    return len({guidance.applies(sigma) for sigma in sampling.lay().sigmas[:-1]}) == 2
 
 
 def resample(sampling: Sampling, scheduler: Any, asked: ReferenceTable) -> Sampling:

@@ -42,5 +42,7 @@ def _with_own(found: Found, part: Part, named: dict[int, Part]) -> Found:
     if loop:
         columns = {own.name if name == part.name else name: each for name, each in loop.columns.items()}
         use = replace(loop.use, part=own.name) if loop.use.part == part.name else loop.use
-        loop = replace(loop, columns=columns, use=use)
+        plain = loop.unguided
+        plain = replace(plain, part=own.name) if plain and plain.part == part.name else plain
+        loop = replace(loop, columns=columns, use=use, unguided=plain)
     return replace(found, cut=cut, loop=loop)

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, SHALLOW, Component, Target
-from slipcast.bundle.program import PROGRAM, Program, ProgramCall, Shallow
+from slipcast.bundle.program import PROGRAM, Program, ProgramCall, Shallow, Variant
 from slipcast.bundle.program_manifest import AdaptersRecord
 from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Advance, SilentStages, Stages
@@ -63,6 +63,8 @@ class ProgramGraphs:
     def record(self) -> Program:
         """The program."""
         record = self._sampled(read_record(self.entry))
+        if not any(each.loop and each.loop.sampling.guidance_interval for each in record.every):
+            record = guided_only(record)
         if self.closed:
             record = close(record, self.closed[0], contracts(self.entry, record))
         return with_shallow(record, self.split) if self.split else record
@@ -132,6 +134,31 @@ class ProgramGraphs:
         return replace(self, slots=slots, casts=casts)
 
 
+def guided_only(record: Program) -> Program:
+    """The program without what it does without guidance, for a sampling that never asks for it."""
+    first, *others = (_guided_only(variant) for variant in record.every)
+    rest = [variant.model_copy(update=each) for variant, each in zip(record.variants, others, strict=True)]
+    return record.model_copy(update={**first, "variants": tuple(rest)})
+
+
+def _guided_only(variant: Variant) -> dict[str, Any]:
+    if not (loop := variant.loop) or not loop.unguided:
+        return {}
+    kept, read = list(range(len(variant.calls))), set(variant.given)
+    read |= {loop.sample, *(value for call in loop.calls for value in call.inputs.values())}
+    for place in reversed(range(len(variant.calls))):
+        call = variant.calls[place]
+        if place < loop.at and not read.intersection(call.outputs.values()):
+            kept.remove(place)
+        else:
+            read.update(call.inputs.values())
+    components = {call.component for call in (*loop.calls, *(variant.calls[place] for place in kept))}
+    columns = {name: each for name, each in loop.columns.items() if name.partition(".")[0] in components}
+    at = sum(place < loop.at for place in kept)
+    changed = loop.model_copy(update={"at": at, "unguided": (), "columns": columns})
+    return {"calls": tuple(variant.calls[place] for place in kept), "loop": changed}
+
+
 def with_shallow(record: Program, split: Split) -> Program:
     """The program whose denoiser gives a feature, which a shallow one takes at the steps that are not full."""
     loop = record.loop
@@ -162,7 +189,9 @@ def tabulate_prompts(graphs: ProgramGraphs, prompts: tuple[str, ...], cache: Cac
             target = write_portable(graphs, Path(name), cache)
             run_isolated(tabulate, Path(name), target.id, prompts, out, advance=advance)
 
-    entry = cache.get("closed", {**graphs.identity, "prompts": prompts}, make)
+    # Of texts alone: whatever the noise levels.
+    plain = any(each.loop and each.loop.unguided for each in graphs.record.every)
+    entry = cache.get("closed", {"program": graphs.entry.name, "unguided": plain, "prompts": prompts}, make)
     return replace(graphs, closed=(prompts, entry))
 
 
@@ -212,6 +241,7 @@ def write_bundle(
             *(["caching"] if graphs.split else []),
             *(["adapters"] if graphs.slots else []),
             *(["guard"] if guard and guard.policy != "warn" else []),
+            *dict.fromkeys(name for each in record.every if each.loop for name in each.loop.sampling.requires),
         ),
         "guard": guard,
         "adapters": graphs.slots

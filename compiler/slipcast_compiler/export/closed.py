@@ -106,7 +106,7 @@ def _tabled(variant: Variant) -> dict[str, str | None]:
     early, depends = _early(variant), dependence(variant)
     calls = [
         *(call for call in variant.calls if not _is_early(call, early)),
-        *(variant.loop.calls if variant.loop else ()),
+        *((*variant.loop.calls, *variant.loop.unguided) if variant.loop else ()),
     ]
     read = [value for call in calls for value in call.inputs.values()]
     read += variant.given

@@ -34,11 +34,13 @@ WORTH = 0.01  # of a denoiser's parameters: what has to leave the loop, for more
 
 @dataclass
 class _Rewriting:
-    """Calls before, within and after a loop of slipcast's samplers; without one all are before it. `places`: by place
-    of a call of before, that of the last one in its stead. `once`: what is called once, and its outputs' values."""
+    """Calls before, within and after a loop of slipcast's samplers, and those within where there is no guidance;
+    without a loop all are before it. `places`: by place of a call of before, that of the last one in its stead. `once`:
+    what is called once, and its outputs' values."""
 
     before: list[ProgramCall] = field(default_factory=list)
     loop: list[ProgramCall] = field(default_factory=list)
+    unguided: list[ProgramCall] = field(default_factory=list)
     after: list[ProgramCall] = field(default_factory=list)
     places: dict[int, int] = field(default_factory=dict)
     once: dict[Any, dict[str, str]] = field(default_factory=dict)
@@ -78,15 +80,20 @@ def _rewrite(variant: Variant, parts: Mapping[str, Parts]) -> dict[str, Any]:
         else:
             (made.after if loop and place >= loop.at else made.before).append(call)
         made.places[place] = len(made.before) - 1
-    for call in loop.calls if loop else ():
-        if call.component in parts:
-            _add(made, call, parts[call.component], made.loop, loop.columns if loop else ())
-        else:
-            made.loop.append(call)
+    evaluations = [(made.loop, loop.calls), (made.unguided, loop.unguided)] if loop else []
+    for into, inside in evaluations:
+        for call in inside:
+            if call.component in parts:
+                _add(made, call, parts[call.component], into, loop.columns if loop else ())
+            else:
+                into.append(call)
     steps = tuple(made.places[place] for place in variant.steps)
     changed = loop and loop.model_copy(
-        update={"at": len(made.before), "calls": tuple(made.loop), "columns": _columns(loop, parts)}
-    )
+        update={
+            "at": len(made.before), "calls": tuple(made.loop), "unguided": tuple(made.unguided),
+            "columns": _columns(loop, parts),
+        }
+    )  # fmt: skip
     return {"calls": (*made.before, *made.after), "steps": steps, "loop": changed}
 
 
@@ -175,7 +182,7 @@ def _evaluate(step: Path, rows: Arrays) -> Arrays:
 def _add(made: _Rewriting, call: ProgramCall, parts: Parts, into: list[ProgramCall], columns: Collection[str]) -> None:
     """The calls in place of one of the whole, which go `into` these; what prompts alone decide goes before the loop.
     `columns`: the inputs that neither a value nor the table gives."""
-    known, driven = dict(call.inputs), into is made.loop
+    known, driven = dict(call.inputs), into is not made.before
     for part in ("step", "prompt", "prompt+step", "denoise"):
         if (model := parts.graphs.get(part)) is None or (part == "step" and not driven):
             continue

@@ -16,6 +16,7 @@ from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call, with_other_pictures
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
+from slipcast_compiler.capture.loop import GUIDANCE
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.summary import module_of
@@ -32,18 +33,19 @@ VERIFIED = "verified.json"
 
 
 def export_pipeline(
-    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], rewrites: Rewrites, whole: bool, folder: Path,
-    advance: Advance,
+    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], unguided: bool, rewrites: Rewrites,
+    whole: bool, folder: Path, advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip
-    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `rewrites`: what passes
-    changed of the pipeline, which is captured as they left it. `whole`: programs are verified with all weights in
-    memory; else with random ones that take little, and with functions in place of modules, see stand_ins.
+    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `unguided`: see
+    find_each. `rewrites`: what passes changed of the pipeline, which is captured as they left it. `whole`: programs are
+    verified with all weights in memory; else with random ones that take little, and with functions in place of modules,
+    see stand_ins.
 
     CheckFailed where a program is not the pipeline; ArtifactError for a weight that is missing, or no number.
     """
     streamed = open_streamed(root, pipeline, rewrites)
     calls = [with_pictures(streamed.pipe, given) for given in calls]
-    variants = find_each(streamed.pipe, calls)
+    variants = find_each(streamed.pipe, calls, unguided)
     pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
     with quiet():  # of prompts that are ours
         error = _verify(variants, pipe, calls, not whole)
@@ -69,6 +71,9 @@ def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, A
     errors = []
     for found, given in zip(variants, calls, strict=True):
         errors += [_verified(found.program, pipe, given, prompt, light) for prompt in found.prompts]
+        if found.unguided:
+            plain = {**given, GUIDANCE: 1.0}
+            errors += [_verified(found.unguided, pipe, plain, prompt, light) for prompt in found.prompts]
     return max(errors)
 
 

@@ -188,6 +188,8 @@ def _resolve(evidence: ProgramEvidence) -> dict[str, Any]:
     """The recipe with the whole call, without tables that are not for a captured pipeline; itself a valid recipe."""
     recipe = evidence.recipe
     found = {name: table for name, table in plain_recipe(recipe).items() if name in recipe.model_fields_set}
+    if "profile" in found:
+        found["profile"].pop("batch")  # images of a captured pipeline are drawn one by one
     call: dict[str, Any] = json.loads(json.dumps(dict(evidence.call)))
     return {**found, "call": call}
 

@@ -68,7 +68,7 @@ def make_program_profiles(
         "denoisers": calibration.denoisers,
         "prompts": calibration.prompts,
         "seeds": calibration.seeds,
-        "options": options.model_dump(mode="json"),
+        "options": options.model_dump(mode="json", exclude={"batch", "sampling"}),  # which are not for it
     }
 
     def build(folder: Path) -> None:

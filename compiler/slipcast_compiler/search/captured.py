@@ -18,26 +18,30 @@ from slipcast.bundle.program import Program
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.engines import Instrument
-from slipcast.errors import RecipeError
+from slipcast.errors import RecipeError, ResourceError
 from slipcast.progress import SilentStages, Stages
 from slipcast.run.program import ProgramPipeline
+from slipcast.timing.memory import available_mb
+from slipcast_compiler.capture.parts import denoisers_of
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
-from slipcast_compiler.graphs_program import export_program, make_profiles, specialise
+from slipcast_compiler.graphs_program import export_program, make_profiles, record_inputs, specialise
 from slipcast_compiler.host.cache import Cache
-from slipcast_compiler.judge.captured import Floats, PipelineDrawing, PipelineOriginals, draw_originals
+from slipcast_compiler.judge.captured import Floats, PipelineDrawing, draw_originals
 from slipcast_compiler.judge.judges import open_judges
 from slipcast_compiler.judge.metrics import Samples
 from slipcast_compiler.judge.programs import ResultReference, arguments_of, pool
 from slipcast_compiler.model.original import Prompts
 from slipcast_compiler.passes.known import units_of
 from slipcast_compiler.plan_program import ProgramPlan, replan_program
+from slipcast_compiler.precision.programs import measure_program_casts
 from slipcast_compiler.recipe.search import PROFILED
 from slipcast_compiler.recipe.seeds import SEARCH
-from slipcast_compiler.recipe.targets import IN_INT8, TargetTable
+from slipcast_compiler.recipe.targets import TargetTable
 from slipcast_compiler.search.measuring import Image
 from slipcast_compiler.search.space import Space
 from slipcast_compiler.search.subject import Drawn, Facts, Overrides, measured_table, split_prompts, trial_of, turned
 
+SETS = 3  # of engines, in memory at once
 PASSES = {"heads": "prune_heads", "ffn": "prune_ffn", "low_rank": "low_rank"}  # by lever
 
 
@@ -103,20 +107,25 @@ class Captured:
             reference=own,
             few_step=plan.steps.few_step is not None,
             prompts=len(plan.family.calibration) if plan.family else None,
-            rewritable=[lever for lever in PROFILED if any(counts[lever].values())],
-            guided=False,  # guidance lies within the program
+            rewritable=[lever for lever in PROFILED if plan.profilable and any(counts[lever].values())],
+            guided=all(found.loop and found.loop.unguided for found in plan.steps.variants),
             cacheable=plan.cacheable,
-            denoiser_parameters=sum(part["parameters"] for name, part in plan.parts.items() if IN_INT8.fullmatch(name)),
+            denoiser_parameters=sum(
+                plan.summary["components"][name]["parameters"] for name in denoisers_of(plan.steps.variants)
+            ),
         )
 
     def pins(self, engine: bool) -> Overrides:
-        """The trajectories that quantisation is calibrated on: the same for all points."""
-        return {"profile.sampling": "reference"} if self.plan.recipe.samples_needed or engine else {}
+        """The trajectories that quantisation and half precision are measured on: the same for all points."""
+        recipe = self.plan.recipe
+        measured = engine or recipe.samples_needed or any(table.half for table in recipe.targets)
+        return {"profile.sampling": "reference"} if measured and recipe.profile.sampling != "reference" else {}
 
     def decides(self) -> dict[str, Any]:
         """See Subject."""
         family = self.plan.family
-        return {**self.plan.given(self.source), "family": family and family.hash}
+        found = {"family": family and family.hash, "original": self.plan.precision}
+        return {**self.plan.given(self.source), **found}
 
     def profile(self, overrides: Overrides, cache: Cache, stages: Stages) -> None:
         """See Subject."""
@@ -139,42 +148,40 @@ class Captured:
         references = [ResultReference(each, record.output, judges.reference) for each in pictures.variants]
 
         def samples(found: list[Floats]) -> Samples:
-            # As they were drawn: the images of each variant one after the other.
-            rest = iter(found)
-            each = [list(islice(rest, len(variant.seeds))) for variant in pictures.variants]
-            return pool([of.sample(np.stack(own)) for of, own in zip(references, each, strict=True)])
+            return pool([of.sample(np.stack(found[place::count])) for place, of in enumerate(references)])
 
-        laid = tuple(result for variant in results.variants for result in variant.laid(record.output))
-        return Drawn(self._images(results), laid, self._images(pictures), samples)
+        laid = [variant.laid(record.output) for variant in results.variants]
+        shown = tuple(laid[place % count][place // count] for place in range(len(proxies)))
+        return Drawn(self._images(proxies, seeds), shown, self._images(judged, seeds[len(proxies) :]), samples)
 
     def candidate(self, overrides: Overrides, cache: Cache) -> ProgramCandidate:
         """See Subject."""
         plan = self.trial(overrides)
         exported = export_program(plan, self.source, cache, SilentStages())
-        graphs = specialise(plan, exported, self._given, cache, SilentStages()).graphs
-        return ProgramCandidate(graphs, measured_table(plan.recipe))
+        made = specialise(plan, exported, self._given, cache, SilentStages())
+        graphs, table = made.graphs, measured_table(plan.recipe)
+        if table.half:  # what it would spoil stays in fp32, as in the compile
+            inputs = made.inputs or record_inputs(plan, graphs, self._given, cache, SilentStages())
+            casts = measure_program_casts(graphs, inputs, (table,), cache, SilentStages())
+            graphs = replace(graphs, casts=casts.found)
+        return ProgramCandidate(graphs, table)
 
     def apply(self, overrides: Overrides) -> ProgramPlan:
         """See Subject."""
         return replan_program(self.plan, turned(self.plan.recipe, overrides))
 
     def trial(self, overrides: Overrides) -> ProgramPlan:
-        """The same for measuring, without the table of a closed family, which would be made again for all noise levels:
-        texts take the same time in all trials."""
-        plan = replan_program(self.plan, trial_of(turned(self.plan.recipe, overrides)))
-        return replace(plan, family=plan.family and replace(plan.family, closed=False))
+        """The same for measuring: see subject.trial_of."""
+        return replan_program(self.plan, trial_of(turned(self.plan.recipe, overrides)))
 
     def _drawing(self, plan: ProgramPlan, prompts: Prompts, seeds: tuple[int, ...]) -> PipelineDrawing:
         root, pipeline = plan.checkpoint.root, plan.recipe.model.pipeline
         return PipelineDrawing(root, pipeline, plan.calls, prompts, seeds, plan.precision)
 
-    def _images(self, drawn: PipelineOriginals) -> tuple[Image, ...]:
-        """Those of each variant one after the other."""
-        return tuple(
-            Image(prompt, seed, given)
-            for variant, given in zip(drawn.variants, self._given, strict=True)
-            for prompt, seed in zip(variant.prompts, variant.seeds, strict=True)
-        )
+    def _images(self, prompts: Prompts, seeds: tuple[int, ...]) -> tuple[Image, ...]:
+        """Of the variants in turns."""
+        turns = zip(prompts, seeds, cycle(self._given), strict=False)
+        return tuple(Image(prompt, seed, given) for prompt, seed, given in turns)
 
 
 def program_space(plan: ProgramPlan) -> Space:
@@ -185,10 +192,13 @@ def program_space(plan: ProgramPlan) -> Space:
             "[search] draws calibration prompts by the pipeline itself, and evaluate.originals are of held-out ones",
             expected="a machine that can draw them, and no evaluate.originals", got=plan.recipe.evaluate.originals,
         )  # fmt: skip
-    if plan.policies[table.name] != "all":
-        raise RecipeError(
-            f"[search] keeps all engines of target {table.name} loaded, which do not fit into memory here at once",
-            expected="a target first that fits, or no [search]", got=table.name,
+    taken, available = SETS * plan.needs.targets.get(table.name, {"all": 0})["all"], available_mb() * 1e6
+    if plan.policies.get(table.name, "all") != "all" or taken > available:
+        raise ResourceError(
+            f"[search] has the engines of target {table.name} in memory up to {SETS} times: the recipe's own, those of "
+            "a trial, and those whose memory is measured",
+            expected=f"about {taken / 1e9:.1f} GB", got=f"{available / 1e9:.1f} GB available",
+            hint="leave [search] out, or search on a machine that has it",
         )  # fmt: skip
     return Space(Captured(plan, ""))
 

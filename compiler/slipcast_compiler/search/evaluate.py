@@ -71,11 +71,20 @@ class Evaluator:
         if key not in self._folders:
             for other in [name for name in self._folders if name != self._own]:
                 shutil.rmtree(self._folders.pop(other))
-            folder = self._folders[key] = self._work / hashlib.sha256(key.encode()).hexdigest()[:16]
-            target = candidate.build(folder, self._cache)
-            if key not in self._memory:
-                first = self._drawn.proxies[0]
-                jobs = [bundled.Job([first.prompt], [first.seed], first.given)]
-                peak = run_isolated(bundled.run_program, folder, target, "all", jobs).peak_memory_mb
-                self._memory[key] = round(peak, 1)
+            folder = self._work / hashlib.sha256(key.encode()).hexdigest()[:16]
+            try:
+                self._make(candidate, folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._folders[key] = folder
         return candidate.variant(self._folders[key])
+
+    def _make(self, candidate: Candidate, folder: Path) -> None:
+        """Its engines, and the memory that a process with them takes."""
+        target = candidate.build(folder, self._cache)
+        if candidate.key not in self._memory:
+            first = self._drawn.proxies[0]
+            jobs = [bundled.Job([first.prompt], [first.seed], first.given)]
+            peak = run_isolated(bundled.run_program, folder, target, "all", jobs).peak_memory_mb
+            self._memory[candidate.key] = round(peak, 1)

@@ -152,7 +152,8 @@ def _precision(facts: Facts) -> dict[str, Dimension]:
     targets, own = facts.recipe.targets, measured_table(facts.recipe)
     taken = {target.precision for target in targets if target is not own and target.engine == own.engine}
     fewer = {"fp32": ("bf16", "fp16", "int8"), "int8": (), "int4": ()}.get(own.precision, ("int8",))
-    offered = set(ENGINES[own.engine].precisions) - taken - (set() if facts.denoiser_parameters >= LARGE else {"int8"})
+    gains = facts.denoiser_parameters >= LARGE and not facts.recipe.adapters
+    offered = set(ENGINES[own.engine].precisions) - taken - (set() if gains else {"int8"})
     found = tuple(name for name in fewer if name in offered)
     return {"precision": _named(own.precision, found)} if found else {}
 

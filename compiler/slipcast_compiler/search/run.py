@@ -36,7 +36,7 @@ def choose_by_search(subject: Subject[PlanT_co], cache: Cache, stages: Stages) -
     """
     space, facts = Space(subject), subject.facts
     table = facts.search
-    folder = cache.root.parent / "search" / f"{facts.recipe.name}-{_hash(subject)}"
+    folder = cache.root.parent / "search" / f"{facts.recipe.name}-{_hash(subject, space)}"
     with open_journal(folder) as study:
         if seconds_spent(study) < table.budget_minutes * 60:
             with _said_on_interrupt(folder, stages), _scratch(folder) as work:
@@ -84,11 +84,13 @@ class CodeChanged(SearchEnded):
     """Trials before and after it cannot be compared."""
 
 
-def _hash(subject: Subject[Any]) -> str:
-    """Of the recipe but for its name and budget, the checkpoint, the libraries and the code, and the machine."""
+def _hash(subject: Subject[Any], space: Space) -> str:
+    """Of the recipe but for its name and budget, the checkpoint, what may be turned here, the libraries and the code,
+    and the machine."""
     recipe = subject.facts.recipe.model_dump(mode="json", exclude={"name": True, "search": {"budget_minutes"}})
     decides = {
-        "recipe": recipe, **subject.decides(), "tools": tool_versions(), "host": this_machine().model_dump(),
+        "recipe": recipe, "levers": space.summary()["values"], **subject.decides(),
+        "tools": tool_versions(), "host": this_machine().model_dump(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 

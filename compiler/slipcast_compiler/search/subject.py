@@ -65,8 +65,8 @@ class Candidate(Protocol):
     def build(self, folder: Path, cache: Cache) -> str:
         """Its engines, in `folder`, which is new: a bundle of its own. Returns the target's id.
 
-        In half precision all of it is cast: what has to stay in fp32 is left for the compile to find, and its gate to
-        judge.
+        Of described models all is cast in half precision: what has to stay in fp32 is left for the compile to find, and
+        its gate to judge.
         """
         ...
 

@@ -92,6 +92,7 @@ class Loop(Strict):
     of these calls and of those before the loop, what is neither a value nor of the table; a row of which is the same at
     all steps. `sampling`: the bundle's;
     `steps` and `guidance`: the arguments by which a run asks for another number of steps, and for another guidance.
+    `unguided`: an evaluation in place of `calls`, at noise levels outside of the sampling's guidance_interval.
     """
 
     at: Count
@@ -105,6 +106,17 @@ class Loop(Strict):
     steps: ArgumentName | None = None
     guidance: ArgumentName | None = None
     shallow: Shallow | None = None
+    unguided: tuple[ProgramCall, ...] = ()
+
+    @model_validator(mode="after")
+    def _guidance_has_an_interval(self) -> Self:
+        if self.sampling.guidance_interval and not self.unguided:
+            raise ValueError("sampling.guidance_interval: there is no evaluation without guidance")
+        if self.unguided and self.shallow:
+            raise ValueError("shallow and unguided are not for one loop")
+        if self.sampling.guidance_reuse or self.sampling.guidance_rescale:
+            raise ValueError("sampling: guidance lies within the calls, of which nothing is taken again")
+        return self
 
     @model_validator(mode="after")
     def _shallow_stands_for_a_call(self) -> Self:
@@ -129,7 +141,7 @@ class Loop(Strict):
     @property
     def exact(self) -> frozenset[str]:
         """Components that compute of the step alone: in fp32 whatever the target, as bf16 has too few timesteps."""
-        return frozenset(call.component for call in self.calls if not call.inputs)
+        return frozenset(call.component for call in (*self.calls, *self.unguided) if not call.inputs)
 
     @property
     def free(self) -> tuple[str, ...]:
@@ -172,11 +184,13 @@ class Variant(Strict):
 
     @property
     def every_call(self) -> tuple[ProgramCall, ...]:
-        """All calls, those of the loop once, in the order in which they run; what is shallow after what is whole."""
+        """All calls, those of the loop once, in the order in which they run; what is shallow, or without guidance,
+        after what is whole."""
         if not self.loop:
             return self.calls
         shallow = [self.loop.shallow.call] if self.loop.shallow else []
-        return (*self.calls[: self.loop.at], *self.loop.calls, *shallow, *self.calls[self.loop.at :])
+        inside = *self.loop.calls, *shallow, *self.loop.unguided
+        return (*self.calls[: self.loop.at], *inside, *self.calls[self.loop.at :])
 
     @property
     def usual_steps(self) -> int:
@@ -348,6 +362,11 @@ def _flow_through(loop: Loop, made: set[str]) -> None:
             raise ValueError(f"loop.shallow.call reads {value!r}, which nothing before it makes")
     if loop.output not in inside - made:
         raise ValueError(f"loop.output is {loop.output!r}, which none of its calls makes")
+    plain = set(made)
+    for place, call in enumerate(loop.unguided):
+        _flow(call, plain, f"loop.unguided[{place}]")
+    if loop.unguided and loop.output not in plain - made:
+        raise ValueError(f"loop.output is {loop.output!r}, which none of its calls without guidance makes")
     _make(loop.result, made, "loop")
 
 

@@ -60,6 +60,7 @@ class ProgramManifest(BaseManifest):
         early = any(target.early_exit for target in self.targets)
         shallow = any(variant.loop and variant.loop.shallow for variant in self.program.every)
         needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
+        needed |= {name for each in self.program.every if each.loop for name in each.loop.sampling.requires}
         needed |= {"adapters"} if self.adapters else set()
         needed |= {"guard"} if self.guard and self.guard.policy != "warn" else set()
         if set(self.requires) != needed:

@@ -40,6 +40,9 @@ def _sampling(loop: Loop) -> Iterator[str]:
     usual = {loop.steps: sampling.steps, loop.guidance: sampling.guidance_scale}
     if loop.free:
         yield f"  free         {', '.join(f'{name} ({usual[name]:g})' for name in loop.free)}"
+    if interval := sampling.guidance_interval:
+        named = " ".join(call.component for call in loop.unguided)
+        yield f"  guidance     at sigma {interval[0]:g} to {interval[1]:g}; else {named}"
     if shallow := loop.shallow:
         mask = "".join("F" if full else "s" for full in shallow.mask)
         yield f"  caching      {sum(shallow.mask)} of {len(mask)} steps in full: {mask}"

@@ -181,7 +181,8 @@ class ProgramPipeline(BasePipeline):
         threshold = self._target.early_exit if own else None
         mask = loop.shallow.mask if own and loop.shallow else ()
         contracts = self.manifest.components
-        return Sampled(loop, request.schedule, request.guidance, contracts, ready.loop_rows, threshold, mask)
+        rows = ready.loop_rows, ready.unguided_rows
+        return Sampled(loop, request.schedule, request.guidance, contracts, *rows, threshold, mask)
 
     def _take_steps(
         self, sampled: Sampled, calls: Calls, images: int, callback: OnProgramStep | None
@@ -193,8 +194,9 @@ class ProgramPipeline(BasePipeline):
                 callback(self, step, len(sampled.schedule.timesteps))
 
         taken = sampled.run(calls, images, ended)
-        shallow = sampled.loop.shallow_calls if sampled.loop.shallow else ()
-        for component in dict.fromkeys(call.component for call in (*sampled.loop.calls, *shallow)):
+        loop = sampled.loop
+        others = *(loop.shallow_calls if loop.shallow else ()), *loop.unguided
+        for component in dict.fromkeys(call.component for call in (*loop.calls, *others)):
             calls.done(component)
         return taken
 

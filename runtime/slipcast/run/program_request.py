@@ -75,12 +75,13 @@ def _sampling(loop: Loop | None, given: Mapping[str, Any]) -> tuple[Schedule, fl
         return NO_STEPS, 1.0
     schedule = lay_steps(loop.sampling, given.get(loop.steps or ""))
     scale = given.get(loop.guidance or "", loop.sampling.guidance_scale)
-    if loop.guidance in given and (
-        isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not 1 < scale <= MOST_GUIDANCE
-    ):
+    # Where a loop has evaluations without guidance, all of them can be.
+    number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
+    fits = number and (scale >= 0 if loop.unguided else scale > 1) and scale <= MOST_GUIDANCE
+    if loop.guidance in given and not fits:
         raise RequestError(
             f"{loop.guidance} is not usable in this bundle",
-            expected=f"a number above 1, to {MOST_GUIDANCE}",
+            expected=f"a number {'from 0' if loop.unguided else 'above 1,'} to {MOST_GUIDANCE}",
             got=repr(scale)[:SHOWN],
             hint=f"leave it out, or compile a bundle for this {loop.guidance}: without guidance it is another program",
         )

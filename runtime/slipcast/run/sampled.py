@@ -24,14 +24,15 @@ Array = Any
 @dataclass(frozen=True)
 class Sampled:
     """A loop, as a run asks for it. `contracts`: by component; `rows`: by call of an evaluation, what its row of the
-    table gives. `threshold`: of EarlyExit; None: none stops early. `mask`: by evaluation, whether it is a full one, as
-    all are after it."""
+    table gives, and `unguided_rows` of one without guidance. `threshold`: of EarlyExit; None: none stops early. `mask`:
+    by evaluation, whether it is a full one, as all are after it."""
 
     loop: Loop
     schedule: Schedule
     guidance: float
     contracts: Mapping[str, Component]
     rows: Sequence[Mapping[str, Array]]
+    unguided_rows: Sequence[Mapping[str, Array]] = ()
     threshold: float | None = None
     mask: tuple[bool, ...] = ()
 
@@ -43,14 +44,14 @@ class Sampled:
         """Take the steps, for so many images at once, and put the results: how many steps each image took. `ended` is
         given the number of each step, counted from 0, after it."""
         loop, settings, process = self.loop, self.loop.sampling, self.loop.sampling.noise
-        values, count = calls.values, 0
+        values, count, guidance = calls.values, 0, settings.guidance(self.guidance)
         first: Array = np.stack([values.get(loop.sample, image) for image in range(images)])
 
         def denoise(x: Array, sigma: float) -> Array:
             def predict(scaled: Array, timestep: float) -> Array:
                 nonlocal count
                 full, count = self.mask[count : count + 1] != (False,), count + 1
-                chosen = self._calls(full)
+                chosen = self._calls(full, guidance.applies(sigma))
                 return self._evaluate(scaled, timestep, sigma, calls, chosen, exits.left, f"evaluation {count}")
 
             return Denoiser(process, self.schedule, predict)(x, sigma)
@@ -68,11 +69,13 @@ class Sampled:
                 break
         for image, result in enumerate(exits.results(x * final_scale(process, self.schedule))):
             values.put(loop.result, image, result)
-        values.drop(value for call in loop.calls for value in call.outputs.values())
+        values.drop(value for call in (*loop.calls, *loop.unguided) for value in call.outputs.values())
         return tuple(map(int, exits.steps))
 
-    def _calls(self, full: bool) -> list[tuple[ProgramCall, Mapping[str, Array]]]:
+    def _calls(self, full: bool, guided: bool) -> list[tuple[ProgramCall, Mapping[str, Array]]]:
         """Of an evaluation, with what the table gives."""
+        if self.loop.unguided and not guided:
+            return list(zip(self.loop.unguided, self.unguided_rows, strict=True))
         if full:
             return list(zip(self.loop.calls, self.rows, strict=True))
         return [(call, {}) for call in self.loop.shallow_calls]

@@ -26,7 +26,7 @@ def dependence(variant: Variant) -> dict[str, frozenset[str]]:
             depends[source.value] = frozenset([NOISE] if isinstance(source, NoiseSource) else [])
     for call in variant.every_call:
         read = frozenset[str]().union(*(depends[value] for value in call.inputs.values()))
-        depends |= dict.fromkeys(call.outputs.values(), read)
+        depends |= {value: read | depends.get(value, frozenset()) for value in call.outputs.values()}
         if variant.loop and variant.loop.output in call.outputs.values():
             depends[variant.loop.result] = read | {NOISE}
     return depends
@@ -39,7 +39,8 @@ def droppable(variant: Variant) -> list[tuple[str, ...]]:
         last |= dict.fromkeys([*call.inputs.values(), *call.outputs.values()], place)
     kept = set(variant.given)
     if loop := variant.loop:
-        read = {loop.sample, *(value for call in loop.calls for value in call.inputs.values())}
+        inside = *loop.calls, *loop.unguided
+        read = {loop.sample, *(value for call in inside for value in call.inputs.values())}
         last |= {value: max(last.get(value, 0), loop.at) for value in read}
     return [
         tuple(value for value, at in last.items() if at == place and value not in kept)

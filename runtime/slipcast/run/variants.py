@@ -21,13 +21,15 @@ from slipcast.run.values import dependence, droppable
 
 @dataclass(frozen=True)
 class Ready:
-    """A variant. `rows`: by call, the inputs that its row of the table gives, and `loop_rows` by call of its loop;
+    """A variant. `rows`: by call, the inputs that its row of the table gives, and `loop_rows` by call of its loop,
+    `unguided_rows` by call without guidance;
     `depends`, `droppable`: see values.py; `last_call`: of each component, the place among the calls."""
 
     variant: Variant
     texts: ProgramTexts
     rows: list[dict[str, Array]]
     loop_rows: list[dict[str, Array]]
+    unguided_rows: list[dict[str, Array]]
     depends: dict[str, frozenset[str]]
     droppable: list[tuple[str, ...]]
     last_call: dict[str, int]
@@ -46,6 +48,7 @@ def read_variants(bundle: ProgramBundle) -> tuple[Ready, ...]:
             ProgramTexts(tokenizers, variant),
             _rows(bundle, variant, variant.calls, columns),
             _rows(bundle, variant, variant.loop.calls if variant.loop else (), columns),
+            _rows(bundle, variant, variant.loop.unguided if variant.loop else (), columns),
             dependence(variant),
             droppable(variant),
             {call.component: place for place, call in enumerate(variant.calls)},

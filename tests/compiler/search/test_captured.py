@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from conftest import ROOT, call_cli
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import open_any_bundle
-from slipcast.errors import RecipeError
+from slipcast.errors import RecipeError, ResourceError
 from slipcast_compiler.plan_program import ProgramPlan, make_program_plan
 from slipcast_compiler.recipe.reading import parse_recipe, read_recipe
+from slipcast_compiler.recipe.search import LEVERS
 from slipcast_compiler.search.captured import Captured, program_space
 from slipcast_compiler.search.space import as_arguments
 
@@ -62,9 +64,9 @@ def moved(plan: ProgramPlan) -> list[dict[str, Any]]:
     return [space.own | {name: each.values[-1]} for name, each in space.dimensions.items()]
 
 
-def test_a_unet_has_all_levers_but_that_of_guidance(xl: ProgramPlan) -> None:
+def test_a_unet_has_all_levers(xl: ProgramPlan) -> None:
     space = program_space(xl)
-    assert space.levers == ("sampler", "steps", "timesteps", "caching", "heads", "ffn", "low_rank", "precision")
+    assert space.levers == LEVERS
     assert space.dimensions["steps"].own == 6 and space.dimensions["steps"].values == (3, 4, 5, 6)
     assert space.dimensions["sampler"].own == "euler"
     assert space.overrides(space.own) == space.pins == {"profile.sampling": "reference"}
@@ -103,7 +105,11 @@ def test_steps_of_the_scheduler_stay(xl: ProgramPlan) -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (('search.levers=["guidance_interval"]',), "guidance_interval: this recipe and its checkpoint have no use"),
+        (
+            ('search.levers=["guidance_interval"]', "call.guidance_scale=1.0"),
+            "guidance_interval: this recipe .* no use",
+        ),
+        (("profile.prompts=3", 'search.levers=["low_rank"]'), "low_rank: this recipe .* no use for it"),
         (('family.prompts=["a", "b", "c", "d"]', 'search.levers=["heads"]'), "heads: this recipe .* no use for it"),
         (('search.levers=["steps"]', "call.num_inference_steps=3"), "nothing to choose between"),
     ],
@@ -113,9 +119,13 @@ def test_what_has_nothing_to_turn_is_refused(xl: ProgramPlan, overrides: tuple[s
         program_space(planned(xl.folder, "stable_diffusion_xl", *overrides))
 
 
-def test_what_cannot_be_measured_is_refused(xl: ProgramPlan) -> None:
-    with pytest.raises(RecipeError, match="do not fit into memory here at once"):
+def test_what_cannot_be_measured_is_refused(xl: ProgramPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResourceError, match="in memory up to 3 times"):
         program_space(replace(xl, policies={"openvino-fp32": "sequential"}))
+    monkeypatch.setattr("slipcast_compiler.search.captured.available_mb", lambda: 1.0)
+    with pytest.raises(ResourceError, match="0.0 GB available"):
+        program_space(xl)
+    program_space(replace(xl, policies={}, needs=replace(xl.needs, targets={})))  # a GPU's engines are not in memory
     recipe = xl.recipe.model_copy(update={"evaluate": xl.recipe.evaluate.model_copy(update={"originals": "drawn"})})
     with pytest.raises(RecipeError, match="evaluate.originals are of held-out ones"):
         program_space(replace(xl, recipe=recipe))
@@ -123,9 +133,9 @@ def test_what_cannot_be_measured_is_refused(xl: ProgramPlan) -> None:
 
 @pytest.mark.slow  # a search of half a minute, and two compiles
 def test_what_is_found_is_compiled(tmp_path: Path) -> None:
-    """Of two sizes, with stages that points share and stages that they do not."""
+    """Of two sizes and a closed family, with stages that points share and stages that they do not."""
     planned(tmp_path, "stable_diffusion_xl")
-    listed = ("--set", "call.height=[32, 64]", "--set", "call.width=[32, 64]")
+    listed = ("--set", "call.height=[32, 64]", "--set", "call.width=[32, 64]", "--set", "family.closed=true")
     levers = ("--set", 'search.levers=["steps", "sampler", "ffn", "precision"]')
     shown = call_cli("compile", "tiny.toml", *listed, *levers, "--dry-run", "--json", cwd=tmp_path)
     assert list(json.loads(shown.stdout)["search"]["values"]) == ["sampler", "steps", "ffn", "precision"]
@@ -147,3 +157,8 @@ def test_what_is_found_is_compiled(tmp_path: Path) -> None:
     assert "search" not in record["recipe"]
     page = (tmp_path / "artifacts" / "tiny" / "report.html").read_text()
     assert '<code id="chosen">' in page and page.count("<circle") >= len(found["front"])
+    check_again = parse_recipe(tomli_w.dumps(record["recipe"]), "recipe")
+    assert make_program_plan(check_again, tmp_path).recipe.call == by_hand.call | record["recipe"]["call"]
+    # The same command takes what was found from the journal, and what was made from the cache.
+    again = call_cli("compile", "tiny.toml", *listed, *levers, cwd=tmp_path)
+    assert again.returncode == 0 and "choose by search" not in again.stderr, again.stderr

@@ -25,6 +25,7 @@ from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.search import run
 from slipcast_compiler.search.described import Described
 from slipcast_compiler.search.journal import JOURNAL
+from slipcast_compiler.search.space import Space
 
 SEARCHED = (
     RECIPE.replace("steps = 2", "steps = 6")
@@ -113,7 +114,8 @@ def test_nothing_holds_the_gate(folder: Path) -> None:
 
 def test_another_recipe_is_another_search_and_another_budget_is_not(asked: Path) -> None:
     def name(*overrides: str) -> str:
-        return run._hash(Described(make_plan(read_recipe(asked / "tiny.toml", overrides), asked)))
+        subject = Described(make_plan(read_recipe(asked / "tiny.toml", overrides), asked))
+        return run._hash(subject, Space(subject))
 
     assert name() == name("search.budget_minutes=3")
     assert len({name(), name("search.seed=1"), name("gate.psnr=9"), name("sampling.steps=7")}) == 4

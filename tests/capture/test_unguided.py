@@ -1,0 +1,145 @@
+"""Steps without guidance, in place of those with it: each is the pipeline's own at a guidance of 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundling import compare, export_here, write
+from tiny import PIPELINES, call_of, open_pipeline
+
+import slipcast
+from slipcast.bundle.program import Loop, Program
+from slipcast.bundle.program_manifest import ProgramManifest
+from slipcast.bundle.reader import open_any_bundle
+from slipcast_compiler.capture.find import Found, find_for
+from slipcast_compiler.capture.program import Op, Ref, Source
+from slipcast_compiler.capture.program import Program as CapturedProgram
+from slipcast_compiler.capture.unguided import HALVES, told_by_makers
+from slipcast_compiler.engines.programs import ProgramGraphs, guided_only
+from slipcast_compiler.engines.recording import Recording
+from slipcast_compiler.export.program import read_record
+from slipcast_compiler.host.cache import Cache
+
+BOTH_ROWS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "aura_flow", "sana",
+             "hunyuan_dit", "ltx", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
+TWO_CALLS = ("wan", "lumina_2", "wan_image")
+WHY = {
+    "flux": "at guidance_scale = 1 its model is evaluated as at any other",
+    "perturbed_attention": "without guidance its model is given what guidance does not know",
+    "qwen_image": "no number above 1 that a run could change",
+}
+
+
+def found_of(name: str) -> Found:
+    return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1)], unguided=True)[0]
+
+
+def bundle_with(folder: Path, name: str, interval: tuple[float, float] | None) -> Path:
+    """The bundle of a tiny pipeline, whose steps have guidance at these noise levels."""
+    cache, pipe = Cache(folder / "cache"), open_pipeline(name)
+    entry = export_here(pipe, name, [lambda prompt: call_of(name, prompt, 1)], cache, unguided=True)
+    loop = read_record(entry).loop
+    assert loop
+    sampling = loop.sampling.model_copy(update={"guidance_interval": interval})
+    (place := folder / str(interval and interval[0])).mkdir()
+    return write(ProgramGraphs(entry, (sampling,)), name, place, cache)
+
+
+def loop_of(bundle: Path) -> Loop:
+    manifest = open_any_bundle(bundle).manifest
+    assert isinstance(manifest, ProgramManifest) and manifest.program.loop
+    return manifest.program.loop
+
+
+def pictures(name: str) -> dict[str, Any]:
+    call = call_of(name, "", 7)
+    return {key: call[key].numpy() for key in PIPELINES[name].pictures}
+
+
+@pytest.fixture(scope="module", params=["stable_diffusion_3", *(pytest.param(n, marks=pytest.mark.slow) for n in
+                ("stable_diffusion", "stable_diffusion_xl", "sana", "wan", "stable_diffusion_inpaint"))])  # fmt: skip
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, tmp_path_factory.mktemp(request.param)
+
+
+def test_pictures_are_the_pipelines_own(made: tuple[str, Path]) -> None:
+    """With guidance at all noise levels, at none, and at that of the first step."""
+    name, folder = made
+    pipe, prompt = open_pipeline(name), "a large blue star"
+    everywhere, recording = bundle_with(folder, name, (0.0, 1e9)), Recording({"denoiser", "denoiser_2"})
+    sigmas = loop_of(everywhere).sampling.lay().sigmas
+    given: dict[str, Any] = {"prompt": prompt, "seed": 7, "output_type": "np", **pictures(name)}
+
+    def called() -> list[str]:
+        names = [component for component, _ in recording.calls]
+        recording.calls.clear()
+        return names
+
+    with slipcast.load(everywhere, instrument=recording) as bundle:
+        assert compare(bundle, pipe, name, prompt, 7)["psnr"] > 60
+        assert set(called()) == {"denoiser"}
+        assert compare(bundle, pipe, name, prompt, 7, guidance_scale=1.0)["psnr"] > 60
+        assert set(called()) == {"denoiser_2"}
+        guided, plain = (bundle(**given, **scale).images for scale in ({}, {"guidance_scale": 1.0}))
+        called()
+    with slipcast.load(bundle_with(folder, name, (1e8, 1e9)), instrument=recording) as bundle:
+        np.testing.assert_array_equal(bundle(**given).images, plain)
+        assert set(called()) == {"denoiser_2"}
+    with slipcast.load(bundle_with(folder, name, (sigmas[1] * 1.001, 1e9)), instrument=recording) as bundle:
+        mixed = bundle(**given).images
+        assert called() == ["denoiser", *["denoiser_2"] * (len(sigmas) - 2)]
+        assert not np.array_equal(mixed, guided) and not np.array_equal(mixed, plain)
+
+
+def test_what_is_not_asked_for_is_not_there(made: tuple[str, Path]) -> None:
+    """Without an interval the program is the one without such evaluations."""
+    name, folder = made
+    entry = export_here(open_pipeline(name), name, [], Cache(folder / "cache"), unguided=True)
+    whole = read_record(entry)
+    pruned, left = guided_only(whole), ProgramGraphs(entry).record
+    assert left == pruned and left.loop and not left.loop.unguided
+    Program.model_validate_json(pruned.model_dump_json())
+    gone = {call.component for call in whole.every_call} - {call.component for call in pruned.every_call}
+    assert {call.component for call in whole.loop.unguided} <= gone  # type: ignore[union-attr]
+    assert all(name.partition(".")[0] not in gone for name in pruned.loop.columns)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", BOTH_ROWS)
+def test_halves_of_both_rows(name: str) -> None:
+    found = found_of(name)
+    assert found.loop and found.loop.unguided, found.loop and found.loop.why_guided
+    assert HALVES in {part.name for part in found.cut.parts}
+    assert found.loop.use.part != found.loop.unguided.part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_one_of_two_calls(name: str) -> None:
+    found = found_of(name)
+    assert found.loop and found.loop.unguided, found.loop and found.loop.why_guided
+    assert HALVES not in {part.name for part in found.cut.parts}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_why_there_is_none(name: str) -> None:
+    loop = found_of(name).loop
+    assert loop and not loop.unguided and WHY[name] in loop.why_guided
+
+
+def test_what_is_written_to_is_another_value() -> None:
+    """A value of the same operators is told from one that was changed in place since."""
+
+    def program(scale: float) -> CapturedProgram:
+        value = torch.zeros(2)
+        source = Source(0, "image", ("image",), value)
+        first = Op(torch.ops.aten.relu.default, (Ref(0),), {}, (1,))
+        write = Op(torch.ops.aten.mul_.Scalar, (Ref(1), scale), {}, (2,))
+        specs = dict.fromkeys(range(3), ((2,), torch.float32))
+        return CapturedProgram("A", (source,), (first, write), (), (), {0: 0, 1: 1, 2: 1}, (((), Ref(1)),), specs)
+
+    one, other, same = (told_by_makers(program(scale)) for scale in (2.0, 3.0, 2.0))
+    assert one == same and one[0] == other[0] and one[1] != other[1]

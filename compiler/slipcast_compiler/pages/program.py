@@ -179,6 +179,7 @@ def write_program_report(folder: Path, record: dict[str, Any], evidence: Program
         when={name: when(name) for name in typed.parts},
         recipe=tomli_w.dumps(typed.recipe),
         search_plots=search_figures(typed.search) if typed.search else [],
+        figure=figure,
         **pass_figures(typed.passes),
     )
     (folder / "report.html").write_text(page, "utf-8")

@@ -77,7 +77,7 @@ def in_process(function: Callable[..., Any], *arguments: Any, advance: Callable[
 ISOLATING = (
     "judge.originals", "judge.captured", "judge.elsewhere", "judge.programs", "passes.apply", "profile.profile",
     "profile.program", "schedule.early_exit", "schedule.program_timesteps", "schedule.program_caching",
-    "compile_program",
+    "graphs_program",
 )  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
         check_one_image(target)
     check_targets(recipe.targets)
     checkpoint, pipe, call, calls = open_call(recipe, folder)
-    unguided = _may_leave_guidance(recipe)
+    unguided = _may_leave_guidance(recipe, len(calls))
     variants = find_each(pipe, calls, unguided)
     check_program(variants, pipe)
     check_sources(variants[0], checkpoint.name, recipe)
@@ -295,11 +295,16 @@ def _may_rewrite(
     return bool(denoisers_of(variants)) and count_samples(prompts) >= MIN_SAMPLES and len(prompts) >= len(calls)
 
 
-def _may_leave_guidance(recipe: Recipe) -> bool:
-    """Whether some steps may be taken without guidance."""
-    search = recipe.search
+def _may_leave_guidance(recipe: Recipe, calls: int) -> bool:
+    """Whether some steps may be taken without guidance; RecipeError where they may not, and are to be."""
+    search, asked = recipe.search, recipe.sampling.guidance_interval is not None
+    if asked and calls > 1:
+        raise RecipeError(
+            "sampling.guidance_interval is for one combination of what call lists",
+            expected="no lists under [call], or no guidance_interval", got=f"{calls} combinations",
+        )  # fmt: skip
     searched = search is not None and (not search.levers or "guidance_interval" in search.levers)
-    return recipe.sampling.guidance_interval is not None or (searched and not (recipe.caching or recipe.adapters))
+    return asked or (searched and calls == 1 and not (recipe.caching or recipe.adapters))
 
 
 def _is_cacheable(search: SearchTable, variants: Sequence[Found], pipe: Any) -> bool:

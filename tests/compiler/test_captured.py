@@ -282,7 +282,41 @@ def test_feature_caching(made: Made) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_steps_without_guidance(made: Made) -> None:
+    """In half precision and in INT8: each of both denoisers is measured on calls of its own."""
+    targets = 'targets=[{engine="openvino", precision="bf16"}, {engine="onnxruntime", precision="int8"}]'
+    given = ("sampling={steps=4, guidance_interval=[0.0, 3.0]}", "gate={}", targets, "passes.quantize.samples=4")
+    options = [word for each in given for word in ("--set", each)]
+    done = compile_here("tiny.toml", *options, "-o", "artifacts/interval", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    bundle = made.folder / "artifacts" / "interval"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["requires"] == ["program", "guidance_interval"]
+    assert manifest["program"]["loop"]["sampling"]["guidance_interval"] == [0.0, 3.0]
+    assert manifest["program"]["loop"]["unguided"][-1]["component"] == "denoiser_2"
+    record = typed_program_record(json.loads((bundle / "report.json").read_text("utf-8")))
+    assert set(record.quantized["int8"]) == {"denoiser", "denoiser_2"}
+    assert re.search("guidance +at sigma 0 to 3; else denoiser_2", call_cli("inspect", str(bundle)).stdout)
+    done = call_cli("run", str(bundle), "--prompt", "a red circle", "--seed", "1", "-o", "i.png", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 REFUSED = {
+    "all guided": (RECIPE + "[sampling]\nguidance_interval = [0.0, 10000.0]\n", "leaves out none of the steps, or all"),
+    "no guidance": (
+        replaced("[family]", "guidance_scale = 1.0\n[family]") + "[sampling]\nguidance_interval = [0.0, 3.0]\n",
+        "guidance_interval is not for this pipeline: its guidance_scale is no number above 1",
+    ),
+    "listed guidance": (
+        replaced("height = 32\nwidth = 32", "height = [32, 64]\nwidth = [32, 64]")
+        + "[sampling]\nguidance_interval = [0.0, 3.0]\n",
+        "guidance_interval is for one combination of what call lists",
+    ),
+    "features without guidance": (
+        RECIPE + "[caching]\nfull_steps = 2\n[sampling]\nsteps = 4\nguidance_interval = [0.0, 3.0]\n",
+        "[caching] does not go with sampling.guidance_interval",
+    ),
     "key": (replaced("height =", "hieght ="), "did you mean height?"),
     "value": (replaced("height = 32", "height = 33"), "divisible by 8"),
     "prompt": (replaced("[family]", 'prompt = "x"\n[family]'), "those of the [family]"),

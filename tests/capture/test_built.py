@@ -39,6 +39,7 @@ def check_added(bundle: Path, wanted: str, least: float) -> None:
     slipcast.load(bundle, target=made.target.id).close()
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_on_its_own_calls(tmp_path: Path) -> None:
     bundle = make_bundle(open_pipeline("stable_diffusion_3"), "stable_diffusion_3", tmp_path)
     check_added(bundle, "openvino:bf16", 25)

@@ -26,6 +26,7 @@ from slipcast_compiler.host.cache import Cache
 
 BOTH_ROWS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "aura_flow", "sana",
              "hunyuan_dit", "ltx", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
+FAST = ("stable_diffusion_xl", "sana")
 TWO_CALLS = ("wan", "lumina_2", "wan_image")
 WHY = {
     "flux": "at guidance_scale = 1 its model is evaluated as at any other",
@@ -60,12 +61,13 @@ def pictures(name: str) -> dict[str, Any]:
     return {key: call[key].numpy() for key in PIPELINES[name].pictures}
 
 
-@pytest.fixture(scope="module", params=["stable_diffusion_3", *(pytest.param(n, marks=pytest.mark.slow) for n in
-                ("stable_diffusion", "stable_diffusion_xl", "sana", "wan", "stable_diffusion_inpaint"))])  # fmt: skip
+@pytest.fixture(scope="module", params=["stable_diffusion_3", "stable_diffusion", "stable_diffusion_xl", "sana", "wan",
+                                        "stable_diffusion_inpaint"])  # fmt: skip
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, tmp_path_factory.mktemp(request.param)
 
 
+@pytest.mark.slow
 def test_pictures_are_the_pipelines_own(made: tuple[str, Path]) -> None:
     """With guidance at all noise levels, at none, and at that of the first step."""
     name, folder = made
@@ -95,6 +97,7 @@ def test_pictures_are_the_pipelines_own(made: tuple[str, Path]) -> None:
         assert not np.array_equal(mixed, guided) and not np.array_equal(mixed, plain)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_is_not_there(made: tuple[str, Path]) -> None:
     """Without an interval the program is the one without such evaluations."""
     name, folder = made
@@ -108,7 +111,7 @@ def test_what_is_not_asked_for_is_not_there(made: tuple[str, Path]) -> None:
     assert all(name.partition(".")[0] not in gone for name in pruned.loop.columns)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", BOTH_ROWS)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in BOTH_ROWS])
 def test_halves_of_both_rows(name: str) -> None:
     found = found_of(name)
     assert found.loop and found.loop.unguided, found.loop and found.loop.why_guided
@@ -124,7 +127,7 @@ def test_one_of_two_calls(name: str) -> None:
     assert HALVES not in {part.name for part in found.cut.parts}
 
 
-@pytest.mark.parametrize("name", WHY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "qwen_image" else n for n in WHY])
 def test_why_there_is_none(name: str) -> None:
     loop = found_of(name).loop
     assert loop and not loop.unguided and WHY[name] in loop.why_guided

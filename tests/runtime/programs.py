@@ -110,6 +110,21 @@ def cached(mask: list[bool], **sampling: Any) -> dict[str, Any]:
     return {**changes, "requires": ["program", "caching"]}
 
 
+def unguided(steps: int, interval: list[float]) -> dict[str, Any]:
+    """As looped, with guidance at these noise levels alone, and a denoiser that reads no negative prompt for others."""
+    changes = looped(steps, guidance_interval=interval)
+    parts, loop = changes["components"], changes["program"]["loop"]
+    parts["denoiser_2"] = {
+        "inputs": [each for each in parts["denoiser"]["inputs"] if each["name"] != "other"],
+        "outputs": parts["denoiser"]["outputs"],
+    }  # fmt: skip
+    given = {"sample": "noise", "context": "hidden"}
+    loop |= {"unguided": [call("denoiser_2", given, {"prediction": "eps"})], "guidance": "guidance_scale"}
+    loop["columns"]["denoiser_2.timestep"] = loop["columns"]["denoiser.timestep"]
+    del changes["program"]["fixed"]["guidance_scale"]
+    return {**changes, "requires": ["program", "guidance_interval"]}
+
+
 def document(root: Path, **changes: Any) -> dict[str, Any]:
     """manifest.json; `changes` replace top-level keys."""
     parts = changes.get("components", components())
@@ -175,6 +190,7 @@ def use(fakes: Fakes) -> Fakes:
         "conditioning": condition,
         "denoiser": predict,
         "denoiser_shallow": predict_shallow,
+        "denoiser_2": lambda given: predict({**given, "other": given["context"]}),
         "update": update,
         "decoder": decode,
     }

@@ -11,11 +11,11 @@ import numpy as np
 import programs
 import pytest
 from fakes import Fakes
-from programs import cached, document, looped, write_program
+from programs import cached, document, looped, unguided, write_program
 
 import slipcast
 from conftest import call_cli
-from slipcast.errors import ArtifactError
+from slipcast.errors import ArtifactError, RequestError
 from slipcast.run.program import ProgramPipeline
 
 PROMPTS, STEPS, SEEDS = ["a red circle", "a blue star"] * 2, 12, [3, 4, 5, 6]
@@ -160,6 +160,52 @@ WRONG = {
 @pytest.mark.parametrize(("change", "says"), WRONG.values(), ids=WRONG)
 def test_what_a_shallow_call_may_not_be(change: Any, says: str, tmp_path: Path, engines: Fakes) -> None:
     path = write_program(tmp_path / "b", {}, **cached(MASK))
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=says):
+        slipcast.load(path)
+
+
+def test_steps_outside_of_the_interval_have_no_guidance(tmp_path: Path, engines: Fakes) -> None:
+    """Each image's by itself; a run may have others, or none at all."""
+    with slipcast.load(write_program(tmp_path / "b", {}, **unguided(5, [0.5, 1.0]))) as pipe:
+        engines.calls.clear()
+        together = draw(pipe, [0, 1])
+        called = [name for name, _ in engines.calls if name.startswith("denoiser")]
+        assert called == ["denoiser"] * 6 + ["denoiser_2"] * 4  # the first three sigmas are 1, 0.75, 0.5
+        for place in range(2):
+            np.testing.assert_array_equal(draw(pipe, [place]).images[0], together.images[place])
+        engines.calls.clear()
+        draw(pipe, [0], num_inference_steps=2, negative_prompt="black")
+        assert [name for name, _ in engines.calls if name.startswith("denoiser")] == ["denoiser", "denoiser_2"]
+        engines.calls.clear()
+        for scale in (0.0, 1.0):
+            draw(pipe, [0], guidance_scale=scale)
+        assert "denoiser" not in {name for name, _ in engines.calls}
+        with pytest.raises(RequestError, match="a number from 0 to"):
+            draw(pipe, [0], guidance_scale=-1.0)
+    assert "guidance     at sigma 0.5 to 1; else denoiser_2" in call_cli("inspect", str(tmp_path / "b")).stdout
+
+
+WRONG_WITHOUT = {
+    "not required": (lambda m: m.update(requires=["program"]), "requires has to name guidance_interval and program"),
+    "none": (lambda m: m["program"]["loop"].update(unguided=[]), "there is no evaluation without guidance"),
+    "output": (
+        lambda m: m["program"]["loop"]["unguided"][0].update(outputs={"prediction": "other"}),
+        "which none of its calls without guidance makes",
+    ),
+    "reuse": (lambda m: m["program"]["loop"]["sampling"].update(guidance_reuse=1), "nothing is taken again"),
+    "unknown": (
+        lambda m: m["program"]["loop"]["unguided"][0]["inputs"].update(sample="nothing"),
+        r"loop.unguided\[0\] reads 'nothing'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG_WITHOUT.values(), ids=WRONG_WITHOUT)
+def test_what_an_evaluation_without_guidance_may_not_be(change: Any, says: str, tmp_path: Path, engines: Fakes) -> None:
+    path = write_program(tmp_path / "b", {}, **unguided(5, [0.5, 1.0]))
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,15 @@ from slipcast_compiler.host.machine import Machine, Processor
 
 NEW = ("cpu", "peaks")  # what documents of before do not say of their host
 SCHEMA: Literal["slipcast-bench/1"] = "slipcast-bench/1"
+
+DENOISER = "denoiser"
+# What evaluates the model: of a captured pipeline several may, and there may be a shallow one.
+EVALUATING = re.compile(r"denoiser(_\d+)?(_shallow)?")
+
+
+def evaluating_s(components_s: Mapping[str, float]) -> float:
+    """Seconds of an image in what evaluates the model."""
+    return sum(seconds for name, seconds in components_s.items() if EVALUATING.fullmatch(name))
 
 
 class Spread(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from slipcast_compiler.bench.document import BenchDocument, Interval, Quality
+from slipcast_compiler.bench.document import BenchDocument, Interval, Quality, evaluating_s
 from slipcast_compiler.bench.plan import BUNDLE
 from slipcast_compiler.pages.charts import Axis, Bar, Dot, Line, Piece, bars, line_plot
 from slipcast_compiler.pages.charts import scatter as scattered
@@ -57,7 +57,7 @@ def components(document: BenchDocument) -> Markup | None:
         ]
         steps = side.about["steps"]
         assert isinstance(steps, int)
-        rows.append(Bar(name, pieces, f"{parts.get('denoiser', 0.0) / max(steps, 1) * 1e3:.1f} ms a step"))
+        rows.append(Bar(name, pieces, f"{evaluating_s(parts) / max(steps, 1) * 1e3:.1f} ms a step"))
     return bars(rows, "time by component") if rows else None
 
 

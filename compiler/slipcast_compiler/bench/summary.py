@@ -12,6 +12,8 @@ from slipcast.engines import cpu_threads
 from slipcast.sampling.samplers import find_sampler
 from slipcast_compiler.bench import figures
 from slipcast_compiler.bench.document import (
+    DENOISER,
+    EVALUATING,
     BenchDocument,
     Cost,
     Extrapolated,
@@ -24,6 +26,7 @@ from slipcast_compiler.bench.document import (
     Settings,
     SideFigures,
     Spread,
+    evaluating_s,
 )
 from slipcast_compiler.bench.measure import Results
 from slipcast_compiler.bench.peaks import Peaks
@@ -148,10 +151,16 @@ def _components(measured: Measured) -> dict[str, float] | None:
 
 
 def _component_ratios(peer: Measured, bundle: Measured) -> dict[str, Ratios]:
-    """Of the components that both sides tell the time of: other bundles do, peers of other makers do not."""
-    theirs, ours = ([drawn.components_s or {} for drawn in measured.drawn] for measured in (peer, bundle))
+    """Of the components that both sides tell the time of: other bundles do, peers of other makers do not. Denoisers
+    are one, however many take turns in the loop."""
+    theirs, ours = ([_joined(drawn.components_s or {}) for drawn in measured.drawn] for measured in (peer, bundle))
     shared = [name for name in ours[0] if name in theirs[0]]
     return {name: _ratios([part[name] for part in theirs], [part[name] for part in ours]) for name in shared}
+
+
+def _joined(parts: Mapping[str, float]) -> dict[str, float]:
+    others = {name: seconds for name, seconds in parts.items() if not EVALUATING.fullmatch(name)}
+    return others | ({DENOISER: evaluating_s(parts)} if len(others) < len(parts) else {})
 
 
 def _batch_ratios(peer: Measured, bundle: Measured) -> dict[str, Ratios]:

@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from slipcast_compiler.bench.document import BenchDocument, Host, Interval, Ratios, typed_document
+from slipcast_compiler.bench.document import (
+    DENOISER,
+    BenchDocument,
+    Host,
+    Interval,
+    Ratios,
+    evaluating_s,
+    typed_document,
+)
 from slipcast_compiler.bench.plan import BUNDLE
 
 WIDTH = 150  # where there is no terminal to ask
@@ -92,11 +100,11 @@ def _denoiser(document: BenchDocument) -> Table:
     table = _table("the denoisers of bundles alone", ["s/image", "ratio", "min - max", "G multiply-adds", "ratio"])
     own = document.bundle.cost
     for name, side in document.sides.items():
-        ratio, paper = document.component_ratios.get(name, {}).get("denoiser"), side.cost
+        ratio, paper = document.component_ratios.get(name, {}).get(DENOISER), side.cost
         if name == BUNDLE or ratio:
             table.add_row(
                 Text(name),
-                _number(side.components_s["denoiser"] if side.components_s else None),
+                _number(evaluating_s(side.components_s) if side.components_s else None),
                 *_spread(ratio),
                 _number(paper.multiply_adds / 1e9 if paper else None),
                 f"{paper.multiply_adds / own.multiply_adds:.2f}" if ratio and paper and own else "",

@@ -112,6 +112,7 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         # The report is written in any case; the bundle is published only if the gate holds.
         entry = graphs.entry
         verified, parts = json.loads((entry / VERIFIED).read_text()), json.loads((entry / PARTS).read_text())
+        parts = {name: part for name, part in parts.items() if name not in graphs.left_out}
         evidence = ProgramEvidence(
             recipe, plan.call, plan.family, plan.summary, parts, verified, fields, originals, judged, graphs,
             made.rewritten.reports, searched, made.reports, exits, plan.arguments["why_not"], stages.seconds,

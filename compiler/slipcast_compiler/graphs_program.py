@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Stages
-from slipcast_compiler.capture.resampling import parts_steps
 from slipcast_compiler.engines.programs import ProgramGraphs, add_program_guard, tabulate_prompts
 from slipcast_compiler.export.pipeline import export_pipeline
 from slipcast_compiler.host.cache import Cache
@@ -29,6 +27,8 @@ from slipcast_compiler.profile.program import make_program_profiles
 from slipcast_compiler.schedule.caching import IMAGES
 from slipcast_compiler.schedule.program_caching import cache_program_features
 from slipcast_compiler.schedule.program_timesteps import choose_program_timesteps
+
+EVERYWHERE = (0.0, 1e9)  # noise levels, all of them
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,23 @@ def record_inputs(
     plan: ProgramPlan, graphs: ProgramGraphs, besides: Sequence[Mapping[str, Any]], cache: Cache, stages: Stages
 ) -> Path:
     """A directory of evaluations of each component on calibration prompts, as record_calls makes it; along the
-    pipeline's own steps where profile.sampling says so, but for a denoiser in two, whose mask is for the bundle's."""
+    pipeline's own steps where profile.sampling says so, but for a denoiser in two, whose mask is for the bundle's.
+
+    Where some steps have no guidance, images have it in turns, at all of them: each denoiser sees all noise levels.
+    """
+    samplings, count = graphs.samplings, images_needed(plan.recipe.samples_needed, graphs.record)
     if plan.recipe.profile.sampling == "reference" and not graphs.split:
-        graphs = replace(graphs, samplings=_own(plan, graphs))
+        samplings = ()
+    if any(each.guidance_interval for each in graphs.samplings):
+        (loop,) = (variant.loop for variant in graphs.record.every)
+        assert loop
+        assert loop.guidance
+        assert plan.steps.own
+        (sampling,) = samplings or (plan.steps.own,)
+        samplings = (sampling.model_copy(update={"guidance_interval": EVERYWHERE}),)
+        count, besides = 2 * count, [{**each, **own} for each in besides for own in ({}, {loop.guidance: 1.0})]
     with stages.stage("record inputs") as advance:
-        samples = plan.recipe.samples_needed
-        images = plan.calibration(images_needed(samples, graphs.record))
-        return record_calls(graphs, images, besides, samples, cache, advance)
-
-
-def _own(plan: ProgramPlan, graphs: ProgramGraphs) -> tuple[Sampling, ...]:
-    """The pipeline's own samplings; with the bundle's guidance interval, by which each of its engines runs, if it parts
-    these steps too."""
-    own = [found.loop.sampling for found in plan.steps.variants if found.loop]
-    asked = [each.guidance_interval for each in graphs.samplings]
-    if not any(asked):
-        return ()
-    changed = [each.model_copy(update={"guidance_interval": its}) for each, its in zip(own, asked, strict=True)]
-    return tuple(changed) if all(map(parts_steps, changed)) else graphs.samplings
+        images = plan.calibration(count)
+        return record_calls(
+            replace(graphs, samplings=samplings), images, besides, plan.recipe.samples_needed, cache, advance
+        )

@@ -216,7 +216,9 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     samplings = steps.samplings(recipe)
     if recipe.caching:  # captured again, as all that components do inside is not kept of captures that are made one
         check_skips(capture(pipe, variants[0].call), recipe.caching.share)
-    cacheable = recipe.search is not None and _is_cacheable(recipe.search, variants, pipe)
+    cacheable = recipe.search is not None and _is_cacheable(
+        recipe.search, variants, pipe, recipe.sampling.guidance_interval
+    )
     if recipe.guard:
         check_guard(recipe.guard, guarded_prompts(family))
         _check_guarded(recipe.guard, variants)
@@ -303,13 +305,14 @@ def _may_leave_guidance(recipe: Recipe, calls: int) -> bool:
             "sampling.guidance_interval is for one combination of what call lists",
             expected="no lists under [call], or no guidance_interval", got=f"{calls} combinations",
         )  # fmt: skip
-    searched = search is not None and (not search.levers or "guidance_interval" in search.levers)
-    return asked or (searched and calls == 1 and not (recipe.caching or recipe.adapters))
+    usual = search is not None and not search.levers and search.objective == "latency"
+    searched = usual or (search is not None and "guidance_interval" in search.levers)
+    return asked or (searched and calls == 1 and not (recipe.timesteps or recipe.caching or recipe.adapters))
 
 
-def _is_cacheable(search: SearchTable, variants: Sequence[Found], pipe: Any) -> bool:
+def _is_cacheable(search: SearchTable, variants: Sequence[Found], pipe: Any, interval: Any) -> bool:
     """Whether a search may turn feature caching on."""
-    if (search.levers and "caching" not in search.levers) or len(variants) > 1 or not variants[0].loop:
+    if (search.levers and "caching" not in search.levers) or len(variants) > 1 or not variants[0].loop or interval:
         return False
     try:
         check_skips(capture(pipe, variants[0].call), SHARE)

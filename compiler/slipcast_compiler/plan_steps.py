@@ -57,7 +57,7 @@ def _check(recipe: Recipe, steps: Steps, samplings: Sequence[Sampling]) -> None:
         if recipe.timesteps:
             check_timesteps(recipe.timesteps, sampling, few_step)
             _check_finer(found, sampling, recipe.timesteps.fine_steps)
-        for name in ("caching", "adapters") if sampling.guidance_interval else ():
+        for name in ("timesteps", "caching", "adapters") if sampling.guidance_interval else ():
             if getattr(recipe, name):
                 raise RecipeError(
                     f"[{name}] does not go with sampling.guidance_interval in a captured pipeline",

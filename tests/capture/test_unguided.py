@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from slipcast_compiler.capture.find import Found, find_for
 from slipcast_compiler.capture.program import Op, Ref, Source
 from slipcast_compiler.capture.program import Program as CapturedProgram
 from slipcast_compiler.capture.unguided import HALVES, told_by_makers
-from slipcast_compiler.engines.programs import ProgramGraphs, guided_only
+from slipcast_compiler.capture.verify import compare_given
+from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.engines.recording import Recording
 from slipcast_compiler.export.program import read_record
 from slipcast_compiler.host.cache import Cache
 
 BOTH_ROWS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "aura_flow", "sana",
-             "hunyuan_dit", "ltx", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
+             "hunyuan_dit", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
 FAST = ("stable_diffusion_xl", "sana")
 TWO_CALLS = ("wan", "lumina_2", "wan_image")
 WHY = {
+    "ltx": "a run cannot choose its guidance",
     "flux": "at guidance_scale = 1 its model is evaluated as at any other",
     "perturbed_attention": "without guidance its model is given what guidance does not know",
     "qwen_image": "no number above 1 that a run could change",
@@ -101,12 +104,15 @@ def test_pictures_are_the_pipelines_own(made: tuple[str, Path]) -> None:
 def test_what_is_not_asked_for_is_not_there(made: tuple[str, Path]) -> None:
     """Without an interval the program is the one without such evaluations."""
     name, folder = made
-    entry = export_here(open_pipeline(name), name, [], Cache(folder / "cache"), unguided=True)
-    whole = read_record(entry)
-    pruned, left = guided_only(whole), ProgramGraphs(entry).record
-    assert left == pruned and left.loop and not left.loop.unguided
+    calls = [lambda prompt: call_of(name, prompt, 1)]
+    entry = export_here(open_pipeline(name), name, calls, Cache(folder / "cache"), unguided=True)
+    whole, pruned = read_record(entry), ProgramGraphs(entry).record
+    assert pruned.loop and not pruned.loop.unguided
+    plain = read_record(export_here(open_pipeline(name), name, calls, Cache(folder / "plain")))
+    assert [call.component for call in pruned.every_call] == [call.component for call in plain.every_call]
     Program.model_validate_json(pruned.model_dump_json())
     gone = {call.component for call in whole.every_call} - {call.component for call in pruned.every_call}
+    assert ProgramGraphs(entry).left_out == gone
     assert {call.component for call in whole.loop.unguided} <= gone  # type: ignore[union-attr]
     assert all(name.partition(".")[0] not in gone for name in pruned.loop.columns)  # type: ignore[union-attr]
 
@@ -116,7 +122,7 @@ def test_halves_of_both_rows(name: str) -> None:
     found = found_of(name)
     assert found.loop and found.loop.unguided, found.loop and found.loop.why_guided
     assert HALVES in {part.name for part in found.cut.parts}
-    assert found.loop.use.part != found.loop.unguided.part
+    assert found.loop.use.part != found.loop.unguided.use.part
 
 
 @pytest.mark.slow
@@ -127,22 +133,69 @@ def test_one_of_two_calls(name: str) -> None:
     assert HALVES not in {part.name for part in found.cut.parts}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "qwen_image" else n for n in WHY])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("ltx", "qwen_image") else n for n in WHY]
+)
 def test_why_there_is_none(name: str) -> None:
     loop = found_of(name).loop
     assert loop and not loop.unguided and WHY[name] in loop.why_guided
 
 
+ATEN = torch.ops.aten
+
+
+def program(*events: Op, rows: int = 1) -> CapturedProgram:
+    """Of two pictures, 0 and 1; `rows`: that each value has, in memory of its own unless it is written to."""
+    value = torch.zeros(rows, 2)
+    sources = tuple(Source(place, "image", (f"image_{place}",), value) for place in range(2))
+    memory = {place: place for place in range(10)}
+    for event in events:
+        if event.function._schema.is_mutable or event.function is ATEN.slice.Tensor:
+            memory[event.outputs[0]] = memory[event.args[0].id]
+    specs = dict.fromkeys(range(10), ((rows, 2), torch.float32))
+    return CapturedProgram("A", sources, events, (), (), memory, (((), Ref(2)),), specs)
+
+
 def test_what_is_written_to_is_another_value() -> None:
     """A value of the same operators is told from one that was changed in place since."""
 
-    def program(scale: float) -> CapturedProgram:
-        value = torch.zeros(2)
-        source = Source(0, "image", ("image",), value)
-        first = Op(torch.ops.aten.relu.default, (Ref(0),), {}, (1,))
-        write = Op(torch.ops.aten.mul_.Scalar, (Ref(1), scale), {}, (2,))
-        specs = dict.fromkeys(range(3), ((2,), torch.float32))
-        return CapturedProgram("A", (source,), (first, write), (), (), {0: 0, 1: 1, 2: 1}, (((), Ref(1)),), specs)
+    def changed(scale: float) -> dict[int, str]:
+        first, write = Op(ATEN.relu.default, (Ref(0),), {}, (2,)), Op(ATEN.mul_.Scalar, (Ref(2), scale), {}, (3,))
+        return told_by_makers(program(first, write)).whole
 
-    one, other, same = (told_by_makers(program(scale)) for scale in (2.0, 3.0, 2.0))
-    assert one == same and one[0] == other[0] and one[1] != other[1]
+    one, other, same = map(changed, (2.0, 3.0, 2.0))
+    assert one == same and one[0] == other[0] and one[2] != other[2]
+
+
+def test_halves_are_of_two_branches_as_they_were_joined() -> None:
+    join = Op(ATEN.cat.default, ([Ref(0), Ref(1)],), {}, (2,))
+    told = told_by_makers(program(join))
+    assert told.halves[2] == (told.whole[0], told.whole[1])
+    copied = told_by_makers(program(join, Op(ATEN.clone.default, (Ref(2),), {}, (3,))))
+    lone = told_by_makers(program(Op(ATEN.clone.default, (Ref(1),), {}, (3,))))
+    assert copied.halves[3][1] == lone.whole[3]
+    half = Op(ATEN.slice.Tensor, (Ref(2), 0, 1, 2), {}, (3,))
+    assert 2 not in told_by_makers(program(join, half, Op(ATEN.fill_.Scalar, (Ref(3), 5), {}, (4,)))).halves
+    written = told_by_makers(program(join, Op(ATEN.mul_.Scalar, (Ref(1), 3), {}, (3,))))
+    assert written.halves[2] == told.halves[2] and written.whole[1] != told.whole[1]
+    three = Op(ATEN.cat.default, ([Ref(0), torch.zeros(2, 2), Ref(1)],), {}, (2,))
+    columns = Op(ATEN.cat.default, ([Ref(0), Ref(1)], 1), {}, (2,))
+    assert not told_by_makers(program(three)).halves and not told_by_makers(program(columns)).halves
+
+
+@pytest.mark.slow
+def test_what_the_model_is_given_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another prompt, in both programs; where halves are the wrong ones it is seen."""
+    name = "stable_diffusion_xl"
+    pipe, found = open_pipeline(name), found_of(name)
+    assert found.loop and found.loop.unguided
+
+    def call(**more: Any) -> dict[str, Any]:
+        return call_of(name, "another star", 5) | more
+
+    plain = found.loop.unguided
+    both = call(), call(guidance_scale=1.0)
+    assert compare_given(found.program, plain, pipe, *both) < 1e-6
+    wrong = {value: (of, 1 - last) for value, (of, last) in plain.halves.items()}
+    both = call(), call(guidance_scale=1.0)
+    assert compare_given(found.program, replace(plain, halves=wrong), pipe, *both) > 0.01

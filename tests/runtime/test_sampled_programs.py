@@ -180,11 +180,10 @@ def test_steps_outside_of_the_interval_have_no_guidance(tmp_path: Path, engines:
         draw(pipe, [0], num_inference_steps=2, negative_prompt="black")
         assert [name for name, _ in engines.calls if name.startswith("denoiser")] == ["denoiser", "denoiser_2"]
         engines.calls.clear()
-        for scale in (0.0, 1.0):
-            draw(pipe, [0], guidance_scale=scale)
+        draw(pipe, [0], guidance_scale=1.0)
         assert "denoiser" not in {name for name, _ in engines.calls}
-        with pytest.raises(RequestError, match="a number from 0 to"):
-            draw(pipe, [0], guidance_scale=-1.0)
+        with pytest.raises(RequestError, match="a number from 1 to"):
+            draw(pipe, [0], guidance_scale=0.5)
     assert "guidance     at sigma 0.5 to 1; else denoiser_2" in call_cli("inspect", str(tmp_path / "b")).stdout
 
 

@@ -24,8 +24,7 @@ class Found:
     """What captures of a pipeline found: the program, its parts, and how texts reach the tokenizers, by source.
 
     `loop`: how slipcast's samplers drive it, where they do: then its parts are without the scheduler's arithmetic.
-    `why_not`: where they do not. `prompts`: on which the program has to be verified; `unguided`: that of the same call
-    without guidance, if the loop has a part of it.
+    `why_not`: where they do not. `prompts`: on which the program has to be verified.
     """
 
     program: Program
@@ -35,7 +34,6 @@ class Found:
     prompts: tuple[str, ...]
     loop: Loop | None = None
     why_not: str = ""
-    unguided: Program | None = None
 
 
 def find(pipe: Any, given: Mapping[str, Any]) -> Found:
@@ -58,20 +56,15 @@ def find_for(pipe: Any, calls: Sequence[Make], unguided: bool = False) -> tuple[
     captured = [capture_prompted(pipe, call) for call in calls]
     programs = [each.program for each in captured]
     loops: Sequence[Loop | None]
-    plain: list[Program | None] = [None] * len(programs)
     try:
-        others = _capture_others(pipe, calls, captured, unguided)
-        cuts, loops = zip(*_drive(pipe, others), strict=True)
-        plain, why_not = [next(iter(each.unguided), None) for each in others], ""
+        cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured, unguided)), strict=True)
+        why_not = ""
     except RecipeError as error:
         cuts, loops, why_not = cut_together(programs), [None] * len(programs), error.message
     return tuple(
-        Found(
-            each.program, cut, each.templates, each.call, each.prompts, loop, why_not,
-            own if loop and loop.unguided else None,
-        )
-        for each, cut, loop, own in zip(captured, cuts, loops, plain, strict=True)
-    )  # fmt: skip
+        Found(each.program, cut, each.templates, each.call, each.prompts, loop, why_not)
+        for each, cut, loop in zip(captured, cuts, loops, strict=True)
+    )
 
 
 def _drive(pipe: Any, captured: Sequence[Captured]) -> tuple[tuple[Cut, Loop], ...]:

@@ -14,7 +14,7 @@ from slipcast_compiler.capture.cut import Cut, Use, cut_together
 from slipcast_compiler.capture.driving import Driven, drive, drive_again, not_driven
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.program import Program
-from slipcast_compiler.capture.unguided import match_plain
+from slipcast_compiler.capture.unguided import Plain, match_plain
 
 STEPS, GUIDANCE = "num_inference_steps", "guidance_scale"
 MANY = 20
@@ -39,7 +39,7 @@ class Loop:
     columns: Mapping[str, Columns]
     steps: str | None
     guidance: str | None
-    unguided: Use | None = None
+    unguided: Plain | None = None
     why_guided: str = ""
 
     @property
@@ -80,7 +80,13 @@ def drive_together(captured: Sequence[Captured], scheduler: Any) -> tuple[tuple[
 
     RecipeError where one of them is not driven.
     """
-    cuts = iter(cut_together([program for each in captured for program in (*each.programs, *each.unguided)]))
+    try:
+        cuts = iter(cut_together([program for each in captured for program in (*each.programs, *each.unguided)]))
+    except RecipeError as error:
+        if not any(each.unguided for each in captured):
+            raise
+        without = [replace(each, unguided=(), why_guided=error.message) for each in captured]
+        return drive_together(without, scheduler)
     found = []
     for each in captured:
         own, plain = [next(cuts) for _ in each.programs], [next(cuts) for _ in each.unguided]
@@ -103,6 +109,8 @@ def _with_unguided(
     own = drive(program, scheduler, captured.steps)
     if own != driven:
         raise not_driven("without guidance it takes other steps", own.sampling.sampler)
+    if not loop.guidance:
+        raise not_driven("a run cannot choose its guidance", program.pipeline)
     _check_shared(plain)
     its_cut, its_loop = _without_steps(program, plain[0], own)
     if its_loop.use.part == loop.use.part:
@@ -114,12 +122,12 @@ def _with_unguided(
         raise not_driven("its numbers by step are none that slipcast knows", part.name)
     samples = loop.sample, its_loop.sample
     found = match_plain(captured.program, cut.uses[: loop.at], program, its_loop.use, samples)
-    halving, halves = ([found.halving], [found.halves]) if found.halving and found.halves else ([], [])
+    halves, halving = [each for each, _ in found.halving], [each for _, each in found.halving]
     uses = (*cut.uses[: loop.at], *halving, *cut.uses[loop.at :])
     return Cut((*cut.parts, *halves, part), uses, cut.steps), replace(
         loop,
         at=loop.at + len(halving),
-        unguided=replace(found.use, outputs=(loop.output,)),
+        unguided=replace(found, use=replace(found.use, outputs=(loop.output,))),
         columns={**loop.columns, **({part.name: laws} if part.table else {})},
     )
 

@@ -45,7 +45,7 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
     found = dict[str, Any]()
     for variant in variants:
         program, loop = variant.program, variant.loop
-        plain = {loop.unguided.part: len(program.marks)} if loop and loop.unguided else {}
+        plain = {loop.unguided.use.part: len(program.marks)} if loop and loop.unguided else {}
         inside = {loop.use.part: len(program.marks), **plain} if loop else {}
         for part in variant.cut.parts:
             modules = [event.module for event in part.events if isinstance(event, Call)]

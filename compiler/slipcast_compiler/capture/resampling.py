@@ -61,15 +61,28 @@ def _in_interval(loop: Loop, made: Sampling, interval: Sequence[float] | None) -
             f"sampling.guidance_interval is not for this pipeline: {loop.why_guided}",
             expected="guidance whose branches can be told apart", got=list(interval),
         )  # fmt: skip
-    made = Sampling.model_validate({**dict(made), "guidance_interval": tuple(interval)})
+    made = with_interval(made, interval)
     if not parts_steps(made):
-        levels = made.lay().sigmas[:-1]
+        levels = list(made.lay().sigmas[:-1])
+        if made.noise.prediction == "flow_ratio":
+            levels = [level / (1 + level) for level in levels]
         raise RecipeError(
             "sampling.guidance_interval leaves out none of the steps, or all of them",
             expected=f"noise levels between {levels[-1]:g} and {levels[0]:g}", got=list(interval),
             hint="leave it out, or guidance under [call]",
         )  # fmt: skip
     return made
+
+
+def with_interval(sampling: Sampling, interval: Sequence[float]) -> Sampling:
+    """With guidance at these noise levels alone: of flow matching times from 0 to 1, whatever its sampler has."""
+    ends = tuple(map(_ratio, interval)) if sampling.noise.prediction == "flow_ratio" else tuple(interval)
+    return Sampling.model_validate({**dict(sampling), "guidance_interval": ends})
+
+
+def _ratio(time: float) -> float:
+    """Noise over signal at a time of flow matching; from its end on, more than any."""
+    return time / (1 - time) if time < 1 else 1e9
 
 
 def parts_steps(sampling: Sampling) -> bool:

@@ -43,6 +43,7 @@ def _with_own(found: Found, part: Part, named: dict[int, Part]) -> Found:
         columns = {own.name if name == part.name else name: each for name, each in loop.columns.items()}
         use = replace(loop.use, part=own.name) if loop.use.part == part.name else loop.use
         plain = loop.unguided
-        plain = replace(plain, part=own.name) if plain and plain.part == part.name else plain
+        if plain and plain.use.part == part.name:
+            plain = replace(plain, use=replace(plain.use, part=own.name))
         loop = replace(loop, columns=columns, use=use, unguided=plain)
     return replace(found, cut=cut, loop=loop)

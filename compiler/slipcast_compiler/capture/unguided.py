@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,21 +19,31 @@ from slipcast_compiler.capture.driving import not_driven
 from slipcast_compiler.capture.program import Call, Op, Program, Ref, Source, operator_of, outputs_of, rebuild, refs
 
 HALVES = "conditioning_halves"
-_CAT, _SLICE = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor
-# What does the same to each row, of one tensor; of repeat, where rows are not repeated.
+_CAT, _SLICE, _REPEAT = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor, torch.ops.aten.repeat.default
 _BY_ROWS = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default,
             torch.ops.aten.detach.default}  # fmt: skip
-_REPEAT = torch.ops.aten.repeat.default
 
 
 @dataclass(frozen=True)
 class Plain:
-    """An evaluation without guidance: a `use` on values of the program with guidance, some of which `halving` makes of
-    others, before the loop: a use of the part `halves`."""
+    """An evaluation without guidance: a `use` on values of the program with guidance. Some of these are `halves` of
+    others: by value, of which, and whether it is the last; they are made by uses of parts, `halving`, before the loop.
+    `program`: that without guidance, in whose values the model is given `given`."""
 
     use: Use
-    halving: Use | None
-    halves: Part | None
+    program: Program
+    given: tuple[int, ...]
+    halves: Mapping[int, tuple[int, int]]
+    halving: tuple[tuple[Part, Use], ...]
+
+
+@dataclass
+class Told:
+    """By value, what makes it, from the sources on: of two programs those are equal that are made alike. `halves`: of
+    those of two rows, each of another branch, the same of both."""
+
+    whole: dict[int, str]
+    halves: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def match_plain(guided: Program, before: Sequence[Use], plain: Program, use: Use, samples: tuple[int, int]) -> Plain:
@@ -42,13 +52,13 @@ def match_plain(guided: Program, before: Sequence[Use], plain: Program, use: Use
 
     RecipeError where the model is given anything that is no value of `guided`, or half of one.
     """
-    own, other = told_by_makers(guided), told_by_makers(plain)
-    if own[samples[0]] != other[samples[1]]:
+    own, other = told_by_makers(guided), told_by_makers(plain).whole
+    if own.whole[samples[0]] != other[samples[1]]:
         raise not_driven("without guidance it begins with other latents", plain.pipeline)
     known = [*(source.id for source in guided.needed_sources), *(value for each in before for value in each.outputs)]
-    whole = {own[value]: value for value in reversed(known)}
-    halves = {found: (value, last) for value in known for last, found in enumerate(_halves(guided, own).get(value, ()))}
-    taken: dict[int, tuple[int, int]] = {}  # by new value, what it is half of, and which
+    whole = {own.whole[value]: value for value in reversed(known)}
+    halves = {found: (value, last) for value in known for last, found in enumerate(own.halves.get(value, ()))}
+    taken: dict[int, tuple[int, int]] = {}
     inputs, first_free = [], max([*guided.specs, *guided.memory]) + 1
     for value in use.inputs:
         made = other[value]
@@ -61,27 +71,45 @@ def match_plain(guided: Program, before: Sequence[Use], plain: Program, use: Use
             taken[inputs[-1]] = halves[made]
         else:
             raise not_driven("without guidance its model is given what guidance does not know", str(value))
-    part, halving = _halving(guided, taken) if taken else (None, None)
-    return Plain(replace(use, inputs=tuple(inputs)), halving, part)
+    return Plain(replace(use, inputs=tuple(inputs)), plain, use.inputs, taken, _halving(guided, taken))
 
 
-def told_by_makers(program: Program) -> dict[int, str]:
-    """By value, a digest of what makes it, from the sources on; of two programs those are equal that are made alike."""
-    found = _sources(program)
+def told_by_makers(program: Program) -> Told:
+    """Of all values, as they are at the end."""
+    told = Told(_sources(program))
     for event in program.events:
-        _follow(program, event, found, found)
-    return found
+        _follow(program, event, told)
+    return told
 
 
-def _follow(program: Program, event: Op | Call, known: Mapping[int, str], found: dict[int, str]) -> None:
-    """Puts what an event gives into `found`; `known`: what it is given."""
-    made = _digest(event, known)
-    for at, value in enumerate(outputs_of(event)):
-        found[value] = f"{made}.{at}"
+def _follow(program: Program, event: Op | Call, told: Told) -> None:
+    made = _digest(event, told.whole)
     if isinstance(event, Op) and event.function._schema.is_mutable:  # all that lies in that memory is another now
         into = {program.memory[ref.id] for ref in refs(event.args[:1])}
-        for value in [each for each in found if program.memory.get(each) in into and each not in outputs_of(event)]:
-            found[value] = hashlib.sha256(f"{found[value]} {made}".encode()).hexdigest()
+        for value in [each for each in told.whole if program.memory.get(each) in into]:
+            told.whole[value] = hashlib.sha256(f"{told.whole[value]} {made}".encode()).hexdigest()
+            told.halves.pop(value, None)
+    elif isinstance(event, Op) and len(event.outputs) == 1 and (halves := _halves(program, event, told)):
+        told.halves[event.outputs[0]] = halves
+    for at, value in enumerate(outputs_of(event)):
+        told.whole[value] = f"{made}.{at}"
+
+
+def _halves(program: Program, event: Op, told: Told) -> tuple[str, str] | None:
+    """What makes the halves of what an operator gives, where it joins two branches, or does the same to each row of
+    what did."""
+    if event.function is _CAT:
+        parts = event.args[0]
+        both = len(parts) == 2 and all(isinstance(each, Ref) for each in parts)
+        if both and (event.args[1:] or (0,))[0] == 0 and program.specs[parts[0].id] == program.specs[parts[1].id]:
+            return told.whole[parts[0].id], told.whole[parts[1].id]
+        return None
+    by_rows = event.function in _BY_ROWS or (event.function is _REPEAT and event.args[1][0] == 1)
+    given = refs((event.args, event.kwargs))
+    if not by_rows or len(given) != 1 or given[0].id not in told.halves:
+        return None
+    one, other = (_digest(event, {given[0].id: half}) for half in told.halves[given[0].id])
+    return f"{one}.0", f"{other}.0"
 
 
 def _digest(event: Op | Call, known: Mapping[int, str]) -> str:
@@ -118,36 +146,20 @@ def _text(source: Source) -> str:
     return repr((source.tokenized and source.tokenized.texts, source.padding, _bytes(source.value)))
 
 
-def _halves(program: Program, own: Mapping[int, str]) -> dict[int, tuple[str, str]]:
-    """By value of two rows, each from another branch, what makes its first and its last half."""
-    found: dict[int, tuple[str, str]] = {}
-    for event in program.events:
-        given = refs((event.args, event.kwargs))
-        if not isinstance(event, Op) or len(event.outputs) != 1:
-            continue
-        (value,) = event.outputs
-        if event.function is _CAT and len(given) == 2 and (event.args[1:] or (0,))[0] == 0 and not event.kwargs:
-            one, other = given
-            if program.specs[one.id] == program.specs[other.id]:
-                found[value] = own[one.id], own[other.id]
-        elif len(given) == 1 and given[0].id in found and _is_by_rows(event):
-            made = [_digest(event, {given[0].id: half}) for half in found[given[0].id]]
-            found[value] = f"{made[0]}.0", f"{made[1]}.0"
-    return found
-
-
-def _is_by_rows(event: Op) -> bool:
-    return event.function in _BY_ROWS or (event.function is _REPEAT and event.args[1][0] == 1)
-
-
-def _halving(program: Program, taken: Mapping[int, tuple[int, int]]) -> tuple[Part, Use]:
-    """A part that gives halves; `taken`: by value, see match_plain."""
-    specs, memory, events = dict(program.specs), dict(program.memory), []
+def _halving(program: Program, taken: Mapping[int, tuple[int, int]]) -> tuple[tuple[Part, Use], ...]:
+    """Parts that give halves, those that depend on the same together; `taken`: as Plain.halves."""
+    specs, memory, events = dict(program.specs), dict(program.memory), dict[Any, list[Op]]()
     for value, (of, last) in taken.items():
         (rows, *rest), dtype = specs[of]
         if not isinstance(rows, int) or rows % 2:
             raise not_driven("its branches are not two halves", str(rows))
         half = rows // 2
         specs[value], memory[value] = ((half, *rest), dtype), value
-        events.append(Op(_SLICE, (Ref(of), 0, half * last, half * (last + 1)), {}, (value,)))
-    return part_of(HALVES, replace(program, specs=specs, memory=memory), events, frozenset(taken))
+        made = Op(_SLICE, (Ref(of), 0, half * last, half * (last + 1)), {}, (value,))
+        events.setdefault(program.binding[of], []).append(made)
+    changed = replace(program, specs=specs, memory=memory)
+    names = (HALVES if place == 0 else f"{HALVES}_{place + 1}" for place in range(len(events)))
+    return tuple(
+        part_of(name, changed, each, frozenset(value for op in each for value in op.outputs))
+        for name, each in zip(names, events.values(), strict=True)
+    )

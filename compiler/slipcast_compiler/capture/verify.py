@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import nn
 
 from slipcast_compiler.capture.generalise import without_insides
 from slipcast_compiler.capture.processing import call_pipeline
-from slipcast_compiler.capture.program import Affine, Op, Program, leaves, measure, opened, outputs_of
+from slipcast_compiler.capture.program import Affine, Op, Program, Ref, leaves, measure, opened, outputs_of
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import Values, replay, run
 from slipcast_compiler.capture.stand_ins import standing_in
+from slipcast_compiler.capture.unguided import Plain
 
 LIMIT = 1e-4  # of the relative L2 error of a result
 
@@ -59,6 +60,41 @@ def verify(
         error = max(relative_error(found[path], tensor) for path, tensor in wanted.items())
         difference = None if error <= LIMIT else first_difference(program, other, components)
     return Verdict(error, difference)
+
+
+def compare_given(
+    guided: Program, plain: Plain, pipe: Any, call: Mapping[str, Any], without: Mapping[str, Any], *,
+    light: bool = False,
+) -> float:  # fmt: skip
+    """How far what the model is given without guidance, by the program with it, is from what pipe(**without) gives it:
+    the relative L2 error of the worst. `call`: the same with guidance; each has a generator of its own."""
+    of = [plain.halves[value][0] if value in plain.halves else value for value in plain.use.inputs]
+    found = _values(guided, of, pipe, call, light)
+    wanted = _values(plain.program, plain.given, pipe, without, light)
+    errors = []
+    for value, mine, theirs in zip(plain.use.inputs, found, wanted, strict=True):
+        if value in plain.halves:
+            mine = mine.chunk(2)[plain.halves[value][1]]
+        errors.append(relative_error(mine, theirs))
+    return max(errors)
+
+
+def _values(
+    program: Program, wanted: Sequence[int], pipe: Any, call: Mapping[str, Any], light: bool
+) -> list[torch.Tensor]:
+    """Values of a program, for another call."""
+    with _seeded():
+        other = without_insides(capture(pipe, call))
+    if mismatch := compare_sources(program, other):
+        raise ValueError(mismatch)  # the program itself was verified
+    sources = zip(program.needed_sources, other.needed_sources, strict=True)
+    values: Values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
+    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    lengths = measure(program.lengths, values)
+    with standing_in(program, components) if light else contextlib.nullcontext(), torch.no_grad():
+        for place in sorted(program.needed_for([Ref(value) for value in wanted])):
+            run(program.events[place], values, components, lengths)
+    return [values[value] for value in wanted]
 
 
 def compare_sources(program: Program, other: Program) -> str | None:

@@ -69,6 +69,18 @@ class ProgramGraphs:
             record = close(record, self.closed[0], contracts(self.entry, record))
         return with_shallow(record, self.split) if self.split else record
 
+    @property
+    def left_out(self) -> set[str]:
+        """Components of the entry that belong to steps without guidance, of which there are none."""
+        whole, kept = read_record(self.entry), self._sampled(read_record(self.entry))
+        if any(each.loop and each.loop.sampling.guidance_interval for each in kept.every):
+            return set()
+        every, guided = (
+            {call.component for variant in each.every for call in variant.every_call}
+            for each in (whole, guided_only(whole))
+        )
+        return every - guided
+
     def _sampled(self, record: Program) -> Program:
         if not self.samplings:
             return record

@@ -21,7 +21,7 @@ from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.capture.texts import SHORT, with_others
-from slipcast_compiler.capture.verify import LIMIT, verify
+from slipcast_compiler.capture.verify import LIMIT, compare_given, verify
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
@@ -71,18 +71,32 @@ def _verify(variants: Sequence[Found], pipe: Any, calls: Sequence[Mapping[str, A
     errors = []
     for found, given in zip(variants, calls, strict=True):
         errors += [_verified(found.program, pipe, given, prompt, light) for prompt in found.prompts]
-        if found.unguided:
-            plain = {**given, GUIDANCE: 1.0}
-            errors += [_verified(found.unguided, pipe, plain, prompt, light) for prompt in found.prompts]
+        if found.loop and (plain := found.loop.unguided):
+            without = {**given, GUIDANCE: 1.0}
+            for prompt in found.prompts:
+                errors.append(_verified(plain.program, pipe, without, prompt, light))
+                calls_of_both = (_other_call(pipe, each, prompt) for each in (given, without))
+                errors.append(compare_given(found.program, plain, pipe, *calls_of_both, light=light))
+    if max(errors) > LIMIT:
+        raise CheckFailed(
+            "without guidance, the model is given something else for another prompt, seed and picture",
+            expected=f"a relative error of {LIMIT:g}",
+            got=f"{max(errors)}",
+            hint='leave sampling.guidance_interval out, or "guidance_interval" of search.levers',
+        )
     return max(errors)
+
+
+def _other_call(pipe: Any, given: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+    """With a seed, other texts and pictures that were not captured."""
+    call = with_other_pictures(make_call(pipe, given, prompt, seed=1))
+    return with_others(call, lambda text: f"{text} {SHORT}")
 
 
 def _verified(program: Program, pipe: Any, given: Mapping[str, Any], prompt: str, light: bool) -> float:
     """The program's error for a prompt, and for other texts and pictures where there are any; CheckFailed where it is
     another pipeline then."""
-    made = (with_other_pictures(make_call(pipe, given, prompt, seed=1)) for _ in range(2))
-    calls = [with_others(call, lambda text: f"{text} {SHORT}") for call in made]
-    verdict = verify(program, pipe, *calls, light=light)
+    verdict = verify(program, pipe, *(_other_call(pipe, given, prompt) for _ in range(2)), light=light)
     if verdict.error is not None and math.isnan(verdict.error):
         raise ArtifactError(
             f"{program.pipeline} gives NaN or infinity, so that nothing can be compared with it",

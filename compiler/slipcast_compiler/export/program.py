@@ -177,7 +177,7 @@ def _loop(loop: Loop) -> LoopRecord:
     return LoopRecord(
         at=loop.at,
         calls=(_call(loop.use, loop),),
-        unguided=(_call(loop.unguided, loop),) if loop.unguided else (),
+        unguided=(_call(loop.unguided.use, loop),) if loop.unguided else (),
         sample=_value(loop.sample),
         output=_value(loop.output),
         result=_value(loop.result),
@@ -337,7 +337,7 @@ def _all_sources(found: Found) -> list[Source]:
     ]
     if not found.loop:
         return every
-    inside = [found.loop.use, *([found.loop.unguided] if found.loop.unguided else [])]
+    inside = [found.loop.use, *([found.loop.unguided.use] if found.loop.unguided else [])]
     read = {value for use in (*found.cut.uses, *inside) for value in use.inputs} | {found.loop.sample}
     last = max((place for place, source in enumerate(every) if source.id in read), default=-1)
     return every[: last + 1]

@@ -116,9 +116,8 @@ class ProfileTable(Strict):
     leave_one_out: Literal["auto", "exact", "projected"] = "auto"
     batch: Annotated[int, Field(ge=1, le=1024)] = 4  # images at once: speed against memory
     seed: Annotated[int, Field(ge=0, lt=1000)] = 0  # another one, other noise
-    sampling: Literal["bundle", "reference"] = (
-        "bundle"  # whose trajectories; of a captured pipeline those that INT8, INT4 and casts are measured on
-    )
+    # whose trajectories; of a captured pipeline those that INT8, INT4 and casts are measured on
+    sampling: Literal["bundle", "reference"] = "bundle"
 
 
 class GuardTable(Strict):

@@ -72,7 +72,8 @@ class ProgramCandidate:
         """See Candidate."""
         sources = self.graphs.sources(self.table.precision).components
         identities = {name: source.identity for name, source in sources.items()}
-        return json.dumps([identities, self.table.model_dump(mode="json")], sort_keys=True)
+        casts = {name: list(each["fp32"]) for name, each in self.graphs.casts.get(self.table.name, {}).items()}
+        return json.dumps([identities, casts, self.table.model_dump(mode="json")], sort_keys=True)
 
     def build(self, folder: Path, cache: Cache) -> str:
         """See Candidate."""
@@ -120,6 +121,17 @@ class Captured:
         recipe = self.plan.recipe
         measured = engine or recipe.samples_needed or any(table.half for table in recipe.targets)
         return {"profile.sampling": "reference"} if measured and recipe.profile.sampling != "reference" else {}
+
+    def settle(self, overrides: Overrides) -> Overrides:
+        """See Subject: an interval that leaves out none of the steps, or does not go with another lever, is none."""
+        rest = {key: value for key, value in overrides.items() if key != "sampling.guidance_interval"}
+        if rest == overrides:
+            return overrides
+        try:
+            self.apply(overrides)
+        except RecipeError:
+            return rest
+        return overrides
 
     def decides(self) -> dict[str, Any]:
         """See Subject."""

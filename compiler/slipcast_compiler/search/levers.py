@@ -103,9 +103,11 @@ def _interval(facts: Facts, sampling: Sampling, reference: Sampling) -> dict[str
     if sampling.guidance_scale <= 1 or not facts.guided:
         return {}
     sigmas = reference.lay().sigmas
+    if reference.noise.prediction == "flow_ratio":  # intervals of flow matching are of times
+        sigmas = tuple(sigma / (1 + sigma) for sigma in sigmas)
     levels = [float(f"{sigma:.2g}") for sigma in sigmas if sigma > 0]
     whole = float(f"{levels[0] * 1.1:.2g}")
-    low, high = sampling.guidance_interval or (0.0, whole)
+    low, high = facts.recipe.sampling.guidance_interval or (0.0, whole)
     third = max(1, len(levels) // 3)
     lows, highs = (0.0, *levels[third :: max(1, len(levels) // 8)]), (*levels[1:third], whole)
     return {"guidance_low": _ordered(low, lows), "guidance_high": _ordered(high, highs)}

@@ -32,6 +32,7 @@ class Space:
         self._of = {lever: tuple(offered[lever]) for lever in self.levers}
         if all(len(each.values) < 2 for each in self.dimensions.values()):
             raise RecipeError("[search]: there is nothing to choose between", expected="levers that apply", got="none")
+        self._settle = subject.settle
         self.pins = subject.pins(any(LEVERS[name].engine for name in self.levers))
 
     @property
@@ -47,7 +48,7 @@ class Space:
             at = {dimension: point[dimension] for dimension in self._of[name]}
             if any(value != self.dimensions[dimension].own for dimension, value in at.items()):
                 found |= lever.overrides(self.facts, at)
-        return found
+        return self._settle(found)
 
     def engine(self, point: Point) -> Point:
         """The values of a point that decide its engine."""

@@ -98,6 +98,10 @@ class Subject(Protocol[PlanT_co]):
         """What has to be the same for all points; `engine`: whether a lever decides the engine."""
         ...
 
+    def settle(self, overrides: Overrides) -> Overrides:
+        """The same without what has no use beside the rest."""
+        ...
+
     def decides(self) -> dict[str, Any]:
         """What the result of a search depends on, beside the recipe; plain JSON."""
         ...

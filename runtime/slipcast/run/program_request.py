@@ -77,11 +77,11 @@ def _sampling(loop: Loop | None, given: Mapping[str, Any]) -> tuple[Schedule, fl
     scale = given.get(loop.guidance or "", loop.sampling.guidance_scale)
     # Where a loop has evaluations without guidance, all of them can be.
     number = isinstance(scale, int | float | np.number) and not isinstance(scale, bool)
-    fits = number and (scale >= 0 if loop.unguided else scale > 1) and scale <= MOST_GUIDANCE
+    fits = number and (scale >= 1 if loop.unguided else scale > 1) and scale <= MOST_GUIDANCE
     if loop.guidance in given and not fits:
         raise RequestError(
             f"{loop.guidance} is not usable in this bundle",
-            expected=f"a number {'from 0' if loop.unguided else 'above 1,'} to {MOST_GUIDANCE}",
+            expected=f"a number {'from 1' if loop.unguided else 'above 1,'} to {MOST_GUIDANCE}",
             got=repr(scale)[:SHOWN],
             hint=f"leave it out, or compile a bundle for this {loop.guidance}: without guidance it is another program",
         )

@@ -105,6 +105,7 @@ def test_it_draws_what_diffusers_draws(name: str, tmp_path: Path) -> None:
         assert pipe.manifest.adapters.rank == 8 and any(layer.endswith("to_q") for layer in layers)
 
 
+@pytest.mark.slow
 def test_one_after_another_and_together(loaded: Any, place: Path) -> None:
     """None again is what it was to the bit. One has an alpha of its own, one is scaled as rsLoRA is."""
     files = {each: str(place / f"{each}.safetensors") for each in ("one", "two")}
@@ -178,6 +179,7 @@ def test_all_forms_of_a_file(loaded: Any, place: Path, tmp_path: Path) -> None:
     assert np.allclose(drawn(loaded), wanted, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "problem"),
     [
@@ -212,6 +214,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, change: Any, error: type[E
         read_lora(tmp_path / "bad.safetensors", sizes, manifest.adapters.rank, None)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_set(loaded: Any, place: Path) -> None:
     loaded.load_adapter("one", place / "one.safetensors")
     loaded.load_adapter("two", place / "two.safetensors")
@@ -246,6 +249,7 @@ def test_an_engine_that_somebody_uses_stays_open(place: Path) -> None:
         drawn(pipe)
 
 
+@pytest.mark.slow
 def test_manifests_that_contradict_themselves(place: Path) -> None:
     manifest = json.loads((place / "bundle" / "manifest.json").read_text())
     slots = manifest["adapters"]
@@ -317,6 +321,7 @@ def test_layers_that_are_chosen(tmp_path: Path) -> None:
         bundle_with_slots("flux", tmp_path / "none", layers=("*.nothing",))
 
 
+@pytest.mark.slow
 def test_a_bundle_without_slots(tmp_path: Path, place: Path) -> None:
     cache = Cache(place / "cache")
     calls = [lambda prompt: call_of("stable_diffusion", prompt, 1)]

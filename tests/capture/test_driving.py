@@ -134,7 +134,8 @@ def test_what_a_recipe_asks_for() -> None:
     assert (listed.steps, listed.schedule, listed.timesteps) == (3, None, (900.0, 500.0, 100.0))
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("flux", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux"])
 def test_a_run_chooses_steps_and_guidance(name: str, tmp_path: Any) -> None:
     """It draws what the pipeline draws, with numbers that were not captured."""
     pipe = open_pipeline(name)

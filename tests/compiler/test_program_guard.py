@@ -52,6 +52,7 @@ def bundle(place: Path) -> Path:
     return place / "artifacts" / "guarded"
 
 
+@pytest.mark.slow
 def test_strangers_are_refused_and_the_family_is_drawn(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     inside = "a small red circle on a white background"
     with slipcast.load(bundle) as pipe:
@@ -73,6 +74,7 @@ def test_strangers_are_refused_and_the_family_is_drawn(bundle: Path, caplog: pyt
             pipe(inside, guard="fallback")
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_thinks(bundle: Path, tmp_path: Path) -> None:
     run = ("run", str(bundle), "--seed", "1", "-o", str(tmp_path / "x.png"), "--prompt")
     refused = call_cli(*run, STRANGERS[0])
@@ -82,6 +84,7 @@ def test_a_run_says_what_it_thinks(bundle: Path, tmp_path: Path) -> None:
     assert "guard        refuse beyond a distance of" in call_cli("inspect", str(bundle)).stdout
 
 
+@pytest.mark.slow
 def test_manifest_and_report_say_what_was_found(bundle: Path) -> None:
     manifest = open_any_bundle(bundle, files="all").manifest
     assert isinstance(manifest, ProgramManifest) and manifest.guard and "guard" in manifest.requires
@@ -124,6 +127,7 @@ def test_what_cannot_be_guarded_is_refused_in_the_plan(place: Path, option: str,
     assert done.returncode == 2 and problem in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -99,6 +99,7 @@ def made(place: Path) -> Made:
     return Made(place, done.stderr)
 
 
+@pytest.mark.slow
 def test_the_bundle_draws_what_the_rewritten_pipeline_draws(made: Made) -> None:
     """Of the tensors that the last pass left in the cache."""
     options: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
@@ -120,6 +121,7 @@ def test_the_bundle_draws_what_the_rewritten_pipeline_draws(made: Made) -> None:
     assert errors["openvino-cpu-bf16"][0] < 2e-2, errors
 
 
+@pytest.mark.slow
 def test_what_report_and_manifest_say(made: Made) -> None:
     passes, manifest = made.record["passes"], made.manifest
     assert list(passes) == ["prune_heads", "prune_ffn", "low_rank"]
@@ -140,6 +142,7 @@ def test_what_report_and_manifest_say(made: Made) -> None:
         assert text in page, text
 
 
+@pytest.mark.slow
 def test_the_profile_is_that_of_the_calibration_prompts(made: Made) -> None:
     """It was measured once, and `slipcast profile` shows it."""
     done = call_cli("profile", "tiny.toml", "--json", cwd=made.folder)

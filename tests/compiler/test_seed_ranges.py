@@ -21,7 +21,7 @@ from slipcast_compiler.plan import Plan, make_plan
 from slipcast_compiler.recipe.reading import read_recipe
 from slipcast_compiler.recipe.recipe import EvaluateTable, ProfileTable
 from slipcast_compiler.recipe.seeds import RANGES, Seeds
-from slipcast_compiler.search.evaluate import Drawings
+from slipcast_compiler.search.described import drawings_of
 
 SHAPES = Path("recipes/shapes-circles.toml")
 
@@ -87,15 +87,15 @@ def test_no_two_purposes_have_a_seed_in_common(
     )
     graphs = Graphs("x", asked.original, asked.family, asked.sampling, asked.reference, {})
     gate, out_of_family = _judged(asked)
-    search = Drawings.of(asked)
+    search = drawings_of(asked)
     purposes = {
         "the gate": gate,
         "out of the family": out_of_family,
         "calibration": {*asked.drawing(count).seeds, *(seed for _, seed in graphs.calibration(count))},
         "the profile": set(asked.task.calibration.seeds),
-        "the search": {*search.proxies.seeds, *search.judged.seeds},
+        "the search": {seed for drawing in search for seed in drawing.seeds},
     }
     assert len(out_of_family) == strangers and len(gate) == 2 * len(asked.held_out)
-    assert not set(search.proxies.seeds) & set(search.judged.seeds)
+    assert not set(search[0].seeds) & set(search[1].seeds)
     for one, other in combinations(purposes, 2):
         assert not {s % 2**32 for s in purposes[one]} & {s % 2**32 for s in purposes[other]}, (one, other)

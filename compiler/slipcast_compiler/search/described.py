@@ -141,17 +141,11 @@ class Described:
     def draw(self, overrides: Overrides, cache: Cache, stages: Stages) -> Drawn:
         """See Subject."""
         base = self.trial(overrides)
-        table, family = base.recipe.evaluate, base.family
-        proxies, judged = split_prompts(family, table.images)
-        seeds = SEARCH.take(len(proxies) + len(judged))
-        drawings = [
-            Drawing(base.original, base.reference, prompts, own)
-            for prompts, own in ((proxies, seeds[: len(proxies)]), (judged, seeds[len(proxies) :]))
-        ]
+        drawings, family = drawings_of(base), base.family
         with stages.stage("search: the original") as advance:
             results, pictures = (draw_original(drawing, cache, advance) for drawing in drawings)
-        judges = open_judges(table, base.folder, family.calibration if family else ())
-        reference = judges.reference(pictures, judged)
+        judges = open_judges(base.recipe.evaluate, base.folder, family.calibration if family else ())
+        reference = judges.reference(pictures, drawings[1].prompts)
         first, second = (_images(drawing.prompts, drawing.seeds) for drawing in drawings)
         return Drawn(first, tuple(results), second, lambda found: reference.sample(np.stack(found)))
 
@@ -166,6 +160,14 @@ class Described:
     def trial(self, overrides: Overrides) -> Plan:
         """The same for measuring: see subject.trial_of."""
         return replan(self.plan, trial_of(turned(self.plan.recipe, overrides)))
+
+
+def drawings_of(plan: Plan) -> tuple[Drawing, Drawing]:
+    """What the original draws: proxies, and what is judged."""
+    proxies, judged = split_prompts(plan.family, plan.recipe.evaluate.images)
+    seeds, count = SEARCH.take(len(proxies) + len(judged)), len(proxies)
+    original, reference = plan.original, plan.reference
+    return Drawing(original, reference, proxies, seeds[:count]), Drawing(original, reference, judged, seeds[count:])
 
 
 def make_candidate(plan: Plan, cache: Cache) -> GraphsCandidate:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import slipcast
 from conftest import ROOT, call_cli, compile_here
 from slipcast.errors import ArtifactError, CheckFailed, HostError, NumericalError, RequestError
 from slipcast_compiler.bench.plan import Options
@@ -300,6 +301,26 @@ def test_steps_without_guidance(made: Made) -> None:
     assert re.search("guidance +at sigma 0 to 3; else denoiser_2", call_cli("inspect", str(bundle)).stdout)
     done = call_cli("run", str(bundle), "--prompt", "a red circle", "--seed", "1", "-o", "i.png", cwd=made.folder)
     assert done.returncode == 0, done.stderr
+    # Of a closed family, where images stop early: at guidance of 1 they are the pipeline's own all the same.
+    more = (
+        *given[:2],
+        "family.closed=true",
+        "early_exit={max_error=0.9, prompts=2}",
+        'targets=[{engine="onnxruntime"}]',
+    )
+    options = [word for each in more for word in ("--set", each)]
+    done = compile_here("tiny.toml", *options, "-o", "artifacts/closed-interval", cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+    bundle, prompt = made.folder / "artifacts" / "closed-interval", "a red circle"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert set(manifest["requires"]) == {"program", "guidance_interval", "early_exit"}
+    assert not {"conditioning", "conditioning_halves"} & set(manifest["components"])
+    pipe, generator = open_pipeline("stable_diffusion_xl"), torch.Generator("cpu").manual_seed(3)
+    asked = {"num_inference_steps": 2, "guidance_scale": 1.0}  # other steps than the bundle's, which take them all
+    wanted = pipe(prompt, height=32, width=32, generator=generator, output_type="np", **asked).images
+    with slipcast.load(bundle) as loaded:
+        found = loaded(prompt, seed=3, output_type="np", **asked).images
+    assert np.abs(found - wanted).max() < 1e-3
 
 
 REFUSED = {

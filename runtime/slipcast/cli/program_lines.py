@@ -112,6 +112,8 @@ def _runs(variant: Variant) -> Iterator[str]:
         before, after = variant.calls[: variant.loop.at], variant.calls[variant.loop.at :]
         yield from _turns([call.component for call in before])
         yield " ".join(call.component for call in variant.loop.calls) + "  at each evaluation"
+        if plain := variant.loop.unguided:
+            yield " ".join(call.component for call in plain) + "  in its place, without guidance"
         yield from _turns([call.component for call in after])
         return
     yield from _turns([call.component for call in variant.calls])

@@ -29,7 +29,7 @@ from slipcast_compiler.host.cache import Cache
 BOTH_ROWS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "aura_flow", "sana",
              "hunyuan_dit", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
 FAST = ("stable_diffusion_xl", "sana")
-TWO_CALLS = ("wan", "lumina_2", "wan_image")
+TWO_CALLS = ("wan", "lumina_2")
 WHY = {
     "ltx": "a run cannot choose its guidance",
     "flux": "at guidance_scale = 1 its model is evaluated as at any other",
@@ -64,8 +64,7 @@ def pictures(name: str) -> dict[str, Any]:
     return {key: call[key].numpy() for key in PIPELINES[name].pictures}
 
 
-@pytest.fixture(scope="module", params=["stable_diffusion_3", "stable_diffusion", "stable_diffusion_xl", "sana", "wan",
-                                        "stable_diffusion_inpaint"])  # fmt: skip
+@pytest.fixture(scope="module", params=["stable_diffusion_3", "stable_diffusion", "wan", "stable_diffusion_inpaint"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return request.param, tmp_path_factory.mktemp(request.param)
 

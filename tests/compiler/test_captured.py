@@ -199,7 +199,7 @@ def test_a_second_compile_exports_nothing(made: Made, monkeypatch: pytest.Monkey
     def export(*_: Any) -> None:
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr("slipcast_compiler.compile_program.export_pipeline", export)
+    monkeypatch.setattr("slipcast_compiler.graphs_program.export_pipeline", export)
     again = compile_here("tiny.toml", "--set", "gate.psnr=200", "-o", "artifacts/missed", cwd=made.folder)
     assert (again.returncode, "limit 200" in again.stderr) == (1, True), again.stderr
     assert "artifacts/missed.rejected/report.html" in again.stderr

@@ -18,7 +18,8 @@ from slipcast_compiler.judge.asked import Asked
 from slipcast_compiler.judge.elsewhere import RECORD, OriginalsRecord, write_originals
 from slipcast_compiler.model.digests import digest
 from slipcast_compiler.plan import is_captured
-from slipcast_compiler.plan_program import check_sources, open_call
+from slipcast_compiler.plan_checks import check_sources
+from slipcast_compiler.plan_program import open_call
 from slipcast_compiler.recipe.family import expand, outside
 from slipcast_compiler.recipe.recipe import Recipe
 

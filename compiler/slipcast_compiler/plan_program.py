@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from slipcast.bundle.sampling import Sampling
@@ -20,13 +16,12 @@ from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
 from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.call import make_call, pictures_from
-from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.lora import with_adapters
-from slipcast_compiler.capture.parts import denoisers_of, describe_parts, reads_of
+from slipcast_compiler.capture.parts import denoisers_of, describe_parts
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
@@ -52,23 +47,15 @@ from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
 from slipcast_compiler.passes.program import ProgramTask
 from slipcast_compiler.plan import check_guard, check_targets, guarded_prompts
+from slipcast_compiler.plan_checks import check_adapters, check_guarded, check_sources, check_tables
 from slipcast_compiler.plan_steps import Steps
 from slipcast_compiler.profile.profile import MIN_SAMPLES, calibration_prompts, count_samples
 from slipcast_compiler.profile.program import ProgramCalibration, measuring_bytes
 from slipcast_compiler.recipe.family import Family, expand
-from slipcast_compiler.recipe.passes import AdaptersTable
-from slipcast_compiler.recipe.recipe import OWN, GuardTable, Recipe
+from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.search import PROFILED, SHARE, SearchTable
 from slipcast_compiler.recipe.targets import check_one_image
 from slipcast_compiler.schedule.skips import check_skips
-
-# What a recipe may say of a captured pipeline; every other table belongs to what is not captured yet.
-TABLES = frozenset(
-    {
-        "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "adapters", "early_exit",
-        "profile", "passes", "guard", "search", "evaluate", "gate", "targets",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -221,9 +208,9 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     )
     if recipe.guard:
         check_guard(recipe.guard, guarded_prompts(family))
-        _check_guarded(recipe.guard, variants)
+        check_guarded(recipe.guard, variants)
     if recipe.adapters:
-        _check_adapters(recipe.adapters, variants, pipe)
+        check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
     strangers = check_judges(table, family, sizes, folder)
     if sizes is None and recipe.gate.ssim is not None:
@@ -254,7 +241,7 @@ def open_call(recipe: Recipe, folder: Path) -> tuple[Checkpoint, Any, dict[str, 
 
     RecipeError for what a recipe of a captured pipeline cannot say.
     """
-    _check_tables(recipe)
+    check_tables(recipe)
     found, name = locate(recipe.model, folder)
     root = plainly_named(found, recipe.model.variant)
     if recipe.lora:
@@ -334,98 +321,8 @@ def _with_steps(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**usual, **given}
 
 
-def check_sources(found: Found, name: str, recipe: Recipe) -> None:
-    """RecipeError where what it draws depends on what no family has, or not on what it has."""
-    prompted = any(template.argument == "prompt" for template in found.templates.values())
-    if prompted != bool(recipe.family):
-        raise RecipeError(
-            f"what {name} draws depends on {'a prompt' if prompted else 'no prompt'}",
-            expected="a [family]" if prompted else "a recipe without [family]",
-        )
-
-
-def _check_guarded(table: GuardTable, variants: Sequence[Found]) -> None:
-    """RecipeError where nothing that is evaluated once, in each variant, follows from texts alone."""
-    if table.policy == "fallback":
-        raise RecipeError(
-            'guard.policy = "fallback" is not for captured pipelines yet',
-            expected="warn or refuse", got=table.policy,
-            hint="a bundle of the whole pipeline beside this one can draw what it refuses",
-        )  # fmt: skip
-    texts = {template.argument for found in variants for template in found.templates.values()} - {None, "prompt"}
-    if texts:
-        raise RecipeError(
-            f"[guard] would judge {sorted(map(str, texts))[0]} too, which a run may change",
-            expected="prompt alone", got=", ".join(sorted(map(str, texts))),
-            hint="leave it out of call, or leave [guard] out",
-        )  # fmt: skip
-    each = [
-        {part.name for part in found.cut.parts if [*reads_of(part)] == ["prompt"] and _gives_embeddings(part)}
-        & {name for name, times in Counter(use.part for use in found.cut.uses).items() if times == 1}
-        for found in variants
-    ]
-    if not set.intersection(*each):
-        raise RecipeError(
-            f"[guard] is not for {variants[0].program.pipeline}: no part of it reads a prompt and nothing else, and is "
-            "evaluated once, whatever call lists",
-            expected="a recipe without [guard]",
-        )
-
-
-def _gives_embeddings(part: Part) -> bool:
-    specs = [part.program.specs[value] for value in part.outputs]
-    return any(dtype == torch.float32 and len(shape) > 1 for shape, dtype in specs)
-
-
-def _check_adapters(table: AdaptersTable, variants: Sequence[Found], pipe: Any) -> None:
-    """RecipeError where a pattern fits no linear layer of a denoiser."""
-    layers = [
-        f"{denoiser}.{name}"
-        for denoiser in denoisers_of(variants)
-        for name, layer in module_of(pipe, denoiser).named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    for pattern in table.layers:
-        if not fnmatch.filter(layers, pattern):
-            raise RecipeError(
-                f"adapters.layers: {pattern!r} fits no linear layer of a denoiser",
-                expected=f"a pattern such as *.{layers[0].rpartition('.')[2]}" if layers else "a pipeline with some",
-                got=f"{len(layers)} layers with other names",
-            )
-
-
 def _sizes(variants: Sequence[Found]) -> list[tuple[int, int]]:
     """(width, height) of the pictures that are known to have one."""
     results = [(found.program, value) for found in variants for _, value in found.program.results]
     shapes = [program.specs[value.id][0] for program, value in results if isinstance(value, Ref)]
     return [(width, height) for *_, height, width in shapes if isinstance(height, int) and isinstance(width, int)]
-
-
-def _check_tables(recipe: Recipe) -> None:
-    if others := sorted(recipe.model_fields_set - TABLES):
-        raise RecipeError(
-            f"[{others[0]}] is not for a captured pipeline yet",
-            expected=", ".join(sorted(TABLES)),
-            got=", ".join(others),
-            hint="what the pipeline is called with goes under [call], by the names of its own arguments",
-        )
-    if "batch" in recipe.profile.model_fields_set:
-        raise RecipeError(
-            "profile.batch is not for a captured pipeline, which draws images one by one, as it is called",
-            expected="none",
-            got=recipe.profile.batch,
-        )
-    _check_call(recipe.call)
-
-
-def _check_call(call: Mapping[str, Any]) -> None:
-    """RecipeError for arguments that are a run's, or the compile's own."""
-    for name, value in call.items():
-        if name in OWN:
-            raise RecipeError(f"call.{name}: {OWN[name]}", expected="none", got=value)
-        if re.fullmatch(r"num_\w+_per_prompt", name) and value != 1:
-            raise RecipeError(
-                f"call.{name}: a program draws one image; a run draws as many as it is asked for, one by one",
-                expected=1,
-                got=value,
-            )

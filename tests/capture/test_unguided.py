@@ -27,7 +27,7 @@ from slipcast_compiler.export.program import read_record
 from slipcast_compiler.host.cache import Cache
 
 BOTH_ROWS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "aura_flow", "sana",
-             "hunyuan_dit", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
+             "hunyuan_dit", "animate_diff", "stable_diffusion_inpaint", "stable_diffusion_xl_controlnet")  # fmt: skip
 FAST = ("stable_diffusion_xl", "sana")
 TWO_CALLS = ("wan", "lumina_2")
 WHY = {
@@ -177,15 +177,20 @@ def test_halves_are_of_two_branches_as_they_were_joined() -> None:
     assert 2 not in told_by_makers(program(join, half, Op(ATEN.fill_.Scalar, (Ref(3), 5), {}, (4,)))).halves
     written = told_by_makers(program(join, Op(ATEN.mul_.Scalar, (Ref(1), 3), {}, (3,))))
     assert written.halves[2] == told.halves[2] and written.whole[1] != told.whole[1]
+    framed = Op(ATEN.view.default, (Ref(2), [4, 1]), {}, (3,))
+    alone = Op(ATEN.view.default, (Ref(1), [2, 1]), {}, (3,))
+    assert told_by_makers(program(join, framed)).halves[3][1] == told_by_makers(program(alone)).whole[3]
+    odd = Op(ATEN.view.default, (Ref(2), [1, 4]), {}, (3,))
+    assert 3 not in told_by_makers(program(join, odd)).halves
     three = Op(ATEN.cat.default, ([Ref(0), torch.zeros(2, 2), Ref(1)],), {}, (2,))
     columns = Op(ATEN.cat.default, ([Ref(0), Ref(1)], 1), {}, (2,))
     assert not told_by_makers(program(three)).halves and not told_by_makers(program(columns)).halves
 
 
 @pytest.mark.slow
-def test_what_the_model_is_given_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "animate_diff"])
+def test_what_the_model_is_given_is_compared(name: str) -> None:
     """Of another prompt, in both programs; where halves are the wrong ones it is seen."""
-    name = "stable_diffusion_xl"
     pipe, found = open_pipeline(name), found_of(name)
     assert found.loop and found.loop.unguided
 

@@ -19,9 +19,12 @@ from slipcast_compiler.capture.driving import not_driven
 from slipcast_compiler.capture.program import Call, Op, Program, Ref, Source, operator_of, outputs_of, rebuild, refs
 
 HALVES = "conditioning_halves"
-_CAT, _SLICE, _REPEAT = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor, torch.ops.aten.repeat.default
+_CAT, _SLICE = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor
+_REPEAT, _UNSQUEEZE = torch.ops.aten.repeat.default, torch.ops.aten.unsqueeze.default
 _BY_ROWS = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default,
             torch.ops.aten.detach.default}  # fmt: skip
+# Of these sizes the first says how many rows there are; what lies in memory before its middle is of the first branch.
+_SIZED = {torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,25 @@ def _halves(program: Program, event: Op, told: Told) -> tuple[str, str] | None:
         if both and (event.args[1:] or (0,))[0] == 0 and program.specs[parts[0].id] == program.specs[parts[1].id]:
             return told.whole[parts[0].id], told.whole[parts[1].id]
         return None
-    by_rows = event.function in _BY_ROWS or (event.function is _REPEAT and event.args[1][0] == 1)
     given = refs((event.args, event.kwargs))
-    if not by_rows or len(given) != 1 or given[0].id not in told.halves:
+    if len(given) != 1 or given[0].id not in told.halves or (of_half := _of_half(event)) is None:
         return None
-    one, other = (_digest(event, {given[0].id: half}) for half in told.halves[given[0].id])
+    one, other = (_digest(of_half, {given[0].id: half}) for half in told.halves[given[0].id])
     return f"{one}.0", f"{other}.0"
+
+
+def _of_half(event: Op) -> Op | None:
+    """The operator as it is for half of the rows; None where it does not do the same to each."""
+    if event.function in _BY_ROWS or (event.function is _UNSQUEEZE and event.args[1] > 0):
+        return event
+    if event.function is _REPEAT:
+        return event if event.args[1][0] == 1 else None
+    if event.function not in _SIZED:
+        return None
+    first, *rest = event.args[1]
+    if not isinstance(first, int) or first % 2:
+        return None
+    return replace(event, args=(event.args[0], [first // 2, *rest], *event.args[2:]))
 
 
 def _digest(event: Op | Call, known: Mapping[int, str]) -> str:

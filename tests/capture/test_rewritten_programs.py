@@ -92,7 +92,7 @@ def test_the_bundle_is_the_masked_pipeline(name: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
 
     def export(out: Path) -> None:
-        export_pipeline(root, None, (call,), rewrites, True, out, silent)
+        export_pipeline(root, None, (call,), False, rewrites, True, out, silent)
 
     entry = cache.get("program", {}, export)
     with slipcast.load(write(ProgramGraphs(entry), name, tmp_path, cache)) as loaded:

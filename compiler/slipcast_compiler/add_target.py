@@ -17,6 +17,7 @@ import numpy as np
 
 from slipcast.bundle.evidence import calibration_prompts, held_out_prompts
 from slipcast.bundle.manifest import SCHEMA_VERSION, Addition, EngineFiles, Manifest, Target
+from slipcast.bundle.program import NUMBERS
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import Bundle, ProgramBundle, check_digests, open_any_bundle
 from slipcast.bundle.records import BaseManifest
@@ -43,7 +44,6 @@ PORTABLE = "onnxruntime"  # the engine whose files are the graphs themselves
 # dB on the worst picture. Rounding stays above it (the reference model: bf16 at 48, INT8 at 37), and an engine that
 # reads its graph wrongly does not.
 LEAST_PSNR = 20.0
-NUMBERS = ("audio", "array")  # results that are no pictures
 AnyBundle = Bundle | ProgramBundle
 
 

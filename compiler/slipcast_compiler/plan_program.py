@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slipcast.bundle.program import NUMBERS
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import RecipeError
 from slipcast.run.residency import Policy
@@ -36,7 +37,6 @@ from slipcast_compiler.estimate_program import (
 from slipcast_compiler.export.program import check_program
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.judge.asked import Asked, Calls
-from slipcast_compiler.judge.captured import NUMBERS
 from slipcast_compiler.judge.elsewhere import OriginalsRecord, read_record
 from slipcast_compiler.judge.judges import check_judges
 from slipcast_compiler.model.checkpoint import Checkpoint, locate

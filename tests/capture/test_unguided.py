@@ -182,6 +182,11 @@ def test_halves_are_of_two_branches_as_they_were_joined() -> None:
     assert told_by_makers(program(join, framed)).halves[3][1] == told_by_makers(program(alone)).whole[3]
     odd = Op(ATEN.view.default, (Ref(2), [1, 4]), {}, (3,))
     assert 3 not in told_by_makers(program(join, odd)).halves
+    for before in (
+        Op(ATEN.expand.default, (Ref(2), [6, 2, 2]), {}, (3,)),
+        Op(ATEN.repeat.default, (Ref(2), [1, 1, 1]), {}, (3,)),
+    ):
+        assert 3 not in told_by_makers(program(join, before)).halves  # a dimension before the rows
     three = Op(ATEN.cat.default, ([Ref(0), torch.zeros(2, 2), Ref(1)],), {}, (2,))
     columns = Op(ATEN.cat.default, ([Ref(0), Ref(1)], 1), {}, (2,))
     assert not told_by_makers(program(three)).halves and not told_by_makers(program(columns)).halves

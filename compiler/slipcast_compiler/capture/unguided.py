@@ -20,11 +20,12 @@ from slipcast_compiler.capture.program import Call, Op, Program, Ref, Source, op
 
 HALVES = "conditioning_halves"
 _CAT, _SLICE = torch.ops.aten.cat.default, torch.ops.aten.slice.Tensor
+_EXPAND = torch.ops.aten.expand.default
 _REPEAT, _UNSQUEEZE = torch.ops.aten.repeat.default, torch.ops.aten.unsqueeze.default
 _BY_ROWS = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default,
             torch.ops.aten.detach.default}  # fmt: skip
 # Of these sizes the first says how many rows there are; what lies in memory before its middle is of the first branch.
-_SIZED = {torch.ops.aten.expand.default, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+_SIZED = {_EXPAND, torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 
 @dataclass(frozen=True)
@@ -108,22 +109,28 @@ def _halves(program: Program, event: Op, told: Told) -> tuple[str, str] | None:
             return told.whole[parts[0].id], told.whole[parts[1].id]
         return None
     given = refs((event.args, event.kwargs))
-    if len(given) != 1 or given[0].id not in told.halves or (of_half := _of_half(event)) is None:
+    if (
+        len(given) != 1
+        or given[0].id not in told.halves
+        or (of_half := _of_half(event, program.specs[given[0].id][0])) is None
+    ):
         return None
     one, other = (_digest(of_half, {given[0].id: half}) for half in told.halves[given[0].id])
     return f"{one}.0", f"{other}.0"
 
 
-def _of_half(event: Op) -> Op | None:
-    """The operator as it is for half of the rows; None where it does not do the same to each."""
+def _of_half(event: Op, shape: tuple[Any, ...]) -> Op | None:
+    """The operator as it is for half of the rows of what has this shape; None where it does not do the same to each, or
+    puts a dimension before them."""
     if event.function in _BY_ROWS or (event.function is _UNSQUEEZE and event.args[1] > 0):
         return event
     if event.function is _REPEAT:
-        return event if event.args[1][0] == 1 else None
+        return event if len(event.args[1]) == len(shape) and event.args[1][0] == 1 else None
     if event.function not in _SIZED:
         return None
     first, *rest = event.args[1]
-    if not isinstance(first, int) or first % 2:
+    repeated = event.function is _EXPAND and (len(rest) + 1, first) != (len(shape), shape[0])
+    if repeated or not isinstance(first, int) or first % 2:
         return None
     return replace(event, args=(event.args[0], [first // 2, *rest], *event.args[2:]))
 

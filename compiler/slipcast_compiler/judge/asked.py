@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slipcast_compiler.judge.captured import PipelineDrawing
 from slipcast_compiler.model.original import Precision, Prompts
@@ -34,7 +34,7 @@ class Asked:
         table, family = self.table, self.family
         count = 1 if table.original else table.images  # where nothing is compared, one is enough to see it run
         prompts: Prompts = family.held_out[:count] if family else (None,) * count
-        turns: Any = tuple(islice(cycle(prompts), max(len(prompts), len(self.calls))))
+        turns = in_turns(prompts, len(self.calls))
         seeds = GATE.take(len(turns), table.seed)
         return PipelineDrawing(self.root, self.pipeline, self.calls, turns, seeds, precision, device)
 
@@ -44,3 +44,9 @@ class Asked:
             return None
         seeds = OUT_OF_FAMILY.take(len(prompts), self.table.seed)
         return PipelineDrawing(self.root, self.pipeline, self.calls[:1], prompts, seeds, precision, device)
+
+
+def in_turns(prompts: Prompts, calls: int) -> Prompts:
+    """The prompts, and from the first on again until there is one for each of the calls, which draw them in turns."""
+    turns: Any = tuple(islice(cycle(prompts), max(len(prompts), calls)))
+    return cast(Prompts, turns)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
-from slipcast.bundle.program import Output
+from slipcast.bundle.program import NUMBERS, Output
 from slipcast.errors import ArtifactError
 from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call, pictures_of
@@ -30,7 +30,6 @@ from slipcast_compiler.model.original import Precision, Prompts
 
 Floats = npt.NDArray[np.float32]
 PICTURES = "pictures.safetensors"
-NUMBERS = ("audio", "array")  # what is no picture
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

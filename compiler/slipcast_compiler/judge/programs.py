@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Comparison, Metrics, Quality, Target
-from slipcast.bundle.program import Output, Program
+from slipcast.bundle.program import NUMBERS, Output, Program
 from slipcast.errors import CheckFailed, NumericalError
 from slipcast.progress import Stages
 from slipcast.run.residency import Policy
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.judge import bundled
-from slipcast_compiler.judge.captured import NUMBERS, Floats, PipelineOriginals, VariantOriginals
+from slipcast_compiler.judge.captured import Floats, PipelineOriginals, VariantOriginals
 from slipcast_compiler.judge.evaluate import NOBODY, Judged, not_runnable, performance
 from slipcast_compiler.judge.gate import apply_gate
 from slipcast_compiler.judge.judges import Judges, compare

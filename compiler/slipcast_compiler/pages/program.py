@@ -11,12 +11,12 @@ from typing import Any
 
 import tomli_w
 
-from slipcast.bundle.program import Output, Program
+from slipcast.bundle.program import NUMBERS, Output, Program
 from slipcast_compiler.capture.parts import when
 from slipcast_compiler.capture.verify import LIMIT
 from slipcast_compiler.engines.programs import ProgramGraphs
 from slipcast_compiler.export.closed import PROMPT_TABLE
-from slipcast_compiler.judge.captured import NUMBERS, PipelineOriginals, VariantOriginals
+from slipcast_compiler.judge.captured import PipelineOriginals, VariantOriginals
 from slipcast_compiler.judge.evaluate import count_alarms
 from slipcast_compiler.judge.programs import ProgramJudged, as_pictures
 from slipcast_compiler.pages.evidence import (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from slipcast_compiler.capture.parts import denoisers_of
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
 from slipcast_compiler.graphs_program import export_program, make_profiles, record_inputs, specialise
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.judge.asked import in_turns
 from slipcast_compiler.judge.captured import Floats, PipelineDrawing, draw_originals
 from slipcast_compiler.judge.judges import open_judges
 from slipcast_compiler.judge.metrics import Samples
@@ -147,7 +148,7 @@ class Captured:
         """See Subject."""
         base = self.trial(overrides)
         table, family, count = base.recipe.evaluate, base.family, len(base.calls)
-        proxies, judged = (_in_turns(prompts, count) for prompts in split_prompts(family, table.images))
+        proxies, judged = (in_turns(prompts, count) for prompts in split_prompts(family, table.images))
         seeds = SEARCH.take(len(proxies) + len(judged))
         with stages.stage("search: the original") as advance:
             results, pictures = (
@@ -213,9 +214,3 @@ def program_space(plan: ProgramPlan) -> Space:
             hint="leave [search] out, or search on a machine that has it",
         )  # fmt: skip
     return Space(Captured(plan, ""))
-
-
-def _in_turns(prompts: Prompts, calls: int) -> Prompts:
-    """At least one for each of the calls, which draw them in turns."""
-    turns: Prompts = tuple(islice(cycle(prompts), max(len(prompts), calls)))  # type: ignore[assignment]
-    return turns

@@ -22,6 +22,7 @@ RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt
 
 Fixed = int | float | str | bool
 Output = Literal["image", "frames", "audio", "array"]
+NUMBERS = ("audio", "array")  # of these, what is no picture
 Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 

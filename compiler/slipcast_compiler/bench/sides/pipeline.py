@@ -18,11 +18,12 @@ def open_side(job: dict[str, Any]) -> Any:
         import numpy as np
         import torch
 
+        from slipcast.bundle.program import NUMBERS
         from slipcast_compiler.capture.call import make_call
         from slipcast_compiler.capture.fitting import with_pictures
         from slipcast_compiler.capture.listed import combinations
         from slipcast_compiler.capture.open import open_with_weights
-        from slipcast_compiler.judge.captured import NUMBERS, draw_one
+        from slipcast_compiler.judge.captured import draw_one
 
         torch.set_num_threads(job["threads"])
         root = Path(job["model"])

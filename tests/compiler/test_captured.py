@@ -298,6 +298,7 @@ def test_steps_without_guidance(made: Made) -> None:
     assert manifest["program"]["loop"]["unguided"][-1]["component"] == "denoiser_2"
     record = typed_program_record(json.loads((bundle / "report.json").read_text("utf-8")))
     assert set(record.quantized["int8"]) == {"denoiser", "denoiser_2"}
+    assert "guidance at sigma 0.0 to 3.0 alone" in (bundle / "report.html").read_text("utf-8")
     assert re.search("guidance +at sigma 0 to 3; else denoiser_2", call_cli("inspect", str(bundle)).stdout)
     done = call_cli("run", str(bundle), "--prompt", "a red circle", "--seed", "1", "-o", "i.png", cwd=made.folder)
     assert done.returncode == 0, done.stderr

@@ -44,14 +44,15 @@ class Needs:
 
 
 def estimate(
-    components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]], live_bytes: int,
-    tables: tuple[TargetTable, ...], int4: QuantizeInt4 | None, closed: bool = False,
+    components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]],
+    live_bytes: tuple[int, int], tables: tuple[TargetTable, ...], int4: QuantizeInt4 | None, closed: bool = False,
 ) -> Needs:  # fmt: skip
     """Of all of a pipeline's modules, and of its program's parts, as PartRecord has them; `variants`: those that are in
-    memory at once; `live_bytes`: what values take at once, beside weights; `int4`: by what options weights
-    are in INT4, where a target is; `closed`: a table takes the place of parts
-    that read texts alone."""
+    memory at once; `live_bytes`: what values take at once beside weights, in the pipeline and in its parts; `int4`: by
+    what options weights are in INT4, where a target is; `closed`: a table takes the place of parts that read texts
+    alone."""
     modules = list(components)
+    in_pipeline, in_parts = live_bytes
     weights = [weight.numel() for module in modules for weight in module.parameters()]
     left_out = {name for name, part in parts.items() if closed and [*part["reads"]] == ["prompt"]}
 
@@ -78,11 +79,11 @@ def estimate(
     engines = {table.name: shipped(table, held) for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
-        original=original_bytes(modules, live_bytes),
+        original=original_bytes(modules, in_pipeline),
         export=LIBRARIES_BYTES + GRAPH_BYTES + WRITTEN * max(weights, default=0) * BYTES["fp32"],
         targets={  # an engine maps its file, and has what it made of it besides
             table.name: {
-                policy: RUNTIME_BYTES[table.engine] + 2 * resident(table, policy) + live_bytes
+                policy: RUNTIME_BYTES[table.engine] + 2 * resident(table, policy) + in_parts
                 for policy in get_args(Policy)
             }
             for table in tables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,10 @@ def export_program(plan: ProgramPlan, source: str, cache: Cache, stages: Stages)
         rewrites = rewritten.rewrites
 
         def export(folder: Path) -> None:
-            arguments = root, pipeline, plan.calls, plan.unguided, rewrites, plan.whole, folder
+            arguments = root, pipeline, plan.calls, plan.wanted, rewrites, plan.whole, folder
             run_isolated(export_pipeline, *arguments, advance=advance)
 
-        how = {"rewrites": digests_of(rewrites), "whole": plan.whole, "unguided": plan.unguided}
+        how = {"rewrites": digests_of(rewrites), "whole": plan.whole, "wanted": asdict(plan.wanted)}
         entry = cache.get("program", {**given, **how}, export)
     return MadeProgram(ProgramGraphs(entry, plan.samplings), rewritten)
 

@@ -23,7 +23,7 @@ from slipcast_compiler.recipe.recipe import OWN, GuardTable, Recipe
 TABLES = frozenset(
     {
         "name", "model", "lora", "call", "family", "sampling", "timesteps", "caching", "adapters", "early_exit",
-        "profile", "passes", "guard", "search", "evaluate", "gate", "targets",
+        "decode", "profile", "passes", "guard", "search", "evaluate", "gate", "targets",
     }
 )  # fmt: skip
 

@@ -17,12 +17,12 @@ from slipcast.timing.memory import available_mb
 from slipcast_compiler.capture.arguments import describe_arguments
 from slipcast_compiler.capture.blocks import parameters_of
 from slipcast_compiler.capture.call import make_call, pictures_from
-from slipcast_compiler.capture.find import Found, find_each
+from slipcast_compiler.capture.find import Found, Wanted, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import given_to
 from slipcast_compiler.capture.listed import combinations
 from slipcast_compiler.capture.lora import with_adapters
-from slipcast_compiler.capture.parts import denoisers_of, describe_parts
+from slipcast_compiler.capture.parts import denoisers_of, describe_parts, live_bytes
 from slipcast_compiler.capture.program import Ref
 from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
@@ -69,7 +69,7 @@ class ProgramPlan:
     its place; `policies`: by target, how its engines stay loaded where it is judged; `arguments`: those of a run, see
     describe_arguments; `samplings`: by call, what the recipe asks for in place of the pipeline's own `steps`; `known`:
     by denoiser, what passes can rewrite, where any is on or may be turned on by a search, which `profilable` says;
-    `cacheable`: it may turn feature caching on; `unguided`: evaluations without guidance are captured too.
+    `cacheable`: it may turn feature caching on; `wanted`: what else is captured.
     """
 
     recipe: Recipe
@@ -92,7 +92,7 @@ class ProgramPlan:
     known: Known
     profilable: bool
     cacheable: bool
-    unguided: bool
+    wanted: Wanted
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -171,18 +171,19 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
         check_one_image(target)
     check_targets(recipe.targets)
     checkpoint, pipe, call, calls = open_call(recipe, folder)
-    unguided = _may_leave_guidance(recipe, len(calls))
-    variants = find_each(pipe, calls, unguided)
+    wanted = Wanted(_may_leave_guidance(recipe, len(calls)))
+    if "decode" in recipe.model_fields_set:
+        wanted = replace(wanted, tile=recipe.decode.tile, overlap=recipe.decode.overlap)
+    variants = find_each(pipe, calls, wanted)
     check_program(variants, pipe)
     check_sources(variants[0], checkpoint.name, recipe)
     family = expand(recipe.family, recipe.name, folder) if recipe.family else None
     summary = summarise(variants[0].program, pipe)
     parts, arguments = describe_parts(variants, pipe), describe_arguments(pipe, variants, calls)
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
-    live_bytes = max(found.program.live_bytes for found in variants)
     together = [[part.name for part in found.cut.parts] for found in variants]
     closed, available = bool(family and family.closed), available_mb() * 1e6
-    needs = estimate(modules, parts, together, live_bytes, recipe.targets, recipe.int4_options, closed)
+    needs = estimate(modules, parts, together, live_bytes(variants), recipe.targets, recipe.int4_options, closed)
     table = recipe.evaluate
     precision = None if table.original or table.originals else choose_precision(needs.original, available)
     whole = not table.original and needs.original["fp32"] <= available
@@ -225,7 +226,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     return ProgramPlan(
         recipe, folder, checkpoint, call, calls, family, summary, parts, needs, asked, precision, whole, drawn,
         policies, arguments, steps, samplings, known, profilable,
-        cacheable, unguided,
+        cacheable, wanted,
     )  # fmt: skip
 
 

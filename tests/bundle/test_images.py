@@ -315,6 +315,7 @@ class TestTiles:
         latent = np.concatenate([canvas, canvas[..., :8]], 2)[None, :, :24]
         assert latent.shape == (1, 4, 24, 40)
         with self.decoder(shapes_bundle) as engine:
+            tiling = portable.manifest.image.tiling.model_copy(update={"tile": 16})
             shapes = set()
 
             def decode(tile: Any) -> Any:
@@ -323,9 +324,9 @@ class TestTiles:
 
             whole = decode(latent)
             shapes.clear()
-            close = decode_tiled(decode, latent, tile=16, overlap=4, factor=4)
+            close = decode_tiled(decode, latent, tiling.model_copy(update={"overlap": 4}))
             assert shapes == {(1, 4, 16, 16)}
-            closer = decode_tiled(decode, latent, tile=16, overlap=8, factor=4)
+            closer = decode_tiled(decode, latent, tiling.model_copy(update={"overlap": 8}))
         values = [psnr(x / 2 + 0.5, whole / 2 + 0.5) for x in (close, closer)]
         record_property("tiled_psnr_db", values)
         print("PSNR of tiled against whole, overlap 4 and 8:", values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny import PIPELINES, call_of
 
 import slipcast
 from slipcast.progress import Stages, silent
-from slipcast_compiler.capture.find import find_for
+from slipcast_compiler.capture.find import NOTHING, Wanted, find_for
 from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
@@ -40,15 +41,15 @@ def bundle_of(
 
 
 def export_here(
-    pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], cache: Cache, unguided: bool = False
+    pipe: Any, name: str, calls: Sequence[Callable[[str], dict[str, Any]]], cache: Cache, wanted: Wanted = NOTHING
 ) -> Path:
     """The entry of a cache that has the exported program."""
 
     def export(out: Path) -> None:
-        export_program(find_for(pipe, calls, unguided), pipe, out, silent)
+        export_program(find_for(pipe, calls, wanted), pipe, out, silent)
         leave_loop(out)
 
-    return cache.get("program", {"name": name, "unguided": unguided}, export)
+    return cache.get("program", {"name": name, "wanted": asdict(wanted)}, export)
 
 
 def write(graphs: ProgramGraphs, name: str, folder: Path, cache: Cache, *tables: TargetTable) -> Path:

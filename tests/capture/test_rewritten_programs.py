@@ -12,7 +12,7 @@ from tiny import PIPELINES, call_of, open_pipeline
 
 import slipcast
 from slipcast.progress import silent
-from slipcast_compiler.capture.find import find_each
+from slipcast_compiler.capture.find import NOTHING, find_each
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.parts import denoisers_of
 from slipcast_compiler.capture.summary import module_of
@@ -92,7 +92,7 @@ def test_the_bundle_is_the_masked_pipeline(name: str, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
 
     def export(out: Path) -> None:
-        export_pipeline(root, None, (call,), False, rewrites, True, out, silent)
+        export_pipeline(root, None, (call,), NOTHING, rewrites, True, out, silent)
 
     entry = cache.get("program", {}, export)
     with slipcast.load(write(ProgramGraphs(entry), name, tmp_path, cache)) as loaded:

@@ -16,7 +16,7 @@ import slipcast
 from slipcast.bundle.program import Loop, Program
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import open_any_bundle
-from slipcast_compiler.capture.find import Found, find_for
+from slipcast_compiler.capture.find import Found, Wanted, find_for
 from slipcast_compiler.capture.program import Op, Ref, Source
 from slipcast_compiler.capture.program import Program as CapturedProgram
 from slipcast_compiler.capture.unguided import HALVES, told_by_makers
@@ -39,13 +39,13 @@ WHY = {
 
 
 def found_of(name: str) -> Found:
-    return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1)], unguided=True)[0]
+    return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1)], Wanted(unguided=True))[0]
 
 
 def bundle_with(folder: Path, name: str, interval: tuple[float, float] | None) -> Path:
     """The bundle of a tiny pipeline, whose steps have guidance at these noise levels."""
     cache, pipe = Cache(folder / "cache"), open_pipeline(name)
-    entry = export_here(pipe, name, [lambda prompt: call_of(name, prompt, 1)], cache, unguided=True)
+    entry = export_here(pipe, name, [lambda prompt: call_of(name, prompt, 1)], cache, Wanted(unguided=True))
     loop = read_record(entry).loop
     assert loop
     sampling = loop.sampling.model_copy(update={"guidance_interval": interval})
@@ -104,7 +104,7 @@ def test_what_is_not_asked_for_is_not_there(made: tuple[str, Path]) -> None:
     """Without an interval the program is the one without such evaluations."""
     name, folder = made
     calls = [lambda prompt: call_of(name, prompt, 1)]
-    entry = export_here(open_pipeline(name), name, calls, Cache(folder / "cache"), unguided=True)
+    entry = export_here(open_pipeline(name), name, calls, Cache(folder / "cache"), Wanted(unguided=True))
     whole, pruned = read_record(entry), ProgramGraphs(entry).record
     assert pruned.loop and not pruned.loop.unguided
     plain = read_record(export_here(open_pipeline(name), name, calls, Cache(folder / "plain")))

@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipcast.run.tiling import decode_tiled
+from slipcast.bundle.tiles import TiledAxis, Tiling
+from slipcast.run.tiling import count_tiles, decode_tiled
 
 FACTOR = 2
+
+
+def tiles(tile: int, overlap: int, dims: tuple[int, int] = (2, 3)) -> Tiling:
+    axes = tuple(TiledAxis(input=dim, output=dim, factor=FACTOR) for dim in dims)
+    return Tiling(input="latent", axes=axes, tile=tile, overlap=overlap, smallest=1)
 
 
 class Upsample:
@@ -36,19 +42,19 @@ def noise(height: int, width: int) -> Any:
 def test_weights_sum_to_one(height: int, width: int, tile: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
     latent, decode = noise(height, width), Upsample()
-    picture = decode_tiled(decode, latent, tile, overlap, FACTOR)
+    picture = decode_tiled(decode, latent, tiles(tile, overlap))
     assert picture.dtype == np.float32
     assert picture.shape == (1, 3, height * FACTOR, width * FACTOR)
     np.testing.assert_allclose(picture, Upsample()(latent), rtol=1e-5, atol=2e-5)
     assert set(decode.shapes) == {(1, 4, min(tile, height), min(tile, width))}
     along = [1 if size <= tile else -(-(size - tile) // (tile - overlap)) + 1 for size in (height, width)]
-    assert len(decode.shapes) == along[0] * along[1]
+    assert len(decode.shapes) == along[0] * along[1] == count_tiles(tiles(tile, overlap), latent.shape)
 
 
 @given(st.integers(1, 16), st.integers(1, 16))
 def test_what_fits_is_decoded_once_and_untouched(height: int, width: int) -> None:
     latent, decode = noise(height, width), Upsample()
-    picture = decode_tiled(decode, latent, 16, 4, FACTOR)
+    picture = decode_tiled(decode, latent, tiles(16, 4))
     assert decode.shapes == [latent.shape]
     np.testing.assert_array_equal(picture, Upsample()(latent))
 
@@ -63,7 +69,7 @@ def test_seams_are_blended(overlap: int) -> None:
         count += 1
         return np.full((1, 3, tile.shape[2] * FACTOR, tile.shape[3] * FACTOR), count % 2, np.float32)
 
-    row = decode_tiled(disagree, noise(8, 16 - overlap), 8, overlap, FACTOR)[0, 0, 0]
+    row = decode_tiled(disagree, noise(8, 16 - overlap), tiles(8, overlap))[0, 0, 0]
     assert count == 2
     assert (row[0], row[-1]) == (1, 0)
     ramp = row[(8 - overlap) * FACTOR : 8 * FACTOR]
@@ -75,4 +81,4 @@ def test_a_tile_that_is_not_finite_shows() -> None:
     def broken(tile: Any) -> Any:
         return np.full((1, 3, tile.shape[2] * FACTOR, tile.shape[3] * FACTOR), np.nan, np.float32)
 
-    assert np.isnan(decode_tiled(broken, noise(20, 20), 8, 2, FACTOR)).all()
+    assert np.isnan(decode_tiled(broken, noise(20, 20), tiles(8, 2))).all()

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from slipcast.bundle.tiles import Tiling
 from slipcast_compiler.capture.labels import check_writes, label_events, last_label, name_of, read_elsewhere
 from slipcast_compiler.capture.program import (
     Affine,
@@ -41,7 +42,7 @@ class Part:
     are a component's, by name. `table`: by value, what it is in each row, stacked [rows, ...]: constants that differ
     from use to use. `lengths`: those that its events follow, and what else its sizes do, as its inputs tell them.
     `sizes`: by name, what these are for each size that was captured; where it is for several, `apart` has what it would
-    be for that of each program alone."""
+    be for that of each program alone. `live_bytes`: what its values take at once; None: as its modules in a program."""
 
     name: str
     program: Program
@@ -53,6 +54,7 @@ class Part:
     lengths: tuple[Length, ...]
     sizes: tuple[Mapping[str, int], ...]
     apart: tuple[tuple[Program, Part], ...] = ()
+    live_bytes: int | None = None
 
     @property
     def free(self) -> tuple[Length, ...]:
@@ -64,12 +66,14 @@ class Part:
 @dataclass(frozen=True)
 class Use:
     """A part is run: on these values of the program, in the order of its inputs; it gives these, in that of its
-    outputs. `row`: of its table."""
+    outputs. `row`: of its table; `tiles`: in which it is run, so many `times`."""
 
     part: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     row: int | None
+    tiles: Tiling | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True)

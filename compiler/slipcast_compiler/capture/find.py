@@ -17,6 +17,20 @@ from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.prompted import Make, Prompted, capture_again, capture_prompted
 from slipcast_compiler.capture.record import find_scheduler
 from slipcast_compiler.capture.texts import Template
+from slipcast_compiler.capture.tiles import in_tiles
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What else is looked for: `unguided`: what loops do without guidance. `tile`: decoders that are called in tiles
+    of so many cells of the latent, of which neighbours share `overlap`."""
+
+    unguided: bool = False
+    tile: int | None = None
+    overlap: int = 0
+
+
+NOTHING = Wanted()
 
 
 @dataclass(frozen=True)
@@ -41,15 +55,14 @@ def find(pipe: Any, given: Mapping[str, Any]) -> Found:
     return find_each(pipe, [given])[0]
 
 
-def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]], unguided: bool = False) -> tuple[Found, ...]:
-    """The same of several calls, such as for other sizes, which have parts in common. `unguided`: what their loops do
-    without guidance is looked for."""
+def find_each(pipe: Any, calls: Sequence[Mapping[str, Any]], wanted: Wanted = NOTHING) -> tuple[Found, ...]:
+    """The same of several calls, such as for other sizes, which have parts in common."""
     read = [with_pictures(pipe, given) for given in calls]
     makes: list[Any] = [lambda prompt, given=given: make_call(pipe, given, prompt) for given in read]
-    return find_for(pipe, makes, unguided)
+    return find_for(pipe, makes, wanted)
 
 
-def find_for(pipe: Any, calls: Sequence[Make], unguided: bool = False) -> tuple[Found, ...]:
+def find_for(pipe: Any, calls: Sequence[Make], wanted: Wanted = NOTHING) -> tuple[Found, ...]:
     """The same of each call(prompt): for two prompts, one of them awkward; where their lengths are to be seen in what
     the pipeline does, for a short and a long one too. Where slipcast's samplers can stand for the scheduler, for
     another number of steps and another guidance too, as a run may choose them."""
@@ -57,10 +70,12 @@ def find_for(pipe: Any, calls: Sequence[Make], unguided: bool = False) -> tuple[
     programs = [each.program for each in captured]
     loops: Sequence[Loop | None]
     try:
-        cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured, unguided)), strict=True)
+        cuts, loops = zip(*_drive(pipe, _capture_others(pipe, calls, captured, wanted.unguided)), strict=True)
         why_not = ""
     except RecipeError as error:
         cuts, loops, why_not = cut_together(programs), [None] * len(programs), error.message
+    if wanted.tile:
+        cuts = in_tiles(programs, cuts, pipe, wanted.tile, wanted.overlap)
     return tuple(
         Found(each.program, cut, each.templates, each.call, each.prompts, loop, why_not)
         for each, cut, loop in zip(captured, cuts, loops, strict=True)

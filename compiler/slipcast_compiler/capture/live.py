@@ -11,11 +11,20 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes:
-    """Of tensors on meta that are noted: `peak`, the most bytes that were alive at once."""
+    """Of tensors on meta that are noted: `peaks`, the most bytes that were alive at once, by the module that ran."""
 
     def __init__(self) -> None:
-        self.peak, self._now = 0, 0
+        self.peaks, self._module, self._now = dict[str, int](), "", 0
         self._alive: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def peak(self) -> int:
+        """Of all."""
+        return max(self.peaks.values(), default=0)
+
+    def begin(self, module: str) -> None:
+        """What is noted from here on is of this module."""
+        self._module = module
 
     def note(self, made: Any) -> None:
         """What an operator gave of its own."""
@@ -27,7 +36,7 @@ class LiveBytes:
             if key not in self._alive:
                 self._alive[key] = weakref.ref(storage, functools.partial(self._end, key, size))
                 self._now += size
-                self.peak = max(self.peak, self._now)
+                self.peaks[self._module] = max(self.peaks.get(self._module, 0), self._now)
 
     def _end(self, key: int, size: int, _: object) -> None:
         del self._alive[key]

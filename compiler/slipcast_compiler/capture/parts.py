@@ -54,6 +54,7 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
                 "parameters": sum(count_parameters(pipe, module) for module in dict.fromkeys(modules)),
                 "linear": sum(count_linear(pipe, module) for module in dict.fromkeys(modules)),
                 "operators": len(part.events) - len(modules),
+                "tiles": next((use.times for use in variant.cut.uses if use.part == part.name), 1),
                 "uses": inside.get(part.name, 0) + sum(use.part == part.name for use in variant.cut.uses),
                 "constants": len(part.table),
                 "reads": reads_of(part),
@@ -62,12 +63,24 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
     return found
 
 
+def live_bytes(variants: Sequence[Found]) -> tuple[int, int]:
+    """How many bytes values take at once beside weights, at the most: in the pipeline itself, and in its parts."""
+    in_parts = 0
+    for found in variants:
+        live = found.program.live
+        for part in found.cut.parts:
+            own = (live.get(event.module, 0) for event in part.events if isinstance(event, Call))
+            in_parts = max(in_parts, max(own, default=0) if part.live_bytes is None else part.live_bytes)
+    return max(found.program.live_bytes for found in variants), in_parts
+
+
 def render_parts(parts: Mapping[str, Any]) -> list[str]:
     """Lines that say of each part what it calls, when it runs, and what it reads."""
     lines = ["parts, of which each becomes an engine"]
     for name, part in parts.items():
         size = f"{part['parameters'] / 1e6:.1f} M" if part["parameters"] else ""
         uses = f"{part['uses']} times" if part["uses"] > 1 else "once"
+        uses += f" in {part['tiles']} tiles" if part["tiles"] > 1 else ""
         calls = ", ".join(f"{module} {times} times" if times > 1 else module for module, times in _counted(part))
         lines.append(f"  {name:<16} {size:>10}  runs {uses}: {calls or 'no module'}, {part['operators']} operators")
         read = [f"{count} of {READS[kind]}" for kind, count in part["reads"].items()]

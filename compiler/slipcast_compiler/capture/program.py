@@ -197,9 +197,9 @@ class Guard:
 class Program:
     """`memory`: by value, the storage that it lies in, which views share. `results`: by path in what the pipeline
     returned, a Ref or a constant tensor. `specs`: by value. `sigmas`: noise levels of its scheduler, if it has any.
-    `lengths`: that arguments and shapes follow; those of a program as it was captured are numbers. `live_bytes`: what a
-    component's values take at once, beside its weights, at the most. `resized`: the (width, height) that PIL resizes a
-    picture to, by name, where nothing else is done with it."""
+    `lengths`: that arguments and shapes follow; those of a program as it was captured are numbers. `live`: by
+    module, how many bytes its values take at once, beside its weights. `resized`: the (width, height) that PIL resizes
+    a picture to, by name, where nothing else is done with it."""
 
     pipeline: str
     sources: tuple[Source, ...]
@@ -211,7 +211,7 @@ class Program:
     specs: Mapping[int, Spec]
     sigmas: tuple[float, ...] = ()
     lengths: tuple[Length, ...] = ()
-    live_bytes: int = 0
+    live: Mapping[str, int] = field(default_factory=dict)
     resized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -229,6 +229,11 @@ class Program:
             given = rebuild((event.args, event.kwargs), told)
             total.update(repr((operator_of(event), given, outputs_of(event))).encode())
         return total.hexdigest()
+
+    @property
+    def live_bytes(self) -> int:
+        """What a component's values take at once, at the most."""
+        return max(self.live.values(), default=0)
 
     @property
     def needed(self) -> frozenset[int]:

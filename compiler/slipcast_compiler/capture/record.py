@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             results,
             dict(self._specs),
             self._sigmas(),
-            live_bytes=self._shapes.live.peak,
+            live=dict(self._shapes.live.peaks),
         )
 
     def _note_changes(self) -> None:

@@ -72,6 +72,7 @@ class ShapeRunner:
         for values, known in self._known[key]:
             if all(torch.equal(tensor, there[place]) for place, tensor in values.items()):
                 return Shaped(rebuild(known.out, torch.empty_like), {}, known.inside)
+        self.live.begin(name)
         numbers = [tensor.detach().clone() for tensor in there]  # before the module, which may write to them
         deciding = Deciding(there)
         before, mode = rebuild(used, lambda leaf: leaf), _Shapes(self.live, deciding)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from slipcast_compiler.capture.cut import Part
+from slipcast_compiler.capture.cut import Part, Use
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.labels import kind_of
 
@@ -29,6 +29,12 @@ def _name(kind: str, taken: Collection[str]) -> str:
     return name
 
 
+def _renamed(use: Use, own: Part) -> Use:
+    """The use of a part of one size, which takes no other tiles."""
+    tiles = use.tiles and use.tiles.model_copy(update={"smallest": use.tiles.tile})
+    return replace(use, part=own.name, tiles=tiles)
+
+
 def _with_own(found: Found, part: Part, named: dict[int, Part]) -> Found:
     if part not in found.cut.parts:
         return found
@@ -36,7 +42,7 @@ def _with_own(found: Found, part: Part, named: dict[int, Part]) -> Found:
     cut = replace(
         found.cut,
         parts=tuple(own if each is part else each for each in found.cut.parts),
-        uses=tuple(replace(use, part=own.name) if use.part == part.name else use for use in found.cut.uses),
+        uses=tuple(_renamed(use, own) if use.part == part.name else use for use in found.cut.uses),
     )
     loop = found.loop
     if loop:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import slipcast
 from slipcast.bundle.manifest import SCHEMA_VERSION, SHALLOW, Component, Target
-from slipcast.bundle.program import PROGRAM, Program, ProgramCall, Shallow, Variant
+from slipcast.bundle.program import PROGRAM, TILED, Program, ProgramCall, Shallow, Variant
 from slipcast.bundle.program_manifest import AdaptersRecord
 from slipcast.bundle.sampling import Sampling
 from slipcast.progress import Advance, SilentStages, Stages
@@ -252,6 +252,7 @@ def write_bundle(
             PROGRAM,
             *(["caching"] if graphs.split else []),
             *(["adapters"] if graphs.slots else []),
+            *([TILED] if any(call.tiles for each in record.every for call in each.every_call) else []),
             *(["guard"] if guard and guard.policy != "warn" else []),
             *dict.fromkeys(name for each in record.every if each.loop for name in each.loop.sampling.requires),
         ),

@@ -14,7 +14,7 @@ from torch import nn
 from slipcast.errors import ArtifactError, CheckFailed
 from slipcast.progress import Advance
 from slipcast_compiler.capture.call import make_call, with_other_pictures
-from slipcast_compiler.capture.find import Found, find_each
+from slipcast_compiler.capture.find import Found, Wanted, find_each
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.loop import GUIDANCE
 from slipcast_compiler.capture.open import open_with_weights
@@ -33,19 +33,19 @@ VERIFIED = "verified.json"
 
 
 def export_pipeline(
-    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], unguided: bool, rewrites: Rewrites,
+    root: Path, pipeline: str | None, calls: Sequence[Mapping[str, Any]], wanted: Wanted, rewrites: Rewrites,
     whole: bool, folder: Path, advance: Advance,
 ) -> dict[str, Any]:  # fmt: skip
-    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `unguided`: see
-    find_each. `rewrites`: what passes changed of the pipeline, which is captured as they left it. `whole`: programs are
-    verified with all weights in memory; else with random ones that take little, and with functions in place of modules,
-    see stand_ins.
+    """Capture each of the calls, verify and export into `folder`; runs in a process of its own. `wanted`: what
+    else is captured. `rewrites`: what passes changed of the pipeline, which is captured as they left it. `whole`:
+    programs are verified with all weights in memory; else with random ones that take little, and with functions in
+    place of modules, see stand_ins.
 
     CheckFailed where a program is not the pipeline; ArtifactError for a weight that is missing, or no number.
     """
     streamed = open_streamed(root, pipeline, rewrites)
     calls = [with_pictures(streamed.pipe, given) for given in calls]
-    variants = find_each(streamed.pipe, calls, unguided)
+    variants = find_each(streamed.pipe, calls, wanted)
     pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
     with quiet():  # of prompts that are ours
         error = _verify(variants, pipe, calls, not whole)

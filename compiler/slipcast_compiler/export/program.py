@@ -164,6 +164,7 @@ def _call(use: Use, loop: Loop | None) -> ProgramCall:
         inputs={f"in_{at}": _value(value) for at, value in enumerate(use.inputs)},
         outputs={f"out_{at}": _value(value) for at, value in enumerate(use.outputs)},
         row=None if loop and all(loop.columns.get(use.part, (None,))) else use.row,
+        tiles=use.tiles,
     )
 
 

@@ -91,14 +91,15 @@ class Record(BaseRecord):
 class PartRecord(Strict):
     """A part of a captured program, which is one component of the bundle: the `modules` that it calls, in order, with
     their `parameters`, so many of which are of `linear` layers, and how many `operators` are between them. `uses`: how
-    often a picture takes it; `constants`: how many of its inputs are of the table, and differ from use to use; `reads`:
-    how many others follow noise, pictures and texts."""
+    often a picture takes it, each in so many `tiles`; `constants`: how many of its inputs are of the table, and differ
+    from use to use; `reads`: how many others follow noise, pictures and texts."""
 
     modules: tuple[str, ...]
     parameters: int
     linear: int
     operators: int
     uses: int
+    tiles: int = 1
     constants: int
     reads: dict[str, int]
 

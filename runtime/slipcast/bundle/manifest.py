@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from slipcast.bundle.names import ComponentName, Count, Name, Positive, Sha256
-from slipcast.bundle.program import PROGRAM
+from slipcast.bundle.program import PROGRAM, TILED
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.quality import Comparison, Metrics, Performance, Quality
 from slipcast.bundle.records import (
@@ -38,6 +38,7 @@ from slipcast.bundle.records import (
     architectures,
 )
 from slipcast.bundle.sampling import Sampling
+from slipcast.bundle.tiles import SMALLEST_TILE, TiledAxis, Tiling
 from slipcast.bundle.validation import UNKNOWN_KEY, BundlePath, Strict, dotted, parse_json, problems
 from slipcast.errors import ArtifactError, RequestError
 
@@ -61,6 +62,7 @@ FEATURES = frozenset(
         "guidance_interval",
         "guidance_reuse",
         PROGRAM,
+        TILED,
     }
 )  # what Manifest.requires may name
 SHALLOW: Final = "denoiser_shallow"  # the component that takes features in place of computing them
@@ -116,6 +118,13 @@ class ImageGeometry(Strict):
     def latent_shape(self) -> tuple[int, int, int]:
         """[channels, height, width] of one image's latent."""
         return self.channels, self.height // self.factor, self.width // self.factor
+
+    @property
+    def tiling(self) -> Tiling:
+        """Of the decoder."""
+        axes = tuple(TiledAxis(input=dim, output=dim, factor=self.factor) for dim in (2, 3))
+        smallest = min(self.tile, SMALLEST_TILE)
+        return Tiling(input="latent", axes=axes, tile=self.tile, overlap=self.overlap, smallest=smallest)
 
 
 class Cut(Strict):

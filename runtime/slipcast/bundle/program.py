@@ -15,9 +15,11 @@ from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Count, Name, Positive
 from slipcast.bundle.sampling import Sampling
 from slipcast.bundle.sources import ArgumentName, ClosedTexts, ImageSource, PromptSource, Source, TableSource
+from slipcast.bundle.tiles import Tiling
 from slipcast.bundle.validation import BundlePath, Strict
 
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
+TILED = "tiled_decode"  # named there too
 RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "guard", "callback_on_step_end")
 
 Fixed = int | float | str | bool
@@ -57,12 +59,20 @@ class LengthRange(Strict):
 
 class ProgramCall(Strict):
     """`inputs`: the engine's input -> the value that it is given; `outputs`: the engine's output -> the value that it
-    becomes. `row`: of the table, whose tensors "<component>.<input>" give the inputs that are not in `inputs`."""
+    becomes. `row`: of the table, whose tensors "<component>.<input>" give the inputs that are not in `inputs`.
+    `tiles`: of a call with one output."""
 
     component: ComponentName
     inputs: dict[Name, Name]
     outputs: Annotated[dict[Name, Name], Field(min_length=1)]
     row: Count | None = None
+    tiles: Tiling | None = None
+
+    @model_validator(mode="after")
+    def _tiles_are_of_a_value(self) -> Self:
+        if self.tiles and (self.tiles.input not in self.inputs or len(self.outputs) > 1):
+            raise ValueError(f"tiles: {self.tiles.input!r} has to be a value, and the output one")
+        return self
 
 
 class Shallow(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Literal, Self
 
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Name
-from slipcast.bundle.program import PROGRAM, Loop, Program, ProgramCall, Variant
+from slipcast.bundle.program import PROGRAM, TILED, Loop, Program, ProgramCall, Variant
 from slipcast.bundle.records import BaseGuard, BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
 from slipcast.bundle.validation import Strict
@@ -62,6 +62,7 @@ class ProgramManifest(BaseManifest):
         needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
         needed |= {name for each in self.program.every if each.loop for name in each.loop.sampling.requires}
         needed |= {"adapters"} if self.adapters else set()
+        needed |= {TILED for variant in self.program.every for call in variant.every_call if call.tiles}
         needed |= {"guard"} if self.guard and self.guard.policy != "warn" else set()
         if set(self.requires) != needed:
             raise ValueError(f"requires has to name {' and '.join(sorted(needed))}, and nothing else")
@@ -163,9 +164,16 @@ class ProgramManifest(BaseManifest):
             _check_names(where, call, component, columns)
             for spec in component.inputs:
                 if spec.name in call.inputs:
-                    _check_fit(f"{where}: {spec.name}", known[call.inputs[spec.name]], spec)
+                    dtype, shape = known[call.inputs[spec.name]]
+                    if call.tiles and spec.name == call.tiles.input:
+                        shape = _of_a_tile(f"{where}: {spec.name}", shape, [axis.input for axis in call.tiles.axes])
+                    _check_fit(f"{where}: {spec.name}", (dtype, shape), spec)
             outputs = {spec.name: spec for spec in component.outputs}
             known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
+            if call.tiles:
+                ((value, (dtype, shape)),) = ((value, known[value]) for value in call.outputs.values())
+                axes = [axis.output for axis in call.tiles.axes]
+                known[value] = dtype, _of_a_tile(f"{where}: {value}", shape, axes)
             if loop and loop.output in call.outputs.values():
                 _check_loop(f"{name}.loop", known, loop)
         for value in variant.results:
@@ -250,6 +258,13 @@ def _may_be_same(one: Shape, other: Shape) -> bool:
     """Whether they are, but for free dimensions."""
     pairs = zip(one, other, strict=False)
     return len(one) == len(other) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+
+
+def _of_a_tile(where: str, shape: Shape, axes: Sequence[int]) -> Shape:
+    """The shape with any size along the axes; ValueError where it has not as many."""
+    if len(shape) <= max(axes):
+        raise ValueError(f"{where} has {len(shape)} dimensions, and tiles one more")
+    return tuple("tile" if dim in axes else size for dim, size in enumerate(shape))
 
 
 def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:

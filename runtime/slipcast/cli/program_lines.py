@@ -31,6 +31,7 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         *([f"  adapters     rank {slots.rank} in {len(slots.layers)} layers"] if (slots := manifest.adapters) else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
+        *(f"  tiles        {line}" for line in _tiles(program)),
     ]
 
 
@@ -117,6 +118,13 @@ def _runs(variant: Variant) -> Iterator[str]:
         yield from _turns([call.component for call in after])
         return
     yield from _turns([call.component for call in variant.calls])
+
+
+def _tiles(program: Program) -> Iterator[str]:
+    """Of calls that are evaluated in tiles."""
+    tiled = {call.component: call.tiles for variant in program.every for call in variant.every_call if call.tiles}
+    for name, tiles in tiled.items():
+        yield f"{name}, of {tiles.tile} cells a side at most, of which {tiles.overlap} are its neighbour's too"
 
 
 def _turns(names: list[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from slipcast.bundle.program import ProgramCall
 from slipcast.engines import Array
 from slipcast.engines.resources import out_of_memory
+from slipcast.run.decoding import decode_frugally
 from slipcast.run.loop import check_finite, timed
 from slipcast.run.residency import InUse
 from slipcast.run.values import NOISE, Values
@@ -39,7 +41,7 @@ class Calls:
         the error of one that gives no numbers; `images`: that are in need of it, without them all."""
         for image in self.values.images(next(iter(call.outputs.values())), images):
             inputs = {**rows, **{name: self.values.get(value, image) for name, value in call.inputs.items()}}
-            outputs = self._run(call.component, inputs)
+            outputs = self._run(call, inputs)
             for name, value in call.outputs.items():
                 if (array := outputs[name]).dtype.kind == "f":
                     # What depends on texts alone may be a mask for attention, with -inf for what is masked.
@@ -51,14 +53,26 @@ class Calls:
         """Of an engine that is asked for no more."""
         self._engines.done(self._adapted.get(component, (component,))[0])
 
-    def _run(self, called: str, inputs: dict[str, Array]) -> dict[str, Array]:
-        component, slots = self._adapted.get(called, (called, {}))
+    def _run(self, call: ProgramCall, inputs: dict[str, Array]) -> dict[str, Array]:
+        component, slots = self._adapted.get(call.component, (call.component, {}))
         inputs |= slots
+
+        def evaluate(given: dict[str, Array]) -> dict[str, Array]:
+            return timed(self._engines(component), given, self._seconds, call.component)
+
+        if call.tiles:
+            given, (output,) = call.tiles.input, call.outputs
+
+            def decode(tile: Any) -> Any:
+                return evaluate({**inputs, given: tile})[output]
+
+            free, latent = partial(self._engines.free_others, component), inputs[given]
+            return {output: decode_frugally(decode, latent, call.tiles, free)}  # type: ignore[arg-type]
         try:
-            return timed(self._engines(component), inputs, self._seconds, called)
+            return evaluate(inputs)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             logger.warning("memory ran out in %s: trying again without other engines in memory", component)
             self._engines.free_others(component)
-            return timed(self._engines(component), inputs, self._seconds, called)
+            return evaluate(inputs)

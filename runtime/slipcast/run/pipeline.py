@@ -271,25 +271,25 @@ class Pipeline(BasePipeline):
         return levels
 
     def _decode_one(self, decoder: Engine, latent: Floats, seconds: dict[str, float]) -> Floats:
-        image, free = self.manifest.image, partial(self.residency.free_others, "vae_decoder")
+        tiling, free = self.manifest.image.tiling, partial(self.residency.free_others, "vae_decoder")
 
         def decode(engine: Engine, tile: Floats) -> Floats:
             picture: Floats = timed(engine, {"latent": tile}, seconds, "vae_decoder")["image"]
             return picture
 
         try:
-            picture = decode_frugally(partial(decode, decoder), latent, image, free)
+            picture = decode_frugally(partial(decode, decoder), latent, tiling, free)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             with self._decoder_on_cpu(error) as other:
-                picture = decode_frugally(partial(decode, other), latent, image, free)
+                picture = decode_frugally(partial(decode, other), latent, tiling, free)
         # Not where the precision was compiled into the engine.
         if not np.isfinite(picture).all() and self._target.precision != "fp32" and not self._target.built:
             # Decoders of some published checkpoints overflow in half precision; the picture is worth a second try.
             logger.warning("the decoder overflowed in %s: decoding again in fp32", self._target.precision)
             with self._open("vae_decoder", "fp32") as full:
-                picture = decode_frugally(partial(decode, full), latent, image, free)
+                picture = decode_frugally(partial(decode, full), latent, tiling, free)
         check_finite(picture, "the decoder's picture is not finite")
         return picture
 

@@ -1,41 +1,55 @@
-"""Decode a latent that is larger than the tile, tile by tile, so that memory depends on the tile alone."""
+"""Evaluate a call on what is larger than its tile, tile by tile, so that memory depends on the tile alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from slipcast.bundle.tiles import Tiling
+
 Floats = npt.NDArray[np.float32]
 
 
-def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tile: int, overlap: int, factor: int) -> Floats:
-    """Decode float32 [1, c, h, w] to [1, k, h * factor, w * factor]; sizes of tile and overlap in latent cells.
+def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tiling: Tiling) -> Floats:
+    """Decode float32, such as [1, c, h, w] to [1, k, h * factor, w * factor].
 
     Neighbouring tiles overlap and are blended with linear ramps, as diffusers' tiled decode does. All
     tiles have one shape. A latent that fits into one tile is decoded whole and exactly; in a tiled one the decoder's
     normalisation and attention see a tile instead of the whole, so colours differ slightly.
     """
-    height, width = latent.shape[2:]
-    if height <= tile and width <= tile:
+    tile, overlap, axes = tiling.tile, tiling.overlap, tiling.axes
+    sizes = [latent.shape[axis.input] for axis in axes]
+    if all(size <= tile for size in sizes):
         return decode(latent)
-    rows, columns = _starts(height, tile, overlap), _starts(width, tile, overlap)
-    total: Floats | None = None
-    weights = np.zeros((height * factor, width * factor), np.float32)
-    for top in rows:
-        for left in columns:
-            piece = decode(np.ascontiguousarray(latent[:, :, top : top + tile, left : left + tile]))
-            window = np.outer(_ramp(top, tile, height, overlap, factor), _ramp(left, tile, width, overlap, factor))
-            if total is None:
-                total = np.zeros((1, piece.shape[1], *weights.shape), np.float32)
-            y, x = top * factor, left * factor
-            area = np.s_[..., y : y + piece.shape[2], x : x + piece.shape[3]]
-            total[area] += piece * window
-            weights[area] += window
-    assert total is not None
-    picture: Floats = np.divide(total, weights)
+    total = weights = np.zeros(0, np.float32)
+    for starts in product(*(_starts(size, tile, overlap) for size in sizes)):
+        cells: list[Any] = [np.s_[:]] * latent.ndim
+        for axis, start in zip(axes, starts, strict=True):
+            cells[axis.input] = slice(start, start + tile)
+        piece = decode(np.ascontiguousarray(latent[tuple(cells)]))
+        window = np.ones([1] * piece.ndim, np.float32)
+        area: list[Any] = [np.s_[:]] * piece.ndim
+        for axis, start, size in zip(axes, starts, sizes, strict=True):
+            shape = [-1 if dim == axis.output else 1 for dim in range(piece.ndim)]
+            window = window * _ramp(start, tile, size, overlap, axis.factor).reshape(shape)
+            area[axis.output] = slice(start * axis.factor, start * axis.factor + piece.shape[axis.output])
+        if not total.size:
+            whole = {axis.output: size * axis.factor for axis, size in zip(axes, sizes, strict=True)}
+            total = np.zeros([whole.get(dim, size) for dim, size in enumerate(piece.shape)], np.float32)
+            weights = np.zeros([whole.get(dim, 1) for dim in range(piece.ndim)], np.float32)
+        total[tuple(area)] += piece * window
+        weights[tuple(area)] += window
+    picture: Floats = np.divide(total, weights, out=total)
     return picture
+
+
+def count_tiles(tiling: Tiling, shape: tuple[int, ...]) -> int:
+    """How many tiles an input of this shape is."""
+    return len(list(product(*(_starts(shape[axis.input], tiling.tile, tiling.overlap) for axis in tiling.axes))))
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -1,0 +1,262 @@
+"""Decode in tiles: of a program's last part, what makes a result of a latent, for latents of any height and width.
+
+Nothing says of a pipeline's code that it can be given part of a latent. It is run again with smaller ones, on shapes
+alone: where height and width of what it gives then follow those of what it is given, it is called tile by tile. What
+lies before its first module and after its last, such as taking a latent out of its patches, or joining frames, may
+follow the whole: these stay parts of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from slipcast.bundle.tiles import SMALLEST_TILE, TiledAxis, Tiling
+from slipcast.errors import RecipeError
+from slipcast.run.tiling import count_tiles
+from slipcast_compiler.capture.cut import Cut, Part, Use, part_of
+from slipcast_compiler.capture.labels import kind_of
+from slipcast_compiler.capture.program import (
+    Affine,
+    Call,
+    Length,
+    Op,
+    Program,
+    Ref,
+    leaves,
+    leaves_at,
+    opened,
+    outputs_of,
+    rebuild,
+    refs,
+)
+from slipcast_compiler.capture.replay import find_module
+from slipcast_compiler.capture.shapes import META, ShapeRunner
+
+DECODER, NAMES = "decoder", ("height", "width")  # the last two dimensions of a latent
+Components = Mapping[str, nn.Module]
+Sizes = Mapping[int, int]  # by dimension
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A part in up to three: `tiled` is called in tiles of the value `latent`, along `axes`; what comes before its
+    first module, and after its last, is apart where it has to be."""
+
+    before: Part | None
+    tiled: Part
+    after: Part | None
+    latent: int
+    axes: tuple[TiledAxis, ...]
+
+
+def in_tiles(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any, tile: int, overlap: int) -> tuple[Cut, ...]:
+    """The cuts, with decoders that are called in tiles of at most `tile` cells, of which neighbours share `overlap`; as
+    they are, where no latent is larger. RecipeError where one has no decoder that could be."""
+    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    made = dict[str, _Decoder | None]()
+    for part in {part.name: part for part in map(_last, programs, cuts)}.values():
+        users = [program for program, cut in zip(programs, cuts, strict=True) if cut.uses[-1].part == part.name]
+        made[part.name] = _divide(part, users, components, tile)
+    return tuple(
+        _with(program, cut, found, tile, overlap) if (found := made[cut.uses[-1].part]) else cut
+        for program, cut in zip(programs, cuts, strict=True)
+    )
+
+
+def _last(program: Program, cut: Cut) -> Part:
+    """The last part; RecipeError where that is no decoder."""
+    part = next(part for part in cut.parts if part.name == cut.uses[-1].part)
+    if kind_of(part.name) != DECODER or not any(isinstance(event, Call) for event in part.events):
+        raise _refused(program, "a module that makes the result of the last latent", f"none in {part.name}")
+    if part.table or len(part.lengths) > len(part.free) or len(part.outputs) > 1:
+        raise _refused(program, "a decoder with one result, that follows neither texts nor what is listed", part.name)
+    return part
+
+
+def _refused(program: Program, expected: str, got: str) -> RecipeError:
+    return RecipeError(
+        f"[decode] is not for {program.pipeline}: it cannot be decoded in tiles", expected=expected, got=got,
+        hint="a recipe without [decode] decodes it whole",
+    )  # fmt: skip
+
+
+def _divide(whole: Part, users: Sequence[Program], components: Components, tile: int) -> _Decoder | None:
+    """The part of these programs, in tiles, and as little else as can be; None where no latent is larger."""
+    part = whole.apart[0][1] if whole.apart else whole
+    own = [next((own for program, own in whole.apart if program is user), part) for user in users]
+    calls = [place for place, event in enumerate(part.events) if isinstance(event, Call)]
+    begins, ends = (0, calls[0]), (len(part.events), calls[-1] + 1)
+    *places, (begin, end) = dict.fromkeys((begin, end) for end in ends for begin in begins)
+    for place in places:
+        with contextlib.suppress(RecipeError):
+            return _divide_at(*place, part, own, users, components, tile)
+    return _divide_at(begin, end, part, own, users, components, tile)
+
+
+def _divide_at(
+    begin: int, end: int, part: Part, own: Sequence[Part], users: Sequence[Program], components: Components, tile: int
+) -> _Decoder | None:
+    """With its events from `begin` to `end` in tiles; RecipeError where those cannot be run for a tile. `own`: the part
+    as each of its users has it."""
+    program, events = part.program, part.events
+
+    def divided(name: str, first: int, last: int) -> Part | None:
+        read = _read(events[last:]).union(part.outputs)
+        return part_of(name, program, events[first:last], read)[0] if first < last else None
+
+    before, after = divided(f"{part.name}_before", 0, begin), divided(f"{part.name}_after", end, len(events))
+    tiled = divided(part.name, begin, end)
+    assert tiled
+    latents = [value for value in tiled.inputs if "noise" in program.binding[value]]
+    if len(latents) != 1 or len(tiled.outputs) != 1:
+        raise _refused(program, "a decoder of one latent", f"one of {len(latents)}, with {len(tiled.outputs)} results")
+    shapes = [_shape_of(latents[0], part, each) for each in own]
+    if any(len(shape) < 4 for shape in shapes):
+        raise _refused(program, "a latent with height and width", f"one of {list(shapes[0])}")
+    dims = range(len(shapes[0]) - 2, len(shapes[0]))
+    if all(shape[dim] <= tile for shape in shapes for dim in dims):
+        return None
+    sizes = {dim: [shape[dim] for shape in shapes] for dim in dims}
+    free = {
+        dim: [min(size, tile) for size in each] for dim, each in sizes.items() if max(each) > tile or len(set(each)) > 1
+    }
+    low = {dim: min(SMALLEST_TILE, *each) for dim, each in free.items()}
+    high = {dim: max(each) for dim, each in free.items()}
+    axes, live_bytes = _follow(tiled, latents[0], components, low, high)
+    tiles = [{dim: free[dim][at] for dim in free} for at in range(len(users))]
+    made = _of_any_size(replace(tiled, live_bytes=live_bytes), latents[0], axes, low, high, users, tiles)
+    return _Decoder(before, made, after, latents[0], axes)
+
+
+def _read(events: Sequence[Op | Call]) -> frozenset[int]:
+    return frozenset(ref.id for event in events for ref in refs((event.args, event.kwargs)))
+
+
+def _shape_of(latent: int, part: Part, own: Part) -> Shape:
+    """In one of its users, of a value that the part reads or makes."""
+    values = [*part.inputs, *(value for event in part.events for value in outputs_of(event))]
+    own_values = [*own.inputs, *(value for event in own.events for value in outputs_of(event))]
+    shape = own.program.specs[own_values[values.index(latent)]][0]
+    return tuple(size for size in shape if isinstance(size, int))
+
+
+def _follow(
+    part: Part, latent: int, components: Components, low: Sizes, high: Sizes
+) -> tuple[tuple[TiledAxis, ...], int]:
+    """How its output follows the latent, between these sizes of it, and how many bytes its values take at once for the
+    larger; RecipeError where it does not."""
+    usual, live_bytes = _run(part, latent, components, high)
+    axes = []
+    for dim, size in high.items():
+        less = low[dim] if low[dim] < size else size // 2
+        shape, _ = _run(part, latent, components, {**high, dim: less})
+        differing = [at for at, (one, other) in enumerate(zip(shape, usual, strict=False)) if one != other]
+        if len(shape) != len(usual) or len(differing) != 1:
+            raise _refused(part.program, "a result whose height and width follow the latent's", f"{list(shape)}")
+        factor, rest = divmod(usual[differing[0]], size)
+        if rest or shape[differing[0]] != factor * less:
+            raise _refused(part.program, "a whole number of pixels for each cell of the latent", f"{list(shape)}")
+        axes.append(TiledAxis(input=dim, output=differing[0], factor=factor))
+    return tuple(axes), live_bytes
+
+
+def _run(part: Part, latent: int, components: Components, sizes: Sizes) -> tuple[Shape, int]:
+    """The shape of its output for these sizes of the latent, and how many bytes its values take at once."""
+    specs, runner = part.program.specs, ShapeRunner()
+    values = {value: specs[value] for value in (*part.inputs, *(value for value, _ in part.weights))}
+    known = {value: torch.empty(shape, dtype=dtype, device=META) for value, (shape, dtype) in values.items()}
+    own = [sizes.get(dim, size) for dim, size in enumerate(known[latent].shape)]
+    known[latent] = known[latent].new_empty(own)
+
+    def given(each: Any) -> Any:
+        return known[each.id] if isinstance(each, Ref) else each
+
+    for event in part.events:
+        args, kwargs = rebuild((event.args, event.kwargs), given)
+        try:
+            found = _run_event(event, args, kwargs, runner, components)
+        except Exception as error:  # of the pipeline's code, or of torch
+            got = f"at {event.where}: {error}".splitlines()[0]
+            raise _refused(part.program, "a decoder that can be given part of a latent", got) from error
+        known.update(zip(outputs_of(event), found, strict=True))
+    return tuple(known[part.outputs[0]].shape), runner.live.peak
+
+
+def _run_event(
+    event: Op | Call, args: Any, kwargs: Any, runner: ShapeRunner, components: Components
+) -> list[torch.Tensor]:
+    """What it gives, on shapes alone."""
+    if isinstance(event, Call):
+        found = runner.run(find_module(components, event.module), event.module, args, kwargs)
+        out, put = dict(leaves(opened(found.out))), dict(leaves_at(found.written))
+        return [*(out[path] for path, _ in event.outputs), *(put[path] for path, _ in event.written)]
+    args, kwargs = rebuild((args, kwargs), lambda leaf: leaf.to(META))
+    with torch.no_grad():
+        made = event.function(*args, **kwargs | ({"device": META} if kwargs.get("device") else {}))
+    return [tensor for _, tensor in leaves(made)]
+
+
+def _of_any_size(
+    part: Part, latent: int, axes: Sequence[TiledAxis], low: Sizes, high: Sizes, users: Sequence[Program],
+    tiles: Sequence[Sizes],
+) -> Part:  # fmt: skip
+    """The part for tiles of all sizes in between; or `apart`, for the `tiles` of each of its users."""
+    last = len(part.program.specs[latent][0])
+    names = {axis.input: f"{part.name}_{NAMES[axis.input - last]}" for axis in axes}
+    made = dict[tuple[int, ...], Part]()
+    for sizes in tiles:
+        fixed = {axis: (sizes[axis.input], sizes[axis.input] * axis.factor) for axis in axes}
+        made.setdefault(tuple(sizes.values()), replace(part, program=_sized(part, latent, fixed)))
+    if low == high:
+        return made[tuple(tiles[0].values())]
+    laws = {axis: (Affine(names[axis.input], 1, 0), Affine(names[axis.input], axis.factor, 0)) for axis in axes}
+    return replace(
+        part,
+        program=_sized(part, latent, laws),
+        lengths=tuple(Length(name, low[dim], high[dim], latent, dim) for dim, name in names.items()),
+        sizes=tuple({name: each[dim] for dim, name in names.items()} for each in (high, low)),
+        apart=tuple((user, made[tuple(sizes.values())]) for user, sizes in zip(users, tiles, strict=True)),
+    )
+
+
+def _sized(part: Part, latent: int, sizes: Mapping[TiledAxis, tuple[Any, Any]]) -> Program:
+    """The part's program with these sizes of the latent, and of the output."""
+    taken, given = (list(part.program.specs[value][0]) for value in (latent, part.outputs[0]))
+    for axis, (of_latent, of_output) in sizes.items():
+        taken[axis.input], given[axis.output] = of_latent, of_output
+    shapes = {latent: tuple(taken), part.outputs[0]: tuple(given)}
+    specs = part.program.specs
+    return replace(
+        part.program, specs={**specs, **{value: (shape, specs[value][1]) for value, shape in shapes.items()}}
+    )
+
+
+def _with(program: Program, cut: Cut, decoder: _Decoder, tile: int, overlap: int) -> Cut:
+    """The cut with the decoder in tiles; what its parts hand on are values that the program has not."""
+    whole, use = next(part for part in cut.parts if part.name == cut.uses[-1].part), cut.uses[-1]
+    part = whole.apart[0][1] if whole.apart else whole
+    own = next((own for user, own in whole.apart if user is program), part)
+    tiled = decoder.tiled
+    smallest = min((length.minimum for length in tiled.lengths), default=tile)
+    given = f"in_{tiled.inputs.index(decoder.latent)}"
+    tiling = Tiling(input=given, axes=decoder.axes, tile=tile, overlap=overlap, smallest=smallest)
+    times = count_tiles(tiling, _shape_of(decoder.latent, part, own))
+    known = dict(zip(part.inputs, use.inputs, strict=False)) | dict(zip(part.outputs, use.outputs, strict=True))
+    new, parts, uses = count(max(program.specs) + 1), list[Part](), list[Use]()
+    for each in (decoder.before, tiled, decoder.after):
+        if each:
+            known |= {value: next(new) for value in each.outputs if value not in known}
+            inputs, outputs = (tuple(known[value] for value in values) for values in (each.inputs, each.outputs))
+            in_tiles = (tiling, times) if each is tiled else (None, 1)
+            parts.append(each)
+            uses.append(Use(each.name, inputs, outputs, None, *in_tiles))
+    others = [each for each in cut.parts if each is not whole]
+    return replace(cut, parts=(*others, *parts), uses=(*cut.uses[:-1], *uses))

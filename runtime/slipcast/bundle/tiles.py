@@ -1,0 +1,44 @@
+"""How a call is evaluated in tiles: of a manifest, and of what a runtime does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from slipcast.bundle.names import Count, Name, Positive
+from slipcast.bundle.validation import Strict
+
+SMALLEST_TILE = 8  # cells: below, pictures suffer more from tiling than memory gains
+
+
+class TiledAxis(Strict):
+    """A dimension of the input, and that of the output which has `factor` times as many cells."""
+
+    input: Count
+    output: Count
+    factor: Positive
+
+
+class Tiling(Strict):
+    """A call that is evaluated in overlapping tiles where its input, of this name, is larger than `tile` along one of
+    the `axes`; all else that it takes is the same for each tile. `tile`, `overlap`: in cells of the input. `smallest`:
+    the smallest tile that its engine takes, of those that are tried where memory runs out."""
+
+    input: Name
+    axes: Annotated[tuple[TiledAxis, ...], Field(min_length=1)]
+    tile: Positive
+    overlap: Count
+    smallest: Positive
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.overlap >= self.tile:
+            raise ValueError("overlap has to be smaller than the tile")
+        if self.smallest > self.tile:
+            raise ValueError("smallest is larger than the tile")
+        for which in ("input", "output"):
+            dims = [getattr(axis, which) for axis in self.axes]
+            if len(set(dims)) < len(dims):
+                raise ValueError(f"axes: two of them are one dimension of the {which}")
+        return self

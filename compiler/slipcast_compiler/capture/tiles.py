@@ -48,27 +48,25 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class _Decoder:
     """A part in up to three: `tiled` is called in tiles of the value `latent`, along `axes`; what comes before its
-    first module, and after its last, is apart where it has to be."""
+    first module, and after its last, is apart where it has to be, for each of its users: of one size."""
 
-    before: Part | None
     tiled: Part
-    after: Part | None
     latent: int
     axes: tuple[TiledAxis, ...]
+    besides: tuple[tuple[Part | None, Part | None], ...]
 
 
 def in_tiles(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any, tile: int, overlap: int) -> tuple[Cut, ...]:
     """The cuts, with decoders that are called in tiles of at most `tile` cells, of which neighbours share `overlap`; as
     they are, where no latent is larger. RecipeError where one has no decoder that could be."""
     components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    made = dict[str, _Decoder | None]()
+    made = list(cuts)
     for part in {part.name: part for part in map(_last, programs, cuts)}.values():
-        users = [program for program, cut in zip(programs, cuts, strict=True) if cut.uses[-1].part == part.name]
-        made[part.name] = _divide(part, users, components, tile)
-    return tuple(
-        _with(program, cut, found, tile, overlap) if (found := made[cut.uses[-1].part]) else cut
-        for program, cut in zip(programs, cuts, strict=True)
-    )
+        users = [place for place, cut in enumerate(cuts) if cut.uses[-1].part == part.name]
+        if found := _divide(part, [programs[place] for place in users], components, tile):
+            for place, besides in zip(users, found.besides, strict=True):
+                made[place] = _with(programs[place], cuts[place], found, besides, tile, overlap)
+    return tuple(made)
 
 
 def _last(program: Program, cut: Cut) -> Part:
@@ -106,14 +104,8 @@ def _divide_at(
 ) -> _Decoder | None:
     """With its events from `begin` to `end` in tiles; RecipeError where those cannot be run for a tile. `own`: the part
     as each of its users has it."""
-    program, events = part.program, part.events
-
-    def divided(name: str, first: int, last: int) -> Part | None:
-        read = _read(events[last:]).union(part.outputs)
-        return part_of(name, program, events[first:last], read)[0] if first < last else None
-
-    before, after = divided(f"{part.name}_before", 0, begin), divided(f"{part.name}_after", end, len(events))
-    tiled = divided(part.name, begin, end)
+    program = part.program
+    tiled = _between(part.name, part, begin, end)
     assert tiled
     latents = [value for value in tiled.inputs if "noise" in program.binding[value]]
     if len(latents) != 1 or len(tiled.outputs) != 1:
@@ -133,19 +125,31 @@ def _divide_at(
     axes, live_bytes = _follow(tiled, latents[0], components, low, high)
     tiles = [{dim: free[dim][at] for dim in free} for at in range(len(users))]
     made = _of_any_size(replace(tiled, live_bytes=live_bytes), latents[0], axes, low, high, users, tiles)
-    return _Decoder(before, made, after, latents[0], axes)
+    besides = dict[int, tuple[Part | None, Part | None]]()
+    for each in own:
+        number = f"_{len(besides) + 1}" if besides else ""
+        before = _between(f"{part.name}_before{number}", each, 0, begin)
+        after = _between(f"{part.name}_after{number}", each, end, len(each.events))
+        besides.setdefault(id(each), (before, after))
+    return _Decoder(made, latents[0], axes, tuple(besides[id(each)] for each in own))
 
 
-def _read(events: Sequence[Op | Call]) -> frozenset[int]:
-    return frozenset(ref.id for event in events for ref in refs((event.args, event.kwargs)))
+def _between(name: str, part: Part, begin: int, end: int) -> Part | None:
+    """A part of these events of another; None without any."""
+    later = (ref.id for event in part.events[end:] for ref in refs((event.args, event.kwargs)))
+    read = frozenset([*later, *part.outputs])
+    return part_of(name, part.program, part.events[begin:end], read)[0] if begin < end else None
 
 
 def _shape_of(latent: int, part: Part, own: Part) -> Shape:
     """In one of its users, of a value that the part reads or makes."""
-    values = [*part.inputs, *(value for event in part.events for value in outputs_of(event))]
-    own_values = [*own.inputs, *(value for event in own.events for value in outputs_of(event))]
-    shape = own.program.specs[own_values[values.index(latent)]][0]
+    shape = own.program.specs[dict(zip(_values(part), _values(own), strict=True))[latent]][0]
     return tuple(size for size in shape if isinstance(size, int))
+
+
+def _values(part: Part) -> list[int]:
+    """That it reads and makes, in an order that is the same in all its users."""
+    return [*part.inputs, *(value for event in part.events for value in outputs_of(event))]
 
 
 def _follow(
@@ -209,18 +213,19 @@ def _of_any_size(
     tiles: Sequence[Sizes],
 ) -> Part:  # fmt: skip
     """The part for tiles of all sizes in between; or `apart`, for the `tiles` of each of its users."""
-    last = len(part.program.specs[latent][0])
-    names = {axis.input: f"{part.name}_{NAMES[axis.input - last]}" for axis in axes}
-    made = dict[tuple[int, ...], Part]()
+    last, made = len(part.program.specs[latent][0]), dict[tuple[int, ...], Part]()
     for sizes in tiles:
         fixed = {axis: (sizes[axis.input], sizes[axis.input] * axis.factor) for axis in axes}
         made.setdefault(tuple(sizes.values()), replace(part, program=_sized(part, latent, fixed)))
-    if low == high:
-        return made[tuple(tiles[0].values())]
-    laws = {axis: (Affine(names[axis.input], 1, 0), Affine(names[axis.input], axis.factor, 0)) for axis in axes}
+    first = made[tuple(tiles[0].values())]
+    names = {dim: f"{part.name}_{NAMES[dim - last]}" for dim in low if low[dim] < high[dim]}
+    free = [axis for axis in axes if axis.input in names]
+    laws = {axis: (Affine(names[axis.input], 1, 0), Affine(names[axis.input], axis.factor, 0)) for axis in free}
+    if not free:
+        return first
     return replace(
-        part,
-        program=_sized(part, latent, laws),
+        first,
+        program=_sized(first, latent, laws),
         lengths=tuple(Length(name, low[dim], high[dim], latent, dim) for dim, name in names.items()),
         sizes=tuple({name: each[dim] for dim, name in names.items()} for each in (high, low)),
         apart=tuple((user, made[tuple(sizes.values())]) for user, sizes in zip(users, tiles, strict=True)),
@@ -239,24 +244,29 @@ def _sized(part: Part, latent: int, sizes: Mapping[TiledAxis, tuple[Any, Any]]) 
     )
 
 
-def _with(program: Program, cut: Cut, decoder: _Decoder, tile: int, overlap: int) -> Cut:
+def _with(
+    program: Program, cut: Cut, decoder: _Decoder, besides: tuple[Part | None, Part | None], tile: int, overlap: int
+) -> Cut:
     """The cut with the decoder in tiles; what its parts hand on are values that the program has not."""
     whole, use = next(part for part in cut.parts if part.name == cut.uses[-1].part), cut.uses[-1]
     part = whole.apart[0][1] if whole.apart else whole
     own = next((own for user, own in whole.apart if user is program), part)
-    tiled = decoder.tiled
-    smallest = min((length.minimum for length in tiled.lengths), default=tile)
+    tiled, (before, after) = decoder.tiled, besides
+    smallest = tile if len(tiled.lengths) < len(decoder.axes) else min(each.minimum for each in tiled.lengths)
     given = f"in_{tiled.inputs.index(decoder.latent)}"
     tiling = Tiling(input=given, axes=decoder.axes, tile=tile, overlap=overlap, smallest=smallest)
     times = count_tiles(tiling, _shape_of(decoder.latent, part, own))
-    known = dict(zip(part.inputs, use.inputs, strict=False)) | dict(zip(part.outputs, use.outputs, strict=True))
+    known = dict(zip(own.inputs, use.inputs, strict=False)) | dict(zip(own.outputs, use.outputs, strict=True))
+    numbers = dict(zip(_values(part), _values(own), strict=True))  # of the tiled part's values, those of its own
     new, parts, uses = count(max(program.specs) + 1), list[Part](), list[Use]()
-    for each in (decoder.before, tiled, decoder.after):
+    for each in (before, tiled, after):
         if each:
-            known |= {value: next(new) for value in each.outputs if value not in known}
-            inputs, outputs = (tuple(known[value] for value in values) for values in (each.inputs, each.outputs))
-            in_tiles = (tiling, times) if each is tiled else (None, 1)
+            inputs, outputs = each.inputs, each.outputs
+            if each is tiled:
+                inputs, outputs = (tuple(numbers[value] for value in values) for values in (inputs, outputs))
+            known |= {value: next(new) for value in outputs if value not in known}
+            taken, made = (tuple(known[value] for value in values) for values in (inputs, outputs))
             parts.append(each)
-            uses.append(Use(each.name, inputs, outputs, None, *in_tiles))
+            uses.append(Use(each.name, taken, made, None, *((tiling, times) if each is tiled else (None, 1))))
     others = [each for each in cut.parts if each is not whole]
     return replace(cut, parts=(*others, *parts), uses=(*cut.uses[:-1], *uses))

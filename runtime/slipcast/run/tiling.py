@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.tiles import Tiling
+from slipcast.errors import ArtifactError
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,6 +32,7 @@ def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tiling: Til
         for axis, start in zip(axes, starts, strict=True):
             cells[axis.input] = slice(start, start + tile)
         piece = decode(np.ascontiguousarray(latent[tuple(cells)]))
+        _check_size(piece, latent, tiling)
         window = np.ones([1] * piece.ndim, np.float32)
         area: list[Any] = [np.s_[:]] * piece.ndim
         for axis, start, size in zip(axes, starts, sizes, strict=True):
@@ -45,6 +47,18 @@ def decode_tiled(decode: Callable[[Floats], Floats], latent: Floats, tiling: Til
         weights[tuple(area)] += window
     picture: Floats = np.divide(total, weights, out=total)
     return picture
+
+
+def _check_size(piece: Floats, latent: Floats, tiling: Tiling) -> None:
+    """ArtifactError where a tile is not as large as the manifest says."""
+    for axis in tiling.axes:
+        size = min(tiling.tile, latent.shape[axis.input])
+        found = piece.shape[axis.output] if axis.output < piece.ndim else 0
+        if found != size * axis.factor:
+            raise ArtifactError(
+                f"the decoder gives {found} cells for {size}, where tiles say {size * axis.factor}",
+                hint="the engine is not of this manifest: compile the bundle again",
+            )
 
 
 def count_tiles(tiling: Tiling, shape: tuple[int, ...]) -> int:

@@ -20,6 +20,7 @@ from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.engines.programs import ProgramGraphs, write_bundle
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
+from slipcast_compiler.export.tiles import share_statistics
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.recipe.targets import TargetTable
@@ -48,6 +49,7 @@ def export_here(
     def export(out: Path) -> None:
         export_program(find_for(pipe, calls, wanted), pipe, out, silent)
         leave_loop(out)
+        share_statistics(out)
 
     return cache.get("program", {"name": name, "wanted": asdict(wanted)}, export)
 

@@ -26,6 +26,7 @@ from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
 from slipcast_compiler.export.streamed import open_streamed
+from slipcast_compiler.export.tiles import share_statistics
 from slipcast_compiler.host.quiet import quiet
 from slipcast_compiler.model.rewrite import Rewrites, load
 
@@ -53,6 +54,7 @@ def export_pipeline(
     gc.collect()  # of what was loaded, much refers to itself
     export_program(variants, streamed.pipe, folder, advance, streamed.weights)
     leave_loop(folder)
+    share_statistics(folder)
     (folder / VERIFIED).write_text(json.dumps({"error": error, "weights": "checkpoint" if whole else "functions"}))
     return {}
 

@@ -72,6 +72,8 @@ class ProgramCall(Strict):
     def _tiles_are_of_a_value(self) -> Self:
         if self.tiles and (self.tiles.input not in self.inputs or len(self.outputs) > 1):
             raise ValueError(f"tiles: {self.tiles.input!r} has to be a value, and the output one")
+        if self.tiles and self.tiles.statistics and self.tiles.statistics.input in self.inputs:
+            raise ValueError(f"tiles: {self.tiles.statistics.input!r} is no value")
         return self
 
 

@@ -214,7 +214,10 @@ def tabled(
     call: ProgramCall, component: Component, columns: Mapping[str, Column] = NO_COLUMNS
 ) -> Iterator[tuple[str, TensorSpec]]:
     """(name of the table's tensor, input) for what a call reads of the table, as no value and no column gives it."""
+    statistics = call.tiles and call.tiles.statistics
     for spec in component.inputs:
+        if statistics and spec.name == statistics.input:
+            continue
         if spec.name not in call.inputs and (name := f"{call.component}.{spec.name}") not in columns:
             yield name, spec
 
@@ -231,6 +234,10 @@ def _check_names(where: str, call: ProgramCall, component: Component, columns: M
     """ValueError where a call gives what its component does not take, lacks what it takes, or names no output of it."""
     _check_known(f"{where}.inputs", call.inputs, component.inputs)
     _check_known(f"{where}.outputs", call.outputs, component.outputs)
+    if call.tiles and (statistics := call.tiles.statistics):
+        for name, specs in ((statistics.input, component.inputs), (statistics.output, component.outputs)):
+            if not any((each.name, each.dtype, each.shape) == (name, "float32", (statistics.size,)) for each in specs):
+                raise ValueError(f"{where}: {call.component} has no {name!r} of {statistics.size} numbers")
     missing = [spec for _, spec in tabled(call, component, columns)]
     if missing and call.row is None:
         raise ValueError(

@@ -20,16 +20,27 @@ class TiledAxis(Strict):
     factor: Positive
 
 
+class Statistics(Strict):
+    """What norms take of the whole: float32 [size], which an engine gives as `output` and is given as `input`, or zeros
+    where it is to take its own."""
+
+    input: Name
+    output: Name
+    size: Positive
+
+
 class Tiling(Strict):
     """A call that is evaluated in overlapping tiles where its input, of this name, is larger than `tile` along one of
     the `axes`; all else that it takes is the same for each tile. `tile`, `overlap`: in cells of the input. `smallest`:
-    the smallest tile that its engine takes, of those that are tried where memory runs out."""
+    the smallest tile that its engine takes, of those that are tried where memory runs out. `statistics`: that all tiles
+    have in common: those of an input that was made as small as a tile."""
 
     input: Name
     axes: Annotated[tuple[TiledAxis, ...], Field(min_length=1)]
     tile: Positive
     overlap: Count
     smallest: Positive
+    statistics: Statistics | None = None
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -37,6 +48,8 @@ class Tiling(Strict):
             raise ValueError("overlap has to be smaller than the tile")
         if self.smallest > self.tile:
             raise ValueError("smallest is larger than the tile")
+        if self.statistics and self.statistics.input == self.input:
+            raise ValueError(f"statistics: {self.input!r} is what is cut into tiles")
         for which in ("input", "output"):
             dims = [getattr(axis, which) for axis in self.axes]
             if len(set(dims)) < len(dims):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.program import ProgramCall
+from slipcast.bundle.tiles import Tiling
 from slipcast.engines import Array
 from slipcast.engines.resources import out_of_memory
 from slipcast.run.decoding import decode_frugally
@@ -61,13 +62,7 @@ class Calls:
             return timed(self._engines(component), given, self._seconds, call.component)
 
         if call.tiles:
-            given, (output,) = call.tiles.input, call.outputs
-
-            def decode(tile: Any) -> Any:
-                return evaluate({**inputs, given: tile})[output]
-
-            free, latent = partial(self._engines.free_others, component), inputs[given]
-            return {output: decode_frugally(decode, latent, call.tiles, free)}  # type: ignore[arg-type]
+            return self._decode(call, call.tiles, component, inputs, evaluate)
         try:
             return evaluate(inputs)
         except Exception as error:
@@ -76,3 +71,25 @@ class Calls:
             logger.warning("memory ran out in %s: trying again without other engines in memory", component)
             self._engines.free_others(component)
             return evaluate(inputs)
+
+    def _decode(
+        self, call: ProgramCall, tiles: Tiling, component: str, inputs: dict[str, Array],
+        evaluate: Callable[[dict[str, Array]], dict[str, Array]],
+    ) -> dict[str, Any]:  # fmt: skip
+        """As evaluate(inputs), tile by tile; with the statistics of the whole, where it takes such."""
+        (output,), statistics = call.outputs, tiles.statistics
+        besides = dict[str, Array]()
+        if statistics:
+            besides[statistics.input] = np.zeros(statistics.size, np.float32)
+
+        def decode(tile: Any) -> Any:
+            return evaluate({**inputs, **besides, tiles.input: tile})[output]
+
+        def measure(small: Any) -> None:
+            assert statistics
+            whole = {statistics.input: np.zeros(statistics.size, np.float32)}
+            besides[statistics.input] = evaluate({**inputs, **whole, tiles.input: small})[statistics.output]
+
+        latent: Any = inputs[tiles.input]
+        free = partial(self._engines.free_others, component)
+        return {output: decode_frugally(decode, latent, tiles, free, measure if statistics else None)}

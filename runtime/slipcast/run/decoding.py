@@ -13,8 +13,9 @@ logger = logging.getLogger("slipcast")
 
 
 def decode_frugally(
-    decode: Callable[[Floats], Floats], latent: Floats, tiling: Tiling, free: Callable[[], None]
-) -> Floats:
+    decode: Callable[[Floats], Floats], latent: Floats, tiling: Tiling, free: Callable[[], None],
+    measure: Callable[[Floats], None] | None = None,
+) -> Floats:  # fmt: skip
     """As decode_tiled; where memory runs out, again after `free()`, then in smaller tiles.
 
     Colours of what is tiled differ slightly: see decode_tiled. Where no tile is small enough, the last error is raised.
@@ -32,7 +33,7 @@ def decode_frugally(
         elif number:
             logger.warning("memory ran out while decoding: trying again in tiles of %d latent cells", attempt.tile)
         try:
-            return decode_tiled(decode, latent, attempt)
+            return decode_tiled(decode, latent, attempt, measure)
         except Exception as error:
             if not out_of_memory(error) or number == len(attempts) - 1:
                 raise

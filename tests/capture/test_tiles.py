@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +175,48 @@ def test_tiles_of_a_bundle_are_those_of_the_pipeline(
                 found = usual(torch.from_numpy(tile), *args, **kwargs)[0]
                 return (found if apart else found.clamp(-1, 1)).numpy()
 
-            found = torch.from_numpy(decode_tiled(one, latent.numpy(), _of_the_vae(tiling, latent)))
+            norms = Norms(pipe.vae)
+            measure = norms.measure(one) if norms.modules else None
+            found = torch.from_numpy(decode_tiled(one, latent.numpy(), _of_the_vae(tiling, latent), measure))
+            norms.forget()
             return (found,) if kwargs.get("return_dict") is False else DecoderOutput(found)
 
         monkeypatch.setattr(pipe.vae, "decode", decode)
+        assert bool(tiling.statistics) == bool(Norms(pipe.vae).modules)
         assert compare(loaded, pipe, name, PROMPT, 7, **big)["psnr"] >= 60 > whole
+
+
+class Norms:
+    """The group norms of a decoder, in torch, with the statistics of a measured input."""
+
+    def __init__(self, vae: Any) -> None:
+        self.modules = [each for each in vae.decoder.modules() if isinstance(each, torch.nn.GroupNorm)]
+        self._known: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def measure(self, decode: Any) -> Any:
+        def record(norm: Any, given: Any) -> None:
+            groups = given[0].reshape(len(given[0]), norm.num_groups, -1)
+            deviation = (groups.var(-1, unbiased=False) + norm.eps).sqrt()
+            self._known[norm] = groups.mean(-1)[..., None], deviation[..., None]
+
+        def measure(small: Any) -> None:
+            hooks = [norm.register_forward_pre_hook(record) for norm in self.modules]
+            decode(small)
+            for hook, norm in zip(hooks, self.modules, strict=True):
+                hook.remove()
+                norm.forward = functools.partial(self._normalise, norm)
+
+        return measure
+
+    def _normalise(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        mean, deviation = self._known[norm]
+        groups = (x.reshape(len(x), norm.num_groups, -1) - mean) / deviation
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        return groups.reshape(x.shape) * norm.weight.reshape(shape) + norm.bias.reshape(shape)
+
+    def forget(self) -> None:
+        for norm in self.modules:
+            vars(norm).pop("forward", None)
 
 
 def _of_the_vae(tiling: Tiling, latent: torch.Tensor) -> Tiling:

@@ -85,6 +85,35 @@ def test_where_memory_runs_out_tiles_are_smaller(
     assert decoded(engines)[:3] == sizes and set(decoded(engines)[2:]) == {(2, 2)}
 
 
+def with_statistics(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same, with a decoder that takes its mean from its input, or is given it."""
+    decoder = changes["components"]["decoder"]
+    decoder["inputs"].append(spec("mean", 1))
+    decoder["outputs"].append(spec("taken", 1))
+    changes["program"]["calls"][-1]["tiles"]["statistics"] = {"input": "mean", "output": "taken", "size": 1}
+    return changes
+
+
+def test_all_tiles_take_the_statistics_of_the_whole(tmp_path: Path, engines: Fakes) -> None:
+    """They are those of the latent made as small as a tile; where it is one, its own."""
+
+    def decode(arrays: Any) -> Any:
+        mean = arrays["mean"] if arrays["mean"].any() else arrays["latent"].mean(keepdims=True).reshape(1)
+        return programs.decode({"latent": arrays["latent"] - mean}) | {"taken": mean}
+
+    engines.functions["decoder"] = decode
+    draw(write_program(tmp_path / "whole", **with_statistics(tiled(8, 2, 2))))
+    (whole,) = [given for name, given in engines.calls if name == "decoder"]
+    assert not whole.mean.any()
+    engines.calls.clear()
+    draw(write_program(tmp_path / "tiled", **with_statistics(tiled(4, 0, 2))))
+    first, *tiles = [given for name, given in engines.calls if name == "decoder"]
+    assert not first.mean.any() and len(tiles) == 4
+    np.testing.assert_array_equal(first.latent, whole.latent[:, :, ::2, ::2])
+    for tile in tiles:
+        np.testing.assert_allclose(tile.mean, first.latent.mean(), rtol=1e-5)
+
+
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "not required": (lambda m: m.update(requires=["program"]), "requires has to name program and tiled_decode"),
     "input": (lambda m: tiles_of(m).update(input="picture"), "'picture' has to be a value"),
@@ -94,6 +123,14 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one axis twice": (lambda m: tiles_of(m)["axes"][1].update(output=2), "one dimension of the output"),
     "no such axis": (lambda m: tiles_of(m)["axes"][0].update(input=4), "latent has 4 dimensions"),
     "no such output": (lambda m: tiles_of(m)["axes"][0].update(output=5), "has 4 dimensions, and tiles one more"),
+    "statistics of another size": (
+        lambda m: tiles_of(m).update(statistics={"input": "mean", "output": "taken", "size": 2}),
+        "decoder has no 'mean' of 2 numbers",
+    ),
+    "statistics of the latent": (
+        lambda m: tiles_of(m).update(statistics={"input": "latent", "output": "image", "size": 2}),
+        "'latent' is what is cut into tiles",
+    ),
     "factor": (lambda m: tiles_of(m)["axes"][0].update(factor=0), "greater than or equal to 1"),
 }
 

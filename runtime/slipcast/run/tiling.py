@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from slipcast.bundle.tiles import Tiling
 from slipcast.errors import ArtifactError
 
 Floats = npt.NDArray[np.float32]
+MULTIPLE = 8  # cells: decoders that make a latent smaller before they make it larger take no odd sizes
 
 
 def decode_tiled(
@@ -20,29 +22,30 @@ def decode_tiled(
 ) -> Floats:
     """Decode float32, such as [1, c, h, w] to [1, k, h * factor, w * factor].
 
-    Neighbouring tiles overlap and are blended with linear ramps, as diffusers' tiled decode does. All
-    tiles have one shape. A latent that fits into one tile is decoded whole and exactly; in a tiled one the decoder's
-    normalisation and attention see a tile instead of the whole, so colours differ slightly. `measure`: is
-    given the latent as small as a tile, before those.
+    Neighbouring tiles overlap and are blended with linear ramps, as diffusers' tiled decode does. All tiles have one
+    shape, and are no larger than as many have to be. A latent that fits into one tile is decoded whole and exactly; in
+    a tiled one the decoder's normalisation and attention see a tile instead of the whole, so colours differ slightly.
+    `measure`: is given the latent as small as a tile, before those.
     """
-    tile, overlap, axes = tiling.tile, tiling.overlap, tiling.axes
-    sizes = [latent.shape[axis.input] for axis in axes]
-    if all(size <= tile for size in sizes):
+    axes, sizes = tiling.axes, [latent.shape[axis.input] for axis in tiling.axes]
+    if all(size <= tiling.tile for size in sizes):
         return decode(latent)
+    tiles = [_even(tiling, size) for size in sizes]
     if measure:
-        measure(_shrink(latent, tiling))
+        measure(_shrink(latent, tiling, tiles))
     total = weights = np.zeros(0, np.float32)
-    for starts in product(*(_starts(size, tile, overlap) for size in sizes)):
+    places = [_starts(size, tile, _count(tiling, size)) for size, tile in zip(sizes, tiles, strict=True)]
+    for starts in product(*places):
         cells: list[Any] = [np.s_[:]] * latent.ndim
-        for axis, start in zip(axes, starts, strict=True):
+        for axis, start, tile in zip(axes, starts, tiles, strict=True):
             cells[axis.input] = slice(start, start + tile)
         piece = decode(np.ascontiguousarray(latent[tuple(cells)]))
-        _check_size(piece, latent, tiling)
+        _check_size(piece, tiling, tiles)
         window = np.ones([1] * piece.ndim, np.float32)
         area: list[Any] = [np.s_[:]] * piece.ndim
-        for axis, start, size in zip(axes, starts, sizes, strict=True):
+        for axis, start, tile, size in zip(axes, starts, tiles, sizes, strict=True):
             shape = [-1 if dim == axis.output else 1 for dim in range(piece.ndim)]
-            window = window * _ramp(start, tile, size, overlap, axis.factor).reshape(shape)
+            window = window * _ramp(start, tile, size, tiling.overlap, axis.factor).reshape(shape)
             area[axis.output] = slice(start * axis.factor, start * axis.factor + piece.shape[axis.output])
         if not total.size:
             whole = {axis.output: size * axis.factor for axis, size in zip(axes, sizes, strict=True)}
@@ -54,37 +57,46 @@ def decode_tiled(
     return picture
 
 
-def _shrink(latent: Floats, tiling: Tiling) -> Floats:
+def count_tiles(tiling: Tiling, shape: tuple[int, ...]) -> int:
+    """How many tiles an input of this shape is."""
+    return math.prod(_count(tiling, shape[axis.input]) for axis in tiling.axes)
+
+
+def _count(tiling: Tiling, size: int) -> int:
+    """How many along an axis."""
+    return 1 if size <= tiling.tile else -(-(size - tiling.overlap) // (tiling.tile - tiling.overlap))
+
+
+def _even(tiling: Tiling, size: int) -> int:
+    """The side of tiles along an axis: where an engine takes any, the least that as many cover it with."""
+    if size <= tiling.tile or tiling.smallest == tiling.tile:
+        return min(size, tiling.tile)
+    count = _count(tiling, size)
+    least = -(-(size + (count - 1) * tiling.overlap) // count)
+    return min(tiling.tile, -(-least // MULTIPLE) * MULTIPLE)
+
+
+def _starts(size: int, tile: int, count: int) -> list[int]:
+    """First cells of so many tiles along one axis, at equal distances; the last one ends where the latent does."""
+    return [place * (size - tile) // max(1, count - 1) for place in range(count)]
+
+
+def _shrink(latent: Floats, tiling: Tiling, tiles: Sequence[int]) -> Floats:
     """Some of its cells, at equal distances, so that their distribution is that of all."""
-    for axis in tiling.axes:
-        size = latent.shape[axis.input]
-        kept = min(tiling.tile, size)
-        latent = latent.take(np.arange(kept) * size // kept, axis.input)
+    for axis, tile in zip(tiling.axes, tiles, strict=True):
+        latent = latent.take(np.arange(tile) * latent.shape[axis.input] // tile, axis.input)
     return np.ascontiguousarray(latent)
 
 
-def _check_size(piece: Floats, latent: Floats, tiling: Tiling) -> None:
+def _check_size(piece: Floats, tiling: Tiling, tiles: Sequence[int]) -> None:
     """ArtifactError where a tile is not as large as the manifest says."""
-    for axis in tiling.axes:
-        size = min(tiling.tile, latent.shape[axis.input])
+    for axis, tile in zip(tiling.axes, tiles, strict=True):
         found = piece.shape[axis.output] if axis.output < piece.ndim else 0
-        if found != size * axis.factor:
+        if found != tile * axis.factor:
             raise ArtifactError(
-                f"the decoder gives {found} cells for {size}, where tiles say {size * axis.factor}",
+                f"the decoder gives {found} cells for {tile}, where tiles say {tile * axis.factor}",
                 hint="the engine is not of this manifest: compile the bundle again",
             )
-
-
-def count_tiles(tiling: Tiling, shape: tuple[int, ...]) -> int:
-    """How many tiles an input of this shape is."""
-    return len(list(product(*(_starts(shape[axis.input], tiling.tile, tiling.overlap) for axis in tiling.axes))))
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """First cells of the tiles along one axis; the last tile ends where the latent does."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, tile - overlap), size - tile]
 
 
 def _ramp(start: int, tile: int, size: int, overlap: int, factor: int) -> Floats:

@@ -92,7 +92,7 @@ class FamilyTable(Strict):
 
 class DecodeTable(Strict):
     """Tiled decode: latents larger than the tile are decoded in overlapping tiles. In latent cells. Of a captured
-    pipeline only where this table is, if an empty one; else its latents are decoded whole."""
+    pipeline only where this table is there, if an empty one; else its latents are decoded whole."""
 
     # the side of a tile
     tile: Annotated[int, Field(ge=4, le=16_384)] = 64

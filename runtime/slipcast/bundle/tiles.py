@@ -13,7 +13,8 @@ SMALLEST_TILE = 8  # cells: below, pictures suffer more from tiling than memory 
 
 
 class TiledAxis(Strict):
-    """A dimension of the input, and that of the output which has `factor` times as many cells."""
+    """A side of tiles. `input`: the dimension of the input; `output`: that of the output; `factor`: how many cells that
+    has for each of the input."""
 
     input: Count
     output: Count
@@ -21,8 +22,8 @@ class TiledAxis(Strict):
 
 
 class Statistics(Strict):
-    """What norms take of the whole: float32 [size], which an engine gives as `output` and is given as `input`, or zeros
-    where it is to take its own."""
+    """What norms take of the whole, in float32 [size]. `input`: by which an engine is given it, or zeros where it is to
+    take its own; `output`: by which it gives what it took; `size`: how many numbers."""
 
     input: Name
     output: Name
@@ -30,10 +31,11 @@ class Statistics(Strict):
 
 
 class Tiling(Strict):
-    """A call that is evaluated in overlapping tiles where its input, of this name, is larger than `tile` along one of
-    the `axes`; all else that it takes is the same for each tile. `tile`, `overlap`: in cells of the input. `smallest`:
-    the smallest tile that its engine takes, of those that are tried where memory runs out. `statistics`: that all tiles
-    have in common: those of an input that was made as small as a tile."""
+    """A call that is evaluated in overlapping tiles, where its input is larger than one; all else that it takes is the
+    same for each tile. `input`: what is cut into tiles; `axes`: along these dimensions; `tile`: their largest side, in
+    cells of the input; `overlap`: what neighbours share at least, in the same. `smallest`: the smallest tile that its
+    engine takes, of those that are tried where memory runs out. `statistics`: that all tiles have in common: of the
+    input, made as small as a tile."""
 
     input: Name
     axes: Annotated[tuple[TiledAxis, ...], Field(min_length=1)]

@@ -94,6 +94,9 @@ def _rewrite(graph: ir.Graph, node: ir.Node, given: ir.Value, at: int, count: in
     taken = [_add(graph, "Reshape", [value, flat], [count], before=node) for value in (mean, deviation)]
     node.outputs[0].replace_all_uses_with(found, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+    for value in (scale, shift):
+        if not value.uses():
+            graph.initializers.pop(str(value.name), None)
     return taken
 
 

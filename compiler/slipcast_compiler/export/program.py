@@ -256,11 +256,18 @@ def _trace(part: Part, components: Mapping[str, nn.Module]) -> tuple[ir.Model, n
         raise RecipeError(
             f"{part.name} cannot be exported",
             expected="a graph of operators that ONNX has",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
+            got=_first_cause(error),
             hint="`slipcast --debug compile ...` shows where; the pipeline's code or a newer torch may avoid it",
         ) from error
     assert exported is not None
     return exported.model, module
+
+
+def _first_cause(error: BaseException) -> str:
+    """What torch's exporter stopped at, below what it says of its own steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
 
 
 def _share(name: str, exported: Sequence[str], folder: Path) -> None:

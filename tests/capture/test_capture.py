@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from test_sizes import Mixing
 from tiny import call_of, open_pipeline, unets
 from tiny.parts import unet
 
@@ -270,3 +272,26 @@ def test_what_can_be_no_bundle_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     summary = capture_model(tmp_path, None, [], False)
     assert summary["loop"]["steps"] == 3 and not summary["parts"]
     assert "no bundle can be made of it: the length of a prompt" in render_all(summary)
+
+
+class TwoNames(DiffusionPipeline):  # type: ignore[misc]
+    """Its scheduler is there under two names, as in pipelines of two stages."""
+
+    def __init__(self, denoiser: Mixing, scheduler: DDIMScheduler, prior_scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, prior_scheduler=prior_scheduler)
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int = 2, generator: Any = None) -> dict[str, torch.Tensor]:
+        x = torch.randn(1, 2, 8, 8, generator=generator)
+        self.prior_scheduler.set_timesteps(num_inference_steps)
+        for time in self.scheduler.timesteps:
+            x = self.scheduler.step(self.denoiser(x), time, x).prev_sample
+        return {"x": x}
+
+
+def test_a_component_under_two_names_is_watched_once() -> None:
+    scheduler = DDIMScheduler()
+    pipe = TwoNames(Mixing(), scheduler, scheduler)
+    program = find(pipe, {}).program
+    assert len(program.marks) == 2 and "step" not in vars(scheduler)

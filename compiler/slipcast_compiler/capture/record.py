@@ -201,9 +201,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             stack.enter_context(leaving_watched(self._leaving))
             stack.enter_context(self._on_cpu())
             stack.enter_context(self._modules_opaque())
+            watched = set[int]()  # pipelines of several steps share a scheduler, or a tokenizer
             for name, part in self._pipe.components.items():
-                if part is None or isinstance(part, nn.Module):
+                if part is None or isinstance(part, nn.Module) or id(part) in watched:
                     continue
+                watched.add(id(part))
                 if _is_scheduler(part):
                     stack.enter_context(self._steps_marked(part))
                 elif callable(getattr(part, "decode", None)) or is_processor(name, part):

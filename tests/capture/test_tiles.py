@@ -71,8 +71,11 @@ class Packed(DiffusionPipeline):  # type: ignore[misc]
         for time in self.scheduler.timesteps:
             denoised = self.denoiser(x.view(1, height, width, 2).permute(0, 3, 1, 2))
             x = self.scheduler.step(denoised.permute(0, 2, 3, 1).reshape(x.shape), time, x).prev_sample
-        picture = self.decoder(x.view(1, height, width, 2).permute(0, 3, 1, 2))
-        return {"x": picture.view(1, 3, 2 * height, width, 2).flip(-1).reshape(1, 3, 2 * height, 2 * width)}
+        return {"x": self.finish(self.decoder(x.view(1, height, width, 2).permute(0, 3, 1, 2)))}
+
+    def finish(self, picture: torch.Tensor) -> torch.Tensor:
+        *_, height, width = picture.shape
+        return picture.view(1, 3, height, width // 2, 2).flip(-1).reshape(1, 3, height, width)
 
 
 def packed(decoder: Any = Near) -> Any:
@@ -144,6 +147,55 @@ def test_what_is_no_decoder_of_part_of_a_latent(decoder: Any, got: str) -> None:
     with pytest.raises(RecipeError, match=r"\[decode\] is not for Packed: it cannot be decoded in tiles") as caught:
         find_for(pipe, calls(pipe, (18, 12)), TILE)
     assert got in str(caught.value.got)
+
+
+class Mirrored(Packed):
+    """What it does with the picture of the decoder is to be done with the whole."""
+
+    def finish(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture.flip(-1)
+
+
+class Levelled(Packed):
+    def finish(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture / picture.amax((2, 3), keepdim=True)
+
+
+class Cropped(Packed):
+    def finish(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture[..., :33, :]
+
+
+class InTwo(Packed):
+    """Its decoder is called for each of two images of the latent."""
+
+    def finish(self, picture: torch.Tensor) -> torch.Tensor:
+        return (picture + 1).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[:, 1:]
+
+
+@pytest.mark.parametrize(("kind", "apart"), [(Mirrored, 1), (Levelled, 1), (Cropped, 1), (InTwo, 0)])
+def test_what_is_for_the_whole_is_done_with_it(kind: Any, apart: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipe, cache = kind(Mixing(), Near(), DDIMScheduler()), Cache(tmp_path / "cache")
+    bundle = write(ProgramGraphs(export_here(pipe, "whole", calls(pipe, (18, 12)), cache, TILE)), "w", tmp_path, cache)
+    with slipcast.load(bundle) as loaded:
+        assert ("decoder_after" in loaded.manifest.components) == bool(apart)
+        (result,) = loaded.manifest.program.results
+        found = loaded(seed=3).images[0]
+        assert loaded.manifest.specs(loaded.manifest.program)[result].shape == (1, *found.shape[-3:])
+        wanted = pipe(generator=torch.Generator().manual_seed(3))["x"]
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_tiles_beside_steps_without_guidance() -> None:
+    """Both make values that the program has not; video is decoded in chunks, each of which is cut."""
+    given = {"height": 64, "width": 64, "decode_chunk_size": 1}
+    found = find_tiny("animate_diff", Wanted(unguided=True, tile=8, overlap=2), **given)
+    assert found.loop and found.loop.unguided
+    made = [value for use in found.cut.uses for value in use.outputs]
+    assert len(set(made)) == len(made)
+    assert next(use for use in found.cut.uses if use.tiles).times == 25
 
 
 @pytest.mark.parametrize(

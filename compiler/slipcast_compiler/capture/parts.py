@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import DENOISER
-from slipcast_compiler.capture.program import Call
+from slipcast_compiler.capture.program import Call, Ref
 from slipcast_compiler.capture.summary import count_linear, count_parameters
 
 # When a part of a program runs, by the beginning of its name.
@@ -21,6 +22,7 @@ WHEN = {
     "update": "in the loop",
     "decoder": "once for a picture",
 }
+FLOAT_BYTES = 4
 READS = {"noise": "noise", "image": "pictures", "prompt": "texts"}  # the latest of these binds a value
 
 
@@ -65,12 +67,18 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
 
 def live_bytes(variants: Sequence[Found]) -> tuple[int, int]:
     """How many bytes values take at once beside weights, at the most: in the pipeline itself, and in its parts."""
+
+    def whole(found: Found) -> int:
+        """Of the result that tiles are laid into, and of what is made of it then."""
+        shapes = (found.program.specs[value.id][0] for _, value in found.program.results if isinstance(value, Ref))
+        return sum(2 * FLOAT_BYTES * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+
     in_parts = 0
     for found in variants:
         live = found.program.live
         for part in found.cut.parts:
             own = (live.get(event.module, 0) for event in part.events if isinstance(event, Call))
-            in_parts = max(in_parts, max(own, default=0) if part.live_bytes is None else part.live_bytes)
+            in_parts = max(in_parts, max(own, default=0) if part.live_bytes is None else part.live_bytes + whole(found))
     return max(found.program.live_bytes for found in variants), in_parts
 
 

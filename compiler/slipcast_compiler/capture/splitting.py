@@ -30,8 +30,8 @@ def _name(kind: str, taken: Collection[str]) -> str:
 
 
 def _renamed(use: Use, own: Part) -> Use:
-    """The use of a part of one size, which takes no other tiles."""
-    tiles = use.tiles and use.tiles.model_copy(update={"smallest": use.tiles.tile})
+    """The use of a part of one size, which takes no other tiles, and none where it is of the whole."""
+    tiles = use.tiles.model_copy(update={"smallest": use.tiles.tile}) if use.tiles and use.times > 1 else None
     return replace(use, part=own.name, tiles=tiles)
 
 

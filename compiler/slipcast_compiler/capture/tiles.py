@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from slipcast.bundle.tiles import SMALLEST_TILE, TiledAxis, Tiling
 from slipcast.errors import RecipeError
@@ -39,6 +40,10 @@ from slipcast_compiler.capture.program import (
 from slipcast_compiler.capture.replay import find_module
 from slipcast_compiler.capture.shapes import META, ShapeRunner
 
+# Operators that take some of a dimension, or join what was taken, and those that change where dimensions are.
+TAKEN = ("_to_copy", "alias", "cat", "clone", "select", "slice", "split", "stack")
+TAKING = frozenset(f"aten::{name}" for name in TAKEN)
+MOVING = TAKING | {f"aten::{name}" for name in ("permute", "squeeze", "t", "transpose", "unbind", "unsqueeze")}
 DECODER, NAMES = "decoder", ("height", "width")  # the last two dimensions of a latent
 Components = Mapping[str, nn.Module]
 Sizes = Mapping[int, int]  # by dimension
@@ -71,6 +76,8 @@ def in_tiles(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any, tile: 
 
 def _last(program: Program, cut: Cut) -> Part:
     """The last part; RecipeError where that is no decoder."""
+    if not cut.uses:
+        raise _refused(program, "a module that makes the result of the last latent", "none after the loop")
     part = next(part for part in cut.parts if part.name == cut.uses[-1].part)
     if kind_of(part.name) != DECODER or not any(isinstance(event, Call) for event in part.events):
         raise _refused(program, "a module that makes the result of the last latent", f"none in {part.name}")
@@ -90,13 +97,65 @@ def _divide(whole: Part, users: Sequence[Program], components: Components, tile:
     """The part of these programs, in tiles, and as little else as can be; None where no latent is larger."""
     part = whole.apart[0][1] if whole.apart else whole
     own = [next((own for program, own in whole.apart if program is user), part) for user in users]
-    calls = [place for place, event in enumerate(part.events) if isinstance(event, Call)]
-    begins, ends = (0, calls[0]), (len(part.events), calls[-1] + 1)
+    begins, ends = _begins(part), _ends(part)
     *places, (begin, end) = dict.fromkeys((begin, end) for end in ends for begin in begins)
     for place in places:
         with contextlib.suppress(RecipeError):
             return _divide_at(*place, part, own, users, components, tile)
     return _divide_at(begin, end, part, own, users, components, tile)
+
+
+def _begins(part: Part) -> list[int]:
+    """Where the tiled part may begin: as early, and as late, as what lies between that and the first module sees no
+    cell's neighbours, and one value is read from there on."""
+    first = _calls(part)[0]
+    found = [
+        place
+        for place in range(first + 1)
+        if all(_sees_one_cell(event, TAKING) for event in part.events[place:first]) and len(_latents(part, place)) == 1
+    ]
+    if not found:
+        raise _refused(part.program, "a decoder of one latent", f"one of {len(_latents(part, first))}")
+    return list(dict.fromkeys((found[0], found[-1])))
+
+
+def _ends(part: Part) -> list[int]:
+    """Where it may end: likewise, the latest first."""
+    last, count = _calls(part)[-1] + 1, len(part.events)
+    found = [
+        place
+        for place in range(last, count + 1)
+        if all(_sees_one_cell(event, MOVING) for event in part.events[last:place]) and len(_given(part, place)) == 1
+    ]
+    if not found:
+        raise _refused(part.program, "a decoder with one result", f"one with {len(_given(part, last))}")
+    return list(dict.fromkeys((found[-1], found[0])))
+
+
+def _calls(part: Part) -> list[int]:
+    return [place for place, event in enumerate(part.events) if isinstance(event, Call)]
+
+
+def _latents(part: Part, begin: int) -> frozenset[int]:
+    """What events from there on read that follows noise, and they do not make."""
+    made = {value for event in part.events[begin:] for value in outputs_of(event)}
+    read = {ref.id for event in part.events[begin:] for ref in refs((event.args, event.kwargs))} - made
+    return frozenset(value for value in read if "noise" in part.program.binding[value])
+
+
+def _given(part: Part, end: int) -> frozenset[int]:
+    """What events before make that is read from there on, or is the result."""
+    made = {value for event in part.events[:end] for value in outputs_of(event)}
+    later = {ref.id for event in part.events[end:] for ref in refs((event.args, event.kwargs))}
+    return frozenset(made.intersection({*later, *part.outputs}))
+
+
+def _sees_one_cell(event: Op | Call, besides: frozenset[str]) -> bool:
+    """Whether an operator does the same to each number, or is one of those `besides`: of others, such as one that turns
+    a picture, shapes do not tell that they are for the whole."""
+    if isinstance(event, Call):
+        return False
+    return torch.Tag.pointwise in getattr(event.function, "tags", ()) or event.function._schema.name in besides
 
 
 def _divide_at(
@@ -107,31 +166,47 @@ def _divide_at(
     program = part.program
     tiled = _between(part.name, part, begin, end)
     assert tiled
-    latents = [value for value in tiled.inputs if "noise" in program.binding[value]]
-    if len(latents) != 1 or len(tiled.outputs) != 1:
-        raise _refused(program, "a decoder of one latent", f"one of {len(latents)}, with {len(tiled.outputs)} results")
-    shapes = [_shape_of(latents[0], part, each) for each in own]
+    (latent,) = _latents(part, begin) & {*tiled.inputs}
+    shapes = [_shape_of(latent, part, each) for each in own]
     if any(len(shape) < 4 for shape in shapes):
         raise _refused(program, "a latent with height and width", f"one of {list(shapes[0])}")
     dims = range(len(shapes[0]) - 2, len(shapes[0]))
     if all(shape[dim] <= tile for shape in shapes for dim in dims):
         return None
+    if any(isinstance(event, Call) and event.inside for event in tiled.events):
+        raise _refused(program, "modules that do what their own code says", "one that was changed, or follows a text")
+    numbers = [_integers(each.events[begin:end]) for each in own]
+    if any(each != numbers[0] for each in numbers):
+        raise _refused(program, "a decoder that is the same for all that is listed", "numbers that follow its size")
     sizes = {dim: [shape[dim] for shape in shapes] for dim in dims}
     free = {
         dim: [min(size, tile) for size in each] for dim, each in sizes.items() if max(each) > tile or len(set(each)) > 1
     }
     low = {dim: min(SMALLEST_TILE, *each) for dim, each in free.items()}
     high = {dim: max(each) for dim, each in free.items()}
-    axes, live_bytes = _follow(tiled, latents[0], components, low, high)
+    axes, usual, live_bytes = _follow(tiled, latent, components, low, high)
+    for each, shape in zip(own, shapes, strict=True):
+        followed = {axis.output: axis.factor * shape[axis.input] for axis in axes}
+        wanted = tuple(followed.get(dim, size) for dim, size in enumerate(usual))
+        if (found := _shape_of(tiled.outputs[0], part, each)) != wanted:
+            raise _refused(program, f"a result of {list(wanted)}, as tiles would make", f"{list(found)}")
     tiles = [{dim: free[dim][at] for dim in free} for at in range(len(users))]
-    made = _of_any_size(replace(tiled, live_bytes=live_bytes), latents[0], axes, low, high, users, tiles)
+    events = tuple(replace(each, recorded=None) if isinstance(each, Call) else each for each in tiled.events)
+    made = replace(tiled, events=events, live_bytes=live_bytes)
+    made = _of_any_size(made, latent, axes, low, high, users, tiles)
     besides = dict[int, tuple[Part | None, Part | None]]()
     for each in own:
         number = f"_{len(besides) + 1}" if besides else ""
         before = _between(f"{part.name}_before{number}", each, 0, begin)
         after = _between(f"{part.name}_after{number}", each, end, len(each.events))
         besides.setdefault(id(each), (before, after))
-    return _Decoder(made, latents[0], axes, tuple(besides[id(each)] for each in own))
+    return _Decoder(made, latent, axes, tuple(besides[id(each)] for each in own))
+
+
+def _integers(events: Sequence[Op | Call]) -> list[int]:
+    """Among their arguments."""
+    leaves_of = [leaf for event in events for leaf in tree_leaves((event.args, dict(event.kwargs)))]
+    return [leaf for leaf in leaves_of if isinstance(leaf, int)]
 
 
 def _between(name: str, part: Part, begin: int, end: int) -> Part | None:
@@ -154,22 +229,22 @@ def _values(part: Part) -> list[int]:
 
 def _follow(
     part: Part, latent: int, components: Components, low: Sizes, high: Sizes
-) -> tuple[tuple[TiledAxis, ...], int]:
-    """How its output follows the latent, between these sizes of it, and how many bytes its values take at once for the
-    larger; RecipeError where it does not."""
+) -> tuple[tuple[TiledAxis, ...], Shape, int]:
+    """How its output follows the latent, between these sizes of it; and for the larger its shape, and how many bytes
+    its values take at once. RecipeError where it does not."""
     usual, live_bytes = _run(part, latent, components, high)
     axes = []
     for dim, size in high.items():
-        less = low[dim] if low[dim] < size else size // 2
-        shape, _ = _run(part, latent, components, {**high, dim: less})
-        differing = [at for at, (one, other) in enumerate(zip(shape, usual, strict=False)) if one != other]
+        other = low[dim] if low[dim] < size else 2 * size
+        shape, _ = _run(part, latent, components, {**high, dim: other})
+        differing = [at for at, (one, two) in enumerate(zip(shape, usual, strict=False)) if one != two]
         if len(shape) != len(usual) or len(differing) != 1:
             raise _refused(part.program, "a result whose height and width follow the latent's", f"{list(shape)}")
         factor, rest = divmod(usual[differing[0]], size)
-        if rest or shape[differing[0]] != factor * less:
+        if rest or shape[differing[0]] != factor * other:
             raise _refused(part.program, "a whole number of pixels for each cell of the latent", f"{list(shape)}")
         axes.append(TiledAxis(input=dim, output=differing[0], factor=factor))
-    return tuple(axes), live_bytes
+    return tuple(axes), usual, live_bytes
 
 
 def _run(part: Part, latent: int, components: Components, sizes: Sizes) -> tuple[Shape, int]:
@@ -187,10 +262,10 @@ def _run(part: Part, latent: int, components: Components, sizes: Sizes) -> tuple
         args, kwargs = rebuild((event.args, event.kwargs), given)
         try:
             found = _run_event(event, args, kwargs, runner, components)
+            known.update(zip(outputs_of(event), found, strict=True))
         except Exception as error:  # of the pipeline's code, or of torch
             got = f"at {event.where}: {error}".splitlines()[0]
             raise _refused(part.program, "a decoder that can be given part of a latent", got) from error
-        known.update(zip(outputs_of(event), found, strict=True))
     return tuple(known[part.outputs[0]].shape), runner.live.peak
 
 
@@ -252,13 +327,14 @@ def _with(
     part = whole.apart[0][1] if whole.apart else whole
     own = next((own for user, own in whole.apart if user is program), part)
     tiled, (before, after) = decoder.tiled, besides
-    smallest = tile if len(tiled.lengths) < len(decoder.axes) else min(each.minimum for each in tiled.lengths)
+    smallest = tile if len(tiled.lengths) < len(decoder.axes) else max(each.minimum for each in tiled.lengths)
     given = f"in_{tiled.inputs.index(decoder.latent)}"
     tiling = Tiling(input=given, axes=decoder.axes, tile=tile, overlap=overlap, smallest=smallest)
     times = count_tiles(tiling, _shape_of(decoder.latent, part, own))
     known = dict(zip(own.inputs, use.inputs, strict=False)) | dict(zip(own.outputs, use.outputs, strict=True))
     numbers = dict(zip(_values(part), _values(own), strict=True))  # of the tiled part's values, those of its own
-    new, parts, uses = count(max(program.specs) + 1), list[Part](), list[Use]()
+    taken_values = (*program.specs, *program.memory, *(value for each in cut.uses for value in each.outputs))
+    new, parts, uses = count(max(taken_values) + 1), list[Part](), list[Use]()
     for each in (before, tiled, after):
         if each:
             inputs, outputs = each.inputs, each.outputs

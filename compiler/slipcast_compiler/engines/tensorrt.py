@@ -25,6 +25,7 @@ from typing import Any
 
 from slipcast.bundle.manifest import Built, Component, EngineFiles, ImageGeometry
 from slipcast.bundle.program import Program
+from slipcast.bundle.tiles import SMALLEST_TILE
 from slipcast.engines import ENGINES, cuda
 from slipcast.errors import HostError, ResourceError, SlipcastError
 from slipcast.progress import Advance
@@ -37,7 +38,6 @@ logger = logging.getLogger("slipcast")
 
 LIBRARIES = ("tensorrt-rtx", "tensorrt")  # the targets that are built here
 MAX_IMAGES = 4  # that one call can ask for, where the recipe does not say
-SMALLEST_TILE = 8  # latent cells
 SHOWN_LINES = 8
 # How the library's log names what it is working on: a node of the graph, or layers that it fused.
 _LAYER = re.compile(r"Parsing node: (.+)|Node name: (.+)|(\{ForeignNode\[.*?\]\})")

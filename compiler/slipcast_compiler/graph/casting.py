@@ -29,8 +29,9 @@ def cast_graph(source: Path, precision: str, target: Path, fp32: Collection[str]
 
     Nodes named in `fp32` stay so, with their weights, unless they are quantised. What is quantised stays so: scales
     remain fp32, and what is dequantised comes out in the half precision. Norms and softmax keep accumulating in fp32,
-    which is in the operators' own definition. A weight that the precision cannot hold becomes infinite: what that does
-    is for mixed_precision.py to measure (a mask that is the least number of all may be so without harm).
+    which is in the operators' own definition, but for norms that norms.py has spelled out. A weight that the precision
+    cannot hold becomes infinite: what that does is for mixed_precision.py to measure (a mask that is the least number
+    of all may be so without harm).
     """
     model = anchor(_load(source), source.parent)
     _Caster(model.graph, DTYPES[precision], precision, fp32).run()

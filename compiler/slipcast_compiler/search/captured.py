@@ -6,7 +6,7 @@ The graphs are those that its compile would make, from the same cache: what is c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Captured:
     def decides(self) -> dict[str, Any]:
         """See Subject."""
         family = self.plan.family
-        found = {"family": family and family.hash, "original": self.plan.precision}
+        found = {"family": family and family.hash, "original": self.plan.precision, "wanted": asdict(self.plan.wanted)}
         return {**self.plan.given(self.source), **found}
 
     def profile(self, overrides: Overrides, cache: Cache, stages: Stages) -> None:

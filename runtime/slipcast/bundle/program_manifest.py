@@ -14,6 +14,7 @@ from slipcast.bundle.names import ComponentName, Name
 from slipcast.bundle.program import PROGRAM, TILED, Loop, Program, ProgramCall, Variant
 from slipcast.bundle.records import BaseGuard, BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
+from slipcast.bundle.tiles import Tiling
 from slipcast.bundle.validation import Strict
 
 NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
@@ -172,8 +173,10 @@ class ProgramManifest(BaseManifest):
             known |= {value: (outputs[name].dtype, outputs[name].shape) for name, value in call.outputs.items()}
             if call.tiles:
                 ((value, (dtype, shape)),) = ((value, known[value]) for value in call.outputs.values())
-                axes = [axis.output for axis in call.tiles.axes]
-                known[value] = dtype, _of_a_tile(f"{where}: {value}", shape, axes)
+                _of_a_tile(f"{where}: {value}", shape, [axis.output for axis in call.tiles.axes])
+                if dtype != "float32":
+                    raise ValueError(f"{where}: tiles are of float32, and {value!r} is {dtype}")
+                known[value] = dtype, _joined(shape, known[call.inputs[call.tiles.input]][1], call.tiles)
             if loop and loop.output in call.outputs.values():
                 _check_loop(f"{name}.loop", known, loop)
         for value in variant.results:
@@ -202,9 +205,17 @@ class ProgramManifest(BaseManifest):
     def specs(self, variant: Variant) -> dict[str, TensorSpec]:
         """By value that a call of a variant makes, what it is."""
         found: dict[str, TensorSpec] = {}
+        shapes = {source.value: source.shape for source in variant.sources}
         for call in variant.every_call:
             outputs = {spec.name: spec for spec in self.components[call.component].outputs}
-            found |= {value: outputs[name] for name, value in call.outputs.items()}
+            for name, value in call.outputs.items():
+                spec = outputs[name]
+                if call.tiles:
+                    given = shapes.get(call.inputs[call.tiles.input], ())
+                    spec = spec.model_copy(update={"shape": _joined(spec.shape, given, call.tiles)})
+                found[value], shapes[value] = spec, spec.shape
+                if variant.loop and value == variant.loop.output:
+                    shapes[variant.loop.result] = spec.shape
         if variant.loop:
             found[variant.loop.result] = found[variant.loop.output]
         return found
@@ -272,6 +283,15 @@ def _of_a_tile(where: str, shape: Shape, axes: Sequence[int]) -> Shape:
     if len(shape) <= max(axes):
         raise ValueError(f"{where} has {len(shape)} dimensions, and tiles one more")
     return tuple("tile" if dim in axes else size for dim, size in enumerate(shape))
+
+
+def _joined(shape: Shape, given: Shape, tiles: Tiling) -> Shape:
+    """The shape of a tile's result as it is of all, of an input of the shape `given`; with any size, where that is."""
+    found = list(shape)
+    for axis in tiles.axes:
+        size = given[axis.input] if axis.input < len(given) else "tiles"
+        found[axis.output] = size * axis.factor if isinstance(size, int) else "tiles"
+    return tuple(found)
 
 
 def _check_result(where: str, value: str, found: tuple[str, Shape], output: str) -> None:

@@ -10,6 +10,7 @@ from slipcast.bundle.names import Count, Name, Positive
 from slipcast.bundle.validation import Strict
 
 SMALLEST_TILE = 8  # cells: below, pictures suffer more from tiling than memory gains
+MULTIPLE = 8  # cells: decoders that make a latent smaller before they make it larger take no odd sizes
 
 
 class TiledAxis(Strict):
@@ -27,7 +28,7 @@ class Statistics(Strict):
 
     input: Name
     output: Name
-    size: Positive
+    size: Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class Tiling(Strict):

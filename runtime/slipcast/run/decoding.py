@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from slipcast.bundle.tiles import Tiling
+from slipcast.bundle.tiles import MULTIPLE, Tiling
 from slipcast.engines.resources import out_of_memory
 from slipcast.run.tiling import Floats, decode_tiled
 
@@ -23,6 +23,7 @@ def decode_frugally(
     attempts = [tiling] * 2
     size = min(tiling.tile, *(latent.shape[axis.input] for axis in tiling.axes)) // 2
     while size >= tiling.smallest:
+        size -= size % MULTIPLE if size > MULTIPLE else 0
         smaller = {"tile": size, "overlap": min(tiling.overlap, size // 4)}
         attempts.append(tiling.model_copy(update=smaller))
         size //= 2

@@ -1,4 +1,4 @@
-"""Evaluate a call on what is larger than its tile, tile by tile, so that memory depends on the tile alone."""
+"""Evaluate a call on what is larger than its tile, tile by tile: besides one picture, memory depends on the tile."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from slipcast.bundle.tiles import Tiling
+from slipcast.bundle.tiles import MULTIPLE, Tiling
 from slipcast.errors import ArtifactError
 
 Floats = npt.NDArray[np.float32]
-MULTIPLE = 8  # cells: decoders that make a latent smaller before they make it larger take no odd sizes
 
 
 def decode_tiled(
@@ -73,7 +72,7 @@ def _even(tiling: Tiling, size: int) -> int:
         return min(size, tiling.tile)
     count = _count(tiling, size)
     least = -(-(size + (count - 1) * tiling.overlap) // count)
-    return min(tiling.tile, -(-least // MULTIPLE) * MULTIPLE)
+    return min(tiling.tile, max(tiling.smallest, -(-least // MULTIPLE) * MULTIPLE))
 
 
 def _starts(size: int, tile: int, count: int) -> list[int]:
@@ -101,7 +100,7 @@ def _check_size(piece: Floats, tiling: Tiling, tiles: Sequence[int]) -> None:
 
 def _ramp(start: int, tile: int, size: int, overlap: int, factor: int) -> Floats:
     """Weights of a tile's pixels along one axis: rising and falling over the overlap, but not at the picture's edge."""
-    length = min(tile, size) * factor
+    length = tile * factor
     rise = (np.arange(overlap * factor, dtype=np.float32) + 0.5) / max(1, overlap * factor)
     weights = np.ones(length, np.float32)
     if overlap and start > 0:

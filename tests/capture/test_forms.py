@@ -54,6 +54,16 @@ class Chosen(torch.nn.Module):
         return torch.where(row, high, ~row).masked_fill(x > 1.9, False) * x
 
 
+class Nearest(torch.nn.Module):
+    """As a pipeline's own code, which is recorded below the dispatcher, and as a module's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        operators = ATEN._upsample_nearest_exact1d, ATEN._upsample_nearest_exact2d, ATEN._upsample_nearest_exact3d
+        x = operators[x.ndim - 3].default(x, [7, 3, 5][: x.ndim - 2])
+        x = torch.nn.functional.interpolate(x, size=[5, 6, 9][: x.ndim - 2], mode="nearest-exact")
+        return torch.nn.functional.interpolate(x, scale_factor=1.5, mode="nearest-exact")
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -63,6 +73,9 @@ class Chosen(torch.nn.Module):
         (Copied(), (3, 4)),
         (Chosen(), (3, 4)),
         (Put(), (3, 4)),
+        (Nearest(), (1, 2, 4)),
+        (Nearest(), (1, 2, 4, 4)),
+        (Nearest(), (1, 2, 3, 4, 4)),
     ],
 )
 def test_another_form_is_the_same_and_has_one_in_onnx(module: torch.nn.Module, shape: Any) -> None:

@@ -12,6 +12,7 @@ _ATEN = torch.ops.aten
 
 def as_known(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program; it is another one only where an operator is in another form."""
+    _spell_out_nearest(program)
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return program.run_decompositions(dict(FORMS)) if called & _CALLED else program
 
@@ -53,6 +54,45 @@ def _put_strided(
     return _ATEN.scatter.src(x.reshape(-1), 0, places, source.reshape(-1)).reshape(x.shape)
 
 
+def _spell_out_nearest(program: torch.export.ExportedProgram) -> None:
+    """What is resized to "nearest-exact", by the places that it takes; in place. Of these torch has decompositions that
+    its exporter lists, and does not come to: an operator with a kernel of its own keeps that."""
+    graph = program.graph
+    for node in [node for node in graph.nodes if node.target in NEAREST]:
+        taken, sizes = node.args[0], node.meta["val"].shape[2:]
+        if not all(isinstance(size, int) for size in (*sizes, *taken.meta["val"].shape[2:])):
+            continue
+        asked = node.args[2:] if node.target._overloadname == "default" else (node.args[2:] or (None,))[0]
+        scales = dict(enumerate(asked or (), 2))
+        with graph.inserting_before(node):
+            for dim, size in enumerate(sizes, 2):
+                step = taken.meta["val"].shape[dim] / size if scales.get(dim) is None else 1 / scales[dim]
+                place = _call(graph, _ATEN.arange.default, size, fake=taken.meta["val"].fake_mode)
+                place = _call(graph, _ATEN._to_copy.default, place, dtype=torch.float32)
+                place = _call(graph, _ATEN.mul.Tensor, _call(graph, _ATEN.add.Tensor, place, 0.5), step)
+                place = _call(
+                    graph, _ATEN._to_copy.default, _call(graph, _ATEN.floor.default, place), dtype=torch.int64
+                )
+                taken = _call(graph, _ATEN.index_select.default, taken, dim, place)
+        node.replace_all_uses_with(taken)
+        graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _call(graph: torch.fx.Graph, operator: Any, *args: Any, fake: Any = None, **kwargs: Any) -> torch.fx.Node:
+    """A node that calls it, with what it gives noted as the tracer does."""
+    node = graph.call_function(operator, args, kwargs)
+    given = [each.meta["val"] if isinstance(each, torch.fx.Node) else each for each in args]
+    with fake or next(each.fake_mode for each in given if isinstance(each, torch.Tensor)):
+        node.meta["val"] = operator(*given, **kwargs)
+    return node
+
+
+NEAREST = frozenset(
+    getattr(getattr(_ATEN, f"_upsample_nearest_exact{dims}d"), overload)
+    for dims in (1, 2, 3)
+    for overload in ("default", "vec")
+)
 FORMS = {
     _ATEN.as_strided_scatter.default: _put_strided,
     _ATEN.clamp.default: _clamp,

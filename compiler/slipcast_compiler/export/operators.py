@@ -12,7 +12,7 @@ from slipcast.errors import RecipeError
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.program import Call, Op
 from slipcast_compiler.export.component import OPSET
-from slipcast_compiler.export.forms import FORMS
+from slipcast_compiler.export.forms import FORMS, NEAREST
 
 
 def check_operators(parts: Sequence[Part]) -> None:
@@ -40,7 +40,7 @@ def _operators(events: Sequence[Op | Call]) -> Iterator[Op]:
 def _is_known(operator: Any) -> bool:
     if not isinstance(operator, torch._ops.OpOverload) or operator.namespace != "aten":
         return True  # of Python, on sizes
-    if operator in FORMS:
+    if operator in FORMS or operator in NEAREST:
         return True
     registry, decomposed = _tables()
     if registry.is_registered(operator) or operator in decomposed or operator._can_decompose():

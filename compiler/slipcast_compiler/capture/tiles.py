@@ -121,10 +121,10 @@ def _begins(part: Part) -> list[int]:
 
 def _ends(part: Part) -> list[int]:
     """Where it may end: likewise, the latest first."""
-    last, count = _calls(part)[-1] + 1, len(part.events)
+    last = _calls(part)[-1] + 1
     found = [
         place
-        for place in range(last, count + 1)
+        for place in range(last, len(part.events) + 1)
         if all(_sees_one_cell(event, MOVING) for event in part.events[last:place]) and len(_given(part, place)) == 1
     ]
     if not found:

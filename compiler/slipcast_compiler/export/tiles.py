@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from slipcast.bundle.program import Program, Variant
+from slipcast.bundle.program import Program, ProgramCall
 from slipcast.bundle.tiles import Statistics
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.export.program import PROGRAM, read_record
@@ -21,7 +22,7 @@ def share_statistics(folder: Path) -> None:
     found = {name: size for name in names if (size := _rewrite(folder, name))}
     if not found:
         return
-    first, *others = (_with(variant, found) for variant in record.every)
+    first, *others = (tuple(_sharing(call, found) for call in variant.calls) for variant in record.every)
     rest = tuple(
         variant.model_copy(update={"calls": calls}) for variant, calls in zip(record.variants, others, strict=True)
     )
@@ -42,17 +43,9 @@ def _rewrite(folder: Path, name: str) -> int:
     return size
 
 
-def _with(variant: Variant, sizes: dict[str, int]) -> tuple[object, ...]:
-    """Its calls, with statistics where there are any."""
-    return tuple(
-        call.model_copy(
-            update={
-                "tiles": call.tiles.model_copy(
-                    update={"statistics": Statistics(input=GIVEN, output=TAKEN, size=sizes[call.component])}
-                )
-            }
-        )
-        if call.tiles and call.component in sizes
-        else call
-        for call in variant.calls
-    )
+def _sharing(call: ProgramCall, sizes: Mapping[str, int]) -> ProgramCall:
+    """The call with statistics, where its component has any."""
+    if not call.tiles or call.component not in sizes:
+        return call
+    statistics = Statistics(input=GIVEN, output=TAKEN, size=sizes[call.component])
+    return call.model_copy(update={"tiles": call.tiles.model_copy(update={"statistics": statistics})})

@@ -78,17 +78,15 @@ class Calls:
     ) -> dict[str, Any]:  # fmt: skip
         """As evaluate(inputs), tile by tile; with the statistics of the whole, where it takes such."""
         (output,), statistics = call.outputs, tiles.statistics
-        besides = dict[str, Array]()
-        if statistics:
-            besides[statistics.input] = np.zeros(statistics.size, np.float32)
+        none = {statistics.input: np.zeros(statistics.size, np.float32)} if statistics else {}
+        besides: dict[str, Any] = dict(none)
 
         def decode(tile: Any) -> Any:
             return evaluate({**inputs, **besides, tiles.input: tile})[output]
 
         def measure(small: Any) -> None:
             assert statistics
-            whole = {statistics.input: np.zeros(statistics.size, np.float32)}
-            besides[statistics.input] = evaluate({**inputs, **whole, tiles.input: small})[statistics.output]
+            besides[statistics.input] = evaluate({**inputs, **none, tiles.input: small})[statistics.output]
 
         latent: Any = inputs[tiles.input]
         free = partial(self._engines.free_others, component)

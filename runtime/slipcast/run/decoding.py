@@ -23,7 +23,7 @@ def decode_frugally(
     attempts = [tiling] * 2
     size = min(tiling.tile, *(latent.shape[axis.input] for axis in tiling.axes)) // 2
     while size >= tiling.smallest:
-        size -= size % MULTIPLE if size > MULTIPLE else 0
+        size = max(tiling.smallest, size - size % MULTIPLE if size > MULTIPLE else size)
         smaller = {"tile": size, "overlap": min(tiling.overlap, size // 4)}
         attempts.append(tiling.model_copy(update=smaller))
         size //= 2

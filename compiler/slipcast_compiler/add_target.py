@@ -31,6 +31,7 @@ from slipcast_compiler.engines.pool import Pool
 from slipcast_compiler.engines.recording import record, record_program
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.host.files import link
 from slipcast_compiler.host.isolate import run_isolated
 from slipcast_compiler.judge import bundled
 from slipcast_compiler.judge.metrics import psnr
@@ -40,6 +41,7 @@ from slipcast_compiler.recipe.targets import QUANTIZED, TargetTable, check_one_i
 
 logger = logging.getLogger("slipcast")
 
+WHOLE = ".whole"  # within the workspace
 PORTABLE = "onnxruntime"  # the engine whose files are the graphs themselves
 # dB on the worst picture. Rounding stays above it (the reference model: bf16 at 48, INT8 at 37), and an engine that
 # reads its graph wrongly does not.
@@ -69,8 +71,7 @@ def add_target(
     """
     if not ENGINES[table.engine].can_build():
         raise HostError(f"target {table.engine} cannot be built here", hint=ENGINES[table.engine].why_not())
-    if table.half:
-        need_graph_libraries()
+    need_graph_libraries()
     with publish.workspace(output) as folder:  # before the bundle is opened: who waited here goes on from its new state
         bundle = open_any_bundle(path)
         _check_version(bundle.manifest)
@@ -87,9 +88,9 @@ def add_target(
                 pool.know(files, digests)
         with stages.stage("copy"):
             _copy(bundle, [entry.path for entry in bundle.manifest.files], folder)
-        sources, casts = _sources(bundle, portable, digests), Found()
+        sources, casts = _sources(bundle, portable, digests, folder), Found()
         if table.half:
-            exact, measured = _measured(bundle, portable, digests)
+            exact, measured = _measured(bundle, portable, digests, folder)
             with stages.stage("record inputs") as advance:
                 inputs = _inputs(bundle, exact, measured, cache, advance)
             with stages.stage("measure casts") as advance:
@@ -116,19 +117,21 @@ def add_target(
     return Added(output, manifest, target, not_run)
 
 
-def _measured(bundle: AnyBundle, portable: Target, digests: dict[str, str]) -> tuple[Target, dict[str, Source]]:
+def _measured(
+    bundle: AnyBundle, portable: Target, digests: dict[str, str], folder: Path
+) -> tuple[Target, dict[str, Source]]:
     """The target in fp32 whose graphs a cast is measured on, also that of what is quantised (see casts.py); of a bundle
     that has none, all that is not. Without those that are exact, and those that read adapters, which have the nodes of
     others."""
     left = {*_exact(bundle.manifest), *_adapted(bundle.manifest).values()}
     for target in bundle.manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, "fp32"):
-            sources = _sources(bundle, target, digests)
+            sources = _sources(bundle, target, digests, folder)
             return target, {name: source for name, source in sources.items() if name not in left}
     logger.warning(
         "%s has no target in fp32, on which casts of what is quantised could be measured", bundle.manifest.name
     )
-    sources, quantized = _sources(bundle, portable, digests), _quantized(bundle, portable)
+    sources, quantized = _sources(bundle, portable, digests, folder), _quantized(bundle, portable)
     return portable, {name: source for name, source in sources.items() if name not in left | quantized.keys()}
 
 
@@ -256,9 +259,21 @@ def _check_space(bundle: AnyBundle, portable: Target, output: Path) -> None:
         )  # fmt: skip
 
 
-def _sources(bundle: AnyBundle, portable: Target, digests: dict[str, str]) -> dict[str, Source]:
+def _sources(bundle: AnyBundle, portable: Target, digests: dict[str, str], folder: Path) -> dict[str, Source]:
+    """A target's graphs, with attention as they had it before it was put into slices. `folder`: has a copy."""
+    from slipcast_compiler.graph.slices import write_whole
+
+    def model_of(files: EngineFiles) -> Path:
+        whole = folder / WHOLE / files.model
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        if not write_whole(bundle.path(files.model), whole):
+            return bundle.path(files.model)
+        if files.weights:
+            link(folder / files.weights, folder / WHOLE / files.weights)
+        return whole
+
     return {
-        str(name): Source(bundle.path(files.model), digests[files.model] + (digests[files.weights or files.model]))
+        str(name): Source(model_of(files), digests[files.model] + (digests[files.weights or files.model]))
         for name, files in portable.components.items()
     }
 
@@ -300,7 +315,8 @@ def _rank(target: Target) -> int:
 
 
 def _remove_unused(folder: Path, before: BaseManifest, targets: Sequence[Target]) -> None:
-    """What a replaced target alone had."""
+    """What a replaced target alone had, and graphs that were built from."""
+    shutil.rmtree(folder / WHOLE)
     used = {file for target in targets for file in target.files}
     for file in {file for target in before.targets for file in target.files} - used:
         (folder / file).unlink()

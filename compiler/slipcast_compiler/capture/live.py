@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from slipcast_compiler.graph.slices import FLOAT_BYTES, scores_bytes
+
 
 class LiveBytes:
     """Of tensors on meta that are noted: `peaks`, the most bytes that were alive at once, by the module that ran."""
@@ -45,8 +47,15 @@ class LiveBytes:
 
 def fused_attention(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """What attention on meta gives, as one operator: there it would be spelled out, with a matrix of scores that takes
-    more memory than all else, and that the CPU never has. None for other operators."""
+    more memory than all else, and that no engine has at once (graph/slices.py). None for other operators."""
     if func is not torch.ops.aten.scaled_dot_product_attention.default or kwargs.get("dropout_p"):
         return None
-    query, _, value = args[:3]
-    return query.new_empty((*query.shape[:-1], value.shape[-1])) if query.is_meta else None
+    query, key, value = args[:3]
+    if not query.is_meta:
+        return None
+    causal = bool(kwargs.get("is_causal") or args[5:6] == (True,))
+    sizes = [int(size) for size in query.shape]
+    held = query.new_empty(scores_bytes(sizes, int(key.shape[-2]), causal) // FLOAT_BYTES)
+    result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    del held  # noted beside the result
+    return result

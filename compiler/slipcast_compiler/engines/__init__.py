@@ -27,8 +27,8 @@ logger = logging.getLogger("slipcast")
 # of the files written; those of tensorrt.LIBRARIES take tensorrt.Options and a place for timings besides
 BUILDERS: dict[str, Callable[..., EngineFiles]] = {
     "onnxruntime": onnxruntime.build,
-    "onnxruntime-gpu": onnxruntime.build,
-    "onnxruntime-tensorrt": onnxruntime.build,
+    "onnxruntime-gpu": onnxruntime.build_for_gpu,
+    "onnxruntime-tensorrt": onnxruntime.build_for_gpu,
     "openvino": openvino.build,
     "tensorrt-rtx": tensorrt.build,
     "tensorrt": tensorrt.build,

@@ -12,6 +12,18 @@ from slipcast_compiler.host.files import link
 
 
 def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) -> EngineFiles:
+    """For the CPU: the graph, with attention in slices, and its weights, linked; what is quantised is so in the graph,
+    the rest is fp32."""
+    need_graph_libraries()
+    from slipcast_compiler.graph.slices import write_slices
+
+    files = build_for_gpu(model, precision, out, fp32)
+    (out / model.name).unlink()  # the name, not the file that it is linked to
+    write_slices(model, out / model.name)
+    return files
+
+
+def build_for_gpu(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) -> EngineFiles:
     """The graph and its weights, linked: what is quantised is so in the graph, the rest is fp32; or cast it to fp16,
     all but the nodes `fp32`."""
     if precision == "fp16":

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
 
+from slipcast_compiler.graph import slices
 from slipcast_compiler.graph.weights import anchor, load, read_tensor
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -236,9 +237,14 @@ def session(
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if isinstance(model, Path):
+        graph, weights = onnx.load(model, load_external_data=False), model.parent
+    else:
+        graph = onnx.load_from_string(model)
+    slices.slice_attention(graph)
     if weights:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    opened = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     reads, names = ([value.name for value in values] for values in (opened.get_inputs(), opened.get_outputs()))
 
     def run(arrays: Mapping[str, Any]) -> Arrays:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from slipcast_compiler.graph import qdq
+from slipcast_compiler.graph import qdq, slices
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -88,12 +88,24 @@ def _peak_weight(q: npt.NDArray[Any], k: npt.NDArray[Any], scale: float) -> floa
     return most
 
 
-def annotate(graph: Any, scales: Mapping[str, list[float]]) -> None:
+def annotate(model: Any, scales: Mapping[str, list[float]]) -> None:
     """Note the scales on the nodes."""
-    for node in graph.node:
+    for node in model.graph.node:
         if node.name in scales:
             noted = node.metadata_props.add()
             noted.key, noted.value = SCALES, json.dumps(scales[node.name])
+
+
+def simulate(model: Any, scales: Mapping[str, list[float]]) -> None:
+    """Those attention nodes with quantisation before each product, simulated in fp32, in slices; in place."""
+    sizes = _sizes(model.graph)
+    for node in model.graph.node:
+        if node.name in scales:
+            factor = _scale(node, sizes[node.input[0]][-1])
+            del node.attribute[:]
+            named = {"scale": factor, **dict(zip(slices.SCALES, scales[node.name], strict=True))}
+            node.attribute.extend(helper.make_attribute(name, value) for name, value in named.items())
+            slices.replace(model, node, slices.INT8)
 
 
 def spelled_out(model: Path, folder: Path) -> Path:

@@ -135,13 +135,12 @@ def quantize_graph(source: Path, recorded: Evaluations, options: Quantize, out: 
         def write(chosen: frozenset[str], attention: Callable[[Any, Mapping[str, list[float]]], None]) -> Path:
             quantised = {node for layer in chosen for node in layers[layer]}
             model = qdq.select(full, original, quantised - scales.keys(), options.weights_only)
-            attention(model.graph, {node: each for node, each in scales.items() if node in quantised})
+            attention(model, {node: each for node, each in scales.items() if node in quantised})
             onnx.save(model, work / "chosen.onnx")
             return work / "chosen.onnx"
 
         def error(chosen: frozenset[str], count: int) -> float:
-            run = qdq.session(write(chosen, sdpa.spell_out))
-            return recorded.error(_by_row(run, original.graph) if attentions else run, count)
+            return recorded.error(qdq.session(write(chosen, sdpa.simulate)), count)
 
         found = search(free, error, options.max_error, options.measurements, advance)
         qdq.pack(write(found.quantised, sdpa.annotate), out / source.name)
@@ -185,23 +184,6 @@ def protected_layers(table: str, patterns: tuple[str, ...], layers: Collection[s
             )  # fmt: skip
         found.update(fitting)
     return found
-
-
-def _by_row(run: Callable[[Mapping[str, Any]], Arrays], graph: Any) -> Callable[[Mapping[str, Any]], Arrays]:
-    """`run`, a row at a time where rows are free: attention that is spelled out holds its scores, a gigabyte for 4096
-    tokens and 2 rows."""
-    first = {value.name: value.type.tensor_type.shape.dim[:1] for value in graph.input}
-    batched = {name for name, dims in first.items() if dims and dims[0].dim_param == BATCH}
-    if not batched:
-        return run
-
-    def run_rows(inputs: Mapping[str, Any]) -> Arrays:
-        count = max(len(inputs[name]) for name in batched)
-        rows = [{k: v[i : i + 1] if k in batched else v for k, v in inputs.items()} for i in range(count)]
-        outputs = [run(row) for row in rows]
-        return {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]}
-
-    return run_rows
 
 
 def _attention_scales(original: Any, nodes: set[str], recorded: Evaluations, work: Path) -> dict[str, list[float]]:

@@ -117,7 +117,7 @@ def test_spelled_out_it_is_the_same_but_for_rounding(source: Path, samples: Path
     qdq.save(model, tmp_path / "whole.onnx")
     whole = qdq.session(tmp_path / "whole.onnx")
     fine = [1e-2, 1e-2, 1e-2, 1e-4]
-    sdpa.annotate(model.graph, {"node_mixed": fine})
+    sdpa.annotate(model, {"node_mixed": fine})
     (tmp_path / "noted").mkdir()
     (tmp_path / "out").mkdir()
     qdq.save(model, tmp_path / "noted" / "denoiser.onnx")
@@ -139,7 +139,7 @@ class TestQuantize:
         assert [node.op_type for node in onnx.load(model).graph.node].count("Attention") == 1
         spelled = sdpa.spelled_out(model, samples)  # any directory will do
         error = recorded(samples).error(qdq.session(spelled))
-        assert error == pytest.approx(report["error"], rel=1e-3)  # which was measured row by row
+        assert error == pytest.approx(report["error"], rel=1e-3)
         assert recorded(samples).error(qdq.session(model)) < error
 
     @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def test_a_bundle_is_the_pipeline(name: str) -> None:
     if name == "kolors":
         pytest.importorskip("sentencepiece")
     prompts = OF_OTHER_LENGTHS if name in LENGTHS else (OTHER,)
-    assert compare_bundle(open_pipeline(name), name, prompts, 7)["psnr"] >= LEAST_DB
+    found = compare_bundle(open_pipeline(name), name, prompts, 7)
+    assert found["psnr"] >= LEAST_DB
+    assert found["psnr_together"] >= 100
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from slipcast.engines.onnxruntime import OnnxRuntimeEngine
+from slipcast.engines.onnxruntime import OnnxRuntimeEngine, ProfiledOnnxRuntimeEngine
 from slipcast.progress import Advance
 from slipcast_compiler.engines import onnxruntime
 from slipcast_compiler.graph import qdq, slices
@@ -36,6 +37,14 @@ def attention(tokens: int, keys: int, width: int = 8, mask: Any = None, free: bo
     node = helper.make_node("Attention", [value.name for value in inputs], ["out"], "attention", **attributes)
     graph = helper.make_graph([node], "g", inputs, [out])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def attention_twice() -> Any:
+    model = attention(1500, 1500)
+    model.graph.node.append(helper.make_node("Attention", ["out", "k", "v"], ["again"], "second"))
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, ["batch", HEADS, 1500, 8]))
+    model.graph.value_info.append(model.graph.output[0])
+    return model
 
 
 def arrays(rows: int, tokens: int, keys: int, width: int = 8) -> dict[str, Any]:
@@ -73,10 +82,7 @@ def test_slices_of_any_size_are_what_torch_computes(
 
 
 def test_several_in_one_graph() -> None:
-    model = attention(1500, 1500)
-    model.graph.node.append(helper.make_node("Attention", ["out", "k", "v"], ["again"], "second"))
-    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, ["batch", HEADS, 1500, 8]))
-    model.graph.value_info.append(model.graph.output[0])
+    model = attention_twice()
     inputs = arrays(2, 1500, 1500)
     found = qdq.session(model.SerializeToString())(inputs)["again"]
     q, k, v = (torch.from_numpy(inputs[name]) for name in "qkv")
@@ -116,6 +122,20 @@ def test_it_can_be_had_whole_again(masked: bool, tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "whole.onnx") == onnx.load(tmp_path / "graph.onnx")
     assert not slices.write_whole(tmp_path / "whole.onnx", tmp_path / "again.onnx")
     assert not (tmp_path / "again.onnx").exists()
+
+
+def test_a_profile_tells_each_once(tmp_path: Path) -> None:
+    model = attention_twice()
+    slices.slice_attention(model)
+    onnx.save(model, tmp_path / "graph.onnx")
+    with ProfiledOnnxRuntimeEngine(tmp_path / "graph.onnx") as engine:
+        engine.start_profile()
+        begin = time.perf_counter()
+        engine(arrays(2, 1500, 1500))
+        took = time.perf_counter() - begin
+        layers = engine.layers()
+    assert len([layer for layer in layers if layer.kind == "Attention"]) == 2
+    assert sum(layer.seconds for layer in layers) < took
 
 
 def _run(model: Path, rows: int, tokens: int, width: int, _: Advance) -> int:

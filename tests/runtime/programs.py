@@ -125,6 +125,22 @@ def unguided(steps: int, interval: list[float]) -> dict[str, Any]:
     return {**changes, "requires": ["program", "guidance_interval"]}
 
 
+def together(most: int = 8) -> dict[str, Any]:
+    """As looped, with a denoiser that takes several images in a call, of which each has two rows of `context`."""
+    changes = looped(3)
+    parts = changes["components"]
+    hidden = spec("hidden", 2, LENGTH, WIDTH)
+    parts["conditioning"]["outputs"] = [hidden]
+    sample, shape = spec("sample", "images", *LATENT[1:]), (LENGTH, WIDTH)
+    context, other = spec("context", "2*images", *shape), spec("other", "2*images", *shape)
+    parts["denoiser"] = {
+        "inputs": [sample, spec("timestep"), context, other],
+        "outputs": [spec("prediction", "images", *LATENT[1:])],
+    }  # fmt: skip
+    changes["program"]["sizes"] = {"images": {"minimum": 1, "maximum": most}}
+    return changes
+
+
 def document(root: Path, **changes: Any) -> dict[str, Any]:
     """manifest.json; `changes` replace top-level keys."""
     parts = changes.get("components", components())
@@ -174,6 +190,19 @@ def predict(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def predict_shallow(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {"prediction": (0.8 * arrays["sample"] + arrays["feature"]).astype(np.float32)}
+
+
+def condition_twice(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = condition(arrays)["hidden"]
+    return {"hidden": np.concatenate([hidden, hidden[:, ::-1] ** 2])}
+
+
+def predict_together(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each image by its own rows."""
+    images = len(arrays["sample"])
+    one, two = (arrays[name].reshape(images, 2, LENGTH, WIDTH) for name in ("context", "other"))
+    by_text = (one[:, 0] - 0.5 * one[:, 1] * two[:, 0] + two[:, 1]).mean((1, 2))[:, None, None, None]
+    return {"prediction": (0.8 * arrays["sample"] + by_text + arrays["timestep"] / 1e4).astype(np.float32)}
 
 
 def update(arrays: Mapping[str, Any]) -> dict[str, Any]:

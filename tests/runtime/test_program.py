@@ -146,6 +146,54 @@ class TestValues:
         pipe.close()
         assert engines.open_now == []
 
+    @pytest.mark.parametrize(("most", "calls"), [(8, 1), (4, 2), (1, 6)])
+    def test_images_go_together(self, engines: Fakes, tmp_path: Path, most: int, calls: int) -> None:
+        engines.functions |= {"conditioning": programs.condition_twice, "denoiser": programs.predict_together}
+        pipe = load(write_program(tmp_path / "b", **programs.together(most)))
+        texts = ["a red circle", "a star", "a blue star"]
+        output = pipe(texts, negative_prompt="green", seed=3, num_images_per_prompt=2, output_type="np")
+        assert engines.count("denoiser") == 3 * calls
+        for image, text, seed in zip(output.images, [t for t in texts for _ in range(2)], output.seeds, strict=True):
+            (alone,) = pipe(text, negative_prompt="green", seed=seed, output_type="np").images
+            np.testing.assert_array_equal(image, alone)
+
+    def test_what_stays_is_given_as_the_same_array(self, engines: Fakes, tmp_path: Path) -> None:
+        """So that engines know it again."""
+        given: list[Any] = []
+
+        def predict(arrays: Any) -> Any:
+            given.append(arrays)
+            return programs.predict_together(arrays)
+
+        engines.functions |= {"conditioning": programs.condition_twice, "denoiser": predict}
+        load(write_program(tmp_path / "b", **programs.together()))(["a red circle", "a star"], seed=3)
+        assert len({id(arrays["context"]) for arrays in given}) == 1 < len(given)
+        assert len({id(arrays["sample"]) for arrays in given}) == len(given)
+
+    def test_memory_for_several_images_runs_out(
+        self, engines: Fakes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fails(arrays: Any) -> Any:
+            if len(arrays["sample"]) > 1:
+                raise MemoryError
+            return programs.predict_together(arrays)
+
+        engines.functions |= {"conditioning": programs.condition_twice, "denoiser": programs.predict_together}
+        pipe = load(write_program(tmp_path / "b", **programs.together()))
+        wanted = pipe(["a red circle", "a star"], seed=3, output_type="np").images
+        engines.functions["denoiser"] = fails
+        found = pipe(["a red circle", "a star"], seed=3, output_type="np").images
+        np.testing.assert_array_equal(found, wanted)
+        assert "memory ran out in denoiser for 2 images: one at a time" in caplog.text
+
+    def test_a_large_model_takes_one_image_on_a_cpu(
+        self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("slipcast.run.program.LARGE", 1)
+        engines.functions |= {"conditioning": programs.condition_twice, "denoiser": programs.predict_together}
+        load(write_program(tmp_path / "b", **programs.together()))(["a red circle", "a star"], seed=3)
+        assert engines.count("denoiser") == 3 * 2
+
     def test_numbers_that_are_none_are_named(self, engines: Fakes, bundle: Path) -> None:
         engines.functions["update"] = lambda arrays: {"sample": arrays["sample"] * np.float32("nan")}
         with pytest.raises(NumericalError, match="update: sample is not finite in call 4 of 7"):

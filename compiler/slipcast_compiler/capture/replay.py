@@ -78,6 +78,11 @@ def run(event: Op | Call, values: Values, components: Mapping[str, nn.Module], l
     values.update(zip(outputs_of(event), found, strict=True))
 
 
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's components that are modules, by name."""
+    return {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+
+
 def find_module(components: Mapping[str, nn.Module], name: str) -> nn.Module:
     """A module by the name that calls have: of the component, and within it."""
     component, _, path = name.partition(".")
@@ -90,4 +95,4 @@ def _weight(components: Mapping[str, nn.Module], name: str) -> torch.Tensor:
     return found.detach()
 
 
-__all__ = ["Path", "find_module", "replay", "run"]
+__all__ = ["Path", "find_module", "modules_of", "replay", "run"]

@@ -37,7 +37,7 @@ from slipcast_compiler.capture.program import (
     rebuild,
     refs,
 )
-from slipcast_compiler.capture.replay import find_module
+from slipcast_compiler.capture.replay import find_module, modules_of
 from slipcast_compiler.capture.shapes import META, ShapeRunner
 
 # Operators that take some of a dimension, or join what was taken, and those that change where dimensions are.
@@ -64,7 +64,7 @@ class _Decoder:
 def in_tiles(programs: Sequence[Program], cuts: Sequence[Cut], pipe: Any, tile: int, overlap: int) -> tuple[Cut, ...]:
     """The cuts, with decoders that are called in tiles of at most `tile` cells, of which neighbours share `overlap`; as
     they are, where no latent is larger. RecipeError where one has no decoder that could be."""
-    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    components = modules_of(pipe)
     made = list(cuts)
     for part in {part.name: part for part in map(_last, programs, cuts)}.values():
         users = [place for place, cut in enumerate(cuts) if cut.uses[-1].part == part.name]

@@ -14,7 +14,7 @@ from slipcast_compiler.capture.generalise import without_insides
 from slipcast_compiler.capture.processing import call_pipeline
 from slipcast_compiler.capture.program import Affine, Op, Program, Ref, leaves, measure, opened, outputs_of
 from slipcast_compiler.capture.record import capture
-from slipcast_compiler.capture.replay import Values, replay, run
+from slipcast_compiler.capture.replay import Values, modules_of, replay, run
 from slipcast_compiler.capture.stand_ins import standing_in
 from slipcast_compiler.capture.unguided import Plain
 
@@ -49,7 +49,7 @@ def verify(
         return Verdict(None, mismatch)
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
     values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
-    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    components = modules_of(pipe)
     with standing_in(program, components) if light else contextlib.nullcontext():
         try:
             found = replay(program, values, components)
@@ -89,7 +89,7 @@ def _values(
         raise ValueError(mismatch)  # the program itself was verified
     sources = zip(program.needed_sources, other.needed_sources, strict=True)
     values: Values = {mine.id: mine.padded(theirs.value) for mine, theirs in sources}
-    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    components = modules_of(pipe)
     lengths = measure(program.lengths, values)
     with standing_in(program, components) if light else contextlib.nullcontext(), torch.no_grad():
         for place in sorted(program.needed_for([Ref(value) for value in wanted])):

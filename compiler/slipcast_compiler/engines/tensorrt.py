@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from slipcast.bundle.manifest import Built, Component, EngineFiles, ImageGeometry
-from slipcast.bundle.program import Program
+from slipcast.bundle.program import IMAGES, Program
 from slipcast.bundle.tiles import SMALLEST_TILE
 from slipcast.engines import ENGINES, cuda
 from slipcast.errors import HostError, ResourceError, SlipcastError
@@ -132,7 +132,8 @@ def _of_image(table: TargetTable, component: str, image: ImageGeometry) -> Range
 
 
 def _of_lengths(component: str, sizes: Lengths) -> Ranges:
-    """Of dimensions that follow the length of a text, which are called as "2*length+1" is; built for the longest."""
+    """Of dimensions that follow the length of a text, which are called as "2*length+1" is; built for the longest,
+    and for one image."""
     found = {}
     for spec in sizes.contracts[component].inputs:
         for name in (size for size in spec.shape if isinstance(size, str)):
@@ -143,7 +144,7 @@ def _of_lengths(component: str, sizes: Lengths) -> Ranges:
             ranges = [each[law["length"]] for each in known if law["length"] in each]
             ends = min(each.minimum for each in ranges), max(each.maximum for each in ranges)
             least, most = (scale * each + offset for each in ends)
-            found[name] = (least, most, most)
+            found[name] = (least, least if law["length"] == IMAGES else most, most)
     return tuple(found.items())
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.driving import Column
-from slipcast.bundle.program import Loop, Program, ProgramCall, Variant
+from slipcast.bundle.program import IMAGES, Loop, Program, ProgramCall, Variant
 from slipcast.bundle.sources import NoiseSource
 from slipcast.engines.onnxruntime import open_engine
 from slipcast_compiler.export.component import contract_of
@@ -141,7 +141,15 @@ def _cut(
     parts = cut(model, inputs=inputs)
     crossing = [value for part, each in parts.graphs.items() if part != "denoise" for value in each.graph.outputs]
     left = 1 - count_parameters(parts.graphs["denoise"].graph) / max(parts.parameters, 1)
-    return parts if left >= WORTH and all(value.dtype in DTYPES for value in crossing) else None
+    return parts if left >= WORTH and all(value.dtype in DTYPES and _has_rows(value) for value in crossing) else None
+
+
+def _has_rows(value: ir.Value) -> bool:
+    """Whether a runtime can tell those of an image: they are counted by the first dimension, or not at all."""
+    return value.shape is not None and all(
+        isinstance(size, int) or (size.value is not None and (not dim or IMAGES not in size.value))
+        for dim, size in enumerate(value.shape)
+    )
 
 
 def _write(folder: Path, name: str, parts: Parts, table: Arrays, driven: bool) -> None:

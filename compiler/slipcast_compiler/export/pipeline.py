@@ -19,9 +19,11 @@ from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.loop import GUIDANCE
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.program import Program
+from slipcast_compiler.capture.replay import modules_of
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.capture.texts import SHORT, with_others
 from slipcast_compiler.capture.verify import LIMIT, compare_given, verify
+from slipcast_compiler.export.batched import NO_BATCHES, parts_in_batches
 from slipcast_compiler.export.early import leave_loop
 from slipcast_compiler.export.program import export_program
 from slipcast_compiler.export.standin import open_at_random
@@ -50,9 +52,11 @@ def export_pipeline(
     pipe = _open_whole(root, pipeline, rewrites) if whole else open_at_random(root, pipeline, rewrites)
     with quiet():  # of prompts that are ours
         error = _verify(variants, pipe, calls, not whole)
+    # With random weights that share their memory a denoiser takes as long as any: it is not run for this alone.
+    batches = parts_in_batches(variants, modules_of(pipe)) if whole else NO_BATCHES
     del pipe
     gc.collect()  # of what was loaded, much refers to itself
-    export_program(variants, streamed.pipe, folder, advance, streamed.weights)
+    export_program(variants, streamed.pipe, folder, advance, streamed.weights, batches)
     leave_loop(folder)
     share_statistics(folder)
     (folder / VERIFIED).write_text(json.dumps({"error": error, "weights": "checkpoint" if whole else "functions"}))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -20,7 +21,7 @@ from torch.export import Dim
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.manifest import Component
-from slipcast.bundle.program import LengthRange, Output, ProgramCall, Soundtrack, Variant
+from slipcast.bundle.program import IMAGES, LengthRange, Output, ProgramCall, Soundtrack, Variant
 from slipcast.bundle.program import Loop as LoopRecord
 from slipcast.bundle.program import Program as Record
 from slipcast.bundle.sources import ImageSource, NoiseSource, PromptSource
@@ -33,11 +34,13 @@ from slipcast_compiler.capture.find import Found
 from slipcast_compiler.capture.labels import kind_of
 from slipcast_compiler.capture.loop import Loop
 from slipcast_compiler.capture.parts import describe_parts
-from slipcast_compiler.capture.program import Affine, Program, Source, Spec
+from slipcast_compiler.capture.program import Affine, Length, Program, Source, Spec
 from slipcast_compiler.capture.record import CALLS, TORCHS
+from slipcast_compiler.capture.replay import modules_of
 from slipcast_compiler.capture.results import output_of
 from slipcast_compiler.capture.splitting import split
 from slipcast_compiler.capture.texts import Template
+from slipcast_compiler.export.batched import NO_BATCHES, InBatches
 from slipcast_compiler.export.component import OPSET, contract_of, settle
 from slipcast_compiler.export.forms import as_known
 from slipcast_compiler.export.operators import check_operators
@@ -45,6 +48,7 @@ from slipcast_compiler.export.pairs import as_pairs
 from slipcast_compiler.export.replayed import Replayed, as_recorded, carried
 from slipcast_compiler.export.streamed import NOTHING, Weights, attach
 from slipcast_compiler.export.symbols import symbols_kept
+from slipcast_compiler.graph.cut import values_of
 from slipcast_compiler.graph.weights import share_with
 from slipcast_compiler.host.quiet import quiet
 
@@ -55,17 +59,19 @@ FIELDS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 def export_program(
-    variants: Sequence[Found], pipe: Any, folder: Path, advance: Advance, weights: Weights = NOTHING
-) -> Record:
+    variants: Sequence[Found], pipe: Any, folder: Path, advance: Advance, weights: Weights = NOTHING,
+    batches: Mapping[str, Part] = NO_BATCHES,
+) -> Record:  # fmt: skip
     """Write into `folder` NAME.onnx, NAME.onnx.data and NAME.json (the contract) of each part, tokenizers, the table of
     constants, and program.json, the record, which is returned too.
 
     `variants`: what was found of the pipeline together, of which the first is the default; `weights`: by component and
-    name, those that `pipe` has not, which are read one by one as they are written.
+    name, those that `pipe` has not, which are read one by one as they are written; `batches`: by name, parts as they
+    are for several images.
     RecipeError for what no runtime could repeat; ArtifactError where a weight is not there, or no number.
     """
-    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
-    variants, parts = _export_parts(variants, components, weights, folder, advance)
+    components = modules_of(pipe)
+    variants, parts, free = _export_parts(variants, components, weights, folder, advance, batches)
     tables = {
         _row_name(part, at, True): carried(rows)
         for part in parts.values()
@@ -83,11 +89,7 @@ def export_program(
         arguments={n: each for found in variants for n, each in text_arguments(found.templates, found.call).items()},
         table=TABLE if tables else None,
         output=_output(variants, pipe),
-        sizes={
-            each.name: LengthRange(minimum=each.minimum, maximum=each.maximum)
-            for part in parts.values()
-            for each in part.free
-        },
+        sizes={each.name: LengthRange(minimum=each.minimum, maximum=each.maximum) for each in free},
         variants=tuple(others),
     )
     (folder / PROGRAM).write_text(record.model_dump_json())
@@ -106,19 +108,20 @@ def check_program(variants: Sequence[Found], pipe: Any) -> None:
 
 
 def _export_parts(
-    variants: Sequence[Found], components: Mapping[str, nn.Module], weights: Weights, folder: Path, advance: Advance
-) -> tuple[Sequence[Found], dict[str, Part]]:
-    """All parts by name, exported; and what was found, in which parts that cannot be traced with free sizes are others
-    for each size."""
-    done: dict[str, Part] = {}
+    variants: Sequence[Found], components: Mapping[str, nn.Module], weights: Weights, folder: Path, advance: Advance,
+    batches: Mapping[str, Part],
+) -> tuple[Sequence[Found], dict[str, Part], list[Length]]:  # fmt: skip
+    """All parts by name, exported; what was found, in which parts that cannot be traced with free sizes are others
+    for each size; and what their sizes follow."""
+    done, free = dict[str, Part](), list[Length]()
     while True:
         parts = {part.name: part for found in variants for part in found.cut.parts}
         part = next((part for part in parts.values() if part.name not in done), None)
         if part is None:
-            return variants, parts
+            return variants, parts, free
         advance(len(done), len(parts))
         try:
-            _export_part(part, components, weights, folder)
+            free += _export_part(part, components, weights, folder, batches.get(part.name))
         except RecipeError as error:
             if not part.apart:
                 raise
@@ -214,27 +217,41 @@ def _row_name(part: Part, at: int, full: bool = False) -> str:
     return f"{part.name}.row_{at}" if full else f"row_{at}"
 
 
-def _export_part(part: Part, components: Mapping[str, nn.Module], weights: Weights, folder: Path) -> None:
-    """Writes the part's graph and contract. Where the code of its modules cannot be traced, they are what they did."""
-    try:
-        model, module = _trace(part, components)
-    except RecipeError:
-        recorded = part if part.free else as_recorded(part)
-        if recorded is part:
-            raise
-        model, module = _trace(recorded, components)
+def _export_part(
+    part: Part, components: Mapping[str, nn.Module], weights: Weights, folder: Path, batched: Part | None = None
+) -> tuple[Length, ...]:
+    """Writes the part's graph and contract, `batched` if that can be traced; what its sizes follow. Where the code of
+    its modules cannot be traced, they are what they did."""
+    part, model, module = _trace_one_of([*([batched] if batched else []), part], components)
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     attach(model.graph, own, {f"components.{name}": each for name, each in weights.items()})
     settle(model)
     _name_dimensions(model, part)
     ir.save(model, folder / f"{part.name}.onnx", external_data=f"{part.name}.onnx.data")
     (folder / f"{part.name}.json").write_text(contract_of(model).model_dump_json())
+    return part.free
+
+
+def _trace_one_of(parts: Sequence[Part], components: Mapping[str, nn.Module]) -> tuple[Part, ir.Model, nn.Module]:
+    """The first that can be traced, with its graph; RecipeError where none can."""
+    part, *others = parts
+    recorded = part if part.free else as_recorded(part)
+    try:
+        return part, *_trace(part, components)
+    except RecipeError as error:
+        if recorded is not part:
+            others.insert(0, recorded)
+        if not others:
+            raise
+        logger.info("%s: %s", part.name, error.got)
+    return _trace_one_of(others, components)
 
 
 def _trace(part: Part, components: Mapping[str, nn.Module]) -> tuple[ir.Model, nn.Module]:
     """The part's graph, and the module that has its weights. RecipeError where it has no graph."""
     program = part.program
-    module = Replayed(part, components, program.specs).eval()
+    kind = InBatches if any(each.name == IMAGES for each in part.free) else Replayed
+    module = kind(part, components, program.specs).eval()
     given = [program.specs[value] for value in part.inputs]
     given += [(tuple(rows.shape[1:]), rows.dtype) for _, rows in part.table]
     largest = {name: max(sizes[name] for sizes in part.sizes) for name in part.sizes[0]}
@@ -294,9 +311,9 @@ def _check_sizes(part: Part, traced: torch.export.ExportedProgram, given: Sequen
 @contextlib.contextmanager
 def _small_sizes() -> Iterator[None]:
     """Within it, torch does not assert of sizes that they are neither 0 nor 1, as the tracer asks of every one: what is
-    padded to the longest text is, at that one."""
+    padded to the longest text is, at that one; and of images there may be one."""
     usual = torch._assert
-    torch._assert = lambda condition, message: None if message.endswith(">= 2") else usual(condition, message)
+    torch._assert = lambda condition, message: None if message.endswith((">= 2", "!= 1")) else usual(condition, message)
     try:
         yield
     finally:
@@ -327,10 +344,21 @@ def _free(part: Part, given: Sequence[Spec]) -> tuple[dict[int, Any], ...]:
 
 def _name_dimensions(model: ir.Model, part: Part) -> None:
     """Call free dimensions by what they follow in place of the tracer's symbols (s53)."""
+    if images := next((each for each in part.free if each.name == IMAGES), None):
+        _name_images(model.graph, str(model.graph.inputs[part.inputs.index(images.value)].shape[0]))
     pairs = [*zip(model.graph.inputs, part.inputs, strict=False), *zip(model.graph.outputs, part.outputs, strict=True)]
     for value, number in pairs:
         shape = part.program.specs[number][0]
         value.shape = ir.Shape([str(size) if isinstance(size, Affine) else size for size in shape])
+
+
+def _name_images(graph: ir.Graph, size: str) -> None:
+    """The same of all values, for what leaves the loop is cut by them. `size`: 2*s53, or s53."""
+    symbol = re.compile(rf"\b{size.rpartition('*')[2]}\b")
+    for value in values_of(graph):
+        if value.shape and not all(isinstance(each, int) for each in value.shape):
+            named = (each if isinstance(each, int) else symbol.sub(IMAGES, str(each.value)) for each in value.shape)
+            value.shape = ir.Shape(list(named))
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

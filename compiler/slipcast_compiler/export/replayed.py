@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.program import Call, Spec, measure
-from slipcast_compiler.capture.replay import find_module, run
+from slipcast_compiler.capture.replay import Values, find_module, run
 
 # What engines take and give in place of what they do not: the same numbers, but for float64's last digits.
 CARRIERS = {torch.float64: torch.float32, torch.bool: torch.int64}
@@ -37,16 +37,22 @@ class Replayed(nn.Module):  # type: ignore[misc]
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         part, components = self._part, dict(self.components.items())
+        values = self._entered(given)
+        lengths = measure(part.lengths, values)
+        for event in part.events:
+            run(event, values, components, lengths)
+        return tuple(carried(values[value]) for value in part.outputs)
+
+    def _entered(self, given: Sequence[torch.Tensor]) -> Values:
+        """What the events read that none of them makes."""
+        part, components = self._part, dict(self.components.items())
         names = (*part.inputs, *(value for value, _ in part.table))
         own = [tensor.to(dtype) for tensor, dtype in zip(given, self._dtypes, strict=True)]
         values = dict(zip(names, own, strict=True))
         for value, name in part.weights:
             module, _, own_name = name.rpartition(".")
             values[value] = getattr(find_module(components, module), own_name)
-        lengths = measure(part.lengths, values)
-        for event in part.events:
-            run(event, values, components, lengths)
-        return tuple(carried(values[value]) for value in part.outputs)
+        return values
 
 
 def as_recorded(part: Part) -> Part:

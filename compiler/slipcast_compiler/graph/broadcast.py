@@ -9,12 +9,14 @@ of the operator, so that the results are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import IdentityEliminationPass, RemoveUnusedNodesPass
+
+from slipcast_compiler.graph.tidy import constant
 
 # Operators whose output at a place depends on their inputs at that place alone, with numpy's broadcasting.
 ELEMENTWISE = frozenset({
@@ -36,7 +38,7 @@ def broadcast_late(model: ir.Model) -> None:
     """Rewrite the graph in place. Its inputs, its outputs and what it computes stay."""
     graph, rows = model.graph, dict[ir.Value, Row]()
     for node in list(graph):
-        if row := _expanded(node):
+        if (row := _expanded(node)) and _places(graph.inputs, row.batch):
             node.outputs[0].replace_all_uses_with(_narrowed(graph, node, row, rows), replace_graph_outputs=True)
             graph.remove(node, safe=True)
             continue
@@ -93,21 +95,46 @@ def _widen(graph: ir.Graph, before: ir.Node | None, value: ir.Value, row: Row) -
     """The value with a true batch again, for `before`, or for the graph's outputs."""
     others = before.inputs if before else ()
     # The batch of a value at hand, so that what depends on the prompt alone does not come to depend on the latent.
-    places = [
-        (v, i) for v in (*others, *graph.inputs) if v and v.shape for i, d in enumerate(v.shape) if d == row.batch
-    ]
-    like, place = places[0]
+    places = [each for values in (others, graph.inputs) for each in sorted(_places(values, row.batch))]
+    times, _, place, like = places[0]
     size = ir.node("Shape", [like], {"start": place, "end": place + 1})
+    sizes = [size]
+    if times > 1:
+        sizes.append(ir.node("Mul", [*size.outputs, constant(graph, f"times_{times}", np.array([times]))]))
     ones = ir.node("Constant", [], {"value": ir.tensor(np.ones(len(value.shape) - row.axis - 1, np.int64))})
-    target = ir.node("Concat", [*size.outputs, *ones.outputs], {"axis": 0})  # Expand leaves the axes before as they are
+    target = ir.node(
+        "Concat", [*sizes[-1].outputs, *ones.outputs], {"axis": 0}
+    )  # Expand leaves the axes before as they are
     wide = ir.node("Expand", [value, *target.outputs])
     if before:
-        graph.insert_before(before, [size, ones, target, wide])
+        graph.insert_before(before, [*sizes, ones, target, wide])
     else:
-        graph.extend([size, ones, target, wide])
+        graph.extend([*sizes, ones, target, wide])
     shape = [*value.shape[: row.axis], row.batch, *value.shape[row.axis + 1 :]]
     wide.outputs[0].shape, wide.outputs[0].type = ir.Shape(shape), value.type
     return wide.outputs[0]
+
+
+def _places(values: Iterable[ir.Value | None], batch: ir.SymbolicDim) -> list[tuple[int, int, int, ir.Value]]:
+    """Where a batch's size is told: how many times, by which of the values, in which dimension, and that value."""
+    return [
+        (times, at, dim, value)
+        for at, value in enumerate(values)
+        if value is not None and value.shape is not None
+        for dim, size in enumerate(value.shape)
+        if (times := _times(batch, size))
+    ]
+
+
+def _times(batch: ir.SymbolicDim, size: int | ir.SymbolicDim) -> int:
+    """How many times a size the batch's is, as they are called: 2*images and images; 0 where they have nothing to do
+    with each other."""
+    if isinstance(size, int) or size.value is None:
+        return 0
+    times, _, name = str(batch.value).rpartition("*")
+    if str(size.value) == str(batch.value):
+        return 1
+    return int(times) if times.isdigit() and name == size.value else 0
 
 
 def _output_axes(node: ir.Node, narrow: Mapping[int, Row]) -> list[int | None] | None:

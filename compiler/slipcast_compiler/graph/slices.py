@@ -190,11 +190,12 @@ def _function(domain: str) -> Any:
         text = text.replace(word, meant)
     function = onnx.parser.parse_function(text)
     pending = list(function.node)
-    while pending:  # the parser takes values without a shape for numbers
-        inner = [each.g for each in pending.pop().attribute if each.HasField("g")]
-        for graph in inner:
+    while pending:
+        node = pending.pop()
+        node.name = f"{node.op_type}.{node.output[0]}"  # which profilers tell, after a number of the function's use
+        for graph in (each.g for each in node.attribute if each.HasField("g")):
             pending.extend(graph.node)
-            for value in graph.output:
+            for value in graph.output:  # the parser takes those without a shape for numbers
                 if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
                     value.type.tensor_type.ClearField("shape")
     return function

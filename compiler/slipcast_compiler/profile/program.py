@@ -24,6 +24,7 @@ from slipcast_compiler.capture.generalise import without_insides
 from slipcast_compiler.capture.given import Given, call_for_shapes
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.record import capture
+from slipcast_compiler.capture.replay import modules_of
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -109,7 +110,7 @@ def measure_program(
     """Write the tensors of each denoiser's profile to a folder of its name in `out`; returns by denoiser the fields of
     its record that only the measurement knows. Runs in a process of its own, with all weights in memory."""
     pipe = open_with_weights(calibration.root, calibration.pipeline)
-    components = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    components = modules_of(pipe)
     for component in components.values():
         component.requires_grad_(False)
     modules = {name: module_of(pipe, name) for name in calibration.denoisers}

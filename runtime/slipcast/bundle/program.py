@@ -7,6 +7,8 @@ lies within the components of the program.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,6 +21,8 @@ from slipcast.bundle.tiles import Tiling
 from slipcast.bundle.validation import BundlePath, Strict
 
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
+IMAGES = "images"  # what dimensions follow that count the rows of all images in a call
+_ROWS = re.compile(rf"(?:(?P<rows>\d+)\*)?{IMAGES}")
 TILED = "tiled_decode"  # named there too
 RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "guard", "callback_on_step_end")
 
@@ -26,6 +30,12 @@ Fixed = int | float | str | bool
 Output = Literal["image", "frames", "audio", "array"]
 NUMBERS = ("audio", "array")  # of these, what is no picture
 Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+def rows_of_image(shape: Sequence[int | str]) -> int:
+    """How many rows each image has of an array, which a call takes for several; 0 where it takes one for all."""
+    found = _ROWS.fullmatch(str(shape[0])) if shape else None
+    return int(found["rows"] or 1) if found else 0
 
 
 class TextArgument(Strict):

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from slipcast.bundle.manifest import Built, Component, Target, TensorSpec
+from slipcast.bundle.program import rows_of_image
 from slipcast.engines import cuda
 from slipcast.engines.files import ModelFile
 from slipcast.engines.resources import as_resource_error
@@ -299,9 +300,14 @@ def open_engine(
     return engine
 
 
-def _batched(contract: Component) -> frozenset[str]:
-    """The inputs whose first dimension counts rows."""
-    return frozenset(spec.name for spec in contract.inputs if spec.shape and spec.shape[0] == BATCH)
+def _batched(contract: Component) -> dict[str, int]:
+    """The inputs whose first dimension is free to count rows, and of how many a group has to be."""
+    rows = {spec.name: rows_of_image(spec.shape) for spec in contract.inputs}
+    return {
+        spec.name: rows[spec.name] or 1
+        for spec in contract.inputs
+        if rows[spec.name] or (spec.shape and spec.shape[0] == BATCH)
+    }
 
 
 def cpu_threads() -> int:

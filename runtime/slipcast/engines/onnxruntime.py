@@ -38,6 +38,7 @@ HEAVY = frozenset(
         "Softmax",
     )
 )
+CONTAINERS = ("If", "Loop", "Scan")  # whose nodes are told besides
 PLACEMENT = "session.record_ep_graph_assignment_info"  # which since 1.24 keeps what get_provider_graph_... gives
 
 _DTYPES = {
@@ -209,8 +210,8 @@ def _layer_times(events: list[dict[str, Any]], calls: int) -> tuple[LayerTime, .
     seconds: dict[tuple[str, str, str], float] = {}
     for event in events:
         name, suffix, _ = event["name"].rpartition("_kernel_time")
-        if event.get("cat") == "Node" and suffix:
-            about = event["args"]
+        about = event.get("args", {})
+        if event.get("cat") == "Node" and suffix and about.get("op_name") not in CONTAINERS:
             provider = about.get("provider", "").removesuffix("ExecutionProvider")
             types = [next(iter(output)) for output in about.get("output_type_shape", [])]
             key = (name, about.get("op_name", "?"), " ".join([provider, *types[:1]]))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
@@ -56,6 +56,9 @@ ONE_STREAM = 2**28  # bytes of weights from which on there is one: each has much
 KEPT = 4  # compiled graphs
 
 
+NO_ROWS: Mapping[str, int] = MappingProxyType({})
+
+
 class OpenVinoEngine:
     """One model; see slipcast.engines.Engine.
 
@@ -70,10 +73,11 @@ class OpenVinoEngine:
         model: ModelFile,
         weights: ModelFile,
         precision: str,
-        batched: Set[str] = frozenset(),
+        batched: Mapping[str, int] = NO_ROWS,
         profile: bool = False,
     ) -> None:
-        """`batched`: the inputs that have rows of a batch; free dimensions of others are of the call's size."""
+        """`batched`: the inputs that have rows of a batch, and how many of one go together; free dimensions of others
+        are of the call's size."""
         self._model, self._weights, self._batched = model, weights, batched
         self._streams = 1 if profile or _size(weights) > ONE_STREAM else min(STREAMS, cpu_threads())
         self._options = {
@@ -89,7 +93,7 @@ class OpenVinoEngine:
 
     def __call__(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Evaluate the graph; every input by name. The results are copies, not views of the engine's memory."""
-        rows = max((len(arrays[name]) for name in self._batched), default=1)
+        rows = max((len(arrays[name]) // each for name, each in self._batched.items()), default=1)
         by_pairs = rows % 2 == 0 and rows > self._streams > 1 and self._pairs_are_exact(arrays)
         results = self._evaluate(arrays, rows, 2 if by_pairs else 1)
         return {spec.name: results[i] for i, spec in enumerate(self.outputs)}
@@ -102,7 +106,8 @@ class OpenVinoEngine:
 
     def _evaluate(self, arrays: Mapping[str, Array], rows: int, size: int) -> list[Array]:
         """By output, from rows in groups of that size."""
-        shapes = {name: (size, *a.shape[1:]) if name in self._batched else a.shape for name, a in arrays.items()}
+        batched = self._batched
+        shapes = {n: (size * batched[n], *a.shape[1:]) if n in batched else a.shape for n, a in arrays.items()}
         return self._static(shapes, rows // size)(arrays, self._batched, size, rows // size)
 
     def _pairs_are_exact(self, arrays: Mapping[str, Array]) -> bool:
@@ -112,7 +117,8 @@ class OpenVinoEngine:
         """
         if self._pairs is None:
             rows = 2 * self._streams  # as many as the graphs are for that are there anyway
-            some = {name: array[:rows] if name in self._batched else array for name, array in arrays.items()}
+            batched = self._batched
+            some = {name: a[: rows * batched[name]] if name in batched else a for name, a in arrays.items()}
             by_pairs, alone = self._evaluate(some, rows, 2), self._evaluate(some, rows, 1)
             self._pairs = all(map(np.array_equal, by_pairs, alone))
             if not self._pairs:
@@ -180,8 +186,8 @@ class _Static:
         self._given: list[dict[str, Array]] = []  # by request, the whole arrays
         self.calls = 0
 
-    def __call__(self, arrays: Mapping[str, Array], batched: Set[str], size: int, groups: int) -> list[Array]:
-        """By output. Arrays of `batched` are cut into `groups` of `size` rows; the others go to each."""
+    def __call__(self, arrays: Mapping[str, Array], batched: Mapping[str, int], size: int, groups: int) -> list[Array]:
+        """By output. Arrays of `batched` are cut into `groups` of `size` times their rows; the others go to each."""
         while len(self._requests) < groups:
             self._requests.append(self._graph.create_infer_request())
             self._given.append({})
@@ -192,9 +198,9 @@ class _Static:
                 # Handing an array over costs tens of microseconds, and a loop takes dozens that stay: those of the
                 # last call are not handed over again. Their memory is shared, so that a change inside them is seen.
                 fresh = {name: array for name, array in arrays.items() if given.get(name) is not array}
-                rows = slice(i * size, (i + 1) * size)
+                own = {name: slice(i * size * each, (i + 1) * size * each) for name, each in batched.items()}
                 # not ascontiguousarray, which gives a number without dimensions one
-                parts = {name: np.asarray(a[rows] if name in batched else a, order="C") for name, a in fresh.items()}
+                parts = {name: np.asarray(a[own[name]] if name in own else a, order="C") for name, a in fresh.items()}
                 request.start_async(parts, share_inputs=True)
                 given |= fresh
                 started.append(request)
@@ -217,7 +223,9 @@ class _Static:
 class ProfiledOpenVinoEngine(OpenVinoEngine):
     """With performance counters, on one stream; see slipcast.engines.ProfiledEngine."""
 
-    def __init__(self, model: ModelFile, weights: ModelFile, precision: str, batched: Set[str] = frozenset()) -> None:
+    def __init__(
+        self, model: ModelFile, weights: ModelFile, precision: str, batched: Mapping[str, int] = NO_ROWS
+    ) -> None:
         super().__init__(model, weights, precision, batched, profile=True)
         self._modules = _modules(self._graph)
         self._calls = self._calls_before = 0
@@ -253,14 +261,14 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
 
 
 def open_engine(
-    model: ModelFile, weights: ModelFile | None, precision: str, batched: Set[str] = frozenset()
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS
 ) -> OpenVinoEngine:
     """`weights` is the .bin that belongs to the .xml; `batched`: see OpenVinoEngine."""
     return OpenVinoEngine(model, _needed(model, weights), precision, batched)
 
 
 def open_profiled_engine(
-    model: ModelFile, weights: ModelFile | None, precision: str, batched: Set[str] = frozenset()
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS
 ) -> ProfiledOpenVinoEngine:
     """As open_engine, with the profiler on."""
     return ProfiledOpenVinoEngine(model, _needed(model, weights), precision, batched)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -24,35 +26,90 @@ logger = logging.getLogger("slipcast")
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class Together:
+    """How a component takes several images in a call, `most` of them: the `inputs` and `outputs` that have rows of
+    each. What others are, they are for all."""
+
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+    most: int
+
+
 class Calls:
-    """Evaluates calls on what is known, and puts what they give beside it. `depends`: see values.dependence; `adapted`:
-    by component, what takes its place, and what that reads besides."""
+    """Evaluates calls on what is known, and puts what they give beside it. `depends`: see values.dependence;
+    `together`: by component, see Together; `adapted`: by component, what takes its place, and what that reads besides.
+    """
 
     def __init__(
         self, values: Values, depends: Mapping[str, frozenset[str]], engines: InUse, seconds: dict[str, float],
-        adapted: Mapping[str, tuple[str, Mapping[str, Array]]] = NOTHING,
+        together: Mapping[str, Together] = NOTHING, adapted: Mapping[str, tuple[str, Mapping[str, Array]]] = NOTHING,
     ) -> None:  # fmt: skip
         self.values, self._depends, self._engines, self._seconds = values, depends, engines, seconds
-        self._adapted = adapted
+        self._together, self._adapted = together, adapted
+        self._joined: dict[tuple[str, str], tuple[list[Array], Array]] = {}
 
     def __call__(
         self, call: ProgramCall, rows: Mapping[str, Array], where: str, images: Iterable[int] | None = None
     ) -> None:
         """One call, once for all images that share what it gives. `rows`: inputs that are no values; `where` it is, for
         the error of one that gives no numbers; `images`: that are in need of it, without them all."""
-        for image in self.values.images(next(iter(call.outputs.values())), images):
-            inputs = {**rows, **{name: self.values.get(value, image) for name, value in call.inputs.items()}}
-            outputs = self._run(call, inputs)
+        for group in self._groups(call, self.values.images(next(iter(call.outputs.values())), images)):
+            outputs = self._run_group(call, rows, group)
             for name, value in call.outputs.items():
                 if (array := outputs[name]).dtype.kind == "f":
                     # What depends on texts alone may be a mask for attention, with -inf for what is masked.
                     checked: Any = array if NOISE in self._depends[value] else np.maximum(array, 0)
                     check_finite(checked, f"{call.component}: {name} is not finite in {where}")
-                self.values.put(value, image, array)
+                several = len(group) > 1 and name in self._together[call.component].outputs
+                for image, own in zip(group, np.split(array, len(group)) if several else cycle([array]), strict=False):
+                    self.values.put(value, image, own)
 
     def done(self, component: str) -> None:
         """Of an engine that is asked for no more."""
         self._engines.done(self._adapted.get(component, (component,))[0])
+
+    def _groups(self, call: ProgramCall, images: list[int]) -> list[list[int]]:
+        """Of images that go into one call: those whose arrays are of the same shapes, as many as it takes."""
+        together = self._together.get(call.component)
+        if not together or together.most == 1 or len(images) == 1:
+            return [[image] for image in images]
+        alike: dict[Any, list[int]] = {}
+        for image in images:
+            shapes = tuple(self.values.get(value, image).shape for value in call.inputs.values())
+            alike.setdefault(shapes, []).append(image)
+        return [each[i : i + together.most] for each in alike.values() for i in range(0, len(each), together.most)]
+
+    def _run_group(self, call: ProgramCall, rows: Mapping[str, Array], group: list[int]) -> dict[str, Array]:
+        """Its outputs, of all images of the group one after another."""
+        if len(group) == 1:
+            given = {name: self.values.get(value, group[0]) for name, value in call.inputs.items()}
+        else:
+            given = {name: self._join(call.component, name, value, group) for name, value in call.inputs.items()}
+        try:
+            return self._run(call, {**rows, **given})
+        except Exception as error:
+            if len(group) == 1 or not out_of_memory(error):
+                raise
+            logger.warning("memory ran out in %s for %d images: one at a time", call.component, len(group))
+        alone = [self._run_group(call, rows, [image]) for image in group]
+        several = self._together[call.component].outputs
+        return {
+            name: np.concatenate([each[name] for each in alone]) if name in several else array
+            for name, array in alone[0].items()
+        }
+
+    def _join(self, component: str, name: str, value: str, group: list[int]) -> Array:
+        """The arrays of some images as one, which stays the same while they do: engines know it again."""
+        arrays = [self.values.get(value, image) for image in group]
+        if name not in self._together[component].inputs:
+            return arrays[0]
+        known, joined = self._joined.get((component, name), ([], arrays[0]))
+        if len(known) != len(arrays) or any(one is not other for one, other in zip(known, arrays, strict=True)):
+            joined = np.concatenate(arrays)
+            joined.setflags(write=any(array.flags.writeable for array in arrays))
+            self._joined[component, name] = arrays, joined
+        return joined
 
     def _run(self, call: ProgramCall, inputs: dict[str, Array]) -> dict[str, Array]:
         component, slots = self._adapted.get(call.component, (call.component, {}))

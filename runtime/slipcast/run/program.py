@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slipcast.bundle.manifest import Target
-from slipcast.bundle.program import Loop
+from slipcast.bundle.program import IMAGES, Loop, rows_of_image
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import ProgramBundle
 from slipcast.bundle.records import GuardPolicy
@@ -21,7 +21,7 @@ from slipcast.bundle.sources import PromptSource, TableSource
 from slipcast.engines import Array, Engine, Instrument, as_it_is
 from slipcast.run.adapters import Adapters
 from slipcast.run.base import BasePipeline, PipelineOutput
-from slipcast.run.calls import Calls
+from slipcast.run.calls import Calls, Together
 from slipcast.run.guard import Verdict, choose_policy
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_guard import GuardedProgram
@@ -35,6 +35,7 @@ from slipcast.run.variants import Ready, read_variants
 
 logger = logging.getLogger("slipcast")
 
+LARGE = 2**28  # bytes of weights
 OnProgramStep = Callable[["ProgramPipeline", int, int], None]
 
 
@@ -60,6 +61,7 @@ class ProgramPipeline(BasePipeline):
         self._guard = GuardedProgram(bundle, guard, self._variants) if guard else None
         # What only other variants call is opened when one of them is first asked for.
         own = {call.component for call in self.program.every_call}
+        self._together = self._find_together()
         self._open_engines(residency, self.manifest.components.keys() - own)
 
     def __call__(
@@ -135,6 +137,24 @@ class ProgramPipeline(BasePipeline):
         with self._one_call_at_a_time:
             self._adapted = self._adapters.chosen(scales)
 
+    def _find_together(self) -> dict[str, Together]:
+        """By component that takes several images in a call, how. On a CPU one keeps a large model busy, and takes the
+        least memory."""
+        if IMAGES not in self.program.sizes:
+            return {}
+        most, found = self.program.sizes[IMAGES].maximum, dict[str, Together]()
+        listed = {entry.path: entry.size for entry in self.manifest.files}
+        for name, contract in self.manifest.components.items():
+            files = self._target.components[name]
+            large = listed[files.weights or files.model] > LARGE and self._target.device == "cpu"
+            inputs, outputs = (
+                frozenset(spec.name for spec in specs if rows_of_image(spec.shape))
+                for specs in (contract.inputs, contract.outputs)
+            )
+            if inputs and outputs:
+                found[name] = Together(inputs, outputs, 1 if large else most)
+        return found
+
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:
         return super()._open(component, "fp32" if component in self.manifest.exact else precision, target)
 
@@ -150,7 +170,7 @@ class ProgramPipeline(BasePipeline):
         for plain, name in self._adapters.components.items():
             self.residency.free(plain if self._adapted else name)
         with InUse(self.residency) as engines:
-            calls = Calls(values, ready.depends, engines, seconds, self._adapted)
+            calls = Calls(values, ready.depends, engines, seconds, self._together, self._adapted)
             for place, call in enumerate(ready.variant.calls):
                 if sampled and sampled.loop.at == place:
                     taken = self._take_steps(sampled, calls, images, callback)

@@ -186,6 +186,14 @@ class TestValues:
         np.testing.assert_array_equal(found, wanted)
         assert "memory ran out in denoiser for 2 images: one at a time" in caplog.text
 
+    def test_other_rows_than_the_manifest_says(self, engines: Fakes, tmp_path: Path) -> None:
+        engines.functions |= {
+            "conditioning": programs.condition_twice, "denoiser": lambda arrays: {"prediction": arrays["sample"][:1]},
+        }  # fmt: skip
+        with pytest.raises(ArtifactError, match="denoiser: prediction is not what the manifest says") as refused:
+            load(write_program(tmp_path / "b", **programs.together()))(["a red circle", "a star"], seed=3)
+        assert (refused.value.expected, refused.value.got) == ("2 rows, of 2 images", "1")
+
     def test_a_large_model_takes_one_image_on_a_cpu(
         self, engines: Fakes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

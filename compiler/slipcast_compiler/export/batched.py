@@ -202,7 +202,7 @@ def _try(part: Part, components: Mapping[str, nn.Module], single: Part) -> None:
     """RecipeError where several images are not what each is by itself."""
     generator = torch.Generator().manual_seed(0)
     specs = single.program.specs
-    usual = {each.name: each.maximum for each in single.lengths}
+    usual = {each.name: each.maximum for each in (*single.program.lengths, *single.lengths)}
     own = {value for value in part.inputs if _is_own(part.program.specs[value])}
 
     def example(value: int, images: int) -> torch.Tensor:

@@ -285,7 +285,8 @@ class Program(Variant):
     `table`: safetensors, each of its tensors [rows, *shape of the input]. `output`: what results are: for "image"
     float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
     "audio" float32 [n, channels, samples] or [n, samples], for "array" any. `sizes`: what free dimensions of components
-    follow besides `lengths`, by the names that their shapes have, such as "8*decoder_size". `variants`: the call for
+    follow besides `lengths`, by the names that their shapes have, such as "8*decoder_size"; `images` among them: how many
+    images a call may be of, which a first dimension such as "2*images" counts the rows of. `variants`: the call for
     other values of what is fixed, of which a run may ask: each has the same names under `fixed`.
     """
 

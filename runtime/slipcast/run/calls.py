@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +15,7 @@ from slipcast.bundle.program import ProgramCall
 from slipcast.bundle.tiles import Tiling
 from slipcast.engines import Array
 from slipcast.engines.resources import out_of_memory
+from slipcast.errors import ArtifactError
 from slipcast.run.decoding import decode_frugally
 from slipcast.run.loop import check_finite, timed
 from slipcast.run.residency import InUse
@@ -28,11 +28,11 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Together:
-    """How a component takes several images in a call, `most` of them: the `inputs` and `outputs` that have rows of
-    each. What others are, they are for all."""
+    """How a component takes several images in a call, `most` of them: the `inputs` that have rows of each, and how many
+    an output has. What others are, they are for all."""
 
     inputs: frozenset[str]
-    outputs: frozenset[str]
+    outputs: Mapping[str, int]
     most: int
 
 
@@ -61,8 +61,7 @@ class Calls:
                     # What depends on texts alone may be a mask for attention, with -inf for what is masked.
                     checked: Any = array if NOISE in self._depends[value] else np.maximum(array, 0)
                     check_finite(checked, f"{call.component}: {name} is not finite in {where}")
-                several = len(group) > 1 and name in self._together[call.component].outputs
-                for image, own in zip(group, np.split(array, len(group)) if several else cycle([array]), strict=False):
+                for image, own in zip(group, self._apart(call, name, array, len(group)), strict=True):
                     self.values.put(value, image, own)
 
     def done(self, component: str) -> None:
@@ -98,6 +97,20 @@ class Calls:
             name: np.concatenate([each[name] for each in alone]) if name in several else array
             for name, array in alone[0].items()
         }
+
+    def _apart(self, call: ProgramCall, name: str, array: Array, images: int) -> list[Array]:
+        """Each image's of an output."""
+        if images == 1 or name not in self._together[call.component].outputs:
+            return [array] * images
+        rows = self._together[call.component].outputs[name]
+        if len(array) != rows * images:
+            raise ArtifactError(
+                f"{call.component}: {name} is not what the manifest says",
+                expected=f"{rows * images} rows, of {images} images",
+                got=f"{len(array)}",
+                hint="compile the bundle again",
+            )
+        return [array[i * rows : (i + 1) * rows] for i in range(images)]
 
     def _join(self, component: str, name: str, value: str, group: list[int]) -> Array:
         """The arrays of some images as one, which stays the same while they do: engines know it again."""

@@ -148,11 +148,11 @@ class ProgramPipeline(BasePipeline):
             files = self._target.components[name]
             large = listed[files.weights or files.model] > LARGE and self._target.device == "cpu"
             inputs, outputs = (
-                frozenset(spec.name for spec in specs if rows_of_image(spec.shape))
+                {spec.name: rows for spec in specs if (rows := rows_of_image(spec.shape))}
                 for specs in (contract.inputs, contract.outputs)
             )
             if inputs and outputs:
-                found[name] = Together(inputs, outputs, 1 if large else most)
+                found[name] = Together(frozenset(inputs), outputs, 1 if large else most)
         return found
 
     def _open(self, component: str, precision: str | None = None, target: Target | None = None) -> Engine:

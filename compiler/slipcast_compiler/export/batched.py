@@ -98,6 +98,8 @@ def in_batches(part: Part, places: frozenset[int]) -> Part:
         if not shape or isinstance(shape[0], Affine):
             raise RecipeError("what an image has of its own has no rows", expected="[rows, ...]", got=f"{list(shape)}")
         specs[value] = (Affine(IMAGES, shape[0], 0), *shape[1:]), dtype
+    if counted := [each.name for each in part.lengths if each.dim is None and each.value in own]:
+        raise RecipeError("each image's mask decides sizes", got=", ".join(counted))
     if not set(wide).intersection(part.inputs):
         raise RecipeError("nothing that it reads is an image's own")
     first = next(value for value in part.inputs if value in own)

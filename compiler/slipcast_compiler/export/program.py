@@ -356,9 +356,10 @@ def _name_images(graph: ir.Graph, size: str) -> None:
     """The same of all values, for what leaves the loop is cut by them. `size`: 2*s53, or s53."""
     symbol = re.compile(rf"\b{size.rpartition('*')[2]}\b")
     for value in values_of(graph):
-        if value.shape and not all(isinstance(each, int) for each in value.shape):
-            named = (each if isinstance(each, int) else symbol.sub(IMAGES, str(each.value)) for each in value.shape)
-            value.shape = ir.Shape(list(named))
+        if value.shape:
+            named = [isinstance(each, ir.SymbolicDim) and each.value is not None for each in value.shape]
+            pairs = zip(value.shape, named, strict=True)
+            value.shape = ir.Shape([symbol.sub(IMAGES, str(each.value)) if known else each for each, known in pairs])
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

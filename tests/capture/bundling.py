@@ -68,7 +68,8 @@ def write(graphs: ProgramGraphs, name: str, folder: Path, cache: Cache, *tables:
 def compare_bundle(pipe: Any, name: str, prompts: Sequence[str], seed: int) -> dict[str, float]:
     """The bundle's results for prompts and a seed that were not captured, against the pipeline's: PSNR in dB, where the
     peak is 1 for pictures, else the largest number; and relative L2 error. Of the prompt where they are farthest.
-    `psnr_together`: of images of one call against each by itself; `psnr_steps`: where a run chooses their number, of the first prompt, in steps that were not captured."""
+    `psnr_together`: of images of one call against each by itself. `psnr_steps`: where a run chooses their number, of
+    the first prompt, in steps that were not captured."""
     with tempfile.TemporaryDirectory() as scratch, quiet():
         bundle = make_bundle(pipe, name, Path(scratch))
         with slipcast.load(bundle) as loaded:

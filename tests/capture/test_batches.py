@@ -33,6 +33,7 @@ ONE: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (ATEN.softmax.int, (1,), {}), (ATEN.view.default, ([8, 6],), {}), (ATEN.view.default, ([2, -1],), {}),
     (ATEN.reshape.default, ([4, 12],), {}), (ATEN.expand.default, ([3, 2, 4, 6],), {}),
     (ATEN.flatten.using_ints, (0, 1), {}), (ATEN.flatten.using_ints, (), {}), (ATEN.clone.default, (), {}),
+    (ATEN.clone.default, (), {"memory_format": torch.contiguous_format}),
     (ATEN.zeros_like.default, (), {}), (ATEN.unflatten.int, (1, [2, 2]), {}), (ATEN.gelu.default, (), {}),
 ]  # fmt: skip
 # of one image's tensors a and b [2, 4, 6], c [4, 6] and d []; and e [4, 6], which all share
@@ -48,6 +49,9 @@ SEVERAL: list[tuple[Any, Callable[..., Any]]] = [
 ALONE = {
     "perturbed_attention": "the pipeline changes its modules for the call",
     "animate_diff": "frames are rows",
+    "lumina_2": "a mask decides sizes", "hunyuan_image": "the same",
+    "kandinsky_5": "position embeddings have as many rows", "kandinsky_5_video": "the same",
+    "qwen_image_2_1": "it puts rows in places of a mask",
     "z_image": "a list of tensors, one for each image", "z_image_guided": "the same", "z_image_of_blocks": "the same",
 }  # fmt: skip
 
@@ -82,7 +86,8 @@ def test_an_operator_of_several(function: Any, arguments: Callable[..., Any]) ->
     ("function", "rest"),
     [
         (ATEN.mean.default, ()), (ATEN.sum.default, ()), (ATEN.squeeze.default, ()), (ATEN.roll.default, ([1], [0])),
-        (ATEN.linalg_vector_norm.default, ()), (ATEN.expand.default, ([3, -1, -1, -1],)),
+        (ATEN.linalg_vector_norm.default, ()), (ATEN.norm.Scalar, (2,)), (ATEN.amax.default, ()),
+        (ATEN.amin.default, ([], True)), (ATEN.mean.dim, ([], True)), (ATEN.expand.default, ([3, -1, -1, -1],)),
     ],
 )  # fmt: skip
 def test_what_sees_all_images_is_refused(function: Any, rest: tuple[Any, ...]) -> None:

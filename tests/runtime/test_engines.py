@@ -232,7 +232,7 @@ class TestOpenVino:
     def test_large_models_have_one_graph(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squares: Any) -> None:
         module = pytest.importorskip("slipcast.engines.openvino")
         monkeypatch.setattr(module, "ONE_STREAM", -1)
-        with module.OpenVinoEngine(tmp_path / "m.xml", tmp_path / "m.bin", "fp32", {"x": 1}) as engine:
+        with module.OpenVinoEngine(tmp_path / "m.xml", tmp_path / "m.bin", "fp32", {"x": 1}, {"z"}) as engine:
             for rows in (1, 2, 3, 8):
                 x = np.random.default_rng(rows).standard_normal((rows, 3)).astype(np.float32)
                 np.testing.assert_array_equal(engine({"x": x, "y": np.ones((1, 3), np.float32)})["z"], x)
@@ -252,6 +252,11 @@ class TestOpenVino:
         y = np.arange(1, 4, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
         np.testing.assert_allclose(squares({"x": x, "y": y})["z"], x * np.repeat(y, 2, axis=0), rtol=1e-6)
         assert asked == [((2, 3), (1, 3))]
+
+    def test_what_has_no_rows_is_the_same_for_all(self, squares: Any) -> None:
+        squares._apart = frozenset()
+        x, y = np.ones((4, 3), np.float32), np.ones((1, 3), np.float32)
+        assert squares({"x": x, "y": y})["z"].shape == (1, 3)
 
     def test_what_fails_leaves_the_engine_as_it_was(self, squares: Any) -> None:
         x, y = np.ones((4, 3), np.float32), np.ones((1, 3), np.float32)

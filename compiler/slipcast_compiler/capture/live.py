@@ -47,7 +47,7 @@ class LiveBytes:
 
 def fused_attention(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     """What attention on meta gives, as one operator: there it would be spelled out, with a matrix of scores that takes
-    more memory than all else, and that no engine has at once (graph/slices.py). None for other operators."""
+    more memory than all else, and that no engine for CPUs has at once (graph/slices.py). None for other operators."""
     if func is not torch.ops.aten.scaled_dot_product_attention.default or kwargs.get("dropout_p"):
         return None
     query, key, value = args[:3]

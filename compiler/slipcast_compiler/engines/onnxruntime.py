@@ -17,6 +17,7 @@ def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) ->
     need_graph_libraries()
     from slipcast_compiler.graph.slices import write_slices
 
+    assert precision != "fp16"  # which the CPU has no kernels for
     files = build_for_gpu(model, precision, out, fp32)
     (out / model.name).unlink()  # the name, not the file that it is linked to
     write_slices(model, out / model.name)

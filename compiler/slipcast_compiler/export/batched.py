@@ -1,7 +1,7 @@
 """A part for several images at once: its rows are those of one image, of another, and so on.
 
 What a part computes of an image it computes of each. Modules know of rows: they are called once, with those of all
-images. What is between them may not, and is mapped over images (torch.vmap): where a pipeline joins the latent with
+images. What is between them may not, and is mapped over images (mapped.py): where a pipeline joins the latent with
 itself for guidance, each image's is joined with its own. Whether a module treats rows alike, it does not say; so it is
 tried, and what is not the same as one by one stays a part for one image.
 """
@@ -43,6 +43,7 @@ from slipcast_compiler.export.replayed import Replayed, carried
 logger = logging.getLogger("slipcast")
 
 MOST = 8  # images in a call
+BYTES = 2**30  # that their values may take at once, beside weights, in fp32
 TRIED = 2
 NO_BATCHES: Mapping[str, Part] = MappingProxyType({})
 LIMIT = 1e-4  # relative, of what is the same but for the order of sums
@@ -53,8 +54,9 @@ def parts_in_batches(variants: Sequence[Found], components: Mapping[str, nn.Modu
     found = dict[str, Part]()
     for name in dict.fromkeys(use.part for each in variants for use in _repeated(each)):
         part = next(part for each in variants for part in each.cut.parts if part.name == name)
+        most = min(MOST, BYTES // max(_live_bytes(name, variants), 1))
         try:
-            batched = in_batches(part, own_inputs(name, variants))
+            batched = in_batches(part, own_inputs(name, variants), most)
             _try(batched, components, part)
         except Exception as error:  # a module may refuse other numbers of rows in any way
             logger.info("%s: one image at a time: %s", name, error)
@@ -77,7 +79,7 @@ def own_inputs(name: str, variants: Sequence[Found]) -> frozenset[int]:
     for each in variants:
         own = {source.id for source in each.program.sources if source.kind in ("noise", "prompt")}
         inside = [each.loop.use, *([each.loop.unguided.use] if each.loop.unguided else [])] if each.loop else []
-        own |= {each.loop.sample} if each.loop else set()
+        own |= {each.loop.sample, each.loop.result} if each.loop else set()
         for use in (*each.cut.uses, *inside):
             if own.intersection(use.inputs):
                 own.update(use.outputs)
@@ -86,8 +88,17 @@ def own_inputs(name: str, variants: Sequence[Found]) -> frozenset[int]:
     return frozenset(places)
 
 
-def in_batches(part: Part, places: frozenset[int]) -> Part:
+def _live_bytes(name: str, variants: Sequence[Found]) -> int:
+    """What values of one image take at once while a part's modules run, at the largest size."""
+    events = [event for each in variants for part in each.cut.parts if part.name == name for event in part.events]
+    modules = {event.module for event in events if isinstance(event, Call)}
+    return max((each.program.live.get(module, 0) for each in variants for module in modules), default=0)
+
+
+def in_batches(part: Part, places: frozenset[int], most: int = MOST) -> Part:
     """The part with a free number of images, of inputs in these `places`. RecipeError where it has no rows."""
+    if most < TRIED:
+        raise RecipeError("the values of one image take much memory")
     own = {part.inputs[place] for place in places}
     for event in part.events:
         if own.intersection(ref.id for ref in refs((event.args, event.kwargs))):
@@ -103,8 +114,8 @@ def in_batches(part: Part, places: frozenset[int]) -> Part:
     if not set(wide).intersection(part.inputs):
         raise RecipeError("nothing that it reads is an image's own")
     first = next(value for value in part.inputs if value in own)
-    images = Length(IMAGES, 1, MOST, first, 0, scale=_rows(specs[first]))
-    sizes = tuple({**each, IMAGES: count} for each in part.sizes for count in (1, MOST))
+    images = Length(IMAGES, 1, most, first, 0, scale=_rows(specs[first]))
+    sizes = tuple({**each, IMAGES: count} for each in part.sizes for count in (1, most))
     return replace(
         part, program=replace(part.program, specs=specs), lengths=(*part.lengths, images), sizes=sizes, apart=()
     )
@@ -118,7 +129,7 @@ class InBatches(Replayed):
         part, components, specs = self._part, dict(self.components.items()), self._part.program.specs
         values = self._entered(given)
         self._lengths = measure(part.lengths, values)
-        own = {value for value in part.inputs if _is_own(specs[value])}
+        own = {value for value in part.inputs if rows_of_images(specs[value])}
         for value in own:
             values[value] = _apart(values[value], self._lengths[IMAGES], _rows(specs[value]))
         self._alike = dict[int, torch.Tensor]()  # by value that is a row several times, that row
@@ -191,7 +202,8 @@ def _rows(spec: Spec) -> int:
     return first
 
 
-def _is_own(spec: Spec) -> bool:
+def rows_of_images(spec: Spec) -> bool:
+    """Whether a value has rows of each image."""
     return bool(spec[0]) and isinstance(spec[0][0], Affine) and spec[0][0].length == IMAGES
 
 
@@ -205,13 +217,17 @@ def _try(part: Part, components: Mapping[str, nn.Module], single: Part) -> None:
     generator = torch.Generator().manual_seed(0)
     specs = single.program.specs
     usual = {each.name: each.maximum for each in (*single.program.lengths, *single.lengths)}
-    own = {value for value in part.inputs if _is_own(part.program.specs[value])}
+    own = {value for value in part.inputs if rows_of_images(part.program.specs[value])}
 
     def example(value: int, images: int) -> torch.Tensor:
         shape, dtype = specs[value]
         sizes = [size.at(usual) if isinstance(size, Affine) else size for size in shape]
         made = torch.randn([images, *sizes], generator=generator)
-        return made.to(dtype) if dtype.is_floating_point else torch.ones_like(made, dtype=dtype)
+        if dtype.is_floating_point:
+            return made.to(dtype)
+        made = torch.ones_like(made, dtype=dtype)  # a mask, perhaps, which is another one for each
+        made[1:, ..., made.shape[-1] // 2 :] = 0
+        return made
 
     inputs = {value: example(value, TRIED if value in own else 1) for value in part.inputs}
     rows = [carried(table[0]) for _, table in part.table]
@@ -226,7 +242,7 @@ def _try(part: Part, components: Mapping[str, nn.Module], single: Part) -> None:
         ]
     for place, value in enumerate(part.outputs):
         mine = [each[place] for each in alone]
-        wanted = torch.cat(mine) if _is_own(part.program.specs[value]) else mine[0]
+        wanted = torch.cat(mine) if rows_of_images(part.program.specs[value]) else mine[0]
         error = relative_error(found[place], wanted)
         if not error <= LIMIT:
             raise RecipeError(

@@ -19,12 +19,12 @@ import onnx_ir as ir
 from safetensors.numpy import load_file, save_file
 
 from slipcast.bundle.driving import Column
-from slipcast.bundle.program import IMAGES, Loop, Program, ProgramCall, Variant
+from slipcast.bundle.program import Loop, Program, ProgramCall, Variant, rows_of_image
 from slipcast.bundle.sources import NoiseSource
 from slipcast.engines.onnxruntime import open_engine
 from slipcast_compiler.export.component import contract_of
 from slipcast_compiler.export.program import PROGRAM, TABLE
-from slipcast_compiler.graph.cut import Binding, Parts, count_parameters, cut
+from slipcast_compiler.graph.cut import Binding, Parts, count_parameters, counts_images, cut
 from slipcast_compiler.graph.weights import load, save_sharing
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -141,15 +141,16 @@ def _cut(
     parts = cut(model, inputs=inputs)
     crossing = [value for part, each in parts.graphs.items() if part != "denoise" for value in each.graph.outputs]
     left = 1 - count_parameters(parts.graphs["denoise"].graph) / max(parts.parameters, 1)
-    return parts if left >= WORTH and all(value.dtype in DTYPES and _has_rows(value) for value in crossing) else None
+    whole = left < WORTH or parts.telling
+    return None if whole or not all(value.dtype in DTYPES and _has_rows(value) for value in crossing) else parts
 
 
 def _has_rows(value: ir.Value) -> bool:
     """Whether a runtime can tell those of an image: they are counted by the first dimension, or not at all."""
-    return value.shape is not None and all(
-        isinstance(size, int) or (size.value is not None and (not dim or IMAGES not in size.value))
-        for dim, size in enumerate(value.shape)
-    )
+    if value.shape is None or any(not isinstance(size, int) and size.value is None for size in value.shape):
+        return False
+    first = [size if isinstance(size, int) else str(size.value) for size in value.shape[:1]]
+    return not counts_images(value.shape if not rows_of_image(first) else value.shape[1:])
 
 
 def _write(folder: Path, name: str, parts: Parts, table: Arrays, driven: bool) -> None:

@@ -27,7 +27,12 @@ EACH = frozenset(
         _ATEN.ones_like, _ATEN.full_like, _ATEN.lift_fresh,
     )
 )  # fmt: skip
-NEED_ALONG = frozenset((_ATEN.mean, _ATEN.sum, _ATEN.std, _ATEN.var, _ATEN.squeeze, _ATEN.linalg_vector_norm))
+NEED_ALONG = frozenset(
+    (
+        _ATEN.mean, _ATEN.sum, _ATEN.std, _ATEN.var, _ATEN.squeeze, _ATEN.linalg_vector_norm, _ATEN.norm, _ATEN.amax,
+        _ATEN.amin,
+    )
+)  # fmt: skip
 
 
 def apply(function: Any, args: Any, kwargs: Mapping[str, Any], images: Any, is_own: Any) -> Any:
@@ -39,7 +44,6 @@ def apply(function: Any, args: Any, kwargs: Mapping[str, Any], images: Any, is_o
     pointwise = torch.Tag.pointwise in function.tags
     if not pointwise and packet not in EACH:
         raise RecipeError(f"{schema.name} is not known to treat images alike")
-    own = [each for value in given.values() for each in _tensors(value) if is_own(each)]
     rank = max(each.ndim - is_own(each) for value in given.values() for each in _tensors(value))
     if pointwise:
         found = {name: _aligned(value, rank, is_own) for name, value in given.items()}
@@ -47,19 +51,21 @@ def apply(function: Any, args: Any, kwargs: Mapping[str, Any], images: Any, is_o
     if packet in (_ATEN.cat, _ATEN.stack):
         given = {name: _repeated(value, images, is_own) for name, value in given.items()}
     told = {each.name: each.default_value for each in schema.arguments if each.has_default_value()} | given
-    along = [name for name in told if name in ALONG and told[name] is not None]
+    along = [name for name in told if name in ALONG and told[name] not in (None, [], ())]
     if packet in NEED_ALONG and not along:
         raise RecipeError(f"{schema.name} is of all dimensions")
-    result_rank = own[0].ndim - 1 + (packet in (_ATEN.unsqueeze, _ATEN.stack))
     for name in along:
-        given[name] = _moved(told[name], result_rank)
+        given[name] = _moved(told[name])
     if packet is _ATEN.permute:
         given["dims"] = [0, *given["dims"]]
     if packet is _ATEN.expand:
+        if any(isinstance(size, int) and size == -1 for size in given["size"]):
+            raise RecipeError(f"{schema.name} keeps sizes that it does not name")
         given["self"] = _aligned(given["self"], len(given["size"]), is_own)
     for name in SIZES:
         if name in given:
-            given[name] = [images, *_without_minus(given[name], packet)]
+            given[name] = [images, *given[name]]
+    given.pop("memory_format", None)  # of so many dimensions
     return function(**given)
 
 
@@ -85,14 +91,8 @@ def _repeated(value: Any, images: Any, is_own: Any) -> Any:
     return [each if is_own(each) else each.unsqueeze(0).expand(images, *each.shape) for each in value]
 
 
-def _moved(dims: Any, rank: int) -> Any:
+def _moved(dims: Any) -> Any:
     """Those that are not counted from the end are one further."""
     if isinstance(dims, list | tuple):
-        return [_moved(dim, rank) for dim in dims]
+        return [_moved(dim) for dim in dims]
     return dims + 1 if dims >= 0 else dims
-
-
-def _without_minus(sizes: Any, packet: Any) -> list[Any]:
-    if packet is _ATEN.expand and any(isinstance(size, int) and size == -1 for size in sizes):
-        raise RecipeError("aten::expand keeps sizes that it does not name")
-    return list(sizes)

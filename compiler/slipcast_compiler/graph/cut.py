@@ -21,6 +21,7 @@ from typing import Any
 import networkx
 import onnx_ir as ir
 
+from slipcast.bundle.program import IMAGES
 from slipcast_compiler.graph.broadcast import ELEMENTWISE, broadcast_late
 
 
@@ -43,6 +44,7 @@ CHEAP = ELEMENTWISE | {
     "Transpose", "Unsqueeze",
 }  # fmt: skip
 NODE_BYTES = 16 << 10  # what evaluating one more node in the loop costs, in bytes that cross into it
+UNKNOWN = 1 << 40  # of what had better not cross
 BATCH = 2  # the free dimension when bytes are counted: one image with guidance
 
 
@@ -51,12 +53,14 @@ class Parts:
     """Graphs by part ("step", "prompt", "prompt+step", "denoise"); a part without nodes is absent.
 
     An input of a graph is an input of the original, or an output of an earlier part under the same name. Outputs of
-    `step` have a batch of 1, and broadcast. `nodes` and `parameters` count the original.
+    `step` have a batch of 1, and broadcast. `nodes` and `parameters` count the original. `telling`: of what
+    crosses, what says how many images there are, and could not be kept from it.
     """
 
     graphs: Mapping[str, ir.Model]
     nodes: int
     parameters: int
+    telling: frozenset[str] = frozenset()
 
 
 def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY), inputs: Mapping[str, Binding] = INPUTS) -> Parts:
@@ -79,7 +83,8 @@ def cut(model: ir.Model, early: Collection[Binding] = tuple(EARLY), inputs: Mapp
             graphs[name] = extract(model, given, wanted)
     latent = {value for value in graph.inputs if bound[value] == Binding.LATENT}  # or not to be taken out
     graphs["denoise"] = extract(model, latent | into_loop, graph.outputs)
-    return Parts(graphs, nodes, parameters)
+    telling = {str(value.name) for value in tell_images(graph) & (into_loop | into_mixed)}
+    return Parts(graphs, nodes, parameters, frozenset(telling))
 
 
 def bind(graph: ir.Graph, inputs: Mapping[str, Binding] = INPUTS) -> dict[ir.Value, Binding]:
@@ -104,12 +109,12 @@ def _cut(
     that crosses costs its bytes, once, and a cheap node that is evaluated inside costs NODE_BYTES. Of cuts that cost
     the same, the one that leaves the least inside.
     """
-    network = networkx.DiGraph()
+    network, telling = networkx.DiGraph(), tell_images(graph)
     network.add_nodes_from(("outside", "inside"))
     for value in values_of(graph):
         if bound[value] not in early or (origin := value.producer()) in late:
             continue
-        network.add_edge(origin or "outside", value, capacity=bytes_of(value))
+        network.add_edge(origin or "outside", value, capacity=UNKNOWN if value in telling else bytes_of(value))
         if origin:
             network.add_edge("outside", origin, **({"capacity": NODE_BYTES} if origin.op_type in CHEAP else {}))
         for consumer in value.consumers():
@@ -126,9 +131,28 @@ def values_of(graph: ir.Graph) -> Iterable[ir.Value]:
 def bytes_of(value: ir.Value) -> int:
     """The size of a value for BATCH images. One whose size is not known had better not cross."""
     if value.shape is None or value.dtype is None:
-        return 1 << 40
+        return UNKNOWN
     shape = value.shape.evaluate(dict.fromkeys(value.shape.free_symbols(), BATCH))
-    return int(math.prod(shape.numpy()) * value.dtype.itemsize) if shape.is_static() else 1 << 40
+    return int(math.prod(shape.numpy()) * value.dtype.itemsize) if shape.is_static() else UNKNOWN
+
+
+def tell_images(graph: ir.Graph) -> set[ir.Value]:
+    """The values that say how many images there are, and have no rows of them: what they are before the loop, for each
+    prompt, says nothing of a call within it."""
+    found = set[ir.Value]()
+    for node in graph:
+        if node.op_type == "Shape" and (value := node.inputs[0]) is not None:
+            begin, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(value.shape or ()))
+            if value.shape is None or counts_images(value.shape[begin:end]):
+                found.update(node.outputs)
+        elif found.intersection(node.inputs):
+            found.update(each for each in node.outputs if each.shape is None or not counts_images(each.shape))
+    return found
+
+
+def counts_images(sizes: Iterable[int | ir.SymbolicDim]) -> bool:
+    """Whether any of these follows from how many images a call is of."""
+    return any(not isinstance(size, int) and size.value is not None and IMAGES in size.value for size in sizes)
 
 
 def _gives(node: ir.Node) -> bool:

@@ -123,6 +123,7 @@ def slice_attention(model: Any) -> None:
     sizes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.value_info)}
     for node in model.graph.node:
         if node.op_type == "Attention" and not node.domain and _can_be_sliced(node, sizes):
+            del node.input[4 if any(node.input[3:4]) else 3 :]
             replace(model, node, MASKED if len(node.input) > 3 else PLAIN)
 
 
@@ -158,16 +159,22 @@ def write_whole(source: Path, target: Path) -> bool:
 
 def scores_bytes(query: Sequence[int], keys: int, whole: bool = False) -> int:
     """What ONNX Runtime takes at most for attention in slices, or `whole`, beside what it reads and gives; in fp32.
-    `query`: its shape, [..., queries, width]."""
+    `query`: its shape, [rows, ..., queries, width]."""
     of_a_query = FLOAT_BYTES * math.prod(query[:-2]) * keys
-    scores = of_a_query * query[-2]
-    return 2 * (scores if whole else min(scores, max(BYTES, of_a_query)))
+    scores, small = of_a_query * query[-2], FLOAT_BYTES * math.prod(query[1:-1]) * keys <= SMALL
+    if whole or small or scores <= BYTES:
+        return 2 * scores
+    copies = 3 * FLOAT_BYTES * math.prod(query)  # queries, padded; what slices give, as it comes and turned
+    return 2 * max(BYTES, of_a_query) + copies
 
 
 def _can_be_sliced(node: Any, sizes: dict[str, Any]) -> bool:
     others = {each.name: helper.get_attribute_value(each) for each in node.attribute if each.name != "scale"}
     query, key = (sizes.get(name) for name in node.input[:2])
     if any(others.values()) or len(node.output) > 1 or any(node.input[4:]) or query is None or key is None:
+        return False
+    mask = sizes.get(node.input[3]) if any(node.input[3:4]) else None
+    if any(node.input[3:4]) and (mask is None or len(mask) < 2 or mask[-2] != query[2]):  # a row of it for each query
         return False
     known = [d.dim_value for d in (*query[1:3], *key[2:3])]
     return len(query) == len(key) == 4 and (not all(known) or FLOAT_BYTES * math.prod(known) > SMALL)

@@ -39,7 +39,6 @@ from slipcast_compiler.recipe.passes import Quantize
 Arrays = dict[str, npt.NDArray[Any]]
 
 ENGINE_MARGIN = 1.25  # engines round where the graph does not say how
-BATCH = "batch"  # a dimension of rows that are independent
 REPORT = "quantize.json"
 
 

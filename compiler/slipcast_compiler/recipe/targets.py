@@ -113,8 +113,8 @@ def check_one_image(table: TargetTable) -> None:
     """RecipeError for what engines of a captured pipeline cannot have."""
     if table.max_images:
         raise RecipeError(
-            f"target {table.name}: max_images: engines of a captured pipeline take as many images as it is found to bear, "
-            "and a run draws as many as it is asked for",
+            f"target {table.name}: max_images: engines of a captured pipeline take as many images as they are found "
+            "to bear, and a run draws as many as it is asked for",
             expected="none",
             got=table.max_images,
         )

@@ -22,7 +22,7 @@ from slipcast.bundle.validation import BundlePath, Strict
 
 PROGRAM = "program"  # the key of the manifest, and what is named under requires
 IMAGES = "images"  # what dimensions follow that count the rows of all images in a call
-_ROWS = re.compile(rf"(?:(?P<rows>\d+)\*)?{IMAGES}")
+_ROWS = re.compile(r"(?:(?P<rows>[1-9]\d{0,3})\*)?" + IMAGES)
 TILED = "tiled_decode"  # named there too
 RUN_ARGUMENTS = ("seed", "num_images_per_prompt", "output_type", "on_long_prompt", "guard", "callback_on_step_end")
 
@@ -285,9 +285,9 @@ class Program(Variant):
     `table`: safetensors, each of its tensors [rows, *shape of the input]. `output`: what results are: for "image"
     float32 [n, channels, height, width] in [0, 1], for "frames" [n, frames, channels, height, width] likewise, for
     "audio" float32 [n, channels, samples] or [n, samples], for "array" any. `sizes`: what free dimensions of components
-    follow besides `lengths`, by the names that their shapes have, such as "8*decoder_size"; `images` among them: how many
-    images a call may be of, which a first dimension such as "2*images" counts the rows of. `variants`: the call for
-    other values of what is fixed, of which a run may ask: each has the same names under `fixed`.
+    follow besides `lengths`, by the names that their shapes have, such as "8*decoder_size", and how many images a call
+    may be of, whose rows a first dimension such as "2*images" counts. `variants`: the call for other values of what is
+    fixed, of which a run may ask: each has the same names under `fixed`.
     """
 
     pipeline: Name

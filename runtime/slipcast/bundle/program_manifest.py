@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Name
-from slipcast.bundle.program import PROGRAM, TILED, Loop, Program, ProgramCall, Variant
+from slipcast.bundle.program import IMAGES, PROGRAM, TILED, Loop, Program, ProgramCall, Variant, rows_of_image
 from slipcast.bundle.records import BaseGuard, BaseManifest, Component, TensorSpec
 from slipcast.bundle.sources import PromptSource, Shape
 from slipcast.bundle.tiles import Tiling
@@ -81,6 +81,18 @@ class ProgramManifest(BaseManifest):
             raise ValueError(f"components.{unused[0]}: no call of the program needs it")
         if wrong := sorted(called.intersection(adapted.values()) | adapted.keys() - called):
             raise ValueError(f"adapters.components: {wrong[0]!r} is called, where the plain one alone may be")
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_counted_by_rows(self) -> Self:
+        images = self.program.sizes.get(IMAGES)
+        if images and images.minimum != 1:
+            raise ValueError(f"program.sizes.{IMAGES}: there may be one")
+        for name, component in self.components.items():
+            for spec in (*component.inputs, *component.outputs):
+                first, rest = rows_of_image(spec.shape), spec.shape[1 if rows_of_image(spec.shape) else 0 :]
+                if any(isinstance(size, str) and IMAGES in size for size in rest) or (first and not images):
+                    raise ValueError(f"components.{name}: {spec.name} has images that nobody could count")
         return self
 
     @model_validator(mode="after")
@@ -273,9 +285,14 @@ def _check_fit(where: str, value: tuple[str, Shape], spec: TensorSpec) -> None:
 
 
 def _may_be_same(one: Shape, other: Shape) -> bool:
-    """Whether they are, but for free dimensions."""
+    """Whether they are, but for free dimensions; and each has as many rows of an image."""
     pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+    rows = {rows_of_image(shape) or shape[0] for shape in (one, other) if shape}
+    return (
+        len(one) == len(other)
+        and all(isinstance(a, str) or isinstance(b, str) or a == b for a, b in pairs)
+        and (len(rows) < 2 or any(isinstance(each, str) for each in rows))
+    )
 
 
 def _of_a_tile(where: str, shape: Shape, axes: Sequence[int]) -> Shape:

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -281,7 +281,7 @@ def open_engine(
     if opener is None:
         raise HostError(f"engine {name} has no profiler in this runtime", hint="pip install -U slipcast")
     try:
-        told = {"batched": _batched(contract)} if kind.by_rows else {}
+        told = {"batched": _batched(contract.inputs), "apart": {*_batched(contract.outputs)}} if kind.by_rows else {}
         engine: Engine = opener(model, weights, precision, **told)
     except Exception as error:
         if lack := as_resource_error(error, f"opening {model.name}"):
@@ -300,14 +300,10 @@ def open_engine(
     return engine
 
 
-def _batched(contract: Component) -> dict[str, int]:
-    """The inputs whose first dimension is free to count rows, and of how many a group has to be."""
-    rows = {spec.name: rows_of_image(spec.shape) for spec in contract.inputs}
-    return {
-        spec.name: rows[spec.name] or 1
-        for spec in contract.inputs
-        if rows[spec.name] or (spec.shape and spec.shape[0] == BATCH)
-    }
+def _batched(specs: Iterable[TensorSpec]) -> dict[str, int]:
+    """Those whose first dimension is free to count rows, and of how many a group has to be."""
+    found = {spec.name: rows_of_image(spec.shape) or int(spec.shape[:1] == (BATCH,)) for spec in specs}
+    return {name: rows for name, rows in found.items() if rows}
 
 
 def cpu_threads() -> int:

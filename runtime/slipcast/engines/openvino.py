@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -74,11 +74,12 @@ class OpenVinoEngine:
         weights: ModelFile,
         precision: str,
         batched: Mapping[str, int] = NO_ROWS,
+        apart: Set[str] = frozenset(),
         profile: bool = False,
     ) -> None:
         """`batched`: the inputs that have rows of a batch, and how many of one go together; free dimensions of others
-        are of the call's size."""
-        self._model, self._weights, self._batched = model, weights, batched
+        are of the call's size. `apart`: the outputs that have rows of a batch; others are the same for all."""
+        self._model, self._weights, self._batched, self._apart = model, weights, batched, apart
         self._streams = 1 if profile or _size(weights) > ONE_STREAM else min(STREAMS, cpu_threads())
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(precision),
@@ -108,7 +109,11 @@ class OpenVinoEngine:
         """By output, from rows in groups of that size."""
         batched = self._batched
         shapes = {n: (size * batched[n], *a.shape[1:]) if n in batched else a.shape for n, a in arrays.items()}
-        return self._static(shapes, rows // size)(arrays, self._batched, size, rows // size)
+        found = self._static(shapes, rows // size)(arrays, batched, size, rows // size)
+        return [
+            np.concatenate(parts) if spec.name in self._apart and len(parts) > 1 else parts[0].copy()
+            for spec, parts in zip(self.outputs, found, strict=True)
+        ]
 
     def _pairs_are_exact(self, arrays: Mapping[str, Array]) -> bool:
         """Whether two rows at once give what each gives alone, to the last bit: kernels are chosen by shape and host.
@@ -186,8 +191,10 @@ class _Static:
         self._given: list[dict[str, Array]] = []  # by request, the whole arrays
         self.calls = 0
 
-    def __call__(self, arrays: Mapping[str, Array], batched: Mapping[str, int], size: int, groups: int) -> list[Array]:
-        """By output. Arrays of `batched` are cut into `groups` of `size` times their rows; the others go to each."""
+    def __call__(
+        self, arrays: Mapping[str, Array], batched: Mapping[str, int], size: int, groups: int
+    ) -> list[list[Array]]:
+        """By output, of each group, in the engine's own memory. Arrays of `batched` are cut into `groups` of `size` times their rows; the others go to each."""
         while len(self._requests) < groups:
             self._requests.append(self._graph.create_infer_request())
             self._given.append({})
@@ -212,8 +219,7 @@ class _Static:
                 with suppress(RuntimeError):
                     request.wait()
             raise
-        found = [[r.get_output_tensor(i).data for r in requests] for i in range(len(self._graph.outputs))]
-        return [np.concatenate(parts) if groups > 1 else parts[0].copy() for parts in found]
+        return [[r.get_output_tensor(i).data for r in requests] for i in range(len(self._graph.outputs))]
 
     def profile(self) -> Any:
         """What the plugin counted, by layer: the mean of all calls."""
@@ -224,9 +230,10 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
     """With performance counters, on one stream; see slipcast.engines.ProfiledEngine."""
 
     def __init__(
-        self, model: ModelFile, weights: ModelFile, precision: str, batched: Mapping[str, int] = NO_ROWS
-    ) -> None:
-        super().__init__(model, weights, precision, batched, profile=True)
+        self, model: ModelFile, weights: ModelFile, precision: str, batched: Mapping[str, int] = NO_ROWS,
+        apart: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        super().__init__(model, weights, precision, batched, apart, profile=True)
         self._modules = _modules(self._graph)
         self._calls = self._calls_before = 0
         self._before: dict[str, int] = {}
@@ -261,17 +268,19 @@ class ProfiledOpenVinoEngine(OpenVinoEngine):
 
 
 def open_engine(
-    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS
-) -> OpenVinoEngine:
-    """`weights` is the .bin that belongs to the .xml; `batched`: see OpenVinoEngine."""
-    return OpenVinoEngine(model, _needed(model, weights), precision, batched)
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS,
+    apart: Set[str] = frozenset(),
+) -> OpenVinoEngine:  # fmt: skip
+    """`weights` is the .bin that belongs to the .xml; `batched`, `apart`: see OpenVinoEngine."""
+    return OpenVinoEngine(model, _needed(model, weights), precision, batched, apart)
 
 
 def open_profiled_engine(
-    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS
-) -> ProfiledOpenVinoEngine:
+    model: ModelFile, weights: ModelFile | None, precision: str, batched: Mapping[str, int] = NO_ROWS,
+    apart: Set[str] = frozenset(),
+) -> ProfiledOpenVinoEngine:  # fmt: skip
     """As open_engine, with the profiler on."""
-    return ProfiledOpenVinoEngine(model, _needed(model, weights), precision, batched)
+    return ProfiledOpenVinoEngine(model, _needed(model, weights), precision, batched, apart)
 
 
 def _hint(precision: str) -> str:

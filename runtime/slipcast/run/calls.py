@@ -47,6 +47,7 @@ class Calls:
     ) -> None:  # fmt: skip
         self.values, self._depends, self._engines, self._seconds = values, depends, engines, seconds
         self._together, self._adapted = together, adapted
+        self._alone = set[str]()  # components for which memory ran out where there were several images
         self._joined: dict[tuple[str, str], tuple[list[Array], Array]] = {}
 
     def __call__(
@@ -67,11 +68,13 @@ class Calls:
     def done(self, component: str) -> None:
         """Of an engine that is asked for no more."""
         self._engines.done(self._adapted.get(component, (component,))[0])
+        for key in [key for key in self._joined if key[0] == component]:
+            del self._joined[key]
 
     def _groups(self, call: ProgramCall, images: list[int]) -> list[list[int]]:
         """Of images that go into one call: those whose arrays are of the same shapes, as many as it takes."""
         together = self._together.get(call.component)
-        if not together or together.most == 1 or len(images) == 1:
+        if not together or together.most == 1 or len(images) == 1 or call.component in self._alone:
             return [[image] for image in images]
         alike: dict[Any, list[int]] = {}
         for image in images:
@@ -85,12 +88,15 @@ class Calls:
             given = {name: self.values.get(value, group[0]) for name, value in call.inputs.items()}
         else:
             given = {name: self._join(call.component, name, value, group) for name, value in call.inputs.items()}
-        try:
+        if len(group) == 1 or call.component in self._alone:
             return self._run(call, {**rows, **given})
+        try:
+            return self._run(call, {**rows, **given}, last=False)
         except Exception as error:
-            if len(group) == 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             logger.warning("memory ran out in %s for %d images: one at a time", call.component, len(group))
+            self._alone.add(call.component)
         alone = [self._run_group(call, rows, [image]) for image in group]
         several = self._together[call.component].outputs
         return {
@@ -124,7 +130,8 @@ class Calls:
             self._joined[component, name] = arrays, joined
         return joined
 
-    def _run(self, call: ProgramCall, inputs: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, call: ProgramCall, inputs: dict[str, Array], last: bool = True) -> dict[str, Array]:
+        """`last`: whether there is nothing left to try but more room, where memory runs out."""
         component, slots = self._adapted.get(call.component, (call.component, {}))
         inputs |= slots
 
@@ -136,7 +143,7 @@ class Calls:
         try:
             return evaluate(inputs)
         except Exception as error:
-            if not out_of_memory(error):
+            if not last or not out_of_memory(error):
                 raise
             logger.warning("memory ran out in %s: trying again without other engines in memory", component)
             self._engines.free_others(component)

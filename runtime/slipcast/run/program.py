@@ -76,7 +76,7 @@ class ProgramPipeline(BasePipeline):
         callback_on_step_end: OnProgramStep | None = None,
         **arguments: Any,
     ) -> PipelineOutput:
-        """Run the program, once for each image; `arguments` are the pipeline's, as `slipcast inspect` lists them.
+        """Run the program for each image; `arguments` are the pipeline's, as `slipcast inspect` lists them.
 
         Texts (`prompt`, `negative_prompt`, ...) are strings or lists of them, one for each prompt. Pictures (`image`,
         ...) are PIL images, which are resized, or arrays [h, w, c] or [1, c, h, w] in [0, 1]; all images are given the

@@ -194,7 +194,8 @@ class _Static:
     def __call__(
         self, arrays: Mapping[str, Array], batched: Mapping[str, int], size: int, groups: int
     ) -> list[list[Array]]:
-        """By output, of each group, in the engine's own memory. Arrays of `batched` are cut into `groups` of `size` times their rows; the others go to each."""
+        """By output, of each group, in the engine's own memory. Arrays of `batched` are cut into `groups` of `size`
+        times their rows; the others go to each."""
         while len(self._requests) < groups:
             self._requests.append(self._graph.create_infer_request())
             self._given.append({})

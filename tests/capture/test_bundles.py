@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundling import bundle_of, compare, compare_bundle, make_bundle
+from bundling import bundle_of, compare, compare_bundle, compare_together, make_bundle
 from test_generalise import Doubled, Joined, Padded, PaddedByItself, Placed, made
 from tiny import LENGTHS, PIPELINES, open_pipeline
 
 import slipcast
+from slipcast.bundle.program import rows_of_image
 from slipcast.bundle.reader import open_any_bundle
 from slipcast.engines import EngineWrapper
 from slipcast.errors import RequestError, SlipcastError
@@ -75,6 +76,21 @@ def test_engines_agree_and_images_are_their_seeds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(both[1], alone[0])
         drawn[engine] = both
     np.testing.assert_allclose(drawn["onnxruntime"], drawn["openvino"], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen_image", "stable_diffusion_3"])
+def test_images_of_one_call_on_openvino(name: str, tmp_path: Path) -> None:
+    """By groups, of which each has its own rows, and all the same of what has none."""
+    pipe = open_pipeline(name)
+    bundle = make_bundle(pipe, name, tmp_path, TargetTable(engine="openvino"))
+    manifest = open_any_bundle(bundle).manifest
+    assert {"denoiser_prompt", "denoiser_step"} <= set(manifest.components)
+    shapes = [spec.shape for spec in manifest.components["denoiser_prompt"].outputs]
+    assert any(rows_of_image(shape) for shape in shapes)
+    with slipcast.load(bundle) as loaded:
+        assert compare_together(loaded, name, (OTHER, "red"), 7) >= 100
+        assert compare(loaded, pipe, name, "red", 7)["psnr"] >= LEAST_DB
 
 
 @pytest.mark.slow

@@ -115,6 +115,18 @@ class TestOnnxRuntime:
         with open_engine("onnxruntime", tmp_path / "free.onnx", None, "fp32", component(contract)) as engine:
             assert engine({"x": np.ones((3, 4, 8, 8), np.float32)})["y"].shape == (3, 4, 8, 8)
 
+    def test_an_engine_may_not_know_what_it_gives(self, tmp_path: Path) -> None:
+        """Where it follows from sizes that are free; what it takes it has to know."""
+        model = add_model()
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "s77"
+        onnx.save(model, tmp_path / "vague.onnx")
+        with open_engine("onnxruntime", tmp_path / "vague.onnx", None, "fp32", component(ADD)) as engine:
+            assert engine({"x": np.ones(SHAPE, np.float32)})["y"].shape == tuple(SHAPE)
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "s77"
+        onnx.save(model, tmp_path / "vague.onnx")
+        with pytest.raises(ArtifactError, match="inputs differ"):
+            open_engine("onnxruntime", tmp_path / "vague.onnx", None, "fp32", component(ADD))
+
     @pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.BOOL, TensorProto.STRING])
     def test_a_type_that_no_manifest_knows(self, tmp_path: Path, kind: int) -> None:
         values = [helper.make_tensor_value_info(name, kind, [1]) for name in "xy"]

@@ -505,6 +505,29 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
 }  # fmt: skip
 
 
+def in_a_call(manifest: Any, sizes: Any, name: str, shape: list[Any]) -> None:
+    manifest["program"]["sizes"] = sizes
+    next(each for each in manifest["components"]["denoiser"]["inputs"] if each["name"] == name)["shape"] = shape
+
+
+IMAGES = {"images": {"minimum": 1, "maximum": 8}}
+HOSTILE |= {
+    "images that nobody counts": (
+        lambda m: in_a_call(m, {}, "sample", ["images", *LATENT[1:]]), "sample has images that nobody could count",
+    ),
+    "images elsewhere": (
+        lambda m: in_a_call(m, IMAGES, "sample", [1, 4, "images", 8]), "sample has images that nobody could count",
+    ),
+    "two images at least": (
+        lambda m: in_a_call(m, {"images": {"minimum": 2, "maximum": 8}}, "sample", ["images", *LATENT[1:]]),
+        "there may be one",
+    ),
+    "rows that an image has not": (
+        lambda m: in_a_call(m, IMAGES, "context", ["3*images", LENGTH, fakes.WIDTH]), "and is given float32",
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = write_program(tmp_path_factory.mktemp("valid") / "b")

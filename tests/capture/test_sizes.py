@@ -94,7 +94,7 @@ def test_one_engine_draws_what_each_size_draws_by_itself(target: str, tmp_path: 
     with slipcast.load(bundle) as loaded:
         assert set(loaded.manifest.components) == {"start", "denoiser", "decoder"}  # samplers drive it
         inputs = {name: each.inputs[0].shape for name, each in loaded.manifest.components.items()}
-        assert inputs["denoiser"] == (1, 2, "16*denoiser_size", "8*denoiser_size_2")
+        assert inputs["denoiser"] == ("images", 2, "16*denoiser_size", "8*denoiser_size_2")
         assert loaded.program.sizes["denoiser_size_2"].maximum == 4
     for size in SIZES:
         wanted = pipe(**make_call(pipe, {"height": size[0], "width": size[1]}, "", 3))["x"]

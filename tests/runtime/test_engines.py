@@ -118,14 +118,24 @@ class TestOnnxRuntime:
     def test_an_engine_may_not_know_what_it_gives(self, tmp_path: Path) -> None:
         """Where it follows from sizes that are free; what it takes it has to know."""
         model = add_model()
-        model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "s77"
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = "s77"
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "s78"
         onnx.save(model, tmp_path / "vague.onnx")
-        with open_engine("onnxruntime", tmp_path / "vague.onnx", None, "fp32", component(ADD)) as engine:
+
+        def opened(first: str) -> Any:
+            shape = [first, *SHAPE[1:]]
+            contract: Contract = {"inputs": [("x", "float32", shape)], "outputs": [("y", "float32", shape)]}
+            return open_engine("onnxruntime", tmp_path / "vague.onnx", None, "fp32", component(contract))
+
+        with opened("images") as engine:
             assert engine({"x": np.ones(SHAPE, np.float32)})["y"].shape == tuple(SHAPE)
-        model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "s77"
+        with pytest.raises(ArtifactError, match="outputs differ"):
+            opened("batch")
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "s78"
         onnx.save(model, tmp_path / "vague.onnx")
         with pytest.raises(ArtifactError, match="inputs differ"):
-            open_engine("onnxruntime", tmp_path / "vague.onnx", None, "fp32", component(ADD))
+            opened("images")
 
     @pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.BOOL, TensorProto.STRING])
     def test_a_type_that_no_manifest_knows(self, tmp_path: Path, kind: int) -> None:

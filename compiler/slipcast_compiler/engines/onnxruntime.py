@@ -19,7 +19,6 @@ def build(model: Path, precision: str, out: Path, fp32: Collection[str] = ()) ->
 
     assert precision != "fp16"  # which the CPU has no kernels for
     files = build_for_gpu(model, precision, out, fp32)
-    (out / model.name).unlink()  # the name, not the file that it is linked to
     write_slices(model, out / model.name)
     return files
 

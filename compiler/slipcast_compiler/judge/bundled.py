@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from slipcast.bundle.program import IMAGES
+from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.engines import ENGINES
 from slipcast.errors import CheckFailed
 from slipcast.progress import Advance
@@ -73,7 +74,8 @@ def run_program(
 def check_together(pipe: Any, job: Job, alone: Sequence[Any]) -> None:
     """CheckFailed where the first two images of a job, drawn in one call, are not what each is by itself, but for
     rounding. Of bundles that take several in a call."""
-    if IMAGES not in pipe.program.sizes or len(alone) < 2:
+    manifest = pipe.manifest
+    if not isinstance(manifest, ProgramManifest) or IMAGES not in manifest.program.sizes or len(alone) < 2:
         return
     texts = {} if job.prompts[0] is None else {"prompt": list(job.prompts[:2])}
     count = {} if texts else {"num_images_per_prompt": 2}

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -289,7 +289,7 @@ def open_engine(
         raise
     for side in ("inputs", "outputs"):
         promised, found = getattr(contract, side), getattr(engine, side)
-        if not _is_promised(_comparable(promised), _comparable(found), side == "outputs"):
+        if not _is_promised(promised, found, side == "outputs"):
             engine.__exit__(None, None, None)
             raise ArtifactError(
                 f"{model.name}: {side} differ from the manifest's",
@@ -311,24 +311,22 @@ def cpu_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-Comparable = list[tuple[str, str, tuple[int | None, ...]]]
-
-
-def _comparable(specs: tuple[TensorSpec, ...]) -> Comparable:
+def _comparable(specs: Sequence[TensorSpec]) -> list[tuple[str, str, tuple[int | None, ...]]]:
     """Names of free dimensions do not survive every vendor's format; that they are free does."""
     return [(s.name, s.dtype, tuple(d if isinstance(d, int) else None for d in s.shape)) for s in specs]
 
 
-def _is_promised(promised: Comparable, found: Comparable, vaguely: bool) -> bool:
-    """Whether an engine's inputs, or outputs, are those of the contract. `vaguely`: it may not know sizes that the
-    contract has, of what it computes by sizes that are free: no engine follows all of that arithmetic."""
-    if not vaguely or [each[:2] for each in promised] != [each[:2] for each in found]:
-        return promised == found
-    shapes = [(one, other) for (*_, one), (*_, other) in zip(promised, found, strict=True)]
-    return all(
-        len(one) == len(other) and all(b is None or a == b for a, b in zip(one, other, strict=True))
-        for one, other in shapes
-    )
+def _is_promised(promised: Sequence[TensorSpec], found: Sequence[TensorSpec], given: bool) -> bool:
+    """Whether an engine's inputs, or what it gives (`given`), are those of the contract. Of what it gives of several
+    images it may not know sizes that the contract has: no engine follows all the arithmetic of sizes that are free."""
+    if len(promised) != len(found):
+        return False
+    for spec, one, other in zip(promised, _comparable(promised), _comparable(found), strict=True):
+        known = tuple(b if b is not None else a for a, b in zip(one[2], other[2], strict=False))
+        vague = given and rows_of_image(spec.shape) and len(one[2]) == len(other[2])
+        if one != ((*other[:2], known) if vague else other):
+            return False
+    return True
 
 
 def _shown(specs: tuple[TensorSpec, ...]) -> str:

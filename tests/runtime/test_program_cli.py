@@ -21,6 +21,7 @@ from test_program import drawn, with_picture
 
 import slipcast
 from slipcast.bundle.manifest import ProgramManifest, read_any_manifest
+from slipcast.bundle.reader import open_any_bundle
 from slipcast.cli.program_lines import program_lines
 
 
@@ -292,6 +293,12 @@ class TestOtherCommands:
         manifest = read_any_manifest(json.dumps(document).encode())
         assert isinstance(manifest, ProgramManifest)
         assert "  arguments    image (16x16, RGB)" in program_lines(manifest)
+        assert not [line for line in program_lines(manifest) if "together" in line]
+
+    def test_inspect_tells_what_goes_together(self, tmp_path: Path) -> None:
+        manifest = open_any_bundle(write_program(tmp_path / "b", **programs.together(4))).manifest
+        assert isinstance(manifest, ProgramManifest)
+        assert "  together     up to 4 images in a call of denoiser" in program_lines(manifest)
 
     def test_verify_and_doctor(self, cli: Cli, bundle: Path) -> None:
         assert cli("verify", bundle) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from slipcast.bundle.program import Loop, Program, Variant
+from slipcast.bundle.program import IMAGES, Loop, Program, Variant, rows_of_image
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.sources import ImageSource, NoiseSource, PromptSource, Source, TableSource
 
@@ -31,8 +31,19 @@ def program_lines(manifest: ProgramManifest) -> list[str]:
         *([f"  adapters     rank {slots.rank} in {len(slots.layers)} layers"] if (slots := manifest.adapters) else []),
         *(f"  source       {_source(source)}" for source in program.sources),
         *(f"  calls        {line}" for line in _runs(program)),
+        *(f"  together     {line}" for line in _together(manifest)),
         *(f"  tiles        {line}" for line in _tiles(program)),
     ]
+
+
+def _together(manifest: ProgramManifest) -> Iterator[str]:
+    names = [
+        str(name)
+        for name, each in manifest.components.items()
+        if any(rows_of_image(spec.shape) for spec in each.inputs)
+    ]
+    if names:
+        yield f"up to {manifest.program.sizes[IMAGES].maximum} images in a call of {', '.join(names)}"
 
 
 def _sampling(loop: Loop) -> Iterator[str]:

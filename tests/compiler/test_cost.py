@@ -46,7 +46,7 @@ def test_operators(text: str, wanted: int, tmp_path: Path) -> None:
     assert cost(_write(text, tmp_path)) == {"multiply_adds": wanted, "parameters": 0}
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_denoiser(name: str, exported_denoiser: Callable[[str], Path]) -> None:
     """torch counts a multiplication and an addition apart."""
     denoiser = DENOISERS[name]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from slipcast.errors import ArtifactError
 
 sys.path.insert(0, str(ROOT / "recipes" / "study"))
 from heads import run
@@ -152,6 +153,12 @@ def test_the_dry_run_says_how_long(finished: tuple[Path, Any, Any]) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema": "slipcast-bench/1"}'])
 def test_what_is_no_study_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ArtifactError):
+        run.read(tmp_path / "other.json")
+
+
+def test_a_refusal_has_its_code(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{")
     assert run_script(str(tmp_path / "other.json")).returncode == 4
 
 

@@ -65,21 +65,29 @@ def describe_parts(variants: Sequence[Found], pipe: Any) -> dict[str, Any]:
     return found
 
 
+TOGETHER_BYTES = 2**30  # that values of images in one call may take at once, beside weights, in fp32
+
+
 def live_bytes(variants: Sequence[Found]) -> tuple[int, int]:
-    """How many bytes values take at once beside weights, at the most: in the pipeline itself, and in its parts."""
+    """How many bytes values take at once beside weights, at the most: in the pipeline itself, and in its parts, of two
+    images in a denoiser that may take several: both are tried so."""
 
     def whole(found: Found) -> int:
         """Of the result that tiles are laid into, and of what is made of it then."""
         shapes = (found.program.specs[value.id][0] for _, value in found.program.results if isinstance(value, Ref))
         return sum(2 * FLOAT_BYTES * math.prod(size for size in shape if isinstance(size, int)) for shape in shapes)
 
-    in_parts = 0
+    in_pipeline, in_parts = max(found.program.live_bytes for found in variants), 0
     for found in variants:
         live = found.program.live
         for part in found.cut.parts:
-            own = (live.get(event.module, 0) for event in part.events if isinstance(event, Call))
-            in_parts = max(in_parts, max(own, default=0) if part.live_bytes is None else part.live_bytes + whole(found))
-    return max(found.program.live_bytes for found in variants), in_parts
+            modules = (live.get(event.module, 0) for event in part.events if isinstance(event, Call))
+            own = max(modules, default=0) if part.live_bytes is None else part.live_bytes + whole(found)
+            if part.name.startswith("denoiser") and 2 * own <= TOGETHER_BYTES:
+                own *= 2
+                in_pipeline = max(in_pipeline, own)
+            in_parts = max(in_parts, own)
+    return in_pipeline, in_parts
 
 
 def render_parts(parts: Mapping[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from slipcast.bundle.program import IMAGES
 from slipcast.errors import RecipeError
 from slipcast_compiler.capture.cut import Part
 from slipcast_compiler.capture.find import Found
+from slipcast_compiler.capture.parts import TOGETHER_BYTES
 from slipcast_compiler.capture.program import (
     Affine,
     Call,
@@ -43,7 +44,6 @@ from slipcast_compiler.export.replayed import Replayed, carried
 logger = logging.getLogger("slipcast")
 
 MOST = 8  # images in a call
-BYTES = 2**30  # that their values may take at once, beside weights, in fp32
 TRIED = 2
 NO_BATCHES: Mapping[str, Part] = MappingProxyType({})
 LIMIT = 1e-4  # relative, of what is the same but for the order of sums
@@ -54,7 +54,7 @@ def parts_in_batches(variants: Sequence[Found], components: Mapping[str, nn.Modu
     found = dict[str, Part]()
     for name in dict.fromkeys(use.part for each in variants for use in _repeated(each)):
         part = next(part for each in variants for part in each.cut.parts if part.name == name)
-        most = min(MOST, BYTES // max(_live_bytes(name, variants), 1))
+        most = min(MOST, TOGETHER_BYTES // max(_live_bytes(name, variants), 1))
         try:
             batched = in_batches(part, own_inputs(name, variants), most)
             _try(batched, components, part)

@@ -17,6 +17,7 @@ from tiny import call_of, open_pipeline
 
 import slipcast
 from slipcast.bundle.manifest import ProgramManifest, read_any_manifest
+from slipcast.bundle.program import rows_of_image
 from slipcast.errors import ArtifactError, RecipeError, RequestError
 from slipcast.progress import silent
 from slipcast.run.lora import read_lora
@@ -243,7 +244,9 @@ def test_an_engine_that_somebody_uses_stays_open(place: Path) -> None:
         with pipe.residency.use("denoiser") as engine:
             pipe.set_adapters({"one": 1.0})
             drawn(pipe)
-            given = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in engine.inputs}
+            specs = pipe.manifest.components["denoiser"].inputs
+            shapes = {each.name: [rows_of_image(each.shape) or size for size in each.shape[:1]] for each in specs}
+            given = {each.name: np.zeros([*shapes[each.name], *each.shape[1:]], each.dtype) for each in specs}
             assert engine(given)
         pipe.set_adapters({})
         drawn(pipe)

@@ -138,7 +138,8 @@ def test_what_nobody_drew_is_published_as_unjudged(
     done = compiled(place)
     assert done.returncode == 0, done.stderr
     with slipcast.load(bundle) as pipe:
-        np.testing.assert_array_equal(pipe("a star", seed=1, output_type="np").images, pictures)
+        # What did not fit into memory takes one image in a call: the same but for the order of sums.
+        np.testing.assert_allclose(pipe("a star", seed=1, output_type="np").images, pictures, atol=1e-5)
 
 
 @pytest.mark.parametrize(

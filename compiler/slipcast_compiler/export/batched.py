@@ -124,6 +124,11 @@ def in_batches(part: Part, places: frozenset[int], most: int = MOST) -> Part:
 class InBatches(Replayed):
     """As Replayed, of a part of in_batches. Values of images are held as [images, *what they are of one]."""
 
+    def __init__(self, part: Part, components: Mapping[str, nn.Module], known: Mapping[int, Spec]) -> None:
+        super().__init__(part, components, known)
+        # Of a table whose rows are numbers that are the same, such as a timestep for every row of a call.
+        self._same = [value for value, rows in part.table if rows.ndim > 1 and bool((rows == rows[:, :1]).all())]
+
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """See the class."""
         part, components, specs = self._part, dict(self.components.items()), self._part.program.specs
@@ -132,7 +137,9 @@ class InBatches(Replayed):
         own = {value for value in part.inputs if rows_of_images(specs[value])}
         for value in own:
             values[value] = _apart(values[value], self._lengths[IMAGES], _rows(specs[value]))
-        self._alike = dict[int, torch.Tensor]()  # by value that is a row several times, that row
+        self._alike = {
+            value: values[value][:1] for value in self._same
+        }  # by value that is a row several times, that row
         for event in part.events:
             mine = list(dict.fromkeys(ref.id for ref in refs((event.args, event.kwargs)) if ref.id in own))
             if not mine:
@@ -184,7 +191,8 @@ class InBatches(Replayed):
             row = self._alike.get(each.id) if isinstance(each, Ref) else None
             if row is None and count > 1:
                 return found.unsqueeze(0).expand(images, *found.shape).flatten(0, 1)
-            return (found if row is None else row).expand(images * count, *found.shape[1:])
+            row = found if row is None else row.reshape(1, *found.shape[1:]) if not row.ndim else row
+            return row.expand(images * count, *found.shape[1:])
 
         args, kwargs = rebuild((event.args, event.kwargs), given)
         out = dict(leaves(opened(find_module(components, event.module)(*args, **kwargs))))

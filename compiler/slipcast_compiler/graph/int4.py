@@ -136,7 +136,7 @@ def importances(
     """By weight, the mean square of each of its inputs, [in], over all samples. Written into `work`, where the model's
     weights lie, too."""
     proto = onnx.load(model, load_external_data=False)
-    read = {node.name: node.input[0] for node in proto.graph.node}
+    read = {node.name: node.input[0] for node in proto.graph.node if node.input}
     sums: dict[str, str] = {}
     for linear in (each for every in layers.values() for each in every):
         tensor = read[linear.node]

@@ -502,7 +502,7 @@ def test_integers_and_half_precision(place: Path) -> None:
     casts = record.mixed_precision
     assert set(casts) == {"openvino-int8", "openvino-bf16", "openvino-int4"}
     assert {"conditioning", "denoiser_prompt"} <= record.quantized["int4"].keys()
-    assert not {"denoiser", "decoder"} & record.quantized["int4"].keys()  # of which most are convolutions
+    assert "decoder" not in record.quantized["int4"]  # of which most are convolutions
     for each in record.quantized["int4"].values():
         assert 0 < each["quantised"] <= each["layers"] and each["error"] <= each["options"]["max_error"]
     assert all(each["error"] <= each["limit"] for found in casts.values() for each in found.values())

@@ -86,17 +86,16 @@ class Calls:
         """Its outputs, of all images of the group one after another."""
         if len(group) == 1:
             given = {name: self.values.get(value, group[0]) for name, value in call.inputs.items()}
-        else:
-            given = {name: self._join(call.component, name, value, group) for name, value in call.inputs.items()}
-        if len(group) == 1 or call.component in self._alone:
             return self._run(call, {**rows, **given})
-        try:
-            return self._run(call, {**rows, **given}, last=False)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            logger.warning("memory ran out in %s for %d images: one at a time", call.component, len(group))
-            self._alone.add(call.component)
+        if call.component not in self._alone:
+            given = {name: self._join(call.component, name, value, group) for name, value in call.inputs.items()}
+            try:
+                return self._run(call, {**rows, **given}, last=False)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                logger.warning("memory ran out in %s for %d images: one at a time", call.component, len(group))
+                self._alone.add(call.component)
         alone = [self._run_group(call, rows, [image]) for image in group]
         several = self._together[call.component].outputs
         return {

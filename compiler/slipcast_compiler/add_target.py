@@ -98,8 +98,8 @@ def add_target(
         with stages.stage(f"build {table.name}") as advance:
             quantized = _quantized(bundle, portable) if table.precision in QUANTIZED else {}
             made_from = Sources(sources, sizes, quantized, _exact(bundle.manifest))
-            adapted = {name: casts[plain] for plain, name in _adapted(bundle.manifest).items() if plain in casts}
-            target = build_target(table, made_from, pool, cache, advance, {**casts, **adapted})
+            stand_ins = {name: casts[plain] for plain, name in _stand_ins(bundle.manifest).items() if plain in casts}
+            target = build_target(table, made_from, pool, cache, advance, {**casts, **stand_ins})
         fields = _fields(bundle.manifest, target)
         _remove_unused(folder, bundle.manifest, fields["targets"])
         write = publish.write_manifest if isinstance(bundle, Bundle) else publish.write_program_manifest
@@ -121,9 +121,9 @@ def _measured(
     bundle: AnyBundle, portable: Target, digests: dict[str, str], folder: Path
 ) -> tuple[Target, dict[str, Source]]:
     """The target in fp32 whose graphs a cast is measured on, also that of what is quantised (see casts.py); of a bundle
-    that has none, all that is not. Without those that are exact, and those that read adapters, which have the nodes of
-    others."""
-    left = {*_exact(bundle.manifest), *_adapted(bundle.manifest).values()}
+    that has none, all that is not. Without those that are exact, and those that take others' places at times, whose
+    nodes they have."""
+    left = {*_exact(bundle.manifest), *_stand_ins(bundle.manifest).values()}
     for target in bundle.manifest.targets:
         if (target.engine, target.precision) == (PORTABLE, "fp32"):
             sources = _sources(bundle, target, digests, folder)
@@ -163,10 +163,10 @@ def _exact(manifest: Manifest | ProgramManifest) -> frozenset[str]:
     return frozenset() if isinstance(manifest, Manifest) else manifest.exact
 
 
-def _adapted(manifest: Manifest | ProgramManifest) -> dict[str, str]:
-    """By component, the one that takes its place while adapters are set."""
-    adapters = None if isinstance(manifest, Manifest) else manifest.adapters
-    return dict(adapters.components) if adapters else {}
+def _stand_ins(manifest: Manifest | ProgramManifest) -> dict[str, str]:
+    """By component, the one that takes its place: while adapters are set, or for strangers."""
+    found = {} if isinstance(manifest, Manifest) else manifest.stand_ins
+    return {plain: name for each in found.values() for plain, name in each.items()}
 
 
 def _given(bundle: AnyBundle) -> list[dict[str, Any]]:

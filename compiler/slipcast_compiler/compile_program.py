@@ -13,7 +13,7 @@ from slipcast_compiler.engines.contents import family_record
 from slipcast_compiler.engines.programs import write_bundle
 from slipcast_compiler.export.pipeline import VERIFIED
 from slipcast_compiler.export.program import PARTS
-from slipcast_compiler.graphs_program import export_program, record_inputs, specialise
+from slipcast_compiler.graphs_program import add_strangers, export_program, record_inputs, specialise
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.machine import wait_without_spinning
@@ -75,6 +75,9 @@ def compile_program(plan: ProgramPlan, output: Path, cache: Cache, stages: Stage
         with stages.stage("adapter slots") as advance:
             precisions = {table.precision for table in recipe.targets}
             graphs = graphs.with_slots(recipe.adapters, precisions, cache, advance)
+
+    # And, for prompts out of the family, the denoisers as they were.
+    graphs = add_strangers(plan, source, graphs, cache, stages)
 
     # Engines for every target: a bundle that is complete but for the evidence.
     with publish.workspace(output) as folder:

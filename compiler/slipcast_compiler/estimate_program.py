@@ -12,6 +12,7 @@ from torch import nn
 from slipcast.engines import ENGINES
 from slipcast.errors import ResourceError
 from slipcast.run.residency import Policy
+from slipcast_compiler.export.slots import is_adaptable
 from slipcast_compiler.host.machine import LIBRARIES_BYTES
 from slipcast_compiler.model.original import Precision
 from slipcast_compiler.model.units import count_parameters
@@ -46,11 +47,12 @@ class Needs:
 def estimate(
     components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]],
     live_bytes: tuple[int, int], tables: tuple[TargetTable, ...], int4: QuantizeInt4 | None, closed: bool = False,
+    strangers: bool = False,
 ) -> Needs:  # fmt: skip
     """Of all of a pipeline's modules, and of its program's parts, as PartRecord has them; `variants`: those that are in
     memory at once; `live_bytes`: what values take at once beside weights, in the pipeline and in its parts; `int4`: by
     what options weights are in INT4, where a target is; `closed`: a table takes the place of parts that read texts
-    alone."""
+    alone; `strangers`: denoisers are there a second time, as they were, for those."""
     modules = list(components)
     in_pipeline, in_parts = live_bytes
     weights = [weight.numel() for module in modules for weight in module.parameters()]
@@ -76,7 +78,9 @@ def estimate(
             for names in variants
         )
 
-    engines = {table.name: shipped(table, held) for table in tables}
+    again = [parts[name] for name in held if strangers and is_adaptable(name)]
+    unchanged = sum(part["parameters"] for part in again)
+    engines = {table.name: shipped(table, held) + unchanged * BYTES[table.half or "fp32"] for table in tables}
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
         original=original_bytes(modules, in_pipeline),
@@ -91,7 +95,7 @@ def estimate(
         },
         disk={
             "bundle": sum(engines.values()),
-            "cache": sum(parts[name]["parameters"] for name in held) * BYTES["fp32"]
+            "cache": (sum(parts[name]["parameters"] for name in held) + unchanged) * BYTES["fp32"]
             + sum(engines[name] for name in engines.keys() - linked),
         },
     )
@@ -104,12 +108,13 @@ def original_bytes(modules: Sequence[nn.Module], live_bytes: int = 0) -> dict[Pr
     return {each: LIBRARIES_BYTES + whole * BYTES[each] // BYTES["fp32"] for each in precisions}
 
 
-def add_rewriting(needs: Needs, denoisers: Iterable[nn.Module], measuring: int | None) -> Needs:
+def add_rewriting(needs: Needs, denoisers: Iterable[nn.Module], measuring: Iterable[int]) -> Needs:
     """With what passes take: the changed weights of a denoiser, and those that an earlier pass had changed.
-    `measuring`: what a profile takes beside the pipeline itself; None where there is none."""
+    `measuring`: what each process that draws with the whole pipeline, for a profile or for recovery, takes beside it.
+    """
     largest = max(weight_bytes(module) for module in denoisers)
-    profile = 0 if measuring is None else needs.original["fp32"] + measuring
-    return replace(needs, rewriting=max(LIBRARIES_BYTES + 2 * largest, profile))
+    drawing = [needs.original["fp32"] + each for each in measuring]
+    return replace(needs, rewriting=max([LIBRARIES_BYTES + 2 * largest, *drawing]))
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -121,10 +126,11 @@ def check_rewriting_fits(needs: Needs, available: float) -> None:
     """ResourceError where passes, or the profile that they choose by, take more than `available` bytes."""
     if needs.rewriting > available:
         raise ResourceError(
-            "what the passes take does not fit into memory: the pipeline is measured in fp32, with all weights loaded",
+            "what the passes take does not fit into memory: they draw with the pipeline in fp32, all weights loaded",
             expected=f"about {needs.rewriting / 1e9:.1f} GB",
             got=f"{available / 1e9:.1f} GB available",
-            hint='compile on a machine that has it; criterion = "magnitude" and correct = false measure nothing',
+            hint='compile on a machine that has it; criterion = "magnitude" and correct = false measure nothing, if '
+            "there is no passes.recover",
         )
 
 

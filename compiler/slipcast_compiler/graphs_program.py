@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slipcast.progress import Stages
+from slipcast.progress import Advance, Stages
 from slipcast_compiler.engines.programs import ProgramGraphs, add_program_guard, tabulate_prompts
 from slipcast_compiler.export.pipeline import export_pipeline
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
-from slipcast_compiler.model.rewrite import digests_of
+from slipcast_compiler.model.rewrite import NO_REWRITES, Rewrites, digests_of
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.program import RewrittenProgram, rewrite_denoisers
 from slipcast_compiler.plan_program import ProgramPlan
@@ -45,7 +45,7 @@ class MadeProgram:
 def export_program(plan: ProgramPlan, source: str, cache: Cache, stages: Stages) -> MadeProgram:
     """The pipeline's program with its denoisers rewritten, each stage from the cache or made; `source`: the digest of
     the checkpoint's files. CheckFailed where the program is not the pipeline."""
-    recipe, root, pipeline, given = plan.recipe, plan.checkpoint.root, plan.recipe.model.pipeline, plan.given(source)
+    recipe = plan.recipe
 
     # What the family asks of the denoisers, and the denoisers rewritten for it.
     profiles = make_profiles(plan, source, cache, stages) if needs_profile(recipe.passes) else {}
@@ -54,15 +54,27 @@ def export_program(plan: ProgramPlan, source: str, cache: Cache, stages: Stages)
     # The pipeline's own code, recorded for all that is listed, compared with itself on another prompt and seed, and
     # exported.
     with stages.stage("capture and export") as advance:
-        rewrites = rewritten.rewrites
-
-        def export(folder: Path) -> None:
-            arguments = root, pipeline, plan.calls, plan.wanted, rewrites, plan.whole, folder
-            run_isolated(export_pipeline, *arguments, advance=advance)
-
-        how = {"rewrites": digests_of(rewrites), "whole": plan.whole, "wanted": asdict(plan.wanted)}
-        entry = cache.get("program", {**given, **how}, export)
+        entry = _export(plan, source, rewritten.rewrites, cache, advance)
     return MadeProgram(ProgramGraphs(entry, plan.samplings), rewritten)
+
+
+def _export(plan: ProgramPlan, source: str, rewrites: Rewrites, cache: Cache, advance: Advance) -> Path:
+    """The directory of the cache that has the program with these rewrites."""
+
+    def export(folder: Path) -> None:
+        arguments = plan.checkpoint.root, plan.recipe.model.pipeline, plan.calls, plan.wanted, rewrites, plan.whole
+        run_isolated(export_pipeline, *arguments, folder, advance=advance)
+
+    how = {"rewrites": digests_of(rewrites), "whole": plan.whole, "wanted": asdict(plan.wanted)}
+    return cache.get("program", {**plan.given(source), **how}, export)
+
+
+def add_strangers(plan: ProgramPlan, source: str, graphs: ProgramGraphs, cache: Cache, stages: Stages) -> ProgramGraphs:
+    """With what draws prompts out of the family, where the recipe's guard asks for that: the pipeline as it is."""
+    if not (plan.recipe.guard and plan.recipe.guard.policy == "fallback"):
+        return graphs
+    with stages.stage("denoisers of strangers") as advance:
+        return graphs.with_strangers(_export(plan, source, NO_REWRITES, cache, advance), cache)
 
 
 def make_profiles(plan: ProgramPlan, source: str, cache: Cache, stages: Stages) -> Mapping[str, Profile]:

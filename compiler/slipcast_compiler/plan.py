@@ -27,6 +27,7 @@ from slipcast_compiler.model.checkpoint import Checkpoint, Tokenizer, locate, op
 from slipcast_compiler.model.original import Drawing, Original, Prompts
 from slipcast_compiler.model.scheduler import read_process, refuse, usual_schedule, with_options
 from slipcast_compiler.passes import DescribedTask
+from slipcast_compiler.passes.recover import split
 from slipcast_compiler.profile.profile import calibration_drawing
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import GuardTable, Recipe
@@ -167,6 +168,8 @@ def make_plan(recipe: Recipe, folder: Path, cache: Cache | None = None) -> Plan:
     original = Original(checkpoint, image, found.sizes, found.tokenizers)
     plan = Plan(recipe, folder, original, family, found.sampling, found.reference, strangers)
     check_guard(recipe.guard, plan.guarded_prompts)
+    if recipe.passes.recover:
+        split(plan.task.images)
     if recipe.caching:
         check_caching(recipe.caching, found.sampling)
     return plan

@@ -68,11 +68,12 @@ def check_sources(found: Found, name: str, recipe: Recipe) -> None:
         )
 
 
-def check_guarded(table: GuardTable, variants: Sequence[Found]) -> None:
-    """RecipeError where nothing that is evaluated once, in each variant, follows from texts alone."""
-    if table.policy == "fallback":
+def check_guarded(table: GuardTable, variants: Sequence[Found], adapters: AdaptersTable | None) -> None:
+    """RecipeError where nothing that is evaluated once, in each variant, follows from texts alone; or where strangers
+    would be drawn without the adapters that a run sets."""
+    if table.policy == "fallback" and adapters:
         raise RecipeError(
-            'guard.policy = "fallback" is not for captured pipelines yet',
+            'guard.policy = "fallback" does not go with [adapters]: what draws strangers has no slots',
             expected="warn or refuse", got=table.policy,
             hint="a bundle of the whole pipeline beside this one can draw what it refuses",
         )  # fmt: skip

@@ -45,7 +45,8 @@ from slipcast_compiler.model.links import plainly_named
 from slipcast_compiler.model.original import Images, Precision, calibration_images
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
-from slipcast_compiler.passes.program import ProgramTask
+from slipcast_compiler.passes.program import ProgramTask, recovering_bytes
+from slipcast_compiler.passes.recover import split
 from slipcast_compiler.plan import check_guard, check_targets, guarded_prompts
 from slipcast_compiler.plan_checks import check_adapters, check_guarded, check_sources, check_tables
 from slipcast_compiler.plan_steps import Steps
@@ -54,7 +55,7 @@ from slipcast_compiler.profile.program import ProgramCalibration, measuring_byte
 from slipcast_compiler.recipe.family import Family, expand
 from slipcast_compiler.recipe.recipe import Recipe
 from slipcast_compiler.recipe.search import PROFILED, SHARE, SearchTable
-from slipcast_compiler.recipe.targets import check_one_image
+from slipcast_compiler.recipe.targets import QUANTIZED, check_one_image
 from slipcast_compiler.schedule.skips import check_skips
 
 
@@ -125,9 +126,8 @@ class ProgramPlan:
 
     def tasks(self, source: str) -> tuple[ProgramTask, ...]:
         """What passes rewrite; `source`: as in given."""
-        root, pipeline, target = self.checkpoint.root, self.recipe.model.pipeline, self.recipe.targets[0]
-        given = self.given(source)
-        return tuple(ProgramTask(root, pipeline, self.calls[0], name, target, given, self.known) for name in self.known)
+        given, target = self.given(source), self.recipe.targets[0]
+        return tuple(ProgramTask(self.profiling, name, target, given, self.known) for name in self.known)
 
     def calibration(self, count: int) -> Images:
         """So many images of calibration prompts."""
@@ -183,7 +183,10 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
     together = [[part.name for part in found.cut.parts] for found in variants]
     closed, available = bool(family and family.closed), available_mb() * 1e6
-    needs = estimate(modules, parts, together, live_bytes(variants), recipe.targets, recipe.int4_options, closed)
+    draws_strangers = bool(recipe.guard and recipe.guard.policy == "fallback" and _specialises(recipe))
+    needs = estimate(
+        modules, parts, together, live_bytes(variants), recipe.targets, recipe.int4_options, closed, draws_strangers
+    )
     table = recipe.evaluate
     precision = None if table.original or table.originals else choose_precision(needs.original, available)
     whole = not table.original and needs.original["fp32"] <= available
@@ -209,7 +212,7 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     )
     if recipe.guard:
         check_guard(recipe.guard, guarded_prompts(family))
-        check_guarded(recipe.guard, variants)
+        check_guarded(recipe.guard, variants, recipe.adapters)
     if recipe.adapters:
         check_adapters(recipe.adapters, variants, pipe)
     sizes = None if arguments["gives"] in NUMBERS else _sizes(variants)
@@ -268,11 +271,20 @@ def _plan_passes(
     modules = {name: module_of(pipe, name) for name in names if name in given}
     known = {name: known_layers(module, given[name]) for name, module in modules.items()}
     check_passes(recipe.passes, known)
-    measuring = None
+    prompts, seeds = calibration_prompts(family, recipe.profile)
+    measuring = []
     if profiled or needs_profile(recipe.passes):
-        check_calibration(calibration_prompts(family, recipe.profile)[0], len(calls))
-        measuring = sum(measuring_bytes(module, given[name], recipe.profile) for name, module in modules.items())
+        check_calibration(prompts, len(calls))
+        measuring += [sum(measuring_bytes(module, given[name], recipe.profile) for name, module in modules.items())]
+    if recipe.passes.recover:
+        split(tuple(zip(prompts, seeds, strict=True)))
+        measuring += [recovering_bytes(module, given[name]) for name, module in modules.items()]
     return known, add_rewriting(needs, modules.values(), measuring)
+
+
+def _specialises(recipe: Recipe) -> bool:
+    """Whether denoisers are others for the family than they were, in some target."""
+    return bool(recipe.passes.chosen()) or any(table.precision in QUANTIZED for table in recipe.targets)
 
 
 def _may_rewrite(

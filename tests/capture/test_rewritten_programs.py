@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bundling import compare, write
-from tiny import PIPELINES, call_of, open_pipeline
+from tiny import call_of, open_pipeline
 
 import slipcast
 from slipcast.progress import silent
@@ -23,7 +23,10 @@ from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.model.rewrite import UNCHANGED, Rewrite, write_tensors
 from slipcast_compiler.passes.program import ProgramTask
 from slipcast_compiler.passes.units import keep_units
+from slipcast_compiler.profile.program import ProgramCalibration
 
+PROMPTS = ("a small red circle on white", "a blue star", "a green square on black", "a yellow ring")
+SEEDS = (1, 2, 3, 4)
 OTHER = "a large blue star on a black background"
 DENOISERS = {
     "stable_diffusion_3": ("transformer",),
@@ -58,7 +61,8 @@ def given_of(name: str) -> dict[str, Any]:
 def task_of(root: Path, name: str, denoiser: str) -> Any:
     layers = type("Nothing", (), {"unknown_attention": {}, "unknown_feed_forward": {}})
     target: Any = None
-    return ProgramTask(root, None, PIPELINES[name].call, denoiser, target, {}, {denoiser: layers})  # type: ignore[dict-item]
+    calibration = ProgramCalibration(root, None, (given_of(name),), (denoiser,), PROMPTS, SEEDS)
+    return ProgramTask(calibration, denoiser, target, {}, {denoiser: layers})  # type: ignore[dict-item]
 
 
 def remove_a_third(root: Path, name: str, denoiser: str, masked: Any, folder: Path) -> Rewrite:

@@ -351,7 +351,7 @@ REFUSED = {
     "guidance": (RECIPE + "[sampling]\nguidance_scale = 1.0\n", "another program"),
     "no family": (re.sub(r"\[family\].*?\[gate\]", "[gate]", RECIPE, flags=re.DOTALL), "expected: a [family]"),
     "tensorrt": (RECIPE + '[[targets]]\nengine = "tensorrt-rtx"\nmax_images = 2\n', "max_images"),
-    "pass": (RECIPE + "[passes.recover]\nsteps = 9\n", "passes.recover is not for a captured pipeline yet"),
+    "pass": (RECIPE + "[profile]\nprompts = 1\n[passes.recover]\nsteps = 9\n", "too few calibration prompts"),
     "few": (RECIPE + "[passes.low_rank]\nenergy = 0.9\n", "at least 4 different ones"),
     "scorer": (RECIPE + '[evaluate]\nscorer = "clip"\n', "evaluate.scorer does not exist"),
     "steps to exit": (RECIPE + "[early_exit]\n", "of 2 steps none can be left out"),

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import slipcast
 from conftest import ROOT, call_cli, compile_here
-from slipcast.bundle.manifest import EMBEDDINGS
+from slipcast.bundle.manifest import EMBEDDINGS, read_any_manifest
 from slipcast.bundle.program_manifest import ProgramManifest
 from slipcast.bundle.reader import open_any_bundle
 from slipcast.bundle.tensorfile import read_header, read_tensor
-from slipcast.errors import RequestError
+from slipcast.errors import ArtifactError, RequestError
 from slipcast.run.program_guard import by_token
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "pink", "cyan")
@@ -113,17 +114,86 @@ def test_distances_are_those_of_the_model_that_is_described(bundle: Path, place:
     assert np.corrcoef(apart[0].ravel(), apart[1].ravel())[0, 1] > 0.999
 
 
+SPECIALISED = (
+    'name="strangers"', 'guard.policy="fallback"', "passes.prune_heads.ratio=0.5", "sampling.steps=4",
+    'passes.prune_heads.criterion="magnitude"', "passes.prune_heads.correct=false", "caching.full_steps=2",
+    'targets=[{engine="onnxruntime"}, {engine="openvino", precision="bf16"}]',
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def specialised(place: Path) -> Path:
+    """With fewer heads, other steps and shallow ones; and the pipeline as it is, for strangers."""
+    options = [word for each in SPECIALISED for word in ("--set", each)]
+    done = compile_here("guarded.toml", *options, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "artifacts" / "strangers"
+
+
+@pytest.mark.slow
+def test_strangers_are_drawn_by_the_pipeline_as_it_is(specialised: Path) -> None:
+    """As diffusers draws them, at the steps of the call; alone, and beside others, whose pictures are their own."""
+    from diffusers import StableDiffusionPipeline
+
+    original = StableDiffusionPipeline.from_pretrained(ROOT / "recipes/models/shapes", torch_dtype=torch.float32)
+    original.set_progress_bar_config(disable=True)
+    inside, steps = "a small red circle on a white background", list[int]()
+    with slipcast.load(specialised, target="onnxruntime-cpu-fp32") as pipe:
+        both = pipe(
+            [STRANGERS[0], inside, STRANGERS[1]], seed=[5, 6, 7], output_type="np",
+            callback_on_step_end=lambda _, step, total: steps.append(total),
+        )  # fmt: skip
+        assert [verdict.fallback for verdict in both.guard] == [True, False, True]
+        assert both.steps == (2, 4, 2) and steps == [4, 4, 4, 4, 2, 2]
+        for at, (prompt, seed) in enumerate(((STRANGERS[0], 5), (inside, 6), (STRANGERS[1], 7))):
+            alone = pipe(prompt, seed=seed, output_type="np").images[0]
+            np.testing.assert_array_equal(both.images[at], alone)
+            usual = pipe(prompt, seed=seed, output_type="np", guard="warn").images[0]
+            assert (np.abs(usual - alone).max() == 0) == (prompt == inside)
+            if prompt != inside:
+                found = original(prompt, num_inference_steps=2, guidance_scale=4.0, output_type="np",
+                                 generator=torch.Generator("cpu").manual_seed(seed)).images[0]  # fmt: skip
+                assert 10 * np.log10(1 / np.mean((found - alone) ** 2)) > 60
+        asked = pipe(STRANGERS[0], seed=5, output_type="np", num_inference_steps=3)
+        assert asked.steps == (3,)
+
+
+@pytest.mark.slow
+def test_what_a_bundle_says_of_what_draws_strangers(specialised: Path) -> None:
+    manifest = open_any_bundle(specialised, files="all").manifest
+    assert isinstance(manifest, ProgramManifest) and manifest.guard and manifest.guard.fallback
+    assert manifest.guard.fallback.components["denoiser"] == "denoiser_fallback"
+    told = call_cli("inspect", str(specialised)).stdout
+    assert "guard        fallback beyond" in told and "denoiser (and as it was, for strangers)" in told
+    assert "strangers    by denoiser_fallback" in told and "in 2 steps" in told
+    quality = manifest.targets[0].quality
+    assert quality and quality.out_of_family and quality.out_of_family.psnr_worst > 60 > quality.psnr_worst
+    document = json.loads((specialised / "manifest.json").read_text())
+    for change, problem in (
+        ({"components": {}}, "no call of the program needs it"),
+        ({"components": {"denoiser": "decoder"}}, "is called, where the plain one alone may be"),
+        ({"components": {"denoiser": "nothing"}}, "no component 'nothing'"),
+        ({"samplings": []}, "belong to steps that slipcast's samplers take"),
+        ({"samplings": document["guard"]["fallback"]["samplings"] * 2}, "one for each variant"),
+    ):
+        wrong = json.loads(json.dumps(document))
+        wrong["guard"]["fallback"] |= change
+        with pytest.raises(ArtifactError, match=problem):
+            read_any_manifest(json.dumps(wrong).encode())
+
+
 @pytest.mark.parametrize(
     ("option", "problem"),
     [
-        ("guard.policy='fallback'", "is not for captured pipelines yet"),
+        ("guard.policy='fallback'\nadapters.rank=4", "does not go with [adapters]"),
         ("guard.false_alarms=0.01", "the family is too small for a threshold"),
         ("family.closed=true", "[guard] is for an open family"),
         ("call.negative_prompt='blurry'", "[guard] would judge negative_prompt too"),
     ],
 )
 def test_what_cannot_be_guarded_is_refused_in_the_plan(place: Path, option: str, problem: str) -> None:
-    done = call_cli("compile", "guarded.toml", "--dry-run", "--set", option, cwd=place)
+    options = [word for each in option.splitlines() for word in ("--set", each)]
+    done = call_cli("compile", "guarded.toml", "--dry-run", *options, cwd=place)
     assert done.returncode == 2 and problem in done.stderr, done.stderr
 
 

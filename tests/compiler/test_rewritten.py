@@ -49,6 +49,10 @@ ratio = 0.3
 [passes.low_rank]
 energy = 0.99
 keep = "smaller"
+[passes.recover]
+steps = 20
+learning_rate = 1e-5
+batch = 2
 [[targets]]
 engine = "onnxruntime"
 [[targets]]
@@ -105,7 +109,7 @@ def test_the_bundle_draws_what_the_rewritten_pipeline_draws(made: Made) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
     cache = made.folder / "artifacts" / "cache"
     told = {entry: json.loads((entry / "entry.json").read_text())["inputs"] for entry in cache.glob("pass-*")}
-    (last,) = [entry for entry, inputs in told.items() if inputs["pass"] == "low_rank"]
+    (last,) = [entry for entry, inputs in told.items() if inputs["pass"] == "recover"]
     pictures = []
     for rewritten in (True, False):
         pipe = open_with_weights(made.folder / "stable_diffusion_3")
@@ -124,21 +128,28 @@ def test_the_bundle_draws_what_the_rewritten_pipeline_draws(made: Made) -> None:
 @pytest.mark.slow
 def test_what_report_and_manifest_say(made: Made) -> None:
     passes, manifest = made.record["passes"], made.manifest
-    assert list(passes) == ["prune_heads", "prune_ffn", "low_rank"]
+    assert list(passes) == ["prune_heads", "prune_ffn", "low_rank", "recover"]
     kept = {mask.layer: mask.kept for mask in manifest.head_masks}
     assert sum(map(len, kept.values())) == 6 and kept[LAYER] == tuple(passes["prune_heads"]["layers"][LAYER]["kept"])
     assert manifest.head_retention_ratio == passes["prune_heads"]["retention"] == 0.75
     assert 0.6 < manifest.ffn_retention_ratio == passes["prune_ffn"]["retention"] < 0.85
     assert manifest.pruning_strategy == "leave_one_out" and manifest.low_rank_layers
     chain = [passes[name]["parameters"] for name in passes]
-    assert all(before > after for before, after in chain)
+    assert all(before > after for before, after in chain[:-1]) and len(set(chain[-1])) == 1
+    recovered = passes["recover"]["recovered"]["transformer"]
+    assert recovered["error_after"] < recovered["error_before"] and recovered["steps"] == 20
     assert [after for _, after in chain[:-1]] == [before for before, _ in chain[1:]]
     assert made.record["parts"]["denoiser"]["parameters"] == chain[-1][1]
     assert made.record["recipe"]["passes"]["prune_heads"]["ratio"] == 0.3
     told = call_cli("inspect", str(made.bundle), cwd=made.folder).stdout
     assert re.search(r"heads kept +75%", told) and re.search(r"neurons kept +\d\d%", told)
     page = re.sub(r"<[^>]*>|\s+", " ", (made.bundle / "report.html").read_text("utf-8"))
-    for text in ("75.0 % of all heads are kept", f"{chain[0][0]:,} parameters before, {chain[0][1]:,} after", "rank"):
+    for text in (
+        "scheduler is given by transformer",
+        "75.0 % of all heads are kept",
+        f"{chain[0][0]:,} parameters before, {chain[0][1]:,} after",
+        "rank",
+    ):
         assert text in page, text
 
 
@@ -169,7 +180,6 @@ def plan(place: Path) -> ProgramPlan:
 
 
 REFUSED = {
-    "recover": ("recover={steps=10}", "passes.recover is not for a captured pipeline yet"),
     "taylor": ('prune_heads.criterion="taylor"', "passes.prune_heads.criterion: taylor asks for the noise"),
     "ratio": ("prune_heads.ratio=0.9", "passes.prune_heads.ratio cannot be reached"),
     "pattern": ('low_rank.protect=["unet.*"]', "passes.low_rank.protect: no layer matches"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,3 +40,18 @@ def call_for_shapes(module: nn.Module, given: Given) -> torch.Tensor:
     """The first tensor that it returns, for its shape. Its weights may be on the meta device."""
     out = ShapeRunner().run(module, "", *given, is_known=lambda tensor: not tensor.is_meta).out
     return next(tensor for _, tensor in leaves(opened(out)))
+
+
+def given_within(module: nn.Module, given: Given, layers: Iterable[str]) -> list[torch.Tensor]:
+    """What these layers of a module are given when it is called so: each tensor once, whichever layers read it. They
+    are on the meta device, and so may stay."""
+    found: dict[int, torch.Tensor] = {}
+
+    def hook(_: nn.Module, args: Any) -> None:
+        found.update({id(each): each for each in args if isinstance(each, torch.Tensor)})
+
+    with contextlib.ExitStack() as hooks:
+        for name in layers:
+            hooks.callback(module.get_submodule(name).register_forward_pre_hook(hook).remove)
+        call_for_shapes(module, given)
+    return list(found.values())

@@ -132,6 +132,9 @@ def _passes_text(passes: dict[str, Any]) -> Iterator[str]:
     units = {"prune_heads": "heads", "prune_ffn": "neurons", "low_rank": "linear layers"}
     for name, told in passes.items():
         options, found = told["options"], {module: count for module, count in told["of"].items() if count}
+        if name == "recover":
+            yield f"{name}: {options['steps']} steps, {options['method']}, of {' and '.join(found)}"
+            continue
         share = f"{options['ratio']:.0%} of" if "ratio" in options else f"energy {options['energy']:g}, of"
         each = " and ".join(f"{count} in {module}" for module, count in found.items())
         yield f"{name}: {share} all {units[name]}, {each}"

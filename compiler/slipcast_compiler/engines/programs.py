@@ -21,7 +21,8 @@ from slipcast_compiler.export.closed import PROMPT_TABLE, close, tabulate
 from slipcast_compiler.export.graphs import Check, Quantized
 from slipcast_compiler.export.program import TABLE, contracts, read_record
 from slipcast_compiler.export.program_guard import embed_prompts, write_program_guard
-from slipcast_compiler.export.slots import Slots, make_slots
+from slipcast_compiler.export.slots import Slots, is_adaptable, make_slots
+from slipcast_compiler.export.unspecialised import Strangers, make_strangers
 from slipcast_compiler.host import publish
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.isolate import run_isolated
@@ -48,7 +49,7 @@ class ProgramGraphs:
     `samplings`: by variant, in place of its loop's; `closed`: all prompts of a closed family, and the table of them;
     `split`: the denoiser in two, for feature caching; `quantized`: by precision, by component, what takes
     its place there; `casts`: by target's name, see build_target; `guard`: what tells strangers, by the recipe's
-    table."""
+    table; `strangers`: what draws those."""
 
     entry: Path
     samplings: tuple[Sampling, ...] = ()
@@ -58,6 +59,7 @@ class ProgramGraphs:
     slots: Slots | None = None
     casts: Mapping[str, Casts] = field(default_factory=dict)
     guard: tuple[GuardTable, Path] | None = None
+    strangers: Strangers | None = None
 
     @property
     def record(self) -> Program:
@@ -111,10 +113,14 @@ class ProgramGraphs:
             files |= {
                 name: self.slots.folder("", plain) / f"{name}.json" for plain, name in self.slots.components.items()
             }
+        if self.strangers:
+            files |= {name: self.strangers.folder / f"{name}.json" for name in self.strangers.components.values()}
         return {name: Component.model_validate_json(file.read_text()) for name, file in files.items()}
 
     def _folder(self, component: str) -> Path:
         """Where its graph lies."""
+        if self.strangers and component in self.strangers.components.values():
+            return self.strangers.folder
         return self.split.folder if self.split and component in (DENOISER, SHALLOW) else self.entry
 
     def sources(self, precision: str = "fp32") -> Sources:
@@ -129,6 +135,8 @@ class ProgramGraphs:
             folders |= {name: slots.folder(precision, plain) for plain, name in names.items()}
             checks |= {name: None for plain, name in names.items() if plain in checks}  # the graph was checked
             exact |= {name for plain, name in names.items() if plain in exact}
+        if self.strangers:
+            exact |= {name for plain, name in self.strangers.components.items() if plain in exact}
         found = {name: Source(each / f"{name}.onnx", f"{each.name}/{name}") for name, each in folders.items()}
         return Sources(found, tensorrt.Lengths(self.record, self.contracts), checks, exact)
 
@@ -139,11 +147,27 @@ class ProgramGraphs:
             for each in ("", *(each for each in precisions if each in self.quantized))
         }
         slots = make_slots(graphs, table, cache, advance)
-        casts = {
-            target: {**found, **{name: found[plain] for plain, name in slots.components.items() if plain in found}}
-            for target, found in self.casts.items()
-        }
-        return replace(self, slots=slots, casts=casts)
+        return replace(self, slots=slots, casts=with_stand_ins(self.casts, slots.components))
+
+    def with_strangers(self, entry: Path, cache: Cache) -> Self:
+        """With what draws strangers, of the program with the checkpoint's own weights in an entry of the cache. What of
+        a denoiser was neither rewritten nor quantised draws theirs too."""
+        own = replace(self, entry=entry, samplings=(), closed=None, split=None, quantized={}, slots=None)
+        quantized = frozenset[str]().union(*self.quantized.values())
+        changed = tuple(
+            name for name in own.contracts if is_adaptable(name) and (entry != self.entry or name in quantized)
+        )
+        strangers = make_strangers(entry, changed, self.entry, cache)
+        return replace(self, strangers=strangers, casts=with_stand_ins(self.casts, strangers.components))
+
+
+def with_stand_ins(casts: Mapping[str, Casts], components: Mapping[str, str]) -> dict[str, Casts]:
+    """By target, what stays in fp32 of those that take others' places too: nodes have the names that they have there,
+    but for layers that passes took apart."""
+    return {
+        target: {**found, **{name: found[plain] for plain, name in components.items() if plain in found}}
+        for target, found in casts.items()
+    }
 
 
 def guided_only(record: Program) -> Program:
@@ -224,9 +248,8 @@ def add_program_guard(
 def write_portable(graphs: ProgramGraphs, folder: Path, cache: Cache) -> Target:
     """A bundle for ONNX Runtime in fp32, without evidence: what is measured with while a compile goes on."""
     about = {"name": "portable", "base_model": "portable", "source_sha256": "0" * 64, "family": None}
-    made = write_bundle(
-        replace(graphs, quantized={}, casts={}, guard=None), (PORTABLE,), about, folder, cache, SilentStages()
-    )
+    plain = replace(graphs, quantized={}, casts={}, guard=None, strangers=None)
+    made = write_bundle(plain, (PORTABLE,), about, folder, cache, SilentStages())
     target: Target = made["targets"][0]
     return target
 
@@ -245,7 +268,9 @@ def write_bundle(
         shutil.copyfile(graphs.entry / name, folder / name)
     if graphs.closed:
         shutil.copyfile(graphs.closed[1] / PROMPT_TABLE, folder / PROMPT_TABLE)
-    guard = write_program_guard(*graphs.guard, folder) if graphs.guard else None
+    guard = write_program_guard(*graphs.guard, graphs.strangers, folder) if graphs.guard else None
+    loops = [each.loop.sampling for each in record.every if each.loop]
+    samplings = [*loops, *(graphs.strangers.samplings if graphs.strangers else ())]
     made = {
         "schema_version": ".".join(map(str, SCHEMA_VERSION)),
         "requires": (
@@ -254,7 +279,7 @@ def write_bundle(
             *(["adapters"] if graphs.slots else []),
             *([TILED] if any(call.tiles for each in record.every for call in each.every_call) else []),
             *(["guard"] if guard and guard.policy != "warn" else []),
-            *dict.fromkeys(name for each in record.every if each.loop for name in each.loop.sampling.requires),
+            *dict.fromkeys(name for each in samplings for name in each.requires),
         ),
         "guard": guard,
         "adapters": graphs.slots

@@ -15,9 +15,9 @@ Range = tuple[int, int]  # offset and length
 
 
 def stem_of(model: str) -> str:
-    """What engines have in common that may share weights: those of denoiser.xml, denoiser_2.xml and
-    denoiser_adapted.xml, not of denoiser_prompt.xml."""
-    return re.sub(r"_(\d+|adapted)(?=_|$)", "", Path(model).stem) + Path(model).suffix
+    """What engines have in common that may share weights: those of denoiser.xml, denoiser_2.xml, denoiser_adapted.xml
+    and denoiser_fallback.xml, not of denoiser_prompt.xml."""
+    return re.sub(r"_(\d+|adapted|fallback)(?=_|$)", "", Path(model).stem) + Path(model).suffix
 
 
 def ranges_of(model: Path) -> set[Range]:

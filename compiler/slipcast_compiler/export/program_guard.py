@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from slipcast.bundle.manifest import EMBEDDINGS
 from slipcast.bundle.program import Program, ProgramCall, Variant
-from slipcast.bundle.program_manifest import ProgramGuard
+from slipcast.bundle.program_manifest import ProgramGuard, Unspecialised
 from slipcast.bundle.reader import ProgramBundle, open_any_bundle
 from slipcast.bundle.records import Component
 from slipcast.bundle.sources import PromptSource
@@ -28,6 +28,7 @@ from slipcast.run.values import dependence
 from slipcast.run.variants import Ready, read_variants
 from slipcast_compiler.export.closed import early_calls, of_texts
 from slipcast_compiler.export.guard import DISTANCES, TABLE, choose_threshold, left_out
+from slipcast_compiler.export.unspecialised import Strangers
 from slipcast_compiler.recipe.recipe import GuardTable
 
 LOOKED_AT = "looked-at.json"
@@ -118,13 +119,18 @@ def _once(variant: Variant) -> dict[str, ProgramCall]:
     return {call.component: call for call in early_calls(variant) if calls.count(call.component) == 1}
 
 
-def write_program_guard(table: GuardTable, made: Path, folder: Path) -> ProgramGuard:
-    """Put the table of embeddings into the bundle at `folder`; returns the manifest's record."""
+def write_program_guard(table: GuardTable, made: Path, strangers: Strangers | None, folder: Path) -> ProgramGuard:
+    """Put the table of embeddings into the bundle at `folder`; returns the manifest's record. `strangers`: what draws
+    them, by the policy fallback; without, as while nothing but the family is drawn yet, they are warned of."""
+    draws = None
+    if strangers:
+        draws = Unspecialised(components=dict(strangers.components), samplings=strangers.samplings)
     shutil.copyfile(made / TABLE, folder / TABLE)
     prompts, width = read_header(made / TABLE)[EMBEDDINGS].shape
     return ProgramGuard(
         **json.loads((made / LOOKED_AT).read_text()),
-        policy="refuse" if table.policy == "refuse" else "warn",
+        policy=table.policy if draws or table.policy != "fallback" else "warn",
+        fallback=draws,
         table=TABLE,
         shape=(prompts, width),
         threshold=choose_threshold(json.loads((made / DISTANCES).read_text()), table.false_alarms),

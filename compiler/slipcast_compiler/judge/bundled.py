@@ -47,11 +47,13 @@ TOGETHER = 0.05  # how far images of one call may be from each by itself: roundi
 
 @dataclass(frozen=True)
 class Job:
-    """What a bundle is to draw: an image for each prompt and seed. `given`: arguments of every call."""
+    """What a bundle is to draw: an image for each prompt and seed. `given`: arguments of every call. `strangers`:
+    prompts are out of the family, and those that the guard takes for such are drawn by what is there for them."""
 
     prompts: Sequence[str | None]
     seeds: Sequence[int]
     given: Mapping[str, Any]
+    strangers: bool = False
 
 
 def run_program(
@@ -60,9 +62,11 @@ def run_program(
     """The same of a captured program, for each job; in its results' own shapes. `policy`: how engines stay loaded."""
     made, done, total = [], 0, sum(len(job.seeds) for job in jobs)
     with _loaded(root, target, policy) as (pipe, load_s):
-        lenient = {"guard": "warn"} if pipe.manifest.guard else {}  # what is judged is drawn in any case
+        guard = pipe.manifest.guard
+        lenient = {"guard": "warn"} if guard else {}  # what is judged is drawn in any case
+        apart = {"guard": "fallback"} if guard and guard.policy == "fallback" else lenient
         for job in jobs:
-            drawn = replace(job, given={**job.given, **lenient})
+            drawn = replace(job, given={**job.given, **(apart if job.strangers else lenient)})
             outputs = list(_draw(pipe, drawn, lambda i, _, done=done: advance(done + i, total)))  # type: ignore[misc]
             check_together(pipe, drawn, outputs)
             made.append(_told(pipe, outputs, outputs, load_s))

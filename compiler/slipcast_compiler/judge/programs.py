@@ -52,7 +52,7 @@ def judge_program(
     variants, outside, judge = {}, dict[str, Run](), ProgramJudge(originals, program.output, judges)
     arguments = arguments_of(program, originals)
     every = zip(originals.every, [*arguments, arguments[0]], strict=False)
-    jobs = [bundled.Job(each.prompts, each.seeds, given) for each, given in every]
+    jobs = [bundled.Job(each.prompts, each.seeds, given, strangers=each is originals.outside) for each, given in every]
     for target, policy in ((target, policy) for target, policy in judged_as if target.id not in not_run):
         with stages.stage(f"evaluate {target.id}") as advance:
             try:

@@ -24,8 +24,9 @@ from slipcast_compiler.model.scheduler import CLASSES, settings_for
 from slipcast_compiler.recipe.seeds import CALIBRATION
 
 Precision = Literal["fp32", "bf16"]  # in what an original is run
+Image = tuple[str | None, int]  # prompt, seed
 Prompts = tuple[str, ...] | tuple[None, ...]  # None for each image of an unconditional model
-Images = tuple[tuple[str | None, int], ...]  # prompt and seed of each
+Images = tuple[Image, ...]  # prompt and seed of each
 
 _SPACED = ("leading", "linspace", "trailing")
 _ALL = (*_SPACED, "karras", "exponential", "beta")

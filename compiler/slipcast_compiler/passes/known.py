@@ -44,10 +44,6 @@ def known_layers(module: nn.Module, given: Given) -> Layers:
 def check_passes(table: PassesTable, known: Known) -> None:
     """RecipeError for what no pass could do to these denoisers."""
     for name, options in table.chosen():
-        if name == "recover":
-            raise RecipeError(
-                "passes.recover is not for a captured pipeline yet", expected=", ".join([*UNITS, "low_rank"])
-            )
         if getattr(options, "criterion", None) == "taylor":
             raise RecipeError(
                 f"passes.{name}.criterion: taylor asks for the noise that an image is trained with, which a captured "
@@ -96,8 +92,10 @@ def own_passes(table: PassesTable, module: str, known: Known) -> PassesTable:
     changed: dict[str, Any] = {}
     for name, options in table.chosen():
         layers = units_of(name, known)[module]
-        own = tuple(pattern for pattern in options.protect if any(fnmatchcase(layer, pattern) for layer in layers))
-        changed[name] = options.model_copy(update={"protect": own}) if layers else None
+        own = tuple(each for each in _protected(options) if any(fnmatchcase(layer, each) for layer in layers))
+        changed[name] = (
+            options.model_copy(update={"protect": own} if hasattr(options, "protect") else {}) if layers else None
+        )
     return table.model_copy(update=changed)
 
 
@@ -130,8 +128,14 @@ def _left_alone(name: str, layers: Layers) -> Mapping[str, str]:
     return layers.unknown_attention if name == "prune_heads" else layers.unknown_feed_forward
 
 
+def _protected(options: Any) -> Sequence[str]:
+    """Patterns of layers that a pass is to leave; recovery leaves none."""
+    patterns: Sequence[str] = getattr(options, "protect", ())
+    return patterns
+
+
 def _check_protect(name: str, options: Any, units: Mapping[str, Mapping[str, int]]) -> None:
     layers: Sequence[str] = [layer for own in units.values() for layer in own]
-    for pattern in options.protect:
+    for pattern in _protected(options):
         if not any(fnmatchcase(layer, pattern) for layer in layers):
             raise RecipeError(f"passes.{name}.protect: no layer matches", expected=", ".join(layers), got=pattern)

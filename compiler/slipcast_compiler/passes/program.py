@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from slipcast.errors import ArtifactError
 from slipcast.progress import Stages
 from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.fitting import with_pictures
-from slipcast_compiler.capture.given import call_for_shapes, given_to
+from slipcast_compiler.capture.given import Given, call_for_shapes, given_to, given_within
+from slipcast_compiler.capture.open import open_with_weights
+from slipcast_compiler.capture.replay import find_module, modules_of
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.export.streamed import open_streamed
 from slipcast_compiler.host.cache import Cache
+from slipcast_compiler.model.original import Image
 from slipcast_compiler.model.rewrite import Denoiser, Rewrite, Rewrites
 from slipcast_compiler.model.unread import Unread
 from slipcast_compiler.passes.apply import Rewritten, apply_passes
+from slipcast_compiler.passes.context import Points
 from slipcast_compiler.passes.known import Known, own_passes
+from slipcast_compiler.profile.measure import Progress
 from slipcast_compiler.profile.profile import Profile
+from slipcast_compiler.profile.program import FLOAT_BYTES, ProgramCalibration, programs_of
+from slipcast_compiler.profile.states import Components, State, draw
 from slipcast_compiler.recipe.passes import PassesTable
 from slipcast_compiler.recipe.targets import TargetTable
+
+COPIES = 6  # of a denoiser's weights, besides those that compute
 
 
 @dataclass(frozen=True)
 class ProgramTask:
-    """A Task, of the module `name` of a pipeline, as `call` calls it first. `given`: what the pipeline is, for the
-    cache's keys; `known`: by denoiser, what can be rewritten."""
+    """A Task, of the module `name` of a pipeline, as the first of the calls calls it first. `calibration`: the images
+    that it is measured on; `given`: what the pipeline is, for the cache's keys; `known`: by denoiser, what can be
+    rewritten."""
 
-    root: Path
-    pipeline: str | None
-    call: Mapping[str, Any]
+    calibration: ProgramCalibration
     name: str
     target: TargetTable
     given: Mapping[str, Any]
@@ -53,7 +62,7 @@ class ProgramTask:
 
     def denoiser(self, before: Rewrite) -> Denoiser:
         """See Task."""
-        streamed, own = open_streamed(self.root, self.pipeline), f"{self.name}."
+        streamed, own = open_streamed(self.calibration.root, self.calibration.pipeline), f"{self.name}."
         weights = {
             key.removeprefix(own): _Weight(key, each) for key, each in streamed.weights.items() if key.startswith(own)
         }
@@ -61,9 +70,78 @@ class ProgramTask:
 
     def evaluate(self, module: Any) -> None:
         """See Task."""
-        pipe = open_streamed(self.root, self.pipeline).pipe
-        call = make_call(pipe, with_pictures(pipe, self.call))
+        pipe = open_streamed(self.calibration.root, self.calibration.pipeline).pipe
+        call = make_call(pipe, with_pictures(pipe, self.calibration.calls[0]))
         call_for_shapes(module, given_to(pipe, call, (self.name,))[self.name])
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """See Task."""
+        return tuple(zip(self.calibration.prompts, self.calibration.seeds, strict=True))
+
+    @property
+    def sampled(self) -> dict[str, Any]:
+        """See Task; the pipeline samples as it does."""
+        return {}
+
+    def trajectories(
+        self, denoiser: Denoiser, parts: Sequence[Sequence[Image]], progress: Progress
+    ) -> tuple[nn.Module, list[Points]]:
+        """See Task; other denoisers are the pipeline's own. CheckFailed where a step cannot be computed again."""
+        pipe = open_with_weights(self.calibration.root, self.calibration.pipeline)
+        modules = modules_of(pipe)
+        for module in modules.values():
+            module.requires_grad_(False)
+        drawn = [self._draw(pipe, modules, part, progress) for part in parts]
+        student = denoiser.load(find_module(modules, self.name))
+        called = {name for states in drawn for state in states for name in state.evaluation.components}
+        components = {name: modules[name] for name in sorted(called)}  # others need no memory any more
+        return student, [DrawnStates(states, components) for states in drawn]
+
+    def _draw(self, pipe: Any, components: Components, images: Sequence[Image], progress: Progress) -> list[State]:
+        """Of every evaluation that calls the denoiser."""
+        prompts, seeds = zip(*images, strict=True)
+        calibration = replace(self.calibration, denoisers=(self.name,), prompts=prompts, seeds=seeds)
+        drawn: list[State] = []
+        for image, (program, evaluations) in enumerate(programs_of(pipe, calibration)):
+            if image == 0:
+                progress.expect((len(evaluations) + 1) * len(images))
+            states = draw(program, components, evaluations, evaluations, lambda: progress.add(1))
+            states[0].check(components)
+            progress.add(1)
+            drawn += states
+        return drawn
+
+
+def recovering_bytes(module: nn.Module, given: Given) -> int:
+    """About what distilling a denoiser that is called so takes, besides the pipeline itself: its weights as they were,
+    at their best and now, gradients and their moments; and what the gradients of one point are computed of, which is a
+    half more than what its layers are given (saved tensors of a U-Net, counted; some pipelines keep more). No weight is
+    read."""
+    weights: int = sum(parameter.numel() for parameter in module.parameters())
+    layers = [name for name, each in module.named_modules() if not next(each.children(), None)]
+    inputs: int = sum(x.numel() for x in given_within(module, given, layers))
+    return FLOAT_BYTES * (COPIES * weights + 2 * inputs)
+
+
+@dataclass(frozen=True)
+class DrawnStates:
+    """Points (see context.py), of a student that is among the components."""
+
+    states: Sequence[State]
+    components: Components
+    at_once: int = 1
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def found(self, chosen: torch.Tensor) -> torch.Tensor:
+        """See Points."""
+        return self.states[int(chosen)].predict(self.components)
+
+    def wanted(self, chosen: torch.Tensor) -> torch.Tensor:
+        """See Points."""
+        return self.states[int(chosen)].found
 
 
 @dataclass(frozen=True)
@@ -120,6 +198,9 @@ def merge_reports(reports: Mapping[str, Mapping[str, Any]], options: Mapping[str
     for name, report in reports.items():
         for key in {"layers", "left_alone", "couplings"} & report.keys():
             merged.setdefault(key, {}).update({f"{name}.{layer}": told for layer, told in report[key].items()})
+        if "error_after" in report:
+            own = {key: told for key, told in report.items() if key not in ("options", "parameters")}
+            merged.setdefault("recovered", {})[name] = own
     every = [report["parameters"] for report in reports.values()]
     merged["parameters"] = [sum(side) for side in zip(*every, strict=True)] if every else [0, 0]
     pruned = [told for report in reports.values() if "retention" in report for told in report["layers"].values()]

@@ -11,21 +11,19 @@ that it comes to weights that INT8 harms less. What is returned is not rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slipcast.errors import NumericalError, RecipeError
-from slipcast.sampling.guidance import guide
-from slipcast_compiler.passes.context import Context, DescribedTask, Result, Task
+from slipcast_compiler.model.original import Image
+from slipcast_compiler.passes.context import Context, Points, Result, Task
 from slipcast_compiler.recipe.passes import Recover
 
 if TYPE_CHECKING:
     import torch
 
-    from slipcast.bundle.manifest import Sampling
-    from slipcast_compiler.model.original import Drawing
     from slipcast_compiler.model.rewrite import Denoiser
-    from slipcast_compiler.passes.trajectories import Image, States
+    from slipcast_compiler.profile.measure import Progress
 
 VALIDATION = 0.25  # of the prompts
 CHECKS = 20  # how often the error on them is taken
@@ -42,21 +40,8 @@ def needs_profile(options: Recover) -> bool:
 
 def reads(task: Task) -> dict[str, Any]:
     """What the trajectories depend on besides the checkpoint."""
-    drawing = described(task).calibration
-    training, validation = split(drawing)
-    return {
-        "sampling": drawing.sampling.model_dump(mode="json"),
-        "size": list(drawing.original.size),
-        "training": training,
-        "validation": validation,
-    }
-
-
-def described(task: Task) -> DescribedTask:
-    """The task, if its denoiser is that of a described architecture: guidance is asked of that. Else RecipeError."""
-    if not isinstance(task, DescribedTask):
-        raise RecipeError("passes.recover is not for a captured pipeline yet", expected="the passes that prune")
-    return task
+    training, validation = split(task.images)
+    return {**task.sampled, "training": training, "validation": validation}
 
 
 def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
@@ -67,33 +52,16 @@ def run(denoiser: Denoiser, context: Context, options: Recover) -> Result:
     report: dict[str, Any] = {"options": options.model_dump(mode="json")}
     if options.steps == 0:
         return Result(report=report)
-    import torch
+    from slipcast_compiler.profile.measure import Progress
 
-    from slipcast_compiler.host.quiet import quiet
-    from slipcast_compiler.passes.trajectories import record
-    from slipcast_compiler.profile.measure import evaluated_sigmas
-
-    task, device = described(context.task), "cuda" if torch.cuda.is_available() else "cpu"
-    drawing, images = task.calibration, split(task.calibration)
-    done, total = 0, sum(map(len, images)) * len(evaluated_sigmas(drawing.sampling)) + options.steps
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        context.advance(done, total)
-
-    with quiet():
-        pipe = drawing.open()
-    training, validation = (record(pipe, task, part, advance).to(device) for part in images)
-    student = denoiser.load(pipe.unet).to(device)
-    del pipe
-    tensors, found = train(student, training, validation, drawing.sampling, options, advance)
-    return Result(tensors, {**report, **found, "device": device})
+    progress = Progress(context.advance, options.steps)
+    student, (training, validation) = context.task.trajectories(denoiser, split(context.task.images), progress)
+    tensors, found = train(student, training, validation, options, progress)
+    return Result(tensors, {**report, **found, "device": next(student.parameters()).device.type})
 
 
-def split(drawing: Drawing) -> tuple[list[Image], list[Image]]:
-    """(training, validation) images of the calibration prompts, no prompt in both; RecipeError where there is one."""
-    images = list(zip(drawing.prompts, drawing.seeds, strict=True))
+def split(images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
+    """(training, validation) images, no prompt in both; RecipeError where there is one."""
     keys = list(dict.fromkeys(image[0] or image[1] for image in images))  # without prompts, seeds are told apart
     if len(keys) < 2:
         raise RecipeError(
@@ -106,9 +74,8 @@ def split(drawing: Drawing) -> tuple[list[Image], list[Image]]:
 
 
 def train(
-    student: Any, training: States, validation: States, sampling: Sampling, options: Recover,
-    advance: Callable[[int], None],
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    student: Any, training: Points, validation: Points, options: Recover, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(changed parameters float32, what the report says); the student is changed in place.
 
     The loss is the squared error of the guided prediction, relative to the teacher's.
@@ -122,19 +89,17 @@ def train(
     optimizer = torch.optim.AdamW(parameters, options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate((step + 0.5) / options.steps))
     generator = torch.Generator("cpu").manual_seed(options.seed)
-    errors, best, every = [error(student, validation, sampling, options.batch)], before, -(-options.steps // CHECKS)
+    errors, best, every = [error(validation, options.batch)], before, -(-options.steps // CHECKS)
     for step in range(1, options.steps + 1):
-        chosen = torch.randint(len(training), (options.batch,), generator=generator).to(training.image.device)
-        loss = squared_error(student, training, sampling, chosen)
-        _check(float(loss.detach()), step)
+        chosen = torch.randint(len(training), (options.batch,), generator=generator)
         optimizer.zero_grad()
-        loss.backward()
+        _check(sum(_backward(training, chosen)), step)
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimizer.step()
         schedule.step()
-        advance(1)
+        progress.add(1)
         if step % every == 0 or step == options.steps:
-            errors.append(_check(error(student, validation, sampling, options.batch), step))
+            errors.append(_check(error(validation, options.batch), step))
             if errors[-1] == min(errors):
                 best = weights(student)
             if errors.index(min(errors)) + PATIENCE < len(errors):
@@ -143,22 +108,27 @@ def train(
     return changed, {"steps": step, "error_before": errors[0], "error_after": min(errors), "errors": errors}
 
 
-def squared_error(module: Any, states: States, sampling: Sampling, chosen: torch.Tensor) -> torch.Tensor:
-    """|g - g'|^2 / |g'|^2 of the guided predictions of the states `chosen`, where g' is the teacher's."""
-    found, wanted = _guided(states.predict(module, chosen), sampling), _guided(states.prediction[chosen], sampling)
-    return (found - wanted).square().sum() / wanted.square().sum()
+def _backward(points: Points, chosen: torch.Tensor) -> Iterable[float]:
+    """The parts of the loss |g - g'|^2 / |g'|^2 of the points `chosen`, where g' is the teacher's, each once its
+    gradients are added to the student's: the graph of one part is in memory at a time."""
+    parts = chosen.split(points.at_once)
+    size = sum(float(points.wanted(part).square().sum()) for part in parts)
+    for part in parts:
+        loss = (points.found(part) - points.wanted(part)).square().sum() / size
+        loss.backward()
+        yield float(loss.detach())
 
 
-def error(module: Any, states: States, sampling: Sampling, batch: int) -> float:
-    """The relative L2 error of the guided prediction over the states, or over CHECKED of them."""
+def error(points: Points, batch: int) -> float:
+    """The relative L2 error of what the scheduler is given over the points, or over CHECKED of them."""
     import torch
 
-    places = torch.linspace(0, len(states) - 1, min(len(states), CHECKED)).round().long().to(states.image.device)
+    places = torch.linspace(0, len(points) - 1, min(len(points), CHECKED)).round().long()
     with torch.no_grad():
         total = size = 0.0
-        for chosen in places.split(batch):
-            wanted = _guided(states.prediction[chosen], sampling)
-            total += float((_guided(states.predict(module, chosen), sampling) - wanted).square().sum())
+        for chosen in places.split(min(batch, points.at_once)):
+            wanted = points.wanted(chosen)
+            total += float((points.found(chosen) - wanted).square().sum())
             size += float(wanted.square().sum())
     return math.sqrt(total / size)
 
@@ -175,12 +145,3 @@ def _check(loss: float, step: int) -> float:
 def _rate(done: float) -> float:
     """The learning rate, relative to its peak, at this part of the steps."""
     return min(done / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-
-
-def _guided(prediction: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """[n, rows, ...] -> [n, ...]."""
-    if prediction.shape[1] == 1:
-        return prediction[:, 0]
-    unconditional, conditional = prediction.unbind(1)
-    guided: torch.Tensor = guide(conditional, unconditional, sampling.guidance_scale, sampling.guidance_rescale)
-    return guided

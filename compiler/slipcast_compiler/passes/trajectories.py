@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
+from slipcast.bundle.sampling import Sampling
 from slipcast.errors import NumericalError
-from slipcast_compiler.model.original import draw_noise, sample_latents
-from slipcast_compiler.passes.context import DescribedTask
+from slipcast.sampling.guidance import guide
+from slipcast_compiler.model.original import Drawing, Image, draw_noise, sample_latents
 from slipcast_compiler.profile.observe import first_bad
-
-Image = tuple[str | None, int]  # prompt, seed
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,51 @@ class States:
         return output.unflatten(0, (len(chosen), rows))
 
 
-def record(pipe: Any, task: DescribedTask, images: Sequence[Image], advance: Callable[[int], None]) -> States:
-    """All states of the images' trajectories; `advance(n)` is called after each evaluation of n images.
+@dataclass(frozen=True)
+class GuidedStates:
+    """Points (see context.py) of a student, a module that is called as the denoiser is."""
+
+    states: States
+    student: Any
+    sampling: Sampling
+
+    @property
+    def at_once(self) -> int:
+        """See Points."""
+        return len(self)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def found(self, chosen: torch.Tensor) -> torch.Tensor:
+        """See Points."""
+        return self._guided(self.states.predict(self.student, chosen))
+
+    def wanted(self, chosen: torch.Tensor) -> torch.Tensor:
+        """See Points."""
+        return self._guided(self.states.prediction[chosen])
+
+    def _guided(self, prediction: torch.Tensor) -> torch.Tensor:
+        """[k, rows, ...] -> [k, ...]."""
+        if prediction.shape[1] == 1:
+            return prediction[:, 0]
+        unconditional, conditional = prediction.unbind(1)
+        scale, rescale = self.sampling.guidance_scale, self.sampling.guidance_rescale
+        guided: torch.Tensor = guide(conditional, unconditional, scale, rescale)
+        return guided
+
+
+def record(pipe: Any, drawing: Drawing, batch: int, images: Sequence[Image], advance: Callable[[int], None]) -> States:
+    """All states of the images' trajectories, which are drawn in batches; `advance(n)` is called after each evaluation
+    of n images.
 
     NumericalError names the layer that is the first to give NaN or infinity.
     """
-    batch = task.batch
-    parts = [_record(pipe, task, images[i : i + batch], i, advance) for i in range(0, len(images), batch)]
+    parts = [_record(pipe, drawing, images[i : i + batch], i, advance) for i in range(0, len(images), batch)]
     return States(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(States)))
 
 
-def _record(
-    pipe: Any, task: DescribedTask, images: Sequence[Image], first: int, advance: Callable[[int], None]
-) -> States:
+def _record(pipe: Any, drawing: Drawing, images: Sequence[Image], first: int, advance: Callable[[int], None]) -> States:
     """The states of images in one batch, which are number `first` and following of all."""
     count = len(images)
     samples, timesteps, predictions = [], [], []
@@ -78,9 +109,9 @@ def _record(
     handle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad():
-            noise, generators = draw_noise(pipe, task.calibration.original.size, [seed for _, seed in images])
+            noise, generators = draw_noise(pipe, drawing.original.size, [seed for _, seed in images])
             prompts = [prompt for prompt, _ in images if prompt is not None] or None
-            sample_latents(pipe, task.calibration.sampling, prompts, noise, generators)
+            sample_latents(pipe, drawing.sampling, prompts, noise, generators)
     finally:
         handle.remove()
     image = torch.arange(first, first + count).repeat(len(samples))

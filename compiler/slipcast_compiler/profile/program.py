@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from slipcast.progress import Advance
 from slipcast_compiler.capture.call import PROMPT, make_call
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.generalise import without_insides
-from slipcast_compiler.capture.given import Given, call_for_shapes
+from slipcast_compiler.capture.given import Given, given_within
 from slipcast_compiler.capture.open import open_with_weights
+from slipcast_compiler.capture.program import Program
 from slipcast_compiler.capture.record import capture
 from slipcast_compiler.capture.replay import modules_of
 from slipcast_compiler.capture.summary import module_of
@@ -35,7 +36,7 @@ from slipcast_compiler.profile import importance
 from slipcast_compiler.profile.layers import LayerObserver
 from slipcast_compiler.profile.measure import Progress, chosen_states, save_measured
 from slipcast_compiler.profile.profile import Profile, enough_samples, open_profile, write_profile
-from slipcast_compiler.profile.states import Components, State, draw, evaluations_of
+from slipcast_compiler.profile.states import Components, Evaluation, State, draw, evaluations_of
 from slipcast_compiler.recipe.recipe import ProfileTable
 
 FLOAT_BYTES = 4
@@ -88,19 +89,9 @@ def make_program_profiles(
 def measuring_bytes(module: nn.Module, given: Given, options: ProfileTable) -> int:
     """About what measuring a denoiser that is called so takes, besides the pipeline itself: second moments, and, where
     there are gradients, what they are computed of. No weight is read."""
-    inputs: dict[int, torch.Tensor] = {}  # each once, whichever layers read it; on meta, so that they may stay
-
-    def hook(_: nn.Module, args: Any) -> None:
-        inputs[id(args[0])] = args[0]
-
-    with contextlib.ExitStack() as hooks:
-        for layer in linear_layers(module):
-            hooks.callback(module.get_submodule(layer.name).register_forward_pre_hook(hook).remove)
-        call_for_shapes(module, given)
-    moments: int = sum(x.shape[1 if x.ndim == 4 else -1] ** 2 for x in inputs.values())
-    graph: int = (
-        0 if importance.is_exact(module, options.leave_one_out) else 2 * sum(x.numel() for x in inputs.values())
-    )
+    inputs = given_within(module, given, [layer.name for layer in linear_layers(module)])
+    moments: int = sum(x.shape[1 if x.ndim == 4 else -1] ** 2 for x in inputs)
+    graph: int = 0 if importance.is_exact(module, options.leave_one_out) else 2 * sum(x.numel() for x in inputs)
     return FLOAT_BYTES * (moments + graph)
 
 
@@ -131,19 +122,24 @@ def measure_program(
     return told
 
 
+def programs_of(pipe: Any, calibration: ProgramCalibration) -> Iterator[tuple[Program, list[Evaluation]]]:
+    """Of each image, and its evaluations of the denoisers."""
+    calls = [with_pictures(pipe, given) for given in calibration.calls]
+    for image, (prompt, seed) in enumerate(zip(calibration.prompts, calibration.seeds, strict=True)):
+        with quiet():
+            captured = capture(pipe, make_call(pipe, calls[image % len(calls)], prompt or PROMPT, seed))
+        program = without_insides(captured)  # it is the modules that are called, where the observers are
+        yield program, evaluations_of(program, calibration.denoisers)
+
+
 def _draw_all(
     pipe: Any, calibration: ProgramCalibration, components: Components, observers: Mapping[str, LayerObserver],
     count: int, progress: Progress, exact: Mapping[str, bool],
 ) -> dict[str, list[State]]:  # fmt: skip
     """By denoiser, `count` states; the observers have seen all images."""
-    calls = [with_pictures(pipe, given) for given in calibration.calls]
     images = len(calibration.seeds)
     states: dict[str, list[State]] = {name: [] for name in observers}
-    for image, (prompt, seed) in enumerate(zip(calibration.prompts, calibration.seeds, strict=True)):
-        with quiet():
-            captured = capture(pipe, make_call(pipe, calls[image % len(calls)], prompt or PROMPT, seed))
-        program = without_insides(captured)  # it is the modules that are called, where the observers are
-        evaluations = evaluations_of(program, tuple(observers))
+    for image, (program, evaluations) in enumerate(programs_of(pipe, calibration)):
         wanted = {}
         if image == 0:
             progress.expect(len(evaluations) * images)

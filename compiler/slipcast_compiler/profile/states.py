@@ -7,6 +7,7 @@ is given can be computed again.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Evaluation:
     first: int  # the place of the first of them
     output: int
     modules: frozenset[str]
+
+    @property
+    def components(self) -> set[str]:
+        """Those of the pipeline that are called."""
+        return {event.module.partition(".")[0] for event in self.events if isinstance(event, Call)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +101,7 @@ def draw(
     """
     values, kept = _sources(program, components), list[State]()
     keep, given = {each.first: each for each in wanted}, dict[int, dict[int, torch.Tensor]]()
+    before: Mapping[int, torch.Tensor] = {}
     ends = {program.marks[each.number].begin: each for each in evaluations}
     needed = program.needed_for([Ref(each.output) for each in evaluations])
     last = _last_reads(program, needed, evaluations)
@@ -106,7 +113,7 @@ def draw(
                     kept.append(State(evaluation, given.pop(evaluation.number), found.clone()))
                 advance()
             if place in keep:
-                given[keep[place].number] = _inputs(keep[place], values)
+                before = given[keep[place].number] = _inputs(keep[place], values, before)
             if place in needed:
                 run(program.events[place], values, components, {})
             for value in last.get(place, ()):
@@ -126,10 +133,19 @@ def _sources(program: Program, components: Components) -> dict[int, torch.Tensor
     return values
 
 
-def _inputs(evaluation: Evaluation, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+def _inputs(
+    evaluation: Evaluation, values: Mapping[int, torch.Tensor], before: Mapping[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Copies of what an evaluation reads. What is as it was `before`, such as a prompt's embeddings, is in memory once;
+    not where values share their memory, which has to be the same for all that are views of it."""
     made = {value for event in evaluation.events for value in outputs_of(event)}
     read = {ref.id for event in evaluation.events for ref in refs((event.args, event.kwargs))}
-    return copy.deepcopy({value: values[value] for value in sorted(read - made)})
+    found = copy.deepcopy({value: values[value] for value in sorted(read - made)})
+    users = Counter(each.untyped_storage().data_ptr() for each in found.values())
+    for value, each in found.items():
+        if users[each.untyped_storage().data_ptr()] == 1 and value in before and torch.equal(before[value], each):
+            found[value] = before[value]
+    return found
 
 
 def _last_reads(program: Program, needed: Collection[int], evaluations: Sequence[Evaluation]) -> dict[int, list[int]]:

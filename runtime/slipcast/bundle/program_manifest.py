@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -13,11 +13,13 @@ from slipcast.bundle.driving import Column
 from slipcast.bundle.names import ComponentName, Name
 from slipcast.bundle.program import IMAGES, PROGRAM, TILED, Loop, Program, ProgramCall, Variant, rows_of_image
 from slipcast.bundle.records import BaseGuard, BaseManifest, Component, TensorSpec
+from slipcast.bundle.sampling import Sampling
 from slipcast.bundle.sources import PromptSource, Shape
 from slipcast.bundle.tiles import Tiling
 from slipcast.bundle.validation import Strict
 
 NO_COLUMNS: Mapping[str, Column] = MappingProxyType({})
+NOTHING: Mapping[str, str] = MappingProxyType({})
 CHANNELS = (1, 3, 4)  # of pictures: grey, red, green and blue, and what is transparent
 
 
@@ -39,14 +41,29 @@ class AdaptersRecord(Strict):
         return self
 
 
+class Unspecialised(Strict):
+    """What draws strangers by the policy fallback: the pipeline as it was before it was made for the family.
+    `components`: by component that was changed, the one that takes its place. `samplings`: by variant, the pipeline's
+    own steps, where slipcast's samplers take them."""
+
+    components: dict[ComponentName, ComponentName] = Field(default_factory=dict)
+    samplings: tuple[Sampling, ...] = ()
+
+
 class ProgramGuard(BaseGuard):
     """A guard by what a component gives of texts alone: averages of its `output` over the tokens that are words, where
-    its input `words` has as many; without `words`, over all."""
+    its input `words` has as many; without `words`, over all. `fallback`: what draws strangers, by that policy."""
 
-    policy: Literal["warn", "refuse"]
     component: ComponentName
     output: Name
     words: Name | None = None
+    fallback: Unspecialised | None = None
+
+    @model_validator(mode="after")
+    def _a_policy_has_what_it_needs(self) -> Self:
+        if (self.policy == "fallback") != bool(self.fallback):
+            raise ValueError("guard: the policy fallback, and what draws strangers, belong together")
+        return self
 
 
 class ProgramManifest(BaseManifest):
@@ -61,7 +78,8 @@ class ProgramManifest(BaseManifest):
         early = any(target.early_exit for target in self.targets)
         shallow = any(variant.loop and variant.loop.shallow for variant in self.program.every)
         needed = {PROGRAM, *(["early_exit"] if early else []), *(["caching"] if shallow else [])}
-        needed |= {name for each in self.program.every if each.loop for name in each.loop.sampling.requires}
+        loops = [each.loop for each in (*self.program.every, *self.unspecialised) if each.loop]
+        needed |= {name for loop in loops for name in loop.sampling.requires}
         needed |= {"adapters"} if self.adapters else set()
         needed |= {TILED for variant in self.program.every for call in variant.every_call if call.tiles}
         needed |= {"guard"} if self.guard and self.guard.policy != "warn" else set()
@@ -75,12 +93,16 @@ class ProgramManifest(BaseManifest):
     def _calls_fit_components(self) -> Self:
         for place, variant in enumerate(self.program.every):
             self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
+        replaced = self.guard.fallback.components if self.guard and self.guard.fallback else NOTHING
+        for variant in self.unspecialised:
+            self._check_calls(variant, "guard.fallback", replaced)
         called = {call.component for variant in self.program.every for call in variant.every_call}
-        adapted = self.adapters.components if self.adapters else {}
-        if unused := sorted(set(self.components).difference(called, adapted.values())):
+        others = self.stand_ins
+        if unused := sorted(set(self.components).difference(called, *(each.values() for each in others.values()))):
             raise ValueError(f"components.{unused[0]}: no call of the program needs it")
-        if wrong := sorted(called.intersection(adapted.values()) | adapted.keys() - called):
-            raise ValueError(f"adapters.components: {wrong[0]!r} is called, where the plain one alone may be")
+        for where, others_of in others.items():
+            if wrong := sorted(called.intersection(others_of.values()) | others_of.keys() - called):
+                raise ValueError(f"{where}.components: {wrong[0]!r} is called, where the plain one alone may be")
         return self
 
     @model_validator(mode="after")
@@ -148,8 +170,45 @@ class ProgramManifest(BaseManifest):
     @property
     def exact(self) -> frozenset[str]:
         """Components that are in fp32 whatever the target, with those that take their places."""
-        adapted = self.adapters.components if self.adapters else {}
-        return self.program.exact | {adapted[name] for name in self.program.exact if name in adapted}
+        plain = self.program.exact
+        return plain | {each[name] for each in self.stand_ins.values() for name in plain if name in each}
+
+    @property
+    def stand_ins(self) -> dict[str, Mapping[str, str]]:
+        """By what says so, by component, the one that takes its place at times."""
+        found: dict[str, Mapping[str, str]] = {}
+        if self.adapters:
+            found["adapters"] = self.adapters.components
+        if self.guard and self.guard.fallback:
+            found["guard.fallback"] = self.guard.fallback.components
+        return found
+
+    @property
+    def unspecialised(self) -> tuple[Variant, ...]:
+        """By variant, what strangers are drawn by, whose components are those that take the others' places: at the
+        pipeline's own steps, each with guidance, and in full. None, where they are drawn as others are."""
+        if not (self.guard and self.guard.fallback):
+            return ()
+        samplings, found = self.guard.fallback.samplings, list[Variant]()
+        if samplings and len(samplings) != len(self.program.every):
+            raise ValueError("guard.fallback.samplings: there is one for each variant, or none at all")
+        for place, variant in enumerate(self.program.every):
+            loop = variant.loop
+            if bool(loop) != bool(samplings):
+                raise ValueError("guard.fallback.samplings: they belong to steps that slipcast's samplers take")
+            if loop:
+                changed = {"sampling": samplings[place], "shallow": None, "unguided": (), "calls": whole_calls(loop)}
+                loop = Loop.model_validate({**dict(loop), **changed})
+            found.append(variant.model_copy(update={"loop": loop}))
+        return tuple(found)
+
+    @model_validator(mode="after")
+    def _strangers_are_drawn_alike(self) -> Self:
+        for place, variant in enumerate(self.unspecialised):
+            own = self.program.every[place].loop
+            if variant.loop and own and variant.loop.sampling.noise != own.sampling.noise:
+                raise ValueError("guard.fallback.samplings: the noise is another model's")
+        return self
 
     @property
     def slots(self) -> dict[str, tuple[int, int]]:
@@ -167,13 +226,14 @@ class ProgramManifest(BaseManifest):
             found |= {f"down_{place}": (sizes[0], sizes[1]), f"up_{place}": (sizes[2], sizes[3])}
         return found
 
-    def _check_calls(self, variant: Variant, name: str) -> None:
+    def _check_calls(self, variant: Variant, name: str, replaced: Mapping[str, str] = NOTHING) -> None:
         known: dict[str, tuple[str, Shape]] = {source.value: (source.dtype, source.shape) for source in variant.sources}
         columns, loop = variant.loop.columns if variant.loop else {}, variant.loop
         for place, call in enumerate(variant.every_call):
             where = f"{name}.calls[{place}]"
-            if (component := self.components.get(call.component)) is None:
-                raise ValueError(f"{where}: no component {call.component!r}")
+            called = replaced.get(call.component, call.component)
+            if (component := self.components.get(called)) is None:
+                raise ValueError(f"{where}: no component {called!r}")
             _check_names(where, call, component, columns)
             for spec in component.inputs:
                 if spec.name in call.inputs:
@@ -251,6 +311,26 @@ def _check_loop(where: str, known: dict[str, tuple[str, Shape]], loop: Loop) -> 
     if (sample[0], output[0]) != ("float32", "float32") or not _may_be_same(sample[1], output[1]):
         raise ValueError(f"{where}: sample is {_shown(*sample)}, and output {_shown(*output)}")
     known[loop.result] = output
+
+
+def features_of(loop: Loop) -> set[tuple[str, str]]:
+    """(component, output) of what a full evaluation gives for shallow ones alone."""
+    if not loop.shallow:
+        return set()
+    read = {value for call in loop.calls for value in call.inputs.values()} | {loop.output}
+    features = set(loop.shallow.call.inputs.values()) - read
+    return {(call.component, name) for call in loop.calls for name, value in call.outputs.items() if value in features}
+
+
+def whole_calls(loop: Loop) -> tuple[ProgramCall, ...]:
+    """An evaluation that gives nothing for shallow ones."""
+    features = features_of(loop)
+    return tuple(
+        call.model_copy(
+            update={"outputs": {n: value for n, value in call.outputs.items() if (call.component, n) not in features}}
+        )
+        for call in loop.calls
+    )
 
 
 def _check_names(where: str, call: ProgramCall, component: Component, columns: Mapping[str, Column]) -> None:

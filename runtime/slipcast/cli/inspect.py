@@ -60,7 +60,12 @@ def guard_lines(guard: BaseGuard | None) -> list[str]:
     """What becomes of prompts out of the family."""
     if not guard:
         return []
-    return [f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"]
+    lines = [f"  guard        {guard.policy} beyond a distance of {guard.threshold:.3g}, {guard.shape[0]} prompts"]
+    if fallback := getattr(guard, "fallback", None):  # of a captured program's
+        names = ", ".join(fallback.components.values()) or "the same components"
+        steps = [f", {each.sampler} in {each.steps} steps" for each in fallback.samplings[:1]]
+        lines.append(f"  strangers    by {names}{''.join(steps)}")
+    return lines
 
 
 def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] = ()) -> str:
@@ -77,12 +82,13 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
         *removed_lines(manifest),
         f"  left out     {', '.join(manifest.not_compiled) or 'nothing'}",
     ]
-    record = getattr(manifest, "adapters", None)  # of a captured program's
-    adapted = record.components if record else {}
+    # Of a captured program's: what takes others' places has their inputs, and slots.
+    stand_ins: dict[str, dict[str, str]] = getattr(manifest, "stand_ins", {})
+    taken = {plain: why for why, each in stand_ins.items() for plain in each}
     for name, component in manifest.components.items():
-        if name in adapted.values():  # the plain one's inputs, and slots
+        if any(name in each.values() for each in stand_ins.values()):
             continue
-        lines.append(f"  {name}{' (and with slots)' if name in adapted else ''}")
+        lines.append(f"  {name}{STAND_INS[taken[name]] if name in taken else ''}")
         for arrow, specs in (("<-", component.inputs), ("->", component.outputs)):
             lines += [f"    {arrow} {s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in specs]
     lines += after
@@ -95,6 +101,9 @@ def render(manifest: BaseManifest, drawing: Sequence[str], after: Sequence[str] 
         lines += [f"    {line}" for line in profile_lines(manifest, target)]
     lines.append(f"  {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return "\n".join(lines)
+
+
+STAND_INS = {"adapters": " (and with slots)", "guard.fallback": " (and as it was, for strangers)"}
 
 
 def removed_lines(manifest: BaseManifest) -> list[str]:

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from slipcast.run.calls import Calls, Together
 from slipcast.run.guard import Verdict, choose_policy
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_guard import GuardedProgram
-from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request
+from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request, with_fallback
 from slipcast.run.prompt_table import ClosedTable
 from slipcast.run.residency import InUse
 from slipcast.run.sampled import Sampled
@@ -59,6 +59,9 @@ class ProgramPipeline(BasePipeline):
         self._closed = ClosedTable(bundle.path(closed.table), self.program) if closed else None
         guard = self.manifest.guard
         self._guard = GuardedProgram(bundle, guard, self._variants) if guard else None
+        self._unspecialised = self.manifest.unspecialised
+        replaced = guard.fallback.components if guard and guard.fallback else {}
+        self._stand_ins = {plain: (name, dict[str, Array]()) for plain, name in replaced.items()}
         # What only other variants call is opened when one of them is first asked for.
         own = {call.component for call in self.program.every_call}
         self._together = self._find_together()
@@ -85,7 +88,9 @@ class ProgramPipeline(BasePipeline):
         its noise is that of `torch.Generator("cpu")` with this seed, whatever else is drawn.
 
         Images advance together, call by call, and what they share is computed once.
-        `guard`: what becomes of prompts out of the family, "warn" or "refuse", in place of the bundle's own policy.
+        `guard`: what becomes of prompts out of the family, "warn", "refuse" or, where the bundle has what draws them,
+        "fallback", in place of the bundle's own policy. By "fallback" strangers are drawn after the others, by the
+        unspecialised pipeline at its own steps, and the callback sees one group after the other.
         `callback_on_step_end(pipeline, step, steps)` is called when all have ended a step, counted from 0, and may
         raise `slipcast.Cancelled` to stop. Where the bundle has early exit, `steps[i]` says how many image i took.
         Calls from several threads take turns.
@@ -107,6 +112,8 @@ class ProgramPipeline(BasePipeline):
             output_type=output_type,
             on_long_prompt=on_long_prompt,
         )
+        if policy == "fallback":
+            request = with_fallback(request, self._unspecialised[request.variant].loop, arguments)
         with self._turn():
             return self._run(replace(request, guard=policy), callback_on_step_end)
 
@@ -160,9 +167,42 @@ class ProgramPipeline(BasePipeline):
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
+        try:
+            drawn = self._draw(request, seconds, callback)
+        except _StrangersMetError as met:
+            drawn = self._draw_apart(request, met.verdicts, seconds, callback)
+        found = self._finish([array for image in drawn for array in image.results], request.output_type)
+        seconds["total"] = time.perf_counter() - clock
+        variant = self._variants[request.variant].variant
+        sounds = _sounds([image.sound for image in drawn if image.sound is not None])
+        return PipelineOutput(
+            found, request.seeds, self.target, seconds,
+            guard=tuple(image.verdict for image in drawn if image.verdict), steps=tuple(image.steps for image in drawn),
+            kind=self.program.output, rate=variant.rate, sounds=tuple(sounds),
+            sound_rate=variant.sound.rate if variant.sound else None,
+        )  # fmt: skip
+
+    def _draw_apart(
+        self, request: ProgramRequest, verdicts: Sequence[Verdict], seconds: dict[str, float],
+        callback: OnProgramStep | None,
+    ) -> list[_Drawn]:  # fmt: skip
+        """The family's, and then, unspecialised, what its strangers asked for."""
+        assert request.fallback
+        found: dict[int, _Drawn] = {}
+        for asked, strange in ((request, False), (request.fallback, True)):
+            images = [image for image, verdict in enumerate(verdicts) if verdict.fallback == strange]
+            if images:
+                found |= zip(images, self._draw(asked.only(images), seconds, callback, strange), strict=True)
+        return [replace(found[image], verdict=verdict) for image, verdict in enumerate(verdicts)]
+
+    def _draw(
+        self, request: ProgramRequest, seconds: dict[str, float], callback: OnProgramStep | None, strange: bool = False
+    ) -> list[_Drawn]:
+        """All images of a request, by the specialised pipeline; or, of strangers, by what is there for them."""
         ready, images = self._variants[request.variant], len(request.seeds)
         values, loop = self._enter_sources(request, ready), ready.variant.loop
-        sampled = self._sampled(loop, request, ready) if loop else None
+        loop = self._unspecialised[request.variant].loop if strange else loop
+        sampled = self._sampled(loop, request, ready, strange) if loop else None
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
@@ -170,14 +210,17 @@ class ProgramPipeline(BasePipeline):
         for plain, name in self._adapters.components.items():
             self.residency.free(plain if self._adapted else name)
         with InUse(self.residency) as engines:
-            calls = Calls(values, ready.depends, engines, seconds, self._together, self._adapted)
+            replaced = self._stand_ins if strange else self._adapted
+            calls = Calls(values, ready.depends, engines, seconds, self._together, replaced)
             for place, call in enumerate(ready.variant.calls):
                 if sampled and sampled.loop.at == place:
                     taken = self._take_steps(sampled, calls, images, callback)
                 rows = ready.rows[place] | (sampled.before(call) if sampled else {})
                 calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
-                if self._guard:
+                if self._guard and not strange:
                     verdicts += self._guard.after(call, values, request.variant, request.texts, request.guard)
+                    if any(verdict.fallback for verdict in verdicts):
+                        raise _StrangersMetError(verdicts)
                 values.drop(ready.droppable[place])
                 if ready.last_call[call.component] == place:
                     calls.done(call.component)
@@ -185,19 +228,20 @@ class ProgramPipeline(BasePipeline):
                     callback(self, ends[place], steps)
             if sampled and sampled.loop.at == len(ready.variant.calls):
                 taken = self._take_steps(sampled, calls, images, callback)
-        results = [values.get(value, image) for image in range(images) for value in ready.variant.results]
-        found = self._finish(results, request.output_type)
-        seconds["total"] = time.perf_counter() - clock
-        kind, rate, sound = self.program.output, ready.variant.rate, ready.variant.sound
-        sounds = _sounds([values.get(sound.value, image) for image in range(images)]) if sound else []
-        return PipelineOutput(
-            found, request.seeds, self.target, seconds, guard=verdicts, steps=taken, kind=kind, rate=rate,
-            sounds=tuple(sounds), sound_rate=sound.rate if sound else None,
-        )  # fmt: skip
+        results, sound = ready.variant.results, ready.variant.sound
+        return [
+            _Drawn(
+                [values.get(value, image) for value in results],
+                values.get(sound.value, image) if sound else None,
+                taken[image],
+                verdicts[image] if verdicts else None,
+            )
+            for image in range(images)
+        ]
 
-    def _sampled(self, loop: Loop, request: ProgramRequest, ready: Ready) -> Sampled:
+    def _sampled(self, loop: Loop, request: ProgramRequest, ready: Ready, strange: bool) -> Sampled:
         # Thresholds and masks are of these steps: between others, images and features change more or less.
-        own = len(request.schedule.timesteps) == loop.sampling.steps
+        own = len(request.schedule.timesteps) == loop.sampling.steps and not strange
         threshold = self._target.early_exit if own else None
         mask = loop.shallow.mask if own and loop.shallow else ()
         contracts = self.manifest.components
@@ -250,6 +294,24 @@ class ProgramPipeline(BasePipeline):
         if output_type == "pil":
             return [as_pil(each) for each in levels]
         return np.stack(levels) if len({each.shape for each in levels}) == 1 else levels
+
+
+class _StrangersMetError(Exception):
+    """There are prompts that another pipeline is there for; what was found of all."""
+
+    def __init__(self, verdicts: tuple[Verdict, ...]) -> None:
+        super().__init__()
+        self.verdicts = verdicts
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What came of an image: its results, its sound, how many steps it took, and what the guard found."""
+
+    results: list[Array]
+    sound: Array | None
+    steps: int
+    verdict: Verdict | None
 
 
 def _sounds(arrays: Sequence[Array]) -> list[Any]:

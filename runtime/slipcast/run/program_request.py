@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,8 @@ ProgramOutputType = Literal["pil", "np"]
 @dataclass(frozen=True)
 class ProgramRequest:
     """A call's arguments, checked and resolved. `variant`: its place in Program.every. `schedule` and `guidance`: of
-    its loop, if it has one. `texts`: of each image, by argument. `pictures`: by source's value."""
+    its loop, if it has one. `texts`: of each image, by argument. `pictures`: by source's value. `fallback`: the same
+    for strangers, drawn by the unspecialised pipeline, where it is there and asked for."""
 
     variant: int
     schedule: Schedule
@@ -37,6 +38,22 @@ class ProgramRequest:
     output_type: ProgramOutputType
     on_long_prompt: OnLongPrompt
     guard: GuardPolicy = "warn"
+    fallback: ProgramRequest | None = None
+
+    def only(self, images: Sequence[int]) -> ProgramRequest:
+        """For some of the images."""
+        texts, seeds = [self.texts[image] for image in images], tuple(self.seeds[image] for image in images)
+        return replace(self, texts=texts, seeds=seeds, fallback=self.fallback and self.fallback.only(images))
+
+
+def with_fallback(request: ProgramRequest, loop: Loop | None, arguments: Mapping[str, object]) -> ProgramRequest:
+    """With what strangers are drawn by: `loop`, at its own steps and guidance where none are asked for."""
+    if not loop:
+        return replace(request, fallback=request)
+    steps: Any = arguments.get(loop.steps or "")
+    as_usual = arguments.get(loop.guidance or "") is None
+    guidance = loop.sampling.guidance_scale if as_usual else request.guidance
+    return replace(request, fallback=replace(request, schedule=lay_steps(loop.sampling, steps), guidance=guidance))
 
 
 def check_program_request(

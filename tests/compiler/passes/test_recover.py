@@ -15,7 +15,7 @@ from slipcast_compiler.model.layers import attention_layers, linear_layers
 from slipcast_compiler.model.rewrite import Denoiser, Rewrite
 from slipcast_compiler.passes import recover
 from slipcast_compiler.passes.trainable import LORA_RANK, LowRankChange, RoundedWeight, prepare, round_input, weights
-from slipcast_compiler.passes.trajectories import record
+from slipcast_compiler.passes.trajectories import GuidedStates, record
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def _held_out_error(bench: Bench, rewrite: Rewrite) -> float:
     """On trajectories of prompts that no pass has seen."""
     pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
     assert bench.plan.family
-    states = record(pipe, bench.task, [(prompt, 7) for prompt in bench.plan.family.held_out], lambda count: None)
-    return recover.error(bench.load(rewrite), states, bench.plan.sampling, 8)
+    images, task = [(prompt, 7) for prompt in bench.plan.family.held_out], bench.task
+    states = record(pipe, task.calibration, task.batch, images, lambda count: None)
+    return recover.error(GuidedStates(states, bench.load(rewrite), bench.plan.sampling), 8)
 
 
 @pytest.mark.slow
@@ -100,26 +101,26 @@ def test_held_out_prompts_are_never_read(bench: Bench, damaged: Rewrite, monkeyp
 
     monkeypatch.setattr("slipcast_compiler.passes.trajectories.sample_latents", spy)
     bench.run("recover", damaged, steps=1)
-    training, validation = recover.split(bench.task.calibration)
+    training, validation = recover.split(bench.task.images)
     assert sorted(asked) == sorted(prompt or "" for prompt, _ in training + validation)
     assert set(asked) <= set(bench.plan.family.calibration)
     assert not set(asked) & set(bench.plan.family.held_out)
 
 
 def test_training_and_validation_share_no_prompt(bench: Bench) -> None:
-    training, validation = recover.split(tiny_plan(bench.plan.folder, "profile.seeds=3").task.calibration)
+    training, validation = recover.split(tiny_plan(bench.plan.folder, "profile.seeds=3").task.images)
     assert not {prompt for prompt, _ in training} & {prompt for prompt, _ in validation}
     assert len({seed for _, seed in training + validation}) == 72
     assert [len(part) for part in (training, validation)] == [54, 18]
     with pytest.raises(RecipeError, match="too few"):
-        recover.split(tiny_plan(bench.plan.folder, "profile.prompts=1").task.calibration)
+        recover.split(tiny_plan(bench.plan.folder, "profile.prompts=1").task.images)
 
 
 def test_states_are_the_originals_predictions(bench: Bench) -> None:
     """On every evaluation of the sampler, in whatever batches."""
     pipe = original.open_pipeline(bench.plan.checkpoint.root, bench.plan.sampling, "float32")
-    images = recover.split(bench.task.calibration)[0]
-    states = record(pipe, bench.task, images, lambda count: None)
+    images = recover.split(bench.task.images)[0]
+    states = record(pipe, bench.task.calibration, bench.task.batch, images, lambda count: None)
     assert len(states) == 2 * len(images)
     assert states.prediction.shape == (len(states), 2, 4, 8, 8)
     chosen = torch.tensor([1, 4])
@@ -127,7 +128,7 @@ def test_states_are_the_originals_predictions(bench: Bench) -> None:
         again = states.predict(pipe.unet, chosen)
     assert torch.allclose(again, states.prediction[chosen], atol=1e-5)
     assert (again[:, 0] - again[:, 1]).abs().max() > 1e-3  # unconditional and conditional are told apart
-    alone = record(pipe, tiny_plan(bench.plan.folder, "profile.batch=1").task, images, lambda count: None)
+    alone = record(pipe, bench.task.calibration, 1, images, lambda count: None)
     for i in range(len(images)):
         here, there = states.image == i, alone.image == i
         assert torch.allclose(states.prediction[here], alone.prediction[there], atol=1e-4)

@@ -1,0 +1,69 @@
+"""Distillation of captured pipelines' denoisers on their own trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_rewritten_programs import DENOISERS, PROMPTS, SEEDS, remove_a_third, save, task_of
+
+from slipcast_compiler.capture.open import open_with_weights
+from slipcast_compiler.capture.summary import module_of
+from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Rewrite
+from slipcast_compiler.passes import Context, recover
+from slipcast_compiler.passes.apply import _run
+from slipcast_compiler.passes.program import ProgramTask
+from slipcast_compiler.profile.measure import Progress
+from slipcast_compiler.recipe.passes import Recover
+
+FAST = "stable_diffusion_3"
+NAMES = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in DENOISERS]
+
+
+def _points(task: ProgramTask, rewrite: Rewrite, images: list[Any]) -> Any:
+    progress = Progress(lambda done, total: None, 0)
+    return task.trajectories(task.denoiser(rewrite), [images], progress)[1][0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_error_falls_for_other_prompts_too(name: str, method: str, tmp_path: Path) -> None:
+    root, denoiser = save(name, tmp_path), DENOISERS[name][-1]
+    masked, task = open_with_weights(root), task_of(root, name, denoiser)
+    damaged = remove_a_third(root, name, denoiser, module_of(masked, denoiser), tmp_path)
+    options = Recover(steps=40, batch=4, method=method, learning_rate=3e-4 if method == "full" else 1e-3)
+    told: list[tuple[int, int]] = []
+    context = Context(task, None, lambda done, total: told.append((done, total)))
+    result = recover.run(task.denoiser(damaged), context, options)
+    assert result.report["error_after"] < 0.9 * result.report["error_before"]
+    assert told[-1][0] == told[-1][1] or result.report["steps"] < options.steps
+    _run("recover", options, replace(context, advance=lambda *_: None), damaged, tmp_path, lambda *_: None)
+    others = [("a large blue star on a black background", 9), ("two rings", 11)]
+    errors = [recover.error(_points(task, each, others), 4) for each in (damaged, Rewrite(tmp_path / TENSORS))]
+    assert errors[1] < errors[0]
+
+
+def test_an_unchanged_denoiser_is_its_teacher(tmp_path: Path) -> None:
+    root = save(FAST, tmp_path)
+    task = task_of(root, FAST, "transformer")
+    points = _points(task, UNCHANGED, list(task.images))
+    steps = len(points) // len(PROMPTS)
+    assert steps > 1
+    assert recover.error(points, 4) < 1e-5
+    parameters = list(points.components["transformer"].requires_grad_(True).parameters())
+    points.found(torch.tensor([0])).square().sum().backward()
+    assert sum(each.grad is not None for each in parameters) > len(parameters) // 2
+    texts = [{id(tensor) for tensor in state.given.values()} for state in points.states[:steps]]
+    assert set.intersection(*texts)  # what a prompt gives is in memory once
+
+
+def test_what_it_reads_is_in_the_key(tmp_path: Path) -> None:
+    root = save(FAST, tmp_path)
+    task = task_of(root, FAST, "transformer")
+    told = recover.reads(task)
+    assert sorted(told["training"] + told["validation"]) == sorted(zip(PROMPTS, SEEDS, strict=True))
+    other = replace(task, calibration=replace(task.calibration, seeds=(5, 6, 7, 8)))
+    assert recover.reads(other) != told

@@ -25,6 +25,7 @@ from slipcast.cli.inspect import inspect
 from slipcast.cli.profile_run import profile_run
 from slipcast.cli.report import report
 from slipcast.cli.run import run
+from slipcast.cli.serve import serve
 from slipcast.cli.verify import verify
 from slipcast.errors import Cancelled, HostError, SlipcastError
 
@@ -54,7 +55,7 @@ def cli(debug: bool) -> None:
     """Compile diffusion pipelines for a prompt family, and run what was compiled without torch."""
 
 
-for command in (run, profile_run, inspect, verify, doctor, report, completion):
+for command in (run, serve, profile_run, inspect, verify, doctor, report, completion):
     cli.add_command(command)
 
 

@@ -1,0 +1,1 @@
+"""`slipcast serve`: bundles behind HTTP. Needs slipcast[serve]."""

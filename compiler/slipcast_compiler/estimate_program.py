@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from slipcast_compiler.recipe.targets import BYTES, TargetTable
 
 GRAPH_BYTES = 100_000_000  # of a traced graph, and of what traces it
 RUNTIME_BYTES = {"onnxruntime": 110_000_000, "openvino": 200_000_000}  # the runtime with an engine's library, resident
+Specialised = Literal["rewritten", "quantized"]  # for the family, in some target
 WRITTEN = 3  # copies of the largest weight: as it was read, as it is cast, and as it is written
 
 
@@ -47,12 +48,13 @@ class Needs:
 def estimate(
     components: Iterable[nn.Module], parts: Mapping[str, Any], variants: Sequence[Collection[str]],
     live_bytes: tuple[int, int], tables: tuple[TargetTable, ...], int4: QuantizeInt4 | None, closed: bool = False,
-    strangers: bool = False,
+    strangers: Specialised | None = None,
 ) -> Needs:  # fmt: skip
     """Of all of a pipeline's modules, and of its program's parts, as PartRecord has them; `variants`: those that are in
     memory at once; `live_bytes`: what values take at once beside weights, in the pipeline and in its parts; `int4`: by
     what options weights are in INT4, where a target is; `closed`: a table takes the place of parts that read texts
-    alone; `strangers`: denoisers are there a second time, as they were, for those."""
+    alone; `strangers`: denoisers are there a second time, as they were, for those: with all else exported anew where
+    they are rewritten."""
     modules = list(components)
     in_pipeline, in_parts = live_bytes
     weights = [weight.numel() for module in modules for weight in module.parameters()]
@@ -67,20 +69,28 @@ def estimate(
         (name.partition("_")[0], tuple(part["modules"])): name for name, part in reversed(list(parts.items()))
     }.values()
 
+    def stand_ins(table: TargetTable, names: Iterable[str]) -> int:
+        """What draws strangers in the place of these, in half precision where the others are quantised."""
+        again: list[int] = [parts[name]["parameters"] for name in names if strangers and is_adaptable(name)]
+        return sum(again) * BYTES[table.half or "fp32"]
+
     def resident(table: TargetTable, policy: Policy) -> int:
         """Of the variant that has most, at once: the parts that are used several times stay while a picture is made."""
         several = {name for name, part in parts.items() if part["uses"] > 1}
         each = {name: shipped(table, [name]) for name in parts}
         if policy == "all":
-            return max(sum(each[name] for name in names) for names in variants)
+            return max(sum(each[name] for name in names) + stand_ins(table, names) for names in variants)
         return max(
-            max(sum(each[name] for name in names if name in several), *(each[name] for name in names))
+            max(
+                sum(each[name] for name in names if name in several),
+                stand_ins(table, [name for name in names if name in several]),
+                *(each[name] for name in names),
+            )
             for names in variants
         )
 
-    again = [parts[name] for name in held if strangers and is_adaptable(name)]
-    unchanged = sum(part["parameters"] for part in again)
-    engines = {table.name: shipped(table, held) + unchanged * BYTES[table.half or "fp32"] for table in tables}
+    engines = {table.name: shipped(table, held) + stand_ins(table, held) for table in tables}
+    exported = sum(parts[name]["parameters"] for name in held) * BYTES["fp32"]
     linked = {table.name for table in tables if (table.engine, table.precision) == ("onnxruntime", "fp32")}
     return Needs(
         original=original_bytes(modules, in_pipeline),
@@ -95,7 +105,7 @@ def estimate(
         },
         disk={
             "bundle": sum(engines.values()),
-            "cache": (sum(parts[name]["parameters"] for name in held) + unchanged) * BYTES["fp32"]
+            "cache": (2 if strangers == "rewritten" else 1) * exported
             + sum(engines[name] for name in engines.keys() - linked),
         },
     )

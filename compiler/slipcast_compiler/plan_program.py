@@ -28,6 +28,7 @@ from slipcast_compiler.capture.record import capture, find_scheduler
 from slipcast_compiler.capture.summary import describe_layers, module_of, summarise
 from slipcast_compiler.estimate_program import (
     Needs,
+    Specialised,
     add_rewriting,
     check_rewriting_fits,
     choose_policies,
@@ -46,7 +47,7 @@ from slipcast_compiler.model.original import Images, Precision, calibration_imag
 from slipcast_compiler.passes.apply import needs_profile
 from slipcast_compiler.passes.known import Known, check_calibration, check_passes, describe_passes, known_layers
 from slipcast_compiler.passes.program import ProgramTask, recovering_bytes
-from slipcast_compiler.passes.recover import split
+from slipcast_compiler.passes.recover import check_split
 from slipcast_compiler.plan import check_guard, check_targets, guarded_prompts
 from slipcast_compiler.plan_checks import check_adapters, check_guarded, check_sources, check_tables
 from slipcast_compiler.plan_steps import Steps
@@ -183,9 +184,9 @@ def make_program_plan(recipe: Recipe, folder: Path, profiled: bool = False) -> P
     modules = [each for each in pipe.components.values() if isinstance(each, nn.Module)]
     together = [[part.name for part in found.cut.parts] for found in variants]
     closed, available = bool(family and family.closed), available_mb() * 1e6
-    draws_strangers = bool(recipe.guard and recipe.guard.policy == "fallback" and _specialises(recipe))
+    specialised = _specialised(recipe) if recipe.guard and recipe.guard.policy == "fallback" else None
     needs = estimate(
-        modules, parts, together, live_bytes(variants), recipe.targets, recipe.int4_options, closed, draws_strangers
+        modules, parts, together, live_bytes(variants), recipe.targets, recipe.int4_options, closed, specialised
     )
     table = recipe.evaluate
     precision = None if table.original or table.originals else choose_precision(needs.original, available)
@@ -277,14 +278,18 @@ def _plan_passes(
         check_calibration(prompts, len(calls))
         measuring += [sum(measuring_bytes(module, given[name], recipe.profile) for name, module in modules.items())]
     if recipe.passes.recover:
-        split(tuple(zip(prompts, seeds, strict=True)))
-        measuring += [recovering_bytes(module, given[name]) for name, module in modules.items()]
+        images = tuple(zip(prompts, seeds, strict=True))
+        check_split(images, len(calls))
+        steps = max(len(found.program.marks) for found in variants)
+        measuring += [recovering_bytes(module, given[name], len(images), steps) for name, module in modules.items()]
     return known, add_rewriting(needs, modules.values(), measuring)
 
 
-def _specialises(recipe: Recipe) -> bool:
-    """Whether denoisers are others for the family than they were, in some target."""
-    return bool(recipe.passes.chosen()) or any(table.precision in QUANTIZED for table in recipe.targets)
+def _specialised(recipe: Recipe) -> Specialised | None:
+    """In what denoisers are others for the family than they were, or may be once a search is over."""
+    if recipe.passes.chosen() or recipe.search:
+        return "rewritten"
+    return "quantized" if any(table.precision in QUANTIZED for table in recipe.targets) else None
 
 
 def _may_rewrite(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_rewritten_programs import DENOISERS, PROMPTS, SEEDS, remove_a_third, save, task_of
 
+from slipcast.errors import RecipeError
 from slipcast_compiler.capture.open import open_with_weights
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.model.rewrite import TENSORS, UNCHANGED, Rewrite
@@ -24,6 +25,8 @@ NAMES = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) fo
 
 
 def _points(task: ProgramTask, rewrite: Rewrite, images: list[Any]) -> Any:
+    prompts, seeds = zip(*images, strict=True)
+    task = replace(task, calibration=replace(task.calibration, prompts=prompts, seeds=seeds))
     progress = Progress(lambda done, total: None, 0)
     return task.trajectories(task.denoiser(rewrite), [images], progress)[1][0]
 
@@ -67,3 +70,22 @@ def test_what_it_reads_is_in_the_key(tmp_path: Path) -> None:
     assert sorted(told["training"] + told["validation"]) == sorted(zip(PROMPTS, SEEDS, strict=True))
     other = replace(task, calibration=replace(task.calibration, seeds=(5, 6, 7, 8)))
     assert recover.reads(other) != told
+
+
+def test_each_image_is_drawn_by_its_own_call(tmp_path: Path) -> None:
+    """Of what call lists, whichever images are set aside."""
+    root = save(FAST, tmp_path)
+    task = task_of(root, FAST, "transformer")
+    (call,) = task.calibration.calls
+    sizes = [{**call, "height": size, "width": size} for size in (32, 48)]
+    task = replace(task, calibration=replace(task.calibration, calls=tuple(sizes)))
+    progress = Progress(lambda done, total: None, 0)
+    parts = [[task.images[3]], [task.images[0], task.images[1]]]
+    _, points = task.trajectories(task.denoiser(UNCHANGED), parts, progress)
+    found = [[each.found.shape[-1] for each in part.states] for part in points]
+    steps = len(found[0])
+    small, large = sorted({size for part in found for size in part})
+    assert found == [[large] * steps, [small] * steps + [large] * steps]
+    with pytest.raises(RecipeError, match="some of what call lists would not be trained on"):
+        recover.check_split(task.images, 4)
+    recover.check_split(task.images, 2)

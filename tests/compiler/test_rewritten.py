@@ -137,7 +137,7 @@ def test_what_report_and_manifest_say(made: Made) -> None:
     chain = [passes[name]["parameters"] for name in passes]
     assert all(before > after for before, after in chain[:-1]) and len(set(chain[-1])) == 1
     recovered = passes["recover"]["recovered"]["transformer"]
-    assert recovered["error_after"] < recovered["error_before"] and recovered["steps"] == 20
+    assert recovered["error_after"] < recovered["error_before"] and recovered["steps"] <= 20
     assert [after for _, after in chain[:-1]] == [before for before, _ in chain[1:]]
     assert made.record["parts"]["denoiser"]["parameters"] == chain[-1][1]
     assert made.record["recipe"]["passes"]["prune_heads"]["ratio"] == 0.3

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from slipcast.errors import Cancelled, RequestError
-from slipcast.serve.jobs import BusyError, Drawer, Job
+from slipcast.serve.jobs import BusyError, ClosingError, Drawer, Job
 
 
 class Pipe:
@@ -111,8 +111,12 @@ def test_what_nobody_waits_for_is_not_drawn(desk: Desk) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
+    """Who is gone, or late, takes nobody's place in it."""
     desk = Desk(most=2)
-    asked = [desk.hold(), desk.ask("a", 1), desk.ask("b", 2)]
+    asked = [desk.hold(), desk.ask("gone", 1), desk.ask("late", 1, within=0.0)]
+    asked[1].job.gone = True
+    asked += [desk.ask("a", 1), desk.ask("b", 2)]
+    assert desk.drawer.waiting == 2 and asked[1].ended.is_set() and asked[2].ended.is_set()
     with pytest.raises(BusyError) as busy:
         desk.ask("c", 3)
     assert busy.value.retry_s >= 1
@@ -125,11 +129,25 @@ def test_closing_ends_all_that_waits() -> None:
     first, second = desk.hold(), desk.ask("second", 2, num_inference_steps=3)
     closing = threading.Thread(target=desk.drawer.close)
     closing.start()
-    while not desk.drawer._closing:
-        time.sleep(0.01)
-    desk.finish(first, second)
+    assert second.ended.wait(10)  # while the first is still being drawn
+    desk.finish(first)
     closing.join(10)
     assert isinstance(first.job.error, Cancelled) and isinstance(second.job.error, Cancelled)
     assert desk.pipe.closed and len(desk.pipe.calls) == 1
-    with pytest.raises(BusyError):
+    with pytest.raises(ClosingError):
         desk.ask("third", 3)
+
+
+def test_more_images_than_go_together_take_several_calls(desk: Desk) -> None:
+    many = desk.ask("many", *range(10))
+    desk.finish(many)
+    assert [call["seed"] for call in desk.pipe.calls] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert many.job.pictures == [("many", seed) for seed in range(10)]
+    assert desk.steps == [(step, 6) for step in range(1, 7)]
+
+
+def test_true_is_not_one(desk: Desk) -> None:
+    first = desk.hold()
+    asked = [desk.ask("a", 1, num_inference_steps=1), desk.ask("b", 2, num_inference_steps=True)]
+    desk.finish(first, *asked)
+    assert [call["prompt"] for call in desk.pipe.calls] == [["first"], ["a"], ["b"]]

@@ -10,6 +10,7 @@ from pathlib import Path
 from slipcast.bundle.onnxfile import external_files
 from slipcast.bundle.program import Program
 from slipcast.bundle.sampling import Sampling
+from slipcast.errors import CheckFailed
 from slipcast_compiler.export.program import read_record
 from slipcast_compiler.host.cache import Cache
 from slipcast_compiler.host.files import link
@@ -29,7 +30,12 @@ def make_strangers(entry: Path, changed: tuple[str, ...], specialised: Path, cac
     """Of a program that was exported to `entry` with the checkpoint's own weights; `changed`: which of the components
     are others for the family, whose program is in `specialised`."""
     record = read_record(entry)
-    assert record == read_record(specialised), "the cut of a program follows from its weights"
+    if record != read_record(specialised):
+        raise CheckFailed(
+            "the program of the rewritten pipeline is cut otherwise than that of the pipeline as it is",
+            expected="one that differs in weights alone, so that either draws in the other's place",
+            hint='guard.policy = "refuse", with a bundle of the whole pipeline beside this one, for what it refuses',
+        )
     names = {name: f"{name}_fallback" for name in changed}
 
     def make(out: Path) -> None:

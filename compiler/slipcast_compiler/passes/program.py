@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from slipcast_compiler.capture.call import make_call
 from slipcast_compiler.capture.fitting import with_pictures
 from slipcast_compiler.capture.given import Given, call_for_shapes, given_to, given_within
 from slipcast_compiler.capture.open import open_with_weights
+from slipcast_compiler.capture.program import leaves
 from slipcast_compiler.capture.replay import find_module, modules_of
 from slipcast_compiler.capture.summary import module_of
 from slipcast_compiler.export.streamed import open_streamed
@@ -99,29 +100,32 @@ class ProgramTask:
         return student, [DrawnStates(states, components) for states in drawn]
 
     def _draw(self, pipe: Any, components: Components, images: Sequence[Image], progress: Progress) -> list[State]:
-        """Of every evaluation that calls the denoiser."""
-        prompts, seeds = zip(*images, strict=True)
-        calibration = replace(self.calibration, denoisers=(self.name,), prompts=prompts, seeds=seeds)
-        drawn: list[State] = []
-        for image, (program, evaluations) in enumerate(programs_of(pipe, calibration)):
+        """Of every evaluation that calls the denoiser. Each image is drawn by the call that is its own."""
+        places, drawn = {self.images.index(image) for image in images}, list[State]()
+        for image, (program, evaluations) in enumerate(programs_of(pipe, self.calibration, places)):
+            wanted = [each for each in evaluations if self.name in each.modules]
             if image == 0:
                 progress.expect((len(evaluations) + 1) * len(images))
-            states = draw(program, components, evaluations, evaluations, lambda: progress.add(1))
+            states = draw(program, components, evaluations, wanted, lambda: progress.add(1))
             states[0].check(components)
             progress.add(1)
             drawn += states
         return drawn
 
 
-def recovering_bytes(module: nn.Module, given: Given) -> int:
+def recovering_bytes(module: nn.Module, given: Given, images: int, steps: int) -> int:
     """About what distilling a denoiser that is called so takes, besides the pipeline itself: its weights as they were,
-    at their best and now, gradients and their moments; and what the gradients of one point are computed of, which is a
-    half more than what its layers are given (saved tensors of a U-Net, counted; some pipelines keep more). No weight is
-    read."""
+    at their best and now, gradients and their moments; what the gradients of one point are computed of, which is a half
+    more than what its layers are given (saved tensors of a U-Net, counted; some pipelines keep more); and the points:
+    at every step a latent and what became of it, of every image what it was given besides. No weight is read."""
+    latent = call_for_shapes(module, given).numel()
+    points: int = images * (
+        2 * latent * steps + sum(x.numel() for _, x in leaves(given) if isinstance(x, torch.Tensor))
+    )
     weights: int = sum(parameter.numel() for parameter in module.parameters())
     layers = [name for name, each in module.named_modules() if not next(each.children(), None)]
     inputs: int = sum(x.numel() for x in given_within(module, given, layers))
-    return FLOAT_BYTES * (COPIES * weights + 2 * inputs)
+    return FLOAT_BYTES * (COPIES * weights + 2 * inputs + points)
 
 
 @dataclass(frozen=True)

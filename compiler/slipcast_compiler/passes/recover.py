@@ -73,6 +73,17 @@ def split(images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
     return [image for image in images if image not in validation], validation
 
 
+def check_split(images: Sequence[Image], calls: int) -> None:
+    """RecipeError where no image is left to train on of one of so many calls, which draw them in turns."""
+    training = split(images)[0]
+    if missing := calls - len({images.index(image) % calls for image in training}):
+        raise RecipeError(
+            "passes.recover has too few calibration prompts: some of what call lists would not be trained on",
+            expected="several prompts for each of the calls", got=f"none for {missing} of {calls}",
+            hint="add prompts to the family, or raise profile.prompts",
+        )  # fmt: skip
+
+
 def train(
     student: Any, training: Points, validation: Points, options: Recover, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +122,14 @@ def measure_program(
     return told
 
 
-def programs_of(pipe: Any, calibration: ProgramCalibration) -> Iterator[tuple[Program, list[Evaluation]]]:
-    """Of each image, and its evaluations of the denoisers."""
+def programs_of(
+    pipe: Any, calibration: ProgramCalibration, images: Collection[int] | None = None
+) -> Iterator[tuple[Program, list[Evaluation]]]:
+    """Of each image, or of these, and its evaluations of the denoisers."""
     calls = [with_pictures(pipe, given) for given in calibration.calls]
     for image, (prompt, seed) in enumerate(zip(calibration.prompts, calibration.seeds, strict=True)):
+        if images is not None and image not in images:
+            continue
         with quiet():
             captured = capture(pipe, make_call(pipe, calls[image % len(calls)], prompt or PROMPT, seed))
         program = without_insides(captured)  # it is the modules that are called, where the observers are

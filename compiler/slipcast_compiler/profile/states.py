@@ -64,7 +64,7 @@ class State:
                 f"step {self.evaluation.number + 1} of a calibration prompt cannot be computed again by itself",
                 expected=f"a relative error of {LIMIT:g}",
                 got=error,
-                hint='criterion = "magnitude" and correct = false ask for no profile',
+                hint='criterion = "magnitude", correct = false and no passes.recover ask for none',
             )
 
 

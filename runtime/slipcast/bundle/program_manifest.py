@@ -93,9 +93,6 @@ class ProgramManifest(BaseManifest):
     def _calls_fit_components(self) -> Self:
         for place, variant in enumerate(self.program.every):
             self._check_calls(variant, f"program.variants[{place - 1}]" if place else "program")
-        replaced = self.guard.fallback.components if self.guard and self.guard.fallback else NOTHING
-        for variant in self.unspecialised:
-            self._check_calls(variant, "guard.fallback", replaced)
         called = {call.component for variant in self.program.every for call in variant.every_call}
         others = self.stand_ins
         if unused := sorted(set(self.components).difference(called, *(each.values() for each in others.values()))):
@@ -103,6 +100,9 @@ class ProgramManifest(BaseManifest):
         for where, others_of in others.items():
             if wrong := sorted(called.intersection(others_of.values()) | others_of.keys() - called):
                 raise ValueError(f"{where}.components: {wrong[0]!r} is called, where the plain one alone may be")
+        replaced = self.guard.fallback.components if self.guard and self.guard.fallback else NOTHING
+        for variant in self.unspecialised:
+            self._check_calls(variant, "guard.fallback", replaced)
         return self
 
     @model_validator(mode="after")
@@ -208,6 +208,17 @@ class ProgramManifest(BaseManifest):
             own = self.program.every[place].loop
             if variant.loop and own and variant.loop.sampling.noise != own.sampling.noise:
                 raise ValueError("guard.fallback.samplings: the noise is another model's")
+        valued = {
+            (call.component, name) for each in self.program.every for call in each.every_call for name in call.inputs
+        }
+        for plain, name in self.guard.fallback.components.items() if self.guard and self.guard.fallback else ():
+            # What is a value has the shape that it has; what else there is, such as of the table, is made for the one.
+            one, other = (
+                [(spec.name, spec.dtype, (plain, spec.name) in valued or spec.shape) for spec in each.inputs]
+                for each in (self.components[plain], self.components[name])
+            )
+            if one != other:
+                raise ValueError(f"components.{name}: it takes other inputs than {plain}")
         return self
 
     @property
@@ -324,13 +335,13 @@ def features_of(loop: Loop) -> set[tuple[str, str]]:
 
 def whole_calls(loop: Loop) -> tuple[ProgramCall, ...]:
     """An evaluation that gives nothing for shallow ones."""
-    features = features_of(loop)
-    return tuple(
-        call.model_copy(
-            update={"outputs": {n: value for n, value in call.outputs.items() if (call.component, n) not in features}}
-        )
-        for call in loop.calls
-    )
+    features, found = features_of(loop), list[ProgramCall]()
+    for call in loop.calls:
+        outputs = {name: value for name, value in call.outputs.items() if (call.component, name) not in features}
+        if not outputs:
+            raise ValueError(f"loop: {call.component} gives nothing but what shallow evaluations read")
+        found.append(call.model_copy(update={"outputs": outputs}))
+    return tuple(found)
 
 
 def _check_names(where: str, call: ProgramCall, component: Component, columns: Mapping[str, Column]) -> None:

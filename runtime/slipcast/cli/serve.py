@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slipcast.cli.common import target_option, unlisted_option
+
+GRACE_S = 5  # for answers, once the server is told to end
+CONNECTIONS = 256  # beside those that wait for pictures
 
 
 @click.command()
@@ -49,10 +55,9 @@ def serve(
     Clients call a bundle by its name, which `slipcast inspect` shows first; the first one given is the default. Keys
     are best given in SLIPCAST_API_KEYS, with spaces between them.
     """
-    from slipcast.errors import HostError, RequestError
+    from slipcast.errors import HostError
     from slipcast.progress import Stages
     from slipcast.run.load import load
-    from slipcast.run.program import ProgramPipeline
 
     try:
         import uvicorn
@@ -60,26 +65,49 @@ def serve(
         from slipcast.serve.app import Settings, make_app
     except ImportError as error:
         raise HostError("the server is not installed", got=error, hint="pip install 'slipcast[serve]'") from None
-    pipes: dict[str, Any] = {}
-    for bundle in bundles:
-        with Stages().stage(f"load {bundle}"):
-            pipe = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
-        name = pipe.manifest.name
-        if name in pipes:
-            raise RequestError(f"{bundle}: another bundle is called {name!r} too", expected="names that differ")
-        if isinstance(pipe, ProgramPipeline):
-            pictures = [argument for variant in pipe.program.every for argument in variant.images]
-            if pictures or pipe.program.output != "image":
-                got = f"one that is given {pictures[0]}" if pictures else f"one that gives {pipe.program.output}"
-                raise RequestError(
-                    f"{bundle} cannot be served", expected="a bundle that draws pictures of texts", got=got
-                )
-        pipes[name] = pipe
+    if not all(map(str.strip, keys)) or (not keys and "SLIPCAST_API_KEYS" in os.environ):
+        raise click.UsageError("an API key is empty: whoever asks would be let in")
+    names = _names(bundles, allow_unlisted)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise HostError(f"cannot listen on {host}, port {port}", got=error.strerror, hint="another --port") from None
+    pipes: dict[str, Any] = {}
+    for name, bundle in names.items():
+        with Stages().stage(f"load {bundle}"):
+            pipes[name] = load(bundle, target=target, residency=residency, allow_unlisted=allow_unlisted)
     app = make_app(pipes, Settings(queue, together, timeout, keys))
-    click.echo(f"serving {', '.join(pipes)} on http://{host}:{listening.getsockname()[1]}", err=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listening])
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # In a thread, as the handler of a signal may have interrupted who holds a lock.
+            threading.Thread(target=app.state.stop).start()
+            super().handle_exit(sig, frame)
+
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"serving {', '.join(pipes)} on http://{shown}:{listening.getsockname()[1]}", err=True)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=GRACE_S, limit_concurrency=queue + CONNECTIONS
+    )
+    Server(config).run(sockets=[listening])
+
+
+def _names(bundles: Sequence[Path], allow_unlisted: bool) -> dict[str, Path]:
+    """By name, the bundles that can be served, before any is loaded; RequestError for others."""
+    from slipcast.bundle.reader import ProgramBundle, open_any_bundle
+    from slipcast.errors import RequestError
+
+    names: dict[str, Path] = {}
+    for bundle in bundles:
+        opened = open_any_bundle(bundle, allow_unlisted=allow_unlisted)
+        if (name := opened.manifest.name) in names:
+            raise RequestError(f"{bundle}: another bundle is called {name!r} too", expected="names that differ")
+        if isinstance(opened, ProgramBundle):
+            program = opened.manifest.program
+            pictures = [argument for variant in program.every for argument in variant.images]
+            if pictures or program.output != "image":
+                got = f"one that is given {pictures[0]}" if pictures else f"one that gives {program.output}"
+                expected = "a bundle that draws pictures of texts"
+                raise RequestError(f"{bundle} cannot be served", expected=expected, got=got)
+        names[name] = bundle
+    return names

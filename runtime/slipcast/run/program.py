@@ -25,7 +25,7 @@ from slipcast.run.calls import Calls, Together
 from slipcast.run.guard import Verdict, choose_policy
 from slipcast.run.pictures import as_levels, as_pil
 from slipcast.run.program_guard import GuardedProgram
-from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request, with_fallback
+from slipcast.run.program_request import ProgramOutputType, ProgramRequest, check_program_request, for_strangers
 from slipcast.run.prompt_table import ClosedTable
 from slipcast.run.residency import InUse
 from slipcast.run.sampled import Sampled
@@ -112,8 +112,6 @@ class ProgramPipeline(BasePipeline):
             output_type=output_type,
             on_long_prompt=on_long_prompt,
         )
-        if policy == "fallback":
-            request = with_fallback(request, self._unspecialised[request.variant].loop, arguments)
         with self._turn():
             return self._run(replace(request, guard=policy), callback_on_step_end)
 
@@ -152,8 +150,10 @@ class ProgramPipeline(BasePipeline):
         most, found = self.program.sizes[IMAGES].maximum, dict[str, Together]()
         listed = {entry.path: entry.size for entry in self.manifest.files}
         for name, contract in self.manifest.components.items():
-            files = self._target.components[name]
-            large = listed[files.weights or files.model] > LARGE and self._target.device == "cpu"
+            takers = [name, *(each[name] for each in self.manifest.stand_ins.values() if name in each)]
+            engines = [self._target.components[each] for each in takers]
+            size = max(listed[files.weights or files.model] for files in engines)
+            large = size > LARGE and self._target.device == "cpu"
             inputs, outputs = (
                 {spec.name: rows for spec in specs if (rows := rows_of_image(spec.shape))}
                 for specs in (contract.inputs, contract.outputs)
@@ -167,10 +167,13 @@ class ProgramPipeline(BasePipeline):
 
     def _run(self, request: ProgramRequest, callback: OnProgramStep | None) -> PipelineOutput:
         clock, seconds = time.perf_counter(), dict[str, float]()
+        met: tuple[Verdict, ...] = ()
         try:
             drawn = self._draw(request, seconds, callback)
-        except _StrangersMetError as met:
-            drawn = self._draw_apart(request, met.verdicts, seconds, callback)
+        except _StrangersMetError as error:
+            met = error.verdicts
+        if met:
+            drawn = self._draw_apart(request, met, seconds, callback)
         found = self._finish([array for image in drawn for array in image.results], request.output_type)
         seconds["total"] = time.perf_counter() - clock
         variant = self._variants[request.variant].variant
@@ -187,22 +190,24 @@ class ProgramPipeline(BasePipeline):
         callback: OnProgramStep | None,
     ) -> list[_Drawn]:  # fmt: skip
         """The family's, and then, unspecialised, what its strangers asked for."""
-        assert request.fallback
         found: dict[int, _Drawn] = {}
-        for asked, strange in ((request, False), (request.fallback, True)):
+        others = for_strangers(request, self._unspecialised[request.variant].loop)
+        for asked, strange in ((request, False), (others, True)):
             images = [image for image, verdict in enumerate(verdicts) if verdict.fallback == strange]
             if images:
                 found |= zip(images, self._draw(asked.only(images), seconds, callback, strange), strict=True)
         return [replace(found[image], verdict=verdict) for image, verdict in enumerate(verdicts)]
 
     def _draw(
-        self, request: ProgramRequest, seconds: dict[str, float], callback: OnProgramStep | None, strange: bool = False
-    ) -> list[_Drawn]:
-        """All images of a request, by the specialised pipeline; or, of strangers, by what is there for them."""
+        self, request: ProgramRequest, seconds: dict[str, float], callback: OnProgramStep | None,
+        strange: bool | None = None,
+    ) -> list[_Drawn]:  # fmt: skip
+        """All images of a request, by the specialised pipeline; or, of strangers, by what is there for them. `strange`:
+        whether they are, where that is known; else the guard is asked."""
         ready, images = self._variants[request.variant], len(request.seeds)
         values, loop = self._enter_sources(request, ready), ready.variant.loop
         loop = self._unspecialised[request.variant].loop if strange else loop
-        sampled = self._sampled(loop, request, ready, strange) if loop else None
+        sampled = self._sampled(loop, request, ready, bool(strange)) if loop else None
         ends = {place: step for step, place in enumerate(ready.variant.steps)}
         steps = len(ends)
         taken: tuple[int, ...] = (steps,) * images
@@ -217,7 +222,7 @@ class ProgramPipeline(BasePipeline):
                     taken = self._take_steps(sampled, calls, images, callback)
                 rows = ready.rows[place] | (sampled.before(call) if sampled else {})
                 calls(call, rows, f"call {place + 1} of {len(ready.variant.calls)}")
-                if self._guard and not strange:
+                if self._guard and strange is None:
                     verdicts += self._guard.after(call, values, request.variant, request.texts, request.guard)
                     if any(verdict.fallback for verdict in verdicts):
                         raise _StrangersMetError(verdicts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +26,8 @@ ProgramOutputType = Literal["pil", "np"]
 @dataclass(frozen=True)
 class ProgramRequest:
     """A call's arguments, checked and resolved. `variant`: its place in Program.every. `schedule` and `guidance`: of
-    its loop, if it has one. `texts`: of each image, by argument. `pictures`: by source's value. `fallback`: the same
-    for strangers, drawn by the unspecialised pipeline, where it is there and asked for."""
+    its loop, if it has one. `texts`: of each image, by argument. `pictures`: by source's value. `arguments`: as they
+    were given."""
 
     variant: int
     schedule: Schedule
@@ -38,22 +38,23 @@ class ProgramRequest:
     output_type: ProgramOutputType
     on_long_prompt: OnLongPrompt
     guard: GuardPolicy = "warn"
-    fallback: ProgramRequest | None = None
+    arguments: Mapping[str, object] = field(default_factory=dict)
 
     def only(self, images: Sequence[int]) -> ProgramRequest:
         """For some of the images."""
         texts, seeds = [self.texts[image] for image in images], tuple(self.seeds[image] for image in images)
-        return replace(self, texts=texts, seeds=seeds, fallback=self.fallback and self.fallback.only(images))
+        return replace(self, texts=texts, seeds=seeds)
 
 
-def with_fallback(request: ProgramRequest, loop: Loop | None, arguments: Mapping[str, object]) -> ProgramRequest:
-    """With what strangers are drawn by: `loop`, at its own steps and guidance where none are asked for."""
+def for_strangers(request: ProgramRequest, loop: Loop | None) -> ProgramRequest:
+    """What is asked for, of the `loop` that strangers are drawn by: at its own steps and guidance where none are asked
+    for. RequestError for a number of steps that it cannot take."""
     if not loop:
-        return replace(request, fallback=request)
-    steps: Any = arguments.get(loop.steps or "")
-    as_usual = arguments.get(loop.guidance or "") is None
+        return request
+    steps: Any = request.arguments.get(loop.steps or "")
+    as_usual = request.arguments.get(loop.guidance or "") is None
     guidance = loop.sampling.guidance_scale if as_usual else request.guidance
-    return replace(request, fallback=replace(request, schedule=lay_steps(loop.sampling, steps), guidance=guidance))
+    return replace(request, schedule=lay_steps(loop.sampling, steps), guidance=guidance)
 
 
 def check_program_request(
@@ -80,7 +81,9 @@ def check_program_request(
     seeds = choose_seeds(seed, len(texts))
     pictures = _pictures(program.every[place], given)
     schedule, guidance = _sampling(program.every[place].loop, given)
-    return ProgramRequest(place, schedule, guidance, texts, pictures, seeds, output_type, on_long_prompt)
+    return ProgramRequest(
+        place, schedule, guidance, texts, pictures, seeds, output_type, on_long_prompt, arguments=given
+    )
 
 
 NO_STEPS = Schedule((), (), NoiseProcess())

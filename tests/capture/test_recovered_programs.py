@@ -32,7 +32,7 @@ def _points(task: ProgramTask, rewrite: Rewrite, images: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_error_falls_for_other_prompts_too(name: str, method: str, tmp_path: Path) -> None:
     root, denoiser = save(name, tmp_path), DENOISERS[name][-1]
     masked, task = open_with_weights(root), task_of(root, name, denoiser)
@@ -72,6 +72,7 @@ def test_what_it_reads_is_in_the_key(tmp_path: Path) -> None:
     assert recover.reads(other) != told
 
 
+@pytest.mark.slow
 def test_each_image_is_drawn_by_its_own_call(tmp_path: Path) -> None:
     """Of what call lists, whichever images are set aside."""
     root = save(FAST, tmp_path)

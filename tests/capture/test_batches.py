@@ -101,7 +101,7 @@ def in_batches(pipe: Any, name: str) -> set[str]:
     return {part.partition("_")[0] for part in parts_in_batches(found, modules_of(pipe))}
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "flux", "wan"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux", pytest.param("wan", marks=pytest.mark.slow)])
 def test_a_denoiser_takes_several_images(name: str) -> None:
     assert "denoiser" in in_batches(open_pipeline(name), name)
 

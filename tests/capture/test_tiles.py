@@ -94,6 +94,7 @@ def find_tiny(name: str, wanted: Wanted = TILE, **changes: Any) -> Found:
     return find_for(open_pipeline(name), [lambda prompt: call_of(name, prompt, 1) | changes], wanted)[0]
 
 
+@pytest.mark.slow
 def test_what_is_exact_cell_by_cell_is_exact_tile_by_tile(tmp_path: Path) -> None:
     """With glue before and after that is of the whole, for sizes that are listed: of the second, no latent is wider
     than a tile."""

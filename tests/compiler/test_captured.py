@@ -433,10 +433,10 @@ def test_capture_of_what_is_not_there(place: Path) -> None:
 def test_a_pipeline_whose_pictures_are_no_numbers(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "model", tmp_path / "model")
     pipe = open_pipeline("stable_diffusion_xl")
-    weight = pipe.vae.decoder.conv_out.weight.data
+    weight = pipe.vae.decoder.conv_in.weight.data
     kept = weight.clone()
     try:
-        weight.copy_(3e38 * weight.sign())  # finite, but not what is summed
+        weight.copy_(3e38 * weight.sign())  # finite, but not what is summed; and less so what is normalised
         pipe.vae.save_pretrained(tmp_path / "model" / "vae")
     finally:
         weight.copy_(kept)

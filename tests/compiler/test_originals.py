@@ -63,6 +63,7 @@ def here(place: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_pictures_of_another_machine_judge_as_ones_own(place: Path, drawn: Path, here: dict[str, Any]) -> None:
     done = compiled(place, 'evaluate.originals="drawn"', "gate.psnr=60")
     assert done.returncode == 0, done.stderr

@@ -44,6 +44,8 @@ from slipcast.sampling.schedules import (
 # diffusers with numpy 2; nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 STEPS, TOLERANCE, SHAPE = 20, 1e-4, (2, 4, 6, 6)
+# In float32, of v_prediction at a cosine's levels; the last one on some CPUs.
+LOSING = ("heun", "dpm2", "deis", "dpmpp_sde")
 SPACINGS = ("leading", "linspace", "trailing")
 SIGMAS = ("karras", "exponential", "beta")
 ALL = SPACINGS + SIGMAS
@@ -233,7 +235,7 @@ def configurations(name: str) -> list[tuple[str, str, str]]:
 
 
 def loses_digits(name: str, process: str, prediction: str) -> bool:
-    return name in ("heun", "dpm2", "deis") and process == "cosine" and prediction == "v_prediction"
+    return name in LOSING and process == "cosine" and prediction == "v_prediction"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_trajectories_are_those_of_diffusers(name: str) -> None:
             assert measure(name, schedule, process, prediction) < TOLERANCE, (schedule, process, prediction)
 
 
-@pytest.mark.parametrize("name", ["heun", "dpm2", "deis"])
+@pytest.mark.parametrize("name", LOSING)
 def test_where_diffusers_loses_digits_ours_is_nearer_to_float64(name: str) -> None:
     for schedule, process, prediction in configurations(name):
         if loses_digits(name, process, prediction):

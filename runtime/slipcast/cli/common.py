@@ -16,6 +16,13 @@ unlisted_option: Callable[[Any], Any] = click.option(
 target_option: Callable[[Any], Any] = click.option(
     "--target", default="auto", show_default=True, help="An engine or target id of the bundle."
 )
+residency_option: Callable[[Any], Any] = click.option(
+    "--residency",
+    metavar="[all|sequential|SIZE]",
+    default="all",
+    show_default=True,
+    help="Engines that stay in memory: all, those in use, or, such as 4GB, what fits.",
+)
 bundle_argument: Callable[[Any], Any] = click.argument("bundle", type=click.Path(path_type=Path))
 
 

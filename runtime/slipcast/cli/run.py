@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slipcast.cli.common import bundle_argument, emit, json_option, target_option, unlisted_option
+from slipcast.cli.common import bundle_argument, emit, json_option, residency_option, target_option, unlisted_option
 from slipcast.cli.given import image_option, read_given, text_option
 
 if TYPE_CHECKING:
@@ -40,13 +40,7 @@ if TYPE_CHECKING:
     help="A LoRA, for bundles with slots; may be repeated.",
 )
 @target_option
-@click.option(
-    "--residency",
-    metavar="[all|sequential|SIZE]",
-    default="all",
-    show_default=True,
-    help="Engines that stay in memory: all, those in use, or, such as 4GB, what fits.",
-)
+@residency_option
 @unlisted_option
 @click.option("--on-long-prompt", type=click.Choice(["warn", "error"]), default="warn", show_default=True)
 @click.option(

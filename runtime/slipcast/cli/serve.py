@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from slipcast.cli.common import target_option, unlisted_option
+from slipcast.cli.common import residency_option, target_option, unlisted_option
 
 GRACE_S = 5  # for answers, once the server is told to end
 CONNECTIONS = 256  # beside those that wait for pictures
@@ -38,13 +38,7 @@ CONNECTIONS = 256  # beside those that wait for pictures
 )
 @click.option("--api-key", "keys", multiple=True, envvar="SLIPCAST_API_KEYS", help="Clients have to send one of them.")
 @target_option
-@click.option(
-    "--residency",
-    metavar="[all|sequential|SIZE]",
-    default="all",
-    show_default=True,
-    help="Engines that stay in memory: all, those in use, or, such as 4GB, what fits.",
-)
+@residency_option
 @unlisted_option
 def serve(
     bundles: tuple[Path, ...], host: str, port: int, queue: int, together: int, timeout: float, keys: tuple[str, ...],

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slipcast.bundle.onnxfile import external_files
-from slipcast.bundle.program import Program
 from slipcast.bundle.sampling import Sampling
 from slipcast.errors import CheckFailed
 from slipcast_compiler.export.program import read_record
@@ -47,9 +46,5 @@ def make_strangers(entry: Path, changed: tuple[str, ...], specialised: Path, cac
                     link(entry / file, out / file)
 
     folder = cache.get("strangers", {"program": entry.name, "components": sorted(names)}, make)
-    return Strangers(folder, names, samplings_of(record))
-
-
-def samplings_of(record: Program) -> tuple[Sampling, ...]:
-    """By variant, those of its loop; none where slipcast's samplers do not take the steps."""
-    return tuple(variant.loop.sampling for variant in record.every if variant.loop)
+    samplings = tuple(variant.loop.sampling for variant in record.every if variant.loop)
+    return Strangers(folder, names, samplings)
